@@ -1,0 +1,244 @@
+"""The BK core: what a chain of sites is asked for, in O(N). Definitions in :mod:`resnet_bk.ops.naive`.
+
+Dimensions: B batch, N sites, H chains (heads), K key width, V value width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_bk.ops.kernels import green, scan
+
+
+class PropagatorState(NamedTuple):
+    """Everything the past of a chain can still do to its future.
+
+    g: (B, H) left Green's function of the last site, real or complex as the chain is.
+    s: (B, H, K, V) float, ``sum_s P_ts k_s v_s^T``; in a complex chain rows 2i, 2i+1 are its real and imaginary parts.
+    """
+
+    g: Tensor
+    s: Tensor
+
+
+def _chain(
+    a: Tensor, z: Tensor | complex, hop: Tensor | None, state: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the inputs; the diagonal ``d = a - z``, the squared hoppings and the incoming g."""
+    if a.dim() != 3:
+        raise ValueError(f"a: expected shape (B, N, H), got {tuple(a.shape)}")
+    if a.shape[1] == 0:
+        raise ValueError("a: the chain is empty (N = 0); at least one site is needed")
+    if a.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a: expected float32 or float64 (the recurrence is not run in less), got {a.dtype}")
+    for name, x, shape in (("hop", hop, a.shape), ("mask", mask, a.shape[:2])):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x is not None and x.device != a.device:
+            raise ValueError(f"{name}: expected device {a.device} as a, got {x.device}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool (True = a site of the chain), got {mask.dtype}")
+    if hop is not None and hop.dtype != a.dtype:
+        raise TypeError(f"hop: expected {a.dtype} as a, got {hop.dtype}")
+    d = a - z
+    if d.dtype not in (a.dtype, a.dtype.to_complex()):
+        raise TypeError(f"z: expected {a.dtype} or {a.dtype.to_complex()} beside a, got {z.dtype}")  # type: ignore[union-attr]
+    w = torch.ones_like(a) if hop is None else hop * hop
+    if state is None:
+        state = d.new_zeros(d.shape[0], d.shape[2])
+    elif state.shape != (d.shape[0], d.shape[2]) or state.dtype != d.dtype:
+        expected = f"({d.shape[0]}, {d.shape[2]}) {d.dtype}"
+        raise ValueError(f"state: expected {expected}, got {tuple(state.shape)} {state.dtype}")
+    return d, w, state
+
+
+def left_green(
+    a: Tensor,
+    z: Tensor | complex,
+    hop: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Left Green's function ``g_t = 1 / (a_t - z - hop_t^2 g_{t-1})``. Causal: g_t depends on sites <= t only.
+
+    Args:
+        a: on-site energies, (B, N, H) float32 or float64.
+        z: spectral shift, a number or a tensor that broadcasts against a. Complex with ``Im z > 0``, or real and
+            outside the spectrum (``|a - z| > |hop_t| + |hop_{t+1}|``); then everything is real arithmetic.
+        hop: hopping between sites t - 1 and t, (B, N, H) like a; ``hop[:, 0]`` links to the state. Default 1.
+        state: g of the site before the first, (B, H), as returned; default: nothing before.
+        mask: (B, N) bool, False for padding: such a site is not part of the chain, the state passes it unchanged.
+
+    Returns:
+        g (B, N, H) and the state after the last site (B, H); complex if z is.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
+    """
+    d, w, state = _chain(a, z, hop, state, mask)
+    g = green(d, w, state, mask)
+    return g, g[:, -1]
+
+
+def resolvent_diagonal(
+    a: Tensor, z: Tensor | complex, hop: Tensor | None = None, *, mask: Tensor | None = None
+) -> Tensor:
+    """Diagonal of the resolvent ``G_tt = [(H - z)^-1]_tt``, (B, N, H). Sees the future: for bidirectional models only.
+
+    Arguments as in :func:`left_green`. Masked positions hold a finite value without meaning.
+    """
+    d, w, nothing = _chain(a, z, hop, None, mask)
+    from_left, from_right = _both_sides(d, w, nothing, mask)
+    return 1 / (d - from_left - from_right)
+
+
+def _both_sides(d: Tensor, w: Tensor, nothing: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Self-energies ``w_t gL_{t-1}`` and ``w_{t+1} gR_{t+1}``: what the two halves beside a site do to it, (B, N, H)."""
+    left = green(d, w, nothing, mask)
+    left = w * torch.cat([nothing.unsqueeze(1), left[:, :-1]], dim=1)
+    back_w, back_mask = _links_from_the_right(w, mask), None if mask is None else mask.flip(1)
+    right = green(d.flip(1), back_w, nothing, back_mask)
+    right = (back_w * torch.cat([nothing.unsqueeze(1), right[:, :-1]], dim=1)).flip(1)
+    return left, right
+
+
+def _links_from_the_right(hop: Tensor, mask: Tensor | None) -> Tensor:
+    """Reversed in time, each site is entered over the link that its right neighbour owns. Returns it reversed."""
+    hop = hop.flip(1)
+    if mask is None:
+        return torch.cat([torch.zeros_like(hop[:, :1]), hop[:, :-1]], dim=1)
+    # The right neighbour is the next real site: the last one passed in reversed order, padding skipped.
+    position = torch.arange(hop.shape[1], device=hop.device).expand(mask.shape)
+    last_real = torch.where(mask.flip(1), position, -1).cummax(1).values
+    before = torch.cat([torch.full_like(last_real[:, :1], -1), last_real[:, :-1]], dim=1).unsqueeze(-1)
+    gathered = hop.gather(1, before.clamp(min=0).expand(hop.shape))
+    return torch.where(before < 0, torch.zeros_like(gathered), gathered)
+
+
+def propagate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    z: Tensor | complex,
+    hop: Tensor | None = None,
+    *,
+    state: PropagatorState | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, PropagatorState]:
+    """The propagator applied to q, k, v: ``y_t = Re sum_s P_ts <q_t, k_s> v_s``.
+
+    Causal (default): ``P_ts = [(H_{1..t} - z)^-1]_ts`` for s <= t, which is 1-semiseparable:
+    ``P_ts = g_s prod_{j=s+1..t} (-hop_j g_j)``. So ``|hop g|`` is a decay and, for complex z, ``arg g`` a rotary angle.
+    ``causal=False``: the full resolvent, all s; takes and returns no useful state.
+
+    Args:
+        q, k: (B, N, H, K), like a in dtype; for complex z, K is even and pairs are complex numbers (see naive.py).
+        v: (B, N, H, V).
+        a, z, hop, mask: as in :func:`left_green`.
+        state: of the sites before the first, as returned; default: nothing before.
+
+    Returns:
+        y (B, N, H, V), zero at masked positions, and the state after the last site.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or x.shape[:3] != a.shape:
+            raise ValueError(f"{name}: expected shape {(*a.shape, 'width')}, got {tuple(x.shape)}")
+        if x.dtype != a.dtype or x.device != a.device:
+            raise TypeError(f"{name}: expected {a.dtype} on {a.device} as a, got {x.dtype} on {x.device}")
+    if q.shape != k.shape:
+        raise ValueError(f"k: expected shape {tuple(q.shape)} as q, got {tuple(k.shape)}")
+    d, w, g0 = _chain(a, z, hop, None if state is None else state.g, mask)
+    if d.is_complex() and q.shape[-1] % 2:
+        raise ValueError(f"q: a complex chain pairs key channels, so K must be even, got {q.shape[-1]}")
+    if state is not None and state.s.shape != (q.shape[0], q.shape[2], q.shape[3], v.shape[3]):
+        expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+        raise ValueError(f"state.s: expected shape {expected}, got {tuple(state.s.shape)}")
+    s0 = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[3]) if state is None else state.s
+    links = torch.ones_like(a) if hop is None else hop
+    if causal:
+        g = green(d, w, g0, mask)
+        y, s = _semiseparable(q, k, v, -links * g, g, s0, mask)
+        if mask is not None:
+            y = y.masked_fill(~mask[:, :, None, None], 0)
+        return y, PropagatorState(g[:, -1], s)
+    if state is not None:
+        raise ValueError("state: a bidirectional propagator has none; pass causal=True or no state")
+    # G_ts = G_tt prod (-hop_{j+1} gL_j) over s <= j < t, and its mirror image: one sweep from each side, with the
+    # diagonal, in both, taken off once.
+    from_left, from_right = _both_sides(d, w, g0, mask)
+    diagonal = 1 / (d - from_left - from_right)
+    left = _semiseparable(q, k, v, _ratio(from_left, links), None, s0, mask, diagonal)[0]
+    back = [x.flip(1) for x in (q, k, v, from_right, diagonal)]
+    back_links = _links_from_the_right(links, mask)
+    back_mask = None if mask is None else mask.flip(1)
+    ratio = _ratio(back[3], back_links)
+    right = _semiseparable(*back[:3], ratio, None, s0, back_mask, back[4])[0].flip(1)
+    qk = (q * _turn(k, diagonal.angle()) if d.is_complex() else q * k).sum(-1)
+    y = left + right - (_magnitude(diagonal) * qk).unsqueeze(-1) * v
+    if mask is not None:
+        y = y.masked_fill(~mask[:, :, None, None], 0)
+    return y, PropagatorState(g0, s0)
+
+
+def _ratio(self_energy: Tensor, links: Tensor) -> Tensor:
+    """``-hop g`` from ``hop^2 g``; 0 where there is no link."""
+    return torch.where(links == 0, 0.0, -self_energy / torch.where(links == 0, 1.0, links))
+
+
+def _semiseparable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    s0: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y_t = Re scale_t sum_{s<=t} (prod_{s<j<=t} alpha_j) beta_s <q_t, k_s> v_s`` and the last state.
+
+    A complex chain becomes a real one by turning q and k by the cumulated angle (double precision, modulo a turn, so
+    that a million sites lose nothing); the state is turned back, so that it does not depend on where the chain began.
+    """
+    beta = torch.ones_like(alpha) if beta is None else beta
+    if mask is not None:
+        site = mask.unsqueeze(-1)
+        alpha = torch.where(site, alpha, 1.0)
+        beta = torch.where(site, beta, 0.0)
+        k = torch.where(site.unsqueeze(-1), k, 0.0)  # so that a NaN in padding stays there
+        v = torch.where(site.unsqueeze(-1), v, 0.0)
+    if not alpha.is_complex():
+        y, s, _ = scan(q, k, v, alpha, beta, s0)
+        return (y if scale is None else y * scale.unsqueeze(-1)), s
+    alpha, decay = _without_zeros(alpha)
+    theta = torch.remainder(alpha.angle().double().cumsum(1), 2 * torch.pi).to(q.dtype)
+    q = _turn(q, -theta if scale is None else -theta - scale.angle())
+    beta, weight = _without_zeros(beta)
+    k = _turn(k, beta.angle() - theta)
+    y, s, _ = scan(q, k, v, decay, weight, s0)
+    s = _turn(s.mT, theta[:, -1].unsqueeze(-1)).mT
+    return (y if scale is None else y * scale.abs().unsqueeze(-1)), s
+
+
+def _without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x with its exact zeros (absent links, padding) moved to 1, where the angle has derivatives; and ``|x|``."""
+    zero = x == 0
+    x = torch.where(zero, 1.0, x)
+    return x, torch.where(zero, 0.0, x.abs())
+
+
+def _turn(x: Tensor, angle: Tensor) -> Tensor:
+    """Multiply the complex numbers held in pairs of the last dimension by ``e^{i angle}``."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle).unsqueeze(-1)).flatten(-2)
+
+
+def _magnitude(x: Tensor) -> Tensor:
+    return x.abs() if x.is_complex() else x

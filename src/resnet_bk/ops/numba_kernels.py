@@ -1,0 +1,248 @@
+"""CPU kernels compiled by numba (extra ``cpu-fast``): the recurrences as they are written, one step after the other.
+
+Lanes (batch x chains) run in parallel and, where they are adjacent in memory, in SIMD; time is sequential. Same
+signatures and results as :mod:`resnet_bk.ops.chunked`. Dimensions: B batch, N sites, H chains, K key width, V value
+width, M chunks of SCAN_CHUNK sites.
+"""
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from resnet_bk.ops.chunked import SCAN_CHUNK
+
+LANES = 64  # chains one task carries through time together
+# Vectorised reductions and fused multiply-add; NaN, infinity and division stay IEEE.
+_jit = njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+
+
+@_jit
+def _green_forward_real(d, w, g0, mask, out):
+    batch, length, heads = d.shape
+    blocks = (heads + LANES - 1) // LANES
+    for task in prange(batch * blocks):
+        b, low = task // blocks, (task % blocks) * LANES
+        high = min(heads, low + LANES)
+        previous = g0[b, low:high].copy()
+        for t in range(length):
+            if mask.size and not mask[b, t]:
+                out[b, t, low:high] = previous
+                continue
+            for h in range(high - low):
+                g = 1 / (d[b, t, low + h] - w[b, t, low + h] * previous[h])
+                previous[h] = g
+                out[b, t, low + h] = g
+
+
+@_jit
+def _green_forward_complex(d, w, g0, mask, out):
+    batch, length, heads, _ = d.shape
+    blocks = (heads + LANES - 1) // LANES
+    for task in prange(batch * blocks):
+        b, low = task // blocks, (task % blocks) * LANES
+        high = min(heads, low + LANES)
+        re, im = g0[b, low:high, 0].copy(), g0[b, low:high, 1].copy()
+        for t in range(length):
+            if mask.size and not mask[b, t]:
+                out[b, t, low:high, 0] = re
+                out[b, t, low:high, 1] = im
+                continue
+            for h in range(high - low):
+                x = d[b, t, low + h, 0] - w[b, t, low + h] * re[h]
+                y = d[b, t, low + h, 1] - w[b, t, low + h] * im[h]
+                inverse = 1 / (x * x + y * y)
+                re[h] = x * inverse
+                im[h] = -y * inverse
+                out[b, t, low + h, 0] = re[h]
+                out[b, t, low + h, 1] = im[h]
+
+
+@_jit
+def _green_backward_real(grad, g, w, g0, mask, grad_d, grad_w, grad_g0):
+    batch, length, heads = g.shape
+    blocks = (heads + LANES - 1) // LANES
+    for task in prange(batch * blocks):
+        b, low = task // blocks, (task % blocks) * LANES
+        high = min(heads, low + LANES)
+        carried = np.zeros(high - low, g.dtype)
+        for t in range(length - 1, -1, -1):
+            before = g[b, t - 1] if t > 0 else g0[b]
+            if mask.size and not mask[b, t]:
+                for h in range(high - low):
+                    carried[h] += grad[b, t, low + h]
+                    grad_d[b, t, low + h] = 0
+                    grad_w[b, t, low + h] = 0
+                continue
+            for h in range(high - low):
+                i = low + h
+                slope = g[b, t, i] * g[b, t, i] * (grad[b, t, i] + carried[h])
+                grad_d[b, t, i] = -slope
+                grad_w[b, t, i] = before[i] * slope
+                carried[h] = w[b, t, i] * slope
+        grad_g0[b, low:high] = carried
+
+
+@_jit
+def _green_backward_complex(grad, g, w, g0, mask, grad_d, grad_w, grad_g0):
+    batch, length, heads, _ = g.shape
+    blocks = (heads + LANES - 1) // LANES
+    for task in prange(batch * blocks):
+        b, low = task // blocks, (task % blocks) * LANES
+        high = min(heads, low + LANES)
+        re, im = np.zeros(high - low, g.dtype), np.zeros(high - low, g.dtype)
+        for t in range(length - 1, -1, -1):
+            before = g[b, t - 1] if t > 0 else g0[b]
+            if mask.size and not mask[b, t]:
+                for h in range(high - low):
+                    re[h] += grad[b, t, low + h, 0]
+                    im[h] += grad[b, t, low + h, 1]
+                    grad_d[b, t, low + h, 0] = 0
+                    grad_d[b, t, low + h, 1] = 0
+                    grad_w[b, t, low + h] = 0
+                continue
+            for h in range(high - low):
+                i = low + h
+                gr, gi = g[b, t, i, 0], g[b, t, i, 1]
+                square_re, square_im = gr * gr - gi * gi, -2 * gr * gi  # conj(g^2)
+                lr, li = grad[b, t, i, 0] + re[h], grad[b, t, i, 1] + im[h]
+                sr = square_re * lr - square_im * li
+                si = square_re * li + square_im * lr
+                grad_d[b, t, i, 0] = -sr
+                grad_d[b, t, i, 1] = -si
+                grad_w[b, t, i] = before[i, 0] * sr + before[i, 1] * si
+                re[h] = w[b, t, i] * sr
+                im[h] = w[b, t, i] * si
+        for h in range(high - low):
+            grad_g0[b, low + h, 0] = re[h]
+            grad_g0[b, low + h, 1] = im[h]
+
+
+@_jit
+def _scan_forward(q, k, v, alpha, beta, s0, y, last, states):
+    batch, length, heads, width = k.shape
+    values = v.shape[3]
+    for task in prange(batch * heads):
+        b, h = task // heads, task % heads
+        s = s0[b, h].copy()
+        u = np.empty(values, v.dtype)
+        row = np.empty(values, v.dtype)
+        for t in range(length):
+            if t % SCAN_CHUNK == 0:
+                states[b, h, t // SCAN_CHUNK] = s
+            a = alpha[b, t, h]
+            for j in range(values):
+                u[j] = beta[b, t, h] * v[b, t, h, j]
+                row[j] = 0
+            for i in range(width):
+                ki, qi = k[b, t, h, i], q[b, t, h, i]
+                for j in range(values):
+                    s[i, j] = a * s[i, j] + ki * u[j]
+                    row[j] += qi * s[i, j]
+            y[b, t, h] = row
+        last[b, h] = s
+
+
+@_jit
+def _scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states, dq, dk, dv, dalpha, dbeta, ds0):
+    batch, length, heads, width = k.shape
+    values = v.shape[3]
+    for task in prange(batch * heads):
+        b, h = task // heads, task % heads
+        r = grad_last[b, h].copy()
+        s = np.empty((SCAN_CHUNK + 1, width, values), v.dtype)
+        u = np.empty(values, v.dtype)
+        du = np.empty(values, v.dtype)
+        for m in range(states.shape[2] - 1, -1, -1):
+            start, stop = m * SCAN_CHUNK, min(length, (m + 1) * SCAN_CHUNK)
+            s[0] = states[b, h, m]
+            for t in range(start, stop):
+                before, here = s[t - start], s[t - start + 1]
+                dy = grad_y[b, t, h]
+                a = alpha[b, t, h]
+                for j in range(values):
+                    u[j] = beta[b, t, h] * v[b, t, h, j]
+                for i in range(width):
+                    ki = k[b, t, h, i]
+                    total = dy[0] * 0
+                    for j in range(values):
+                        x = a * before[i, j] + ki * u[j]
+                        here[i, j] = x
+                        total += x * dy[j]
+                    dq[b, t, h, i] = total
+            for t in range(stop - 1, start - 1, -1):
+                before = s[t - start]
+                dy = grad_y[b, t, h]
+                a = alpha[b, t, h]
+                for j in range(values):
+                    u[j] = beta[b, t, h] * v[b, t, h, j]
+                    du[j] = 0
+                flow = a * 0
+                for i in range(width):
+                    ki, qi = k[b, t, h, i], q[b, t, h, i]
+                    total = a * 0
+                    for j in range(values):
+                        x = r[i, j] + qi * dy[j]
+                        total += x * u[j]
+                        du[j] += ki * x
+                        flow += x * before[i, j]
+                        r[i, j] = a * x
+                    dk[b, t, h, i] = total
+                total = a * 0
+                for j in range(values):
+                    total += du[j] * v[b, t, h, j]
+                    dv[b, t, h, j] = beta[b, t, h] * du[j]
+                dbeta[b, t, h] = total
+                dalpha[b, t, h] = flow
+        ds0[b, h] = r
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Contiguous numpy views; complex numbers as a last axis of (real, imaginary)."""
+    return [(torch.view_as_real(x) if x.is_complex() else x).contiguous().numpy() for x in tensors]
+
+
+def _mask(mask: Tensor | None) -> np.ndarray:
+    return np.empty((0, 0), np.bool_) if mask is None else mask.contiguous().numpy()
+
+
+def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
+    out = torch.empty_like(d, memory_format=torch.contiguous_format)
+    kernel = _green_forward_complex if d.is_complex() else _green_forward_real
+    kernel(*_arrays(d, w, g0), _mask(mask), *_arrays(out))
+    return out
+
+
+def green_backward(
+    grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, w, g0))
+    kernel = _green_backward_complex if g.is_complex() else _green_backward_real
+    kernel(*_arrays(grad.resolve_conj(), g, w, g0), _mask(mask), *_arrays(*out))
+    return out  # type: ignore[return-value]
+
+
+def scan_forward(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = -(-q.shape[1] // SCAN_CHUNK)
+    y, last = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(s0, memory_format=torch.contiguous_format)
+    states = s0.new_empty(*s0.shape[:2], chunks, *s0.shape[2:])
+    _scan_forward(*_arrays(q, k, v, alpha, beta, s0, y, last, states))
+    return y, last, states
+
+
+def scan_backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (q, k, v, alpha, beta)
+    out = (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs), torch.empty_like(grad_last, memory_format=torch.contiguous_format))
+    _scan_backward(*_arrays(grad_y, grad_last, *inputs, states), *_arrays(*out))
+    return out  # type: ignore[return-value]
