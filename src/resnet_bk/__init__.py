@@ -1,1 +1,27 @@
+"""ResNet-BK: language models that spend compute where the text is hard.
+
+Importing this package is cheap: torch is imported when a name below is first used, transformers never by us alone.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resnet_bk.config import ConfigError, ModelConfig
+    from resnet_bk.model import LanguageModel, ModelOutput
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "ConfigError": "resnet_bk.config",
+    "LanguageModel": "resnet_bk.model",
+    "ModelConfig": "resnet_bk.config",
+    "ModelOutput": "resnet_bk.model",
+}
+__all__ = ["ConfigError", "LanguageModel", "ModelConfig", "ModelOutput", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

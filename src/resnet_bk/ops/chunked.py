@@ -205,3 +205,22 @@ def scan_backward(
 
 def _reverse_cumsum(x: Tensor) -> Tensor:
     return x.flip(-1).cumsum(-1).flip(-1)
+
+
+def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
+    """``y_t = sum_i weight_i x_{t+i}``. x: (B, N + W - 1, C), weight: (W, C)."""
+    length = x.shape[1] - weight.shape[0] + 1
+    y = x[:, :length] * weight[0]
+    for i in range(1, weight.shape[0]):
+        y.addcmul_(x[:, i : i + length], weight[i])
+    return y
+
+
+def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    length = grad.shape[1]
+    grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for i in range(weight.shape[0]):
+        grad_x[:, i : i + length].addcmul_(grad, weight[i])
+        grad_weight[i] = (x[:, i : i + length] * grad).sum((0, 1))
+    return grad_x, grad_weight

@@ -55,7 +55,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def _backend(x: Tensor) -> ModuleType:
+def backend_for(x: Tensor) -> ModuleType:
     names = available_backends(x.device.type)
     if _forced is not None and _forced not in names:
         raise ValueError(f"backend {_forced!r} is not available on {x.device.type}; available: {', '.join(names)}")
@@ -72,14 +72,14 @@ def green(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
     d: (B, N, H) real or complex, w: (B, N, H) real, g0: (B, H) like d, mask: (B, N) bool, False where the site is not
     part of the chain (there g repeats its predecessor). Returns g, (B, N, H) like d.
     """
-    return _backend(d).green_forward(d, w, g0, mask)
+    return backend_for(d).green_forward(d, w, g0, mask)
 
 
 @torch.library.custom_op("resnet_bk::green_backward", mutates_args=())
 def green_backward(
     grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(g).green_backward(grad, g, w, g0, mask)
+    return backend_for(g).green_backward(grad, g, w, g0, mask)
 
 
 @green.register_fake
@@ -111,7 +111,7 @@ def _green_setup(ctx, inputs, output) -> None:
 def _green_autograd(ctx, grad: Tensor):
     d, w, g0, mask, g = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-        return *_differentiable_vjp(lambda *x: (_green_by_steps(*x, mask),), (d, w, g0), (grad,)), None
+        return *differentiable_vjp(lambda *x: (_green_by_steps(*x, mask),), (d, w, g0), (grad,)), None
     return *green_backward(grad, g, w, g0, mask), None
 
 
@@ -130,7 +130,7 @@ def scan(
     q, k: (B, N, H, K), v: (B, N, H, V), alpha, beta: (B, N, H), s0: (B, H, K, V), all real and of one dtype.
     Returns y (B, N, H, V), the last state (B, H, K, V) and the states entering each chunk, kept for the backward.
     """
-    return _backend(q).scan_forward(q, k, v, alpha, beta, s0)
+    return backend_for(q).scan_forward(q, k, v, alpha, beta, s0)
 
 
 @torch.library.custom_op("resnet_bk::scan_backward", mutates_args=())
@@ -144,7 +144,7 @@ def scan_backward(
     beta: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backend(q).scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
+    return backend_for(q).scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
 
 
 @scan.register_fake
@@ -187,7 +187,7 @@ def _scan_setup(ctx, inputs, output) -> None:
 def _scan_autograd(ctx, grad_y: Tensor, grad_last: Tensor, grad_states: Tensor):
     *inputs, states = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return _differentiable_vjp(_scan_by_steps, tuple(inputs), (grad_y, grad_last))
+        return differentiable_vjp(_scan_by_steps, tuple(inputs), (grad_y, grad_last))
     q, k, v, alpha, beta, _ = inputs
     return scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
 
@@ -195,7 +195,7 @@ def _scan_autograd(ctx, grad_y: Tensor, grad_last: Tensor, grad_states: Tensor):
 scan.register_autograd(_scan_autograd, setup_context=_scan_setup)
 
 
-def _differentiable_vjp(function, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def differentiable_vjp(function, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The vector-Jacobian product of `function` as a graph that can be differentiated again."""
     with torch.enable_grad():
         outputs = function(*inputs)

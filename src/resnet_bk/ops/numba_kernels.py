@@ -246,3 +246,49 @@ def scan_backward(
     out = (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs), torch.empty_like(grad_last, memory_format=torch.contiguous_format))
     _scan_backward(*_arrays(grad_y, grad_last, *inputs, states), *_arrays(*out))
     return out  # type: ignore[return-value]
+
+
+@_jit
+def _conv_forward(x, weight, y):
+    batch, length, channels = y.shape
+    width = weight.shape[0]
+    for task in prange(batch * length):
+        b, t = task // length, task % length
+        for c in range(channels):
+            y[b, t, c] = weight[0, c] * x[b, t, c]
+        for i in range(1, width):
+            for c in range(channels):
+                y[b, t, c] += weight[i, c] * x[b, t + i, c]
+
+
+@_jit
+def _conv_backward(grad, x, weight, grad_x, grad_weight):
+    batch, length, channels = grad.shape
+    width = weight.shape[0]
+    partial = np.zeros((batch, width, channels), weight.dtype)
+    for b in prange(batch):
+        for t in range(length + width - 1):
+            for c in range(channels):
+                grad_x[b, t, c] = 0
+            for i in range(max(0, t - length + 1), min(width, t + 1)):
+                for c in range(channels):
+                    grad_x[b, t, c] += weight[i, c] * grad[b, t - i, c]
+                    partial[b, i, c] += x[b, t, c] * grad[b, t - i, c]
+    for i in range(width):
+        for c in range(channels):
+            grad_weight[i, c] = 0
+        for b in range(batch):
+            for c in range(channels):
+                grad_weight[i, c] += partial[b, i, c]
+
+
+def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
+    _conv_forward(*_arrays(x, weight, y))
+    return y
+
+
+def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
+    _conv_backward(*_arrays(grad, x, weight, grad_x, grad_weight))
+    return grad_x, grad_weight

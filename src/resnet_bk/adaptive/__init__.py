@@ -1,0 +1,1 @@
+"""Adaptive compute: one file a room, and the primitive they share."""

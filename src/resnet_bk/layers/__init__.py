@@ -1,0 +1,1 @@
+"""The parts of a block: token mixers, feed-forwards, normalisation."""

@@ -1,0 +1,154 @@
+"""Token mixers on the BK core: one readout each of the same chain.
+
+Dimensions: B batch, N positions, D model width, H heads, K = V = D / H head width, W convolution width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_bk.config import ModelConfig
+from resnet_bk.layers.norm import Norm
+from resnet_bk.ops import PropagatorState, left_green, propagate, resolvent_diagonal
+from resnet_bk.ops.conv import short_conv
+
+
+class MixerState(NamedTuple):
+    """All that a mixer remembers of the past; its size does not depend on how long that was.
+
+    conv: (B, W - 1, C), the last inputs of the short convolution.
+    core: g of the last site (B, H) for the diagonal readout, a PropagatorState for the propagator.
+    """
+
+    conv: Tensor
+    core: Tensor | PropagatorState
+
+
+class ShortConv(nn.Module):
+    """Depthwise convolution over the last W positions (centred when not causal), (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, channels: int, width: int, causal: bool):
+        super().__init__()
+        self.width, self.causal = width, causal
+        self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-1, 1) / math.sqrt(width))
+
+    def forward(self, x: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """mask: (B, N) bool, real positions first. Returns the output and the last W - 1 real inputs."""
+        past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2]) if state is None else state
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        if not self.causal:
+            ahead = self.width // 2
+            return short_conv(F.pad(x, (0, 0, self.width - 1 - ahead, ahead)), self.weight), past
+        window = torch.cat([past, x], dim=1)
+        if mask is None:
+            past = window[:, x.shape[1] :]
+        else:
+            last = mask.sum(1, keepdim=True) + torch.arange(self.width - 1, device=x.device)
+            past = window.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        return short_conv(window, self.weight), past
+
+
+class Energies(nn.Module):
+    """On-site energies ``a_t = -2 + potential_t`` and the spectral shift z of each head's chain; hopping 1.
+
+    real: the potential is ``-softplus``, z > 0: ``|a - z| = 2 + softplus + z``, always outside the spectrum. The head
+      forgets over about ``1 / sqrt(|a - z| - 2)`` positions.
+    complex: the potential is unbounded and ``Im z = eta > 0`` broadens it; ``|g| <= 1 / eta``.
+    """
+
+    def __init__(self, d_model: int, heads: int, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.potential = nn.Linear(d_model, heads)
+        # The complex potential starts near zero: |dg/da| reaches 1 / eta^2, and a chain that starts disordered
+        # begins with gradients tens of times larger than those of the rest of the model.
+        nn.init.normal_(self.potential.weight, std=0.02 if kind == "complex" else 1 / math.sqrt(d_model))
+        if kind == "real":
+            with torch.no_grad():
+                # margins |a - z| - 2 from 1 down to 1/50: memories of 1 to 7 positions before learning
+                margins = torch.logspace(0, math.log10(0.02), heads)
+                self.potential.bias.copy_(_inverse_softplus(margins))
+            self.shift = nn.Parameter(_inverse_softplus(torch.full((heads,), 1e-3)))
+        else:
+            # inside the band -4 .. 0, so that the heads' phases differ
+            nn.init.constant_(self.potential.bias, 0.0)
+            self.real_shift = nn.Parameter(torch.linspace(-1.5, 1.5, heads) if heads > 1 else torch.zeros(1))
+            self.shift = nn.Parameter(_inverse_softplus(torch.linspace(0.2, 1.0, heads)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) -> energies (B, N, H) float32 or float64, z (H,)."""
+        v = self.potential(x)
+        v = v if v.dtype == torch.float64 else v.float()
+        shift = F.softplus(self.shift)
+        if self.kind == "real":
+            return -2 - F.softplus(v), shift
+        return -2 + v, torch.complex(self.real_shift - 2, shift)
+
+
+def _inverse_softplus(y: Tensor) -> Tensor:
+    return y + torch.log(-torch.expm1(-y))
+
+
+class PropagatorMixer(nn.Module):
+    """Linear attention whose gates are the chain's propagator: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, self.heads, self.causal = config.d_model, config.heads, config.causal
+        self.width = d // self.heads
+        self.energies = Energies(d, self.heads, config.energy)
+        self.in_proj = nn.Linear(d, 4 * d, bias=False)
+        self.conv = ShortConv(3 * d, config.conv_width, config.causal)
+        self.norm = Norm(self.width)
+        self.out_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState]:
+        past = state or MixerState(None, None)  # type: ignore[arg-type]
+        a, z = self.energies(x)
+        qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
+        qkv, conv = self.conv(qkv, past.conv, mask)
+        q, k, v = F.silu(qkv).to(a.dtype).unflatten(-1, (3, self.heads, self.width)).unbind(2)
+        q = q / math.sqrt(self.width)
+        y, core = propagate(q, k, v, a, z, state=past.core, mask=mask, causal=self.causal)  # type: ignore[arg-type]
+        y = self.norm(y).flatten(-2).to(x.dtype) * F.silu(gate)
+        return self.out_proj(y), MixerState(conv, core)
+
+
+class DiagonalMixer(nn.Module):
+    """The chain's Green's function as features: many heads, ``[Re g, Im g]`` each, mapped to D. (B, N, D) -> (B, N, D).
+
+    Causal models read the left Green's function, bidirectional ones the diagonal of the whole resolvent.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, heads, self.causal = config.d_model, config.heads, config.causal
+        self.energies = Energies(d, heads, config.energy)
+        features = heads * (2 if config.energy == "complex" else 1)
+        self.in_proj = nn.Linear(d, 2 * d, bias=False)
+        self.conv = ShortConv(d, config.conv_width, config.causal)
+        self.norm = Norm(features)
+        self.read = nn.Linear(features, d, bias=False)
+        self.out_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState]:
+        past = state or MixerState(None, None)  # type: ignore[arg-type]
+        u, gate = self.in_proj(x).chunk(2, dim=-1)
+        u, conv = self.conv(u, past.conv, mask)
+        u = F.silu(u)
+        a, z = self.energies(u)
+        if self.causal:
+            g, core = left_green(a, z, state=past.core, mask=mask)  # type: ignore[arg-type]
+        else:
+            g = resolvent_diagonal(a, z, mask=mask)
+            core = g[:, -1]
+        features = torch.view_as_real(g).flatten(-2) if g.is_complex() else g
+        y = self.read(self.norm(features).to(x.dtype)) + u
+        return self.out_proj(y * F.silu(gate)), MixerState(conv, core)
+
+
+MIXERS = {"propagator": PropagatorMixer, "diagonal": DiagonalMixer}
