@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         self.norm = Norm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(config.d_model))
-        if config.tie_embeddings:
+        if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
 
     @classmethod
@@ -98,6 +98,17 @@ class LanguageModel(nn.Module):
             ValueError, TypeError: ids, targets or mask of wrong shape, dtype, device or range.
         """
         self._check(ids, targets, mask)
+        x, after, losses = self.features(ids, mask, state)
+        output = ModelOutput(self.head(x) if logits else None, after, losses=losses)
+        if targets is not None:
+            losses["cross_entropy"] = self._cross_entropy(x, targets)
+            output.loss = losses["cross_entropy"] + self.config.balance_weight * losses.get("balance", 0.0)
+        return output
+
+    def features(
+        self, ids: Tensor, mask: Tensor | None = None, state: Sequence[MixerState] | None = None
+    ) -> tuple[Tensor, list[MixerState], dict[str, Tensor]]:
+        """What the head reads, (B, N, D); the state after the last token; the rooms' losses, mean over layers."""
         packing = None if mask is None else Packing(mask)
         sites = None if packing is None else packing.mask
         x = self.embed(ids if packing is None else packing.pack(ids))
@@ -107,15 +118,8 @@ class LanguageModel(nn.Module):
             after.append(block_state)
             parts.append(block_losses)
         x = self.norm(x)
-        if packing is not None:
-            x = packing.merge(x)
-        output = ModelOutput(self.head(x) if logits else None, after)
-        if targets is not None:
-            output.losses = {name: torch.stack([p[name] for p in parts]).mean() for name in parts[0]}
-            output.losses["cross_entropy"] = self._cross_entropy(x, targets)
-            balance = self.config.balance_weight * output.losses.get("balance", 0.0)
-            output.loss = output.losses["cross_entropy"] + balance
-        return output
+        losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        return (x if packing is None else packing.merge(x)), after, losses
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         pieces = nn.LinearCrossEntropyOptions() if targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE else None

@@ -42,14 +42,18 @@ class ShortConv(nn.Module):
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
         if not self.causal:
             ahead = self.width // 2
-            return short_conv(F.pad(x, (0, 0, self.width - 1 - ahead, ahead)), self.weight), past
+            return self._convolve(F.pad(x, (0, 0, self.width - 1 - ahead, ahead))), past
         window = torch.cat([past, x], dim=1)
         if mask is None:
             past = window[:, x.shape[1] :]
         else:
             last = mask.sum(1, keepdim=True) + torch.arange(self.width - 1, device=x.device)
             past = window.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-        return short_conv(window, self.weight), past
+        return self._convolve(window), past
+
+    def _convolve(self, window: Tensor) -> Tensor:
+        exact = torch.promote_types(window.dtype, torch.float32)
+        return short_conv(window.to(exact), self.weight.to(exact)).to(window.dtype)
 
 
 class Energies(nn.Module):
@@ -83,10 +87,10 @@ class Energies(nn.Module):
         """(B, N, D) -> energies (B, N, H) float32 or float64, z (H,)."""
         v = self.potential(x)
         v = v if v.dtype == torch.float64 else v.float()
-        shift = F.softplus(self.shift)
+        shift = F.softplus(self.shift.to(v.dtype))
         if self.kind == "real":
             return -2 - F.softplus(v), shift
-        return -2 + v, torch.complex(self.real_shift - 2, shift)
+        return -2 + v, torch.complex(self.real_shift.to(v.dtype) - 2, shift)
 
 
 def _inverse_softplus(y: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ class PropagatorMixer(nn.Module):
         q, k, v = F.silu(qkv).to(a.dtype).unflatten(-1, (3, self.heads, self.width)).unbind(2)
         q = q / math.sqrt(self.width)
         y, core = propagate(q, k, v, a, z, state=past.core, mask=mask, causal=self.causal)  # type: ignore[arg-type]
-        y = self.norm(y).flatten(-2).to(x.dtype) * F.silu(gate)
+        y = self.norm(y.to(x.dtype)).flatten(-2) * F.silu(gate)
         return self.out_proj(y), MixerState(conv, core)
 
 
@@ -147,7 +151,7 @@ class DiagonalMixer(nn.Module):
             g = resolvent_diagonal(a, z, mask=mask)
             core = g[:, -1]
         features = torch.view_as_real(g).flatten(-2) if g.is_complex() else g
-        y = self.read(self.norm(features).to(x.dtype)) + u
+        y = self.read(self.norm(features.to(x.dtype))) + u
         return self.out_proj(y * F.silu(gate)), MixerState(conv, core)
 
 

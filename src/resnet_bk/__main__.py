@@ -1,0 +1,5 @@
+import sys
+
+from resnet_bk.cli import main
+
+sys.exit(main())

@@ -1,0 +1,136 @@
+"""Where text comes from: the standard library, files and folders, or a dataset of the Hugging Face hub."""
+
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from resnet_bk.config import ConfigError
+
+_PIECE = 1 << 22  # bytes read at a time
+_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: a stretch of a file, or a text in memory."""
+
+    name: str
+    path: Path | None = None
+    start: int = 0
+    stop: int = 0
+    text: bytes = b""
+
+    def __len__(self) -> int:
+        """Bytes."""
+        return len(self.text) if self.path is None else self.stop - self.start
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes, a few megabytes at a time."""
+        if self.path is None:
+            yield self.text
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = len(self)
+            while left:
+                piece = file.read(min(left, _PIECE))
+                if not piece:
+                    raise ConfigError(f"data.source: {self.path} became shorter while it was read; {left} bytes are missing")
+                left -= len(piece)
+                yield piece
+
+
+def _whole(path: Path, name: str) -> Document:
+    return Document(name, path, 0, path.stat().st_size)
+
+
+def _stdlib() -> list[Document]:
+    """The running Python's own library, tests excluded, in sorted order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
+    names = [name for name in names if not _NOT_STDLIB & set(Path(name).parts)]
+    return [_whole(root / name, name) for name in names]
+
+
+def _folder(root: Path) -> list[Document]:
+    files = sorted(p for p in root.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.parts[len(root.parts) :]))
+    return [_whole(path, path.relative_to(root).as_posix()) for path in files]
+
+
+def documents(source: str) -> list[Document]:
+    """The documents of a file, a folder (every file, hidden ones excepted) or ``stdlib``; empty files left out.
+
+    Raises ConfigError where there is nothing to read.
+    """
+    path = Path(source)
+    if source == "stdlib":
+        found = _stdlib()
+    elif path.is_dir():
+        found = _folder(path)
+    elif path.is_file():
+        found = [_whole(path, path.name)]
+    else:
+        raise ConfigError(f"data: {source!r} is no file, no folder, not 'stdlib' and no hub dataset ('owner/name')")
+    kept = [document for document in found if len(document)]
+    if not kept:
+        raise ConfigError(f"data: {source!r} is empty (0 bytes in {len(found)} files); give a file or folder with text")
+    return kept
+
+
+def hub_splits(source: str) -> tuple[list[Document], list[Document]]:
+    """Train and validation documents of a dataset such as ``Salesforce/wikitext:wikitext-2-raw-v1`` (extra ``data``)."""
+    name, _, config = source.partition(":")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(f"data.source: hub dataset {name!r} needs the extra 'data': pip install 'resnet-bk[data]'") from error
+    splits = []
+    for split in ("train", "validation"):
+        try:
+            rows = datasets.load_dataset(name, config or None, split=split)
+        except Exception as error:  # whatever hub, network, cache and parsers raise
+            reason = str(error).splitlines()[0] if str(error) else ""
+            raise ConfigError(
+                f"data.source: cannot load split {split!r} of {source!r} ({type(error).__name__}: {reason}); "
+                "without a network, save its text to a file and give that path"
+            ) from error
+        if "text" not in rows.column_names:
+            raise ConfigError(f"data.source: {source!r} has no column 'text', only {', '.join(rows.column_names)}")
+        splits.append([Document(f"{name}/{split}", text="\n".join(rows["text"]).encode())])
+    return splits[0], splits[1]
+
+
+def is_hub_name(source: str) -> bool:
+    return not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) is not None
+
+
+def split(source: str, val_source: str | None, val_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Train and held-out documents.
+
+    With `val_source`, all of it is held out. Otherwise whole files are: every k-th in sorted order, first one included,
+    with k = 1 / val_fraction; of a single file, its last val_fraction, cut between two characters.
+    """
+    if is_hub_name(source) and val_source is None:
+        return hub_splits(source)
+    train = hub_splits(source)[0] if is_hub_name(source) else documents(source)
+    if val_source is not None:
+        return train, documents(val_source)
+    if len(train) == 1:
+        return _cut(train[0], val_fraction)
+    every = max(2, round(1 / val_fraction))
+    return [d for i, d in enumerate(train) if i % every], train[::every]
+
+
+def _cut(document: Document, val_fraction: float) -> tuple[list[Document], list[Document]]:
+    assert document.path is not None
+    cut = document.start + round(len(document) * (1 - val_fraction))
+    with document.path.open("rb") as file:
+        file.seek(cut)
+        ahead = file.read(4)
+    cut += next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)  # not inside a UTF-8 character
+    if not document.start < cut < document.stop:
+        raise ConfigError(f"data: {document.path} has {len(document)} bytes, too few to hold out {val_fraction:g} of them")
+    first = Document(f"{document.name}[:{cut}]", document.path, document.start, cut)
+    return [first], [Document(f"{document.name}[{cut}:]", document.path, cut, document.stop)]

@@ -1,0 +1,55 @@
+"""The model's configuration in transformers' form: the fields of ModelConfig beside the special token ids."""
+
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from resnet_bk.config import ModelConfig, unknown_field
+
+_MODEL_FIELDS = tuple(f.name for f in fields(ModelConfig))
+# What transformers itself writes into a config.json beside declared fields.
+_TRANSFORMERS_FIELDS = {"model_type", "transformers_version", "auto_map", "name_or_path", "dtype", "architectures"}
+
+
+@strict
+class ResNetBKConfig(PreTrainedConfig):
+    """``config.json`` of a ResNet-BK model. Fields and defaults: :class:`resnet_bk.config.ModelConfig`."""
+
+    model_type = "resnet_bk"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "heads"}
+
+    vocab_size: int = 259
+    d_model: int = 64
+    n_layers: int = 4
+    n_seq: int = 128
+    num_experts: int = 4
+    top_k: int = 1
+    readout: str = "propagator"
+    energy: str = "real"
+    n_heads: int | None = None
+    conv_width: int = 4
+    d_ff: int | None = None
+    tie_word_embeddings: bool = True
+    causal: bool = True
+    balance_weight: float = 0.01
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = [*self.__dataclass_fields__, *_TRANSFORMERS_FIELDS, *self.attribute_map]
+        for name in kwargs:
+            if not name.startswith("_") and name not in known:
+                raise unknown_field(name, known, "config.json")
+        super().__post_init__(**kwargs)
+        self.model_config()  # raises on values that no model can have
+
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(**{name: getattr(self, name) for name in _MODEL_FIELDS})
+
+    @property
+    def heads(self) -> int:
+        return self.model_config().heads

@@ -1,0 +1,158 @@
+"""``AutoModelForCausalLM``, ``generate()`` and ``Trainer`` for :class:`resnet_bk.model.LanguageModel`.
+
+Dimensions: B batch, N positions, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal, verify
+from resnet_bk.hf.configuration import ResNetBKConfig
+from resnet_bk.layers.mixer import MixerState
+from resnet_bk.model import LanguageModel
+
+
+class RecurrentCache:
+    """What decoding carries from token to token: one MixerState a layer, of constant size. Cannot be cropped."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, state: list[MixerState], seen: int):
+        self.state, self.seen = state, seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions consumed so far, padding included."""
+        return self.seen
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1  # transformers' word for "no limit"
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues as what row ``beam_idx[i]`` was, for beam search."""
+        self.state = pytree.tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.state)
+
+
+@dataclass
+class CausalLMOutput(ModelOutput):
+    """loss: weighted sum, see ModelOutput; logits: (B, N or logits_to_keep, V); aux_loss: the weighted part of it that
+    is not cross-entropy."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: RecurrentCache | None = None
+    aux_loss: Tensor | None = None
+
+
+class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
+    """A :class:`LanguageModel` under transformers' conventions; the model itself is the attribute ``model``."""
+
+    config: ResNetBKConfig
+    config_class = ResNetBKConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["Block"]
+    _is_stateful = True
+    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}
+
+    def __init__(self, config: ResNetBKConfig):
+        super().__init__(config)
+        if not config.causal:
+            raise ValueError("model.causal: got False; a bidirectional model has no next token, use LanguageModel itself")
+        self.model = LanguageModel.from_config(config.model_config())
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: every module has initialised itself."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but damaged files, and weights that do not fit the model, are an error before anything runs."""
+        if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
+            verify(Path(path))
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(problem):
+                names = ", ".join(sorted(map(str, info[problem]))[:3])
+                raise CheckpointError(f"{path}: {problem.replace('_', ' ')} in the weights: {names}; not this model's file")
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers' (safetensors), then a manifest of sizes and hashes over the folder."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            seal(Path(save_directory))
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.model.embed
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.model.head
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes the cache
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput | tuple:
+        """Next-token logits and loss.
+
+        Args:
+            input_ids: (B, N).
+            attention_mask: (B, at least N), 0 for padding, on any side.
+            labels: (B, N), the same tokens as input_ids (shifted here); -100 is not counted.
+            shift_labels: (B, N), the token that follows each position (not shifted); instead of labels.
+            num_items_in_batch: tokens in the whole accumulated batch; the loss is then a share of their mean.
+            logits_to_keep: compute logits for that many last positions only; 0 for all.
+
+        A recurrent state cannot forget: the cache cannot be cropped, so no assisted decoding.
+        """
+        length = input_ids.shape[1]
+        mask = None
+        if attention_mask is not None and not (past_key_values is not None and length == 1):
+            mask = attention_mask[:, -length:].bool()
+        if labels is not None and shift_labels is None:
+            shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if shift_labels is not None:
+            self.model._check(input_ids, shift_labels, mask)
+        else:
+            self.model._check(input_ids, None, mask)
+        state = None if past_key_values is None else past_key_values.state
+        x, state, losses = self.model.features(input_ids, mask, state)
+        output = CausalLMOutput()
+        if shift_labels is not None:
+            loss = self.model._cross_entropy(x, shift_labels)
+            if num_items_in_batch is not None:
+                loss = loss * ((shift_labels != -100).sum() / num_items_in_batch)
+            output.loss = loss
+            if "balance" in losses:
+                # Trainer does not divide by its accumulation steps; the share of this batch does it.
+                share = 1.0 if num_items_in_batch is None else (shift_labels != -100).sum() / num_items_in_batch
+                output.aux_loss = self.model.config.balance_weight * losses["balance"] * share
+                output.loss = loss + output.aux_loss
+        if shift_labels is None or not self.training:
+            output.logits = self.model.head(x[:, -logits_to_keep:] if logits_to_keep else x)
+        if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
+            seen = length if past_key_values is None else past_key_values.seen + length
+            output.past_key_values = RecurrentCache(state, seen)
+        wants_dict = return_dict if return_dict is not None else True
+        return output if wants_dict else output.to_tuple()

@@ -1,0 +1,1 @@
+"""Tables, plots, one-file HTML reports."""

@@ -1,0 +1,59 @@
+"""One self-contained HTML page a run: figures as inline SVG, no script, no network."""
+
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib.figure import Figure  # noqa: E402
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; }
+th { font-weight: 600; } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; white-space: pre-wrap; }
+svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; } footer { color: #666; margin-top: 2rem; font-size: .85rem; }
+@media print { body { margin: 0; } figure, table { break-inside: avoid; } }
+"""
+
+
+def figure_svg(figure: Figure) -> str:
+    """The figure as an <svg> element; closes it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def training_curves(metrics: Sequence[dict[str, Any]]) -> Figure:
+    """Bits per byte and learning rate over seconds of training."""
+    seconds = [line["seconds"] for line in metrics]
+    figure, (loss, rate) = plt.subplots(1, 2, figsize=(9, 3.2))
+    loss.plot(seconds, [line["bits_per_byte"] for line in metrics], color="#1f5fa8", linewidth=1.2)
+    loss.set(xlabel="seconds of training", ylabel="bits per byte", title="Training loss")
+    rate.plot(seconds, [line["bytes_per_second"] / 1000 for line in metrics], color="#b3541e", linewidth=1.2)
+    rate.set(xlabel="seconds of training", ylabel="kB per second", title="Training speed", ylim=(0, None))
+    for axes in (loss, rate):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def page(
+    title: str, rows: Sequence[tuple[str, str]], figures: Sequence[Figure], sample: str, footer: Sequence[str]
+) -> str:
+    """The whole page. rows: name and value of each line of the table; footer: versions, commands."""
+    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    plots = "".join(f"<figure>{figure_svg(figure)}</figure>" for figure in figures)
+    notes = "<br>".join(html.escape(line) for line in footer)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
+        f"<h1>{html.escape(title)}</h1><table>{table}</table><h2>Training</h2>{plots}"
+        f"<h2>Sample</h2><pre>{html.escape(sample)}</pre><footer>{notes}</footer></body></html>\n"
+    )

@@ -1,0 +1,1 @@
+"""Training, evaluation and generation on transformers' engine."""

@@ -1,0 +1,76 @@
+"""What a model costs: parameters, FLOPs per byte, bytes per second of prefill and of decoding.
+
+Dimensions: B sequences, N tokens.
+"""
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_bk.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Costs:
+    """flops_per_byte: of a forward pass; a multiply-add counts two. Rates: median of `repeats` runs, bytes per second."""
+
+    parameters: int
+    flops_per_byte: float
+    prefill: float
+    prefill_setting: str
+    decode: float
+    decode_setting: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure(
+    model: LanguageModel, bytes_per_token: float, batch: int = 8, length: int = 2048, new: int = 256, repeats: int = 5
+) -> Costs:
+    """Prefill of `batch` x `length` tokens; greedy decoding of `new` tokens, one sequence, after a prompt of 64."""
+    device = model.embed.weight.device
+    was_training = model.training
+    model.eval()
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    with FlopCounterMode(display=False) as counter:
+        model(ids[:1])
+    flops = counter.get_total_flops() / length
+    prefill = [_seconds(lambda: model(ids, logits=False), device) for _ in range(repeats + 1)][1:]
+    decode = [_seconds(lambda: greedy(model, ids[:1, :64], new), device) for _ in range(repeats + 1)][1:]
+    model.train(was_training)
+    return Costs(
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops_per_byte=flops / bytes_per_token,
+        prefill=batch * length * bytes_per_token / statistics.median(prefill),
+        prefill_setting=f"{batch} x {length} tokens",
+        decode=new * bytes_per_token / statistics.median(decode),
+        decode_setting=f"1 sequence, {new} tokens",
+    )
+
+
+@torch.no_grad()
+def greedy(model: LanguageModel, ids: torch.Tensor, new: int) -> torch.Tensor:
+    """Continue ids (B, N) by the likeliest token, `new` times; (B, new). Constant time and memory a token."""
+    output = model(ids)
+    tokens = []
+    for _ in range(new):
+        assert output.logits is not None
+        tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+        output = model(tokens[-1], state=output.state)
+    return torch.cat(tokens, dim=1)
+
+
+def _seconds(run: Any, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

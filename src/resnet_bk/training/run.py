@@ -1,0 +1,325 @@
+"""A run from configuration to report: where it lives, what it trains on, what is measured at the end."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from resnet_bk import __version__
+from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, verify
+from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig
+from resnet_bk.data import corpus, tokens
+from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer, load_tokenizer
+from resnet_bk.training.evaluate import Scores, check_vocabulary, evaluate
+from resnet_bk.training.measure import Costs, measure
+from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Windows, quiet_transformers
+
+CONFIG, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "results.json",
+    "report.html",
+    "model",
+    "checkpoints",
+)
+
+
+class Stopped(RuntimeError):
+    """The run was interrupted by a signal after a checkpoint was saved."""
+
+    def __init__(self, number: int, folder: Path):
+        super().__init__(f"stopped by signal {number}; saved. Go on with: resnet-bk train --config {folder / CONFIG} --resume true")
+        self.exit_code = 128 + number
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def run_folder(config: TrainConfig, console: Console) -> Path:
+    """The folder this run lives in: new or unfinished; see TrainConfig.resume."""
+    folder, number = Path(config.output_dir), 1
+    while (folder / CONFIG).exists():
+        if not config.resume:
+            raise ConfigError(f"train.output_dir: {folder} holds a run already; pass --resume true to continue it, or choose another")
+        if not (folder / MODEL / MANIFEST).exists():
+            console.print(f"continuing the unfinished run in {folder}")
+            return folder
+        number += 1
+        console.print(f"{folder} is finished; starting anew in {config.output_dir}-{number}")
+        folder = Path(f"{config.output_dir}-{number}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"train.output_dir: {folder} exists and is no run of this program; choose another")
+    return folder
+
+
+def model_folder(path: str) -> Path:
+    """The model in a run's folder, or the folder itself; its files verified."""
+    folder = Path(path)
+    if (folder / CONFIG).exists() and not (folder / MODEL).exists():
+        newest = newest_valid(folder / CHECKPOINTS, lambda message: None)
+        if newest is None:
+            raise CheckpointError(f"{folder}: the run has neither a finished model nor an intact checkpoint")
+        return newest
+    folder = folder / MODEL if (folder / MODEL).exists() else folder
+    verify(folder)
+    return folder
+
+
+def load(path: str) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerBase]:
+    folder = model_folder(path)
+    try:
+        model = ResNetBKForCausalLM.from_pretrained(folder)
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # transformers and safetensors raise whatever they find
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder}: cannot be loaded as a ResNet-BK model ({reason})") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), load_tokenizer(str(folder))
+
+
+def token_cache(data: DataConfig) -> Path:
+    if data.cache is not None:
+        return Path(data.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-bk"
+
+
+def _is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.get_vocab() == byte_tokenizer().get_vocab()
+
+
+def token_file(
+    documents: list[corpus.Document], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tokens.TokenFile, str]:
+    """The documents as tokens, from the cache or made now, and the fingerprint of text and tokenizer."""
+    name = "byte" if _is_bytes(tokenizer) else tokens.digest(tokenizer.get_vocab())
+    return tokens.cached(documents, token_cache(data), name, None if name == "byte" else tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- train
+
+
+def train(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Train, evaluate, measure, report. Returns what results.json holds."""
+    quiet_transformers()
+    folder = run_folder(config, console)
+    config = dataclasses.replace(config, output_dir=str(folder))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = _with_vocabulary(config, len(tokenizer))
+    train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
+    train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
+    windows = Windows(train_tokens, config.model.n_seq)
+    if len(windows) < config.batch_size:
+        raise ConfigError(
+            f"data.source: {len(train_tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
+            f"fewer than one batch of {config.batch_size}; give more text, or lower model.n_seq or batch_size"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    set_seed(config.seed)
+    model = ResNetBKForCausalLM(_hub_config(config, tokenizer))
+    bytes_per_token = train_tokens.bytes / len(train_tokens.ids)
+    console.print(
+        f"{len(train_tokens.names)} documents, {train_tokens.bytes / 1e6:.1f} MB to train on; "
+        f"{len(held_out)} documents held out; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+        f"{torch.get_num_threads()} threads"
+    )
+    _warm_up(model, config)
+    trainer = BKTrainer(model, config, windows, bytes_per_token)
+    trainer.add_callback(Budget(trainer))
+    trainer.add_callback(Recorder(trainer, folder / METRICS, console))
+    checkpoint = newest_valid(folder / CHECKPOINTS, console.print)
+    (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    trainer.run_training(checkpoint)
+    if trainer.stopped_by is not None:
+        raise Stopped(trainer.stopped_by, folder)
+    with replacing(folder / MODEL) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    return _conclude(config, console, folder, trainer, model, tokenizer, held_out, train_hash)
+
+
+def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
+    """The tokenizer's vocabulary size, unless a larger one was set."""
+    asked = config.model.vocab_size
+    if asked != tokens.BYTE_VOCABULARY and asked < size:
+        raise ConfigError(f"model.vocab_size: got {asked}, the tokenizer {config.data.tokenizer!r} has {size} ids; leave it out or raise it")
+    vocab_size = size if asked == tokens.BYTE_VOCABULARY else asked
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def _hub_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> ResNetBKConfig:
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return ResNetBKConfig(**config.model.to_dict(), **ids)
+
+
+def _warm_up(model: ResNetBKForCausalLM, config: TrainConfig) -> None:
+    """Compile the kernels before the clock starts. Leaves no trace: no random numbers, no gradients."""
+    ids = torch.ones(1, 2, dtype=torch.long)
+    output = model(ids, shift_labels=ids)
+    output.loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _conclude(
+    config: TrainConfig,
+    console: Console,
+    folder: Path,
+    trainer: BKTrainer,
+    model: ResNetBKForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: list[corpus.Document],
+    train_hash: str,
+) -> dict[str, Any]:
+    model.eval()
+    console.print("scoring held-out text ...")
+    val_tokens, val_hash = token_file(held_out, config.data, tokenizer)
+    settings = EvalConfig(checkpoint=str(folder))
+    scores = evaluate(model.model, val_tokens, tokenizer.eos_token_id, settings, _words(held_out))
+    console.print("measuring speed ...")
+    costs = measure(model.model, trainer.bytes_per_token)
+    sample = generate_text(model, tokenizer, config.sample, GenerateConfig(str(folder), config.sample, 400, seed=config.seed))
+    metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    speed = float(np.median([line["bytes_per_second"] for line in metrics])) if metrics else math.nan
+    results = {
+        "held_out": scores.to_dict(),
+        "costs": costs.to_dict(),
+        "training": {
+            "steps": trainer.state.global_step,
+            "seconds": trainer.clock.seconds,
+            "bytes_per_second": speed,
+            "train_sha256": train_hash,
+            "held_out_sha256": val_hash,
+        },
+        "versions": versions(),
+        "sample": sample,
+    }
+    rows = table_rows(scores, costs, speed, trainer.state.global_step, trainer.clock.seconds)
+    print_table(console, f"Run {folder}", rows)
+    console.print("\n[bold]Sample[/bold]")
+    console.print(sample, markup=False, highlight=False)
+    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    from resnet_bk.report import html  # matplotlib takes a second to import
+
+    footer = [f"{name} {version}" for name, version in versions().items()]
+    footer.append(f"resnet-bk train --config {folder / CONFIG}")
+    figures = [html.training_curves(metrics)] if metrics else []
+    (folder / REPORT).write_text(html.page(f"ResNet-BK run {folder.name}", rows, figures, sample, footer))
+    console.print(f"\nwrote {folder}: {MODEL}/, {METRICS}, {RESULTS}, {REPORT}")
+    return results
+
+
+def _words(documents: list[corpus.Document]) -> int:
+    """Whitespace-separated words and line ends."""
+    count = 0
+    for document in documents:
+        held = b""
+        for piece in document.pieces():
+            count += piece.count(b"\n")
+            words = (held + piece).split()
+            held = words.pop() if words and not piece[-1:].isspace() else b""
+            count += len(words)
+        count += bool(held)
+    return count
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "resnet-bk": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+
+
+def table_rows(
+    scores: Scores, costs: Costs | None = None, speed: float | None = None, steps: int = 0, seconds: float = 0.0
+) -> list[tuple[str, str]]:
+    """Name and value of each line of the final table."""
+    values = scores.to_dict()
+    rows = [
+        ("held-out bits per byte", f"{scores.bits_per_byte:.4f}"),
+        ("held-out perplexity per byte", f"{values['perplexity_per_byte']:.4f}"),
+        ("perplexity per token", f"{values['perplexity_per_token']:.4g}"),
+        ("perplexity per word", f"{values['perplexity_per_word']:.4g}"),
+        ("held-out text", f"{scores.bytes:,} bytes in {scores.documents} documents"),
+        ("context", scores.context),
+    ]
+    if costs is not None:
+        rows += [
+            ("training", f"{steps:,} steps in {seconds:.0f} s, {speed or 0:,.0f} bytes/s"),
+            ("prefill", f"{costs.prefill:,.0f} bytes/s ({costs.prefill_setting})"),
+            ("decode", f"{costs.decode:,.0f} bytes/s ({costs.decode_setting})"),
+            ("parameters", f"{costs.parameters:,}"),
+            ("FLOPs per byte", f"{costs.flops_per_byte:,.0f} (forward)"),
+        ]
+    return rows
+
+
+def print_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+# ------------------------------------------------------------------------------------- eval and generate
+
+
+def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
+    """Score a checkpoint on held-out text; prints a table, returns its values."""
+    quiet_transformers()
+    model, tokenizer = load(config.checkpoint)
+    saved = Path(config.checkpoint) / CONFIG
+    data = DataConfig(**yaml.safe_load(saved.read_text())["data"]) if saved.exists() else DataConfig()
+    if config.source is not None:
+        is_hub = corpus.is_hub_name(config.source)
+        documents = corpus.hub_splits(config.source)[1] if is_hub else corpus.documents(config.source)
+    elif saved.exists():
+        documents = corpus.split(data.source, data.val_source, data.val_fraction)[1]
+    else:
+        raise ConfigError(f"eval.source: {config.checkpoint} is no run folder, so it has no held-out text; give --source")
+    check_vocabulary(model.model, len(tokenizer), config.checkpoint, tokens.digest(tokenizer.get_vocab()))
+    tokenised, _ = token_file(documents, data, tokenizer)
+    words = _words(documents) if config.max_bytes is None else 0
+    scores = evaluate(model.model, tokenised, tokenizer.eos_token_id, config, words)
+    print_table(console, f"{config.checkpoint} on {config.source or 'its held-out text'}", table_rows(scores))
+    return scores.to_dict()
+
+
+def generate_text(
+    model: ResNetBKForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerateConfig
+) -> str:
+    """Prompt and continuation."""
+    if not prompt:
+        raise ConfigError("generate.prompt: is empty; give at least one character")
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    set_seed(config.seed)
+    sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    output = model.generate(
+        **encoded, max_new_tokens=config.max_new_tokens, **(sampling if config.temperature else {"do_sample": False})
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def generate(config: GenerateConfig, console: Console) -> str:
+    """Continue a prompt; prints prompt and continuation."""
+    quiet_transformers()
+    model, tokenizer = load(config.checkpoint)
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    text = generate_text(model, tokenizer, prompt, config)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return text

@@ -1,0 +1,242 @@
+"""transformers' Trainer with what a byte-level run on any machine needs: a time budget, sealed checkpoints, honest logs.
+
+Dimensions: B sequences a step, N tokens each.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from resnet_bk.checkpoint import seal
+from resnet_bk.config import TrainConfig
+from resnet_bk.data.tokens import TokenFile
+from resnet_bk.hf.modeling import ResNetBKForCausalLM
+
+NO_STEP_LIMIT = 10**9
+_ELAPSED = "elapsed.json"
+
+
+class NonFiniteError(RuntimeError):
+    """Training produced NaN or infinity; the update was not made."""
+
+
+class Windows(Dataset):
+    """Non-overlapping windows of a token file, end to end; the Trainer shuffles them by seed."""
+
+    def __init__(self, tokens: TokenFile, length: int):
+        self.ids, self.length = tokens.ids, length
+
+    def __len__(self) -> int:
+        return (len(self.ids) - 1) // self.length
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        window = self.ids[i * self.length : (i + 1) * self.length + 1].astype(np.int64)
+        return {"input_ids": window[:-1], "shift_labels": window[1:]}
+
+
+def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
+    """Linear rise, then a cosine down to `final`. progress: 0 at the start of the run, 1 at its end."""
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    along = min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * along))
+
+
+class Clock:
+    """Seconds spent training, over all sessions of a run."""
+
+    def __init__(self) -> None:
+        self.before, self.started = 0.0, time.perf_counter()
+
+    def restart(self, before: float) -> None:
+        self.before, self.started = before, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+
+class BKTrainer(Trainer):
+    """Trainer whose schedule follows steps or the clock, whose loss log is cross-entropy alone, whose checkpoints are
+    sealed by a manifest, and which stops at the first NaN or infinity before it reaches a weight."""
+
+    def __init__(self, model: ResNetBKForCausalLM, config: TrainConfig, windows: Windows, bytes_per_token: float):
+        self.run, self.clock, self.bytes_per_token = config, Clock(), bytes_per_token
+        self.tokens_per_step = config.batch_size * config.accumulate * windows.length
+        self.cross_entropy: list[Tensor] = []
+        self.stopped_by: int | None = None
+        on_gpu = torch.cuda.is_available()
+        arguments = TrainingArguments(
+            output_dir=str(Path(config.output_dir) / "checkpoints"),
+            max_steps=config.max_steps or NO_STEP_LIMIT,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulate,
+            learning_rate=config.learning_rate,
+            max_grad_norm=config.max_grad_norm,
+            bf16=config.dtype == "bfloat16",
+            logging_steps=config.log_every,
+            logging_nan_inf_filter=False,
+            save_steps=config.save_every,
+            save_total_limit=2,
+            seed=config.seed,
+            report_to=[] if config.report_to == "none" else config.report_to.split(","),
+            disable_tqdm=True,
+            use_cpu=not on_gpu,
+            dataloader_drop_last=True,
+            dataloader_pin_memory=on_gpu,
+            remove_unused_columns=False,
+        )
+        super().__init__(model, arguments, data_collator=collate, train_dataset=windows)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1: of its steps or of its seconds, whichever is further."""
+        steps = self.state.global_step / (self.run.max_steps or NO_STEP_LIMIT)
+        seconds = 0.0 if self.run.max_seconds is None else self.clock.seconds / self.run.max_seconds
+        return min(1.0, max(steps, seconds))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
+        matrices = [p for p in parameters if p.dim() >= 2]
+        others = [p for p in parameters if p.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.run.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        betas = (0.9, self.run.beta2)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.run.learning_rate, betas=betas, fused=True)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        def factor(step: int) -> float:
+            return learning_rate_factor(self.progress, self.run.warmup, self.run.final_learning_rate)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        output = model(**inputs)
+        extra = 0.0 if output.aux_loss is None else output.aux_loss.detach()
+        self.cross_entropy.append(output.loss.detach() - extra)
+        if not torch.isfinite(output.loss):
+            raise NonFiniteError(f"step {self.state.global_step + 1}: the loss is {float(output.loss)}; no update was made")
+        return (output.loss, output) if kwargs.get("return_outputs") else output.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.cross_entropy:
+            logs["loss"] = torch.stack(self.cross_entropy).mean().item()
+            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
+            logs["seconds"] = self.clock.seconds
+            self.cross_entropy.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / _ELAPSED).write_text(json.dumps({"seconds": self.clock.seconds}))
+            seal(folder)
+
+    def run_training(self, checkpoint: Path | None) -> None:
+        """Train to the end of the budget, from the start or from a verified checkpoint."""
+        elapsed = json.loads((checkpoint / _ELAPSED).read_text())["seconds"] if checkpoint else 0.0
+        self.clock.restart(elapsed)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+class Budget(TrainerCallback):
+    """Ends the run when its time is up, refuses gradients that are not finite, and turns SIGTERM and Ctrl-C into: finish
+    the step, save, stop."""
+
+    def __init__(self, trainer: BKTrainer):
+        self.trainer = trainer
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._stop)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.trainer.stopped_by = number
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise NonFiniteError(f"step {state.global_step + 1}: a gradient is not finite; no update was made")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopped_by is not None:
+            control.should_save = control.should_training_stop = True
+        elif self.trainer.progress >= 1:
+            control.should_training_stop = True
+
+
+class Recorder(TrainerCallback):
+    """metrics.jsonl, one line a log, and the progress bar: bits per byte, bytes per second, time left."""
+
+    def __init__(self, trainer: BKTrainer, path: Path, console: Console):
+        self.trainer, self.path = trainer, path
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(*columns, *times, console=console)
+        self.task: TaskID | None = None
+        self.marks: list[tuple[float, int]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.marks = [(self.trainer.clock.seconds, state.global_step)]
+        if self.path.exists():  # a resumed run: lines after its checkpoint will be written again
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        self.task = self.bar.add_task("training", total=1.0, completed=self.trainer.progress)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.task is not None:
+            self.bar.update(self.task, completed=self.trainer.progress)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "bits_per_byte" not in logs:
+            return
+        self.marks = [*self.marks[-10:], (logs["seconds"], state.global_step)]
+        (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
+        rate = (s1 - s0) * self.trainer.tokens_per_step * self.trainer.bytes_per_token / max(1e-9, t1 - t0)
+        line = {"step": state.global_step, "bytes_per_second": round(rate, 1)}
+        line |= {name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm") if name in logs}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.task is not None:
+            text = f"step {state.global_step}  {logs['bits_per_byte']:.3f} bits/byte  {rate / 1000:.1f} kB/s"
+            self.bar.update(self.task, description=text)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
+def quiet_transformers() -> None:
+    """Our own console says what happens; the engine's notices stay off it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
