@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SCAN_CHUNK = 64
+SCAN_CHUNK = 32
 TINY_DECAY = 1e-30  # a link weaker than this counts as this strong, so that its logarithm exists
 
 

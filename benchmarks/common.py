@@ -1,0 +1,167 @@
+"""What the benchmarks share: corpora as id arrays, one plain training loop, scoring, tables with their conditions.
+
+Dimensions: B sequences a step, N tokens.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from resnet_bk.data import corpus, tokens
+from resnet_bk.training.trainer import learning_rate_factor
+
+SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def stdlib_ids() -> tuple[np.ndarray, np.ndarray]:
+    """Train and held-out byte ids of the default corpus."""
+    parts = []
+    for documents in corpus.split("stdlib", None, 0.05):
+        ids = [np.append(tokens.byte_ids(b"".join(d.pieces())), np.uint16(tokens.END_OF_DOCUMENT)) for d in documents]
+        parts.append(np.concatenate(ids))
+    return parts[0], parts[1]
+
+
+def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Random windows, (B, N) inputs and the tokens that follow; the same ones for the same seed."""
+    rng = np.random.default_rng(seed)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        starts = rng.integers(0, len(ids) - length - 1, batch)
+        rows = torch.from_numpy(np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+    return draw
+
+
+def train(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    model: nn.Module,
+    draw: Callable[[], tuple[Tensor, Tensor]],
+    steps: int | None = None,
+    seconds: float | None = None,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.99),
+    warmup: float = 0.05,
+    final: float = 0.05,
+) -> dict[str, float]:
+    """AdamW, cosine, clipping at 1, for a number of steps or of seconds; steps, seconds and the first gradient norm."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    x, y = draw()
+    loss_of(x[:1, :8], y[:1, :8]).backward()  # compiles kernels outside the clock
+    optimizer.zero_grad()
+    done, started, first_norm = 0, time.perf_counter(), math.nan
+    while True:
+        elapsed = time.perf_counter() - started
+        progress = max(done / steps if steps else 0.0, elapsed / seconds if seconds else 0.0)
+        if progress >= 1:
+            return {"steps": done, "seconds": elapsed, "first_gradient_norm": first_norm}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * learning_rate_factor(progress, warmup, final)
+        x, y = draw()
+        loss_of(x, y).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        first_norm = norm if done == 0 else first_norm
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+
+
+@torch.no_grad()
+def mean_nats(
+    loss_of: Callable[[Tensor, Tensor], Tensor], ids: np.ndarray, length: int, limit: int = 2**62, batch: int = 16
+) -> float:
+    """Mean cross-entropy in nats over non-overlapping windows of `length` tokens, the first `limit` tokens at most."""
+    windows = min(len(ids) - 1, limit) // length
+    total = 0.0
+    for first in range(0, windows, batch):
+        starts = range(first, min(windows, first + batch))
+        rows = torch.from_numpy(np.stack([ids[i * length : i * length + length + 1] for i in starts]).astype(np.int64))
+        total += loss_of(rows[:, :-1], rows[:, 1:]).item() * len(rows)
+    return total / windows
+
+
+def seconds_of(run: Callable[[], Any], repeats: int = 7, warmup: int = 2) -> list[float]:
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median, with the least and the greatest."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: Path) -> list[dict[str, Any]]:
+    """Each cell in a process of its own (``script --cell JSON``), `workers` at a time; finished ones are in `log` and not
+    run again."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def run(cell: dict[str, Any]) -> dict[str, Any]:
+        for result in done:
+            if result["cell"] == cell:
+                return result
+        command = [sys.executable, script, "--cell", json.dumps(cell)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        result = {"cell": cell, **json.loads(output.splitlines()[-1])}
+        with log.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(json.dumps(result), flush=True)
+        return result
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(run, cells))
+
+
+def conditions(command: str) -> str:
+    """Date, hardware, versions and command, as every results page begins."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    date = datetime.date.today().isoformat()
+    return (
+        f"{date}. {cpu or platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads. "
+        f"Python {platform.python_version()}, torch {torch.__version__}. Command: `{command}`.\n"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, help="write the results page here as well as to the screen")
+    return parser
+
+
+def publish(text: str, out: Path | None) -> None:
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)

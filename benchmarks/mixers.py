@@ -1,0 +1,115 @@
+"""Token mixers at equal parameters on the default corpus: bits per byte at equal tokens and equal time, throughput.
+
+``python benchmarks/mixers.py --out benchmarks/results/...`` runs every cell that is not in the log yet (two
+single-thread processes at a time), then the throughput sweep on the then quiet machine.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import arguments, batches, conditions, mean_nats, publish, run_cells, seconds_of, spread, stdlib_ids, table, train
+from peers import SigmoidGatedAttention, SoftmaxAttention
+
+from resnet_bk.config import ModelConfig
+from resnet_bk.model import LanguageModel
+
+OURS = {
+    "propagator, real": {"readout": "propagator", "energy": "real"},
+    "propagator, complex": {"readout": "propagator", "energy": "complex"},
+    "diagonal, real": {"readout": "diagonal", "energy": "real"},
+    "diagonal, complex": {"readout": "diagonal", "energy": "complex"},
+}
+PEERS = {"softmax attention": SoftmaxAttention, "sigmoid-gated linear": SigmoidGatedAttention}
+SHAPE = {"d_model": 128, "n_layers": 4, "n_seq": 256, "num_experts": 1}
+BATCH, STEPS, SECONDS, SEEDS = 12, 300, 90, (0, 1, 2)
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+TOKENS_A_STEP = 16384
+
+
+def build(name: str, d_ff: int | None = None) -> LanguageModel:
+    config = ModelConfig(**SHAPE, d_ff=d_ff, **OURS.get(name, {}))  # type: ignore[arg-type]
+    model = LanguageModel.from_config(config)
+    if name in PEERS:
+        for block in model.blocks:
+            block.mixer = PEERS[name](config)
+    return model
+
+
+def parameters(model: LanguageModel) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def equal(name: str) -> LanguageModel:
+    """The mixer in a model whose feed-forward width makes up for its parameters."""
+    target, plain = parameters(build("propagator, real")), parameters(build(name))
+    width = ModelConfig(**SHAPE).d_hidden + round((target - plain) / (3 * SHAPE["d_model"] * SHAPE["n_layers"]))
+    return build(name, d_ff=width)
+
+
+def cell(spec: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    torch.manual_seed(spec["seed"])
+    train_ids, val_ids = stdlib_ids()
+    model = equal(spec["mixer"])
+
+    def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model(x, targets=y, logits=False).loss
+
+    budget = {"steps": STEPS} if spec["budget"] == "tokens" else {"seconds": SECONDS}
+    record = train(loss_of, model, batches(train_ids, BATCH, SHAPE["n_seq"], spec["seed"]), **budget)  # type: ignore[arg-type]
+    nats = mean_nats(loss_of, val_ids, 1024, limit=2**18)
+    return {"bits_per_byte": nats / math.log(2), "parameters": parameters(model), **record}
+
+
+def throughput(name: str, length: int) -> list[float]:
+    model = equal(name)
+    ids = torch.randint(SHAPE["d_model"], (TOKENS_A_STEP // length, length + 1))
+
+    def step() -> None:
+        model(ids[:, :-1], targets=ids[:, 1:], logits=False).loss.backward()
+        model.zero_grad()
+
+    return [TOKENS_A_STEP / s / 1000 for s in seconds_of(step, repeats=5, warmup=1)]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
+    parser.add_argument("--log", type=Path, default=Path("runs/benchmarks/mixers.jsonl"))
+    options = parser.parse_args()
+    if options.cell is not None:
+        print(json.dumps(cell(options.cell)))
+        return
+    names = [*OURS, *PEERS]
+    cells = [{"mixer": name, "budget": "tokens", "seed": seed} for seed in SEEDS for name in names]
+    cells += [{"mixer": name, "budget": "time", "seed": seed} for seed in SEEDS for name in OURS]
+    results = run_cells(__file__, cells, workers=2, log=options.log)
+    text = "# Token mixers\n\n" + conditions("python benchmarks/mixers.py")
+    text += (
+        f"\nDefault corpus, bytes. {SHAPE['n_layers']} blocks, D = {SHAPE['d_model']}, "
+        f"batches of {BATCH} x {SHAPE['n_seq']}, AdamW 3e-3 cosine, one thread a run, two runs at a time. Feed-forward widths "
+        f"make parameters equal. Held-out bits per byte on 256 KiB in windows of 1,024: median (least to greatest) of "
+        f"{len(SEEDS)} seeds.\n"
+    )
+    for budget, title in (("tokens", f"Equal tokens: {STEPS} steps"), ("time", f"Equal time: {SECONDS} s")):
+        rows = []
+        for name in names:
+            chosen = [r for r in results if r["cell"]["mixer"] == name and r["cell"]["budget"] == budget]
+            if chosen:
+                bpb = spread([r["bits_per_byte"] for r in chosen], 4)
+                row = [name, f"{chosen[0]['parameters']:,}", bpb, spread([r["steps"] for r in chosen], 0)]
+                rows.append([*row, spread([r["seconds"] for r in chosen], 0), spread([r["first_gradient_norm"] for r in chosen], 1)])
+        header = ["mixer", "parameters", "held-out bits per byte", "steps", "seconds", "first gradient norm"]
+        text += f"\n## {title}\n\n" + table(header, rows)
+    torch.manual_seed(0)
+    rows = [[name, *(spread(throughput(name, n), 1) for n in LENGTHS)] for name in ("propagator, real", *PEERS)]
+    text += f"\n## Throughput, forward + backward, {TOKENS_A_STEP:,} tokens a step: thousand tokens per second\n\n"
+    text += table(["mixer", *(f"N = {n:,}" for n in LENGTHS)], rows)
+    publish(text, options.out)
+
+
+if __name__ == "__main__":
+    main()
