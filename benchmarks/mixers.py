@@ -24,7 +24,7 @@ OURS = {
 }
 PEERS = {"softmax attention": SoftmaxAttention, "sigmoid-gated linear": SigmoidGatedAttention}
 SHAPE = {"d_model": 128, "n_layers": 4, "n_seq": 256, "num_experts": 1}
-BATCH, STEPS, SECONDS, SEEDS = 12, 300, 90, (0, 1, 2)
+BATCH, STEPS, SECONDS, SEEDS = 12, 150, 60, (0, 1, 2)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 TOKENS_A_STEP = 16384
 

@@ -62,5 +62,5 @@ class SigmoidGatedAttention(nn.Module):
         qkv, _ = self.conv(qkv, None, mask)
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.width)).unbind(2)
         start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
-        y, _, _ = scan(q / math.sqrt(self.width), k, v, alpha, torch.ones_like(alpha), start)
+        y, _ = scan(q / math.sqrt(self.width), k, v, alpha, torch.ones_like(alpha), start)
         return self.out_proj(self.norm(y).flatten(-2) * F.silu(gate)), None

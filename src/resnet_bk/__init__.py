@@ -29,13 +29,19 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
-def _register_with_transformers(_module: Any) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _register_config(auto: Any) -> None:
+    from resnet_bk.hf.configuration import ResNetBKConfig
 
-    from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
-
-    AutoConfig.register(ResNetBKConfig.model_type, ResNetBKConfig, exist_ok=True)
-    AutoModelForCausalLM.register(ResNetBKConfig, ResNetBKForCausalLM, exist_ok=True)
+    auto.AutoConfig.register(ResNetBKConfig.model_type, ResNetBKConfig, exist_ok=True)
 
 
-register_post_import_hook(_register_with_transformers, "transformers.models.auto.modeling_auto")
+def _register_model(auto: Any) -> None:
+    from resnet_bk.hf.configuration import ResNetBKConfig
+    from resnet_bk.hf.modeling import ResNetBKForCausalLM
+
+    auto.AutoModelForCausalLM.register(ResNetBKConfig, ResNetBKForCausalLM, exist_ok=True)
+
+
+# Two hooks, because AutoConfig can be imported without the model classes, and while they are only half imported.
+register_post_import_hook(_register_config, "transformers.models.auto.configuration_auto")
+register_post_import_hook(_register_model, "transformers.models.auto.modeling_auto")

@@ -9,9 +9,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 MANIFEST = "manifest.json"
+_LARGEST_MANIFEST = 1 << 24  # bytes
+_NOT_SEALED = {MANIFEST, f"{MANIFEST}.partial", "README.md"}  # a model card is prose, nothing is loaded from it
 
 
 class CheckpointError(ValueError):
@@ -31,48 +34,103 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """What a manifest covers: all files but itself, a model card and hidden ones. Links and devices are refused."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path}: expected a plain file, got a link or device; refused")
+        if path.is_file() and name.as_posix() not in _NOT_SEALED:
+            found[name.as_posix()] = path
+    return found
+
+
+def _manifest_text(entries: dict[str, Any]) -> bytes:
+    return (json.dumps(entries, indent=1) + "\n").encode()
+
+
 def seal(folder: Path) -> None:
     """Flush every file of `folder` to the disk, then write the manifest of their sizes and hashes, then flush that."""
     entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for name, path in _files(folder).items():
         _fsync(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    partial = folder / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(entries, indent=1) + "\n")
+        entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _fsync(path)
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_bytes(_manifest_text(entries))
     _fsync(partial)
     partial.rename(folder / MANIFEST)
     _fsync(folder)
 
 
 def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file of `folder` is the one its manifest names."""
+    """Raise CheckpointError unless every file that the manifest of `folder` names is there, unchanged.
+
+    Files added later, such as a tokenizer saved beside a model, are not covered; links are refused wherever they are.
+    """
+    try:
+        _verify(folder)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
+
+
+def _verify(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{manifest}: missing; the folder is no finished checkpoint of this program")
-    try:
-        entries = json.loads(manifest.read_bytes())
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{manifest}: not a manifest ({type(error).__name__}); the file is damaged") from error
+    files = _files(folder)
+    expected = _read_manifest(manifest)
     for name, (size, digest) in expected.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(f"{manifest}: {name!r} points outside the checkpoint; refused")
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; expected {size} bytes")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path}: expected {size} bytes, got {path.stat().st_size}; the file is truncated or damaged")
-        if (actual := _sha256(path)) != digest:
-            raise CheckpointError(f"{path}: expected SHA-256 {digest}, got {actual}; the file is damaged")
+        if name not in files:
+            raise CheckpointError(f"{manifest}: {name!r} missing; expected {size} bytes, got no such file")
+        path = files[name]
+        if (actual := path.stat().st_size) != size:
+            raise CheckpointError(f"{path}: expected {size} bytes, got {actual}; the file is truncated or damaged")
+        if (found := _sha256(path)) != digest:
+            raise CheckpointError(f"{path}: expected SHA-256 {digest}, got {found}; the file is damaged")
+
+
+def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
+    """Name -> (bytes, SHA-256). Read only in the very form `seal` writes, so that no flipped or missing bit passes."""
+    size = manifest.stat().st_size
+    if size > _LARGEST_MANIFEST:
+        raise CheckpointError(f"{manifest}: expected at most {_LARGEST_MANIFEST} bytes, got {size}; refused")
+    text = manifest.read_bytes()
+    try:
+        entries = json.loads(text)
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        written = _manifest_text({name: {"bytes": int(b), "sha256": str(s)} for name, (b, s) in expected.items()})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{manifest}: expected sizes and SHA-256 of files, got {size} bytes that are not such JSON "
+            f"({type(error).__name__}); the file is truncated or damaged"
+        ) from error
+    if text != written:
+        raise CheckpointError(
+            f"{manifest}: expected {len(written)} bytes with SHA-256 {hashlib.sha256(written).hexdigest()}, "
+            f"got {size} with {hashlib.sha256(text).hexdigest()}; the file is truncated or damaged"
+        )
+    if not expected:
+        raise CheckpointError(f"{manifest}: expected at least 1 file, got 0; the checkpoint is empty")
+    return expected
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder`, sealed and in one rename, when the block ends well; else it is removed."""
+    """A scratch folder that becomes `folder`, sealed, in one rename, when the block ends well; else it is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.partial")
+    scratch, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    if old.exists() and not folder.exists():  # a kill came between the two renames below
+        old.rename(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
@@ -80,22 +138,22 @@ def replacing(folder: Path) -> Iterator[Path]:
         seal(scratch)
         verify(scratch)
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
-            scratch.rename(folder)
-            shutil.rmtree(old)
-        else:
-            scratch.rename(folder)
+        scratch.rename(folder)
         _fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def newest_valid(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest ``checkpoint-<step>`` in `folder` that verifies; each one that does not is reported and passed over."""
-    numbered = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(numbered, key=lambda p: -int(p.name.removeprefix("checkpoint-"))):
+    """The newest ``checkpoint-<step>`` in `folder` that verifies; one that does not is reported and passed over."""
+    steps = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")}
+    numbered = [p for p, step in steps.items() if step.isascii() and step.isdecimal()]
+    for path in sorted(numbered, key=lambda p: -int(steps[p])):
         try:
             verify(path)
             return path

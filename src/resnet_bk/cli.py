@@ -1,20 +1,27 @@
 """The command line: ``resnet-bk train | eval | generate``. Heavy imports wait until a command runs."""
 
+import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from resnet_bk import __version__
-from resnet_bk.config import ConfigError, EvalConfig, GenerateConfig, TrainConfig
+from resnet_bk.config import ConfigError, EvalConfig, GenerateConfig, TrainConfig, check_fields, shown
 
 _COMMANDS = {
     "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
     "eval": (EvalConfig, "Score a checkpoint: bits per byte and perplexities."),
     "generate": (GenerateConfig, "Continue a prompt."),
 }
+_LARGEST_CONFIG, _DEEPEST_CONFIG = 1 << 20, 10  # bytes, levels
 
 
 def _parser() -> ArgumentParser:
@@ -34,40 +41,154 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _one_line(error: Exception) -> str:
-    """An error as one line; an unknown setting with the nearest known one."""
-    text = " ".join(str(error).split())
-    unknown = re.search(r"(?:[Uu]nrecognized arguments: |[Kk]ey |Option )['\"]?(?:--)?([\w.]+)", text)
-    if unknown and ("nrecognized" in text or "not accepted" in text or "does not accept" in text or "xpected" in text):
-        near = difflib.get_close_matches(unknown[1], _known_settings(), n=1)
-        if near:
-            text += f"; did you mean {near[0]!r}?"
+# -------------------------------------------------------------------------------- configuration files
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[str]:
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if len(option) > 2 and "--config".startswith(option):
+            if equals:
+                yield value
+            elif i + 1 < len(arguments):
+                yield arguments[i + 1]
+
+
+def _check_config_file(name: str, kind: type) -> None:
+    """One clear line for whatever can be wrong with a configuration file as such; values are checked later."""
+    path = Path(name)
+    try:
+        if not path.is_file():
+            raise ConfigError(f"--config: {shown(name)} is no file; give a YAML file")
+        if (size := path.stat().st_size) > _LARGEST_CONFIG:
+            raise ConfigError(f"--config: {name} has {size} bytes, allowed at most {_LARGEST_CONFIG}")
+        text = path.read_bytes().decode()
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+                raise ConfigError(f"--config: {name} has a YAML alias (*name), not allowed; write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST_CONFIG:
+                raise ConfigError(f"--config: {name} nests deeper than the {_DEEPEST_CONFIG} levels allowed")
+        values = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config: {name} is not UTF-8 at byte {error.start}; give a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"--config: {name} is not plain YAML{at}: {problem}; correct it there") from error
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--config: {shown(name)} cannot be read as YAML ({error})") from error
+    if values is None:
+        raise ConfigError(f"--config: {name} is empty; write settings as 'name: value', or leave --config out")
+    check_fields(name, kind, values)
+
+
+# ------------------------------------------------------------------------------------------ messages
+
+
+def _settings(command: str | None) -> dict[str, str]:
+    """Dotted name of each setting of a command -> what it allows, in words."""
+
+    def words(kind: Any) -> str:
+        if get_origin(kind) is Literal:
+            return " or ".join(map(repr, get_args(kind)))
+        if isinstance(kind, types.UnionType):
+            return " or ".join(map(words, get_args(kind)))
+        named = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+        return named.get(kind, "a mapping of its fields")
+
+    found = {}
+    for f in fields(_COMMANDS[command][0]) if command else ():
+        found[f.name] = words(f.type)
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            found |= {f"{f.name}.{inner.name}": words(inner.type) for inner in fields(f.type)}
+    return found
+
+
+def _positional(command: str | None) -> list[str]:
+    """Settings without a default, as the usage line shows them."""
+    every = fields(_COMMANDS[command][0]) if command else ()
+    return [f.name.upper() for f in every if f.default is f.default_factory is dataclasses.MISSING]
+
+
+def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _explain(error: Exception, command: str | None) -> str:
+    """An error of the parser as one line: which setting, what it got, what is allowed."""
+    text, allowed = str(error), _settings(command)
+    where = f"{command}." if command else ""
+    if match := re.search(r"invalid choice: '(.*)' \(choose from", text, re.DOTALL):
+        near = _nearest(match[1], list(_COMMANDS))
+        return f"unknown command {shown(match[1])}; {near or 'commands: ' + ', '.join(_COMMANDS)}"
+    if 'expected "command"' in text:
+        return f"no command; commands: {', '.join(_COMMANDS)}"
+    if match := re.search(r"[Uu]nrecognized arguments: ([^\s=]*)", text):
+        name = match[1].lstrip("-")
+        if name in allowed:
+            return f"{command}: {name} is given without its name: resnet-bk {command} {' '.join(_positional(command))}"
+        if not match[1].startswith("-"):
+            got = f"{command or 'command line'}: unexpected argument {shown(match[1])}"
+            return f"{got}; settings are given as --name value"
+        near = _nearest(name, [*allowed, "config", "help"] if command else ["help", "version"], "--")
+        helped = f"see resnet-bk {command} --help" if command else "see resnet-bk --help"
+        return f"{command or 'command line'}: unknown option {shown(match[1])}; {near or helped}"
+    if match := re.search(r"does not accept option '([^']*)'", text):
+        near = _nearest(match[1], list(allowed))
+        return f"{command}: unknown setting {shown(match[1])}; {near or f'see resnet-bk {command} --help'}"
+    if match := re.search(r"arguments are required: ([\w.]+)", text):
+        return f"{match[1]}: missing; usage: resnet-bk {command} {' '.join(_positional(command))}"
+    if (match := re.search(r"argument --([\w.]+): expected one argument", text)) and match[1] in allowed:
+        name = match[1] if "." in match[1] else f"{where}{match[1]}"
+        return f"{name}: got nothing, allowed {allowed[match[1]]}"
+    if match := re.match(r'Parser key "([\w.]+)":\s*(.*)', text, re.DOTALL):
+        name = match[1] if "." in match[1] else f"{where}{match[1]}"
+        if match[1] not in allowed:
+            return f"{name}: {match[2]}"
+        for marker in ("Given value: ", "Got value: "):
+            if marker in match[2]:
+                return f"{name}: got {shown(match[2].split(marker)[-1])}, allowed {allowed[match[1]]}"
+        return f"{name}: {match[2]}; allowed {allowed[match[1]]}"
     return text
 
 
-def _known_settings() -> list[str]:
-    from dataclasses import fields, is_dataclass
+def _one_line(error: Exception | str) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 1000 else text[:997] + "..."
 
-    names = []
-    for config, _ in _COMMANDS.values():
-        for f in fields(config):
-            names.append(f.name)
-            if is_dataclass(f.type):
-                names += [f"{f.name}.{inner.name}" for inner in fields(f.type)]
-    return names
+
+def _fail(message: Exception | str, code: int) -> int:
+    print(f"resnet-bk: error: {_one_line(message)}", file=sys.stderr)
+    return code
+
+
+# ----------------------------------------------------------------------------------------- commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Bad input: one line on standard error, code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    command = command if command in _COMMANDS else None
     try:
+        if command:
+            for name in _config_files(arguments):
+                _check_config_file(name, _COMMANDS[command][0])
         parser = _parser()
-        parsed = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+        parsed = parser.parse_args(arguments)
         values = dict(vars(parser.instantiate_classes(parsed)[parsed.command]))
         values.pop("config", None)
         config = _COMMANDS[parsed.command][0](**values)
-    except (ArgumentError, ConfigError) as error:
-        print(f"resnet-bk: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+    except ConfigError as error:
+        return _fail(error, 2)
+    except Exception as error:  # the parser's own errors, and whatever its value parsers let through
+        return _fail(_explain(error, command), 2)
     return _run(parsed.command, config)
 
 
@@ -85,9 +206,18 @@ def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig) -> int
     except run.Stopped as stopped:
         print(f"resnet-bk: {stopped}", file=sys.stderr)
         return stopped.exit_code
-    except (ConfigError, CheckpointError, LeakError, NonFiniteError, OSError) as error:
-        print(f"resnet-bk: error: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | CheckpointError) else 1
+    except UnicodeDecodeError as error:
+        return _fail(f"{command}: the input is not UTF-8 at byte {error.start}", 2)
+    except (ConfigError, CheckpointError) as error:
+        return _fail(error, 2)
+    except (LeakError, NonFiniteError, OSError) as error:
+        return _fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        return _fail(
+            f"{command}: out of memory ({_one_line(error)}); lower batch_size, model.n_seq or model.d_model", 1
+        )
     return 0
 
 

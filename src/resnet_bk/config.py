@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Self
 
 
@@ -10,28 +10,67 @@ class ConfigError(ValueError):
     """A setting that cannot be used: says which, what it got, what is allowed."""
 
 
-def unknown_field(name: str, known: list[str], where: str) -> ConfigError:
-    near = difflib.get_close_matches(name, known, n=1)
+def shown(value: object) -> str:
+    """A value as an error message quotes it: on one line, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than some 4,300 digits
+        text = "an integer too long to print"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def unknown_field(name: object, known: list[str], where: str) -> ConfigError:
+    near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
-    return ConfigError(f"{where}: unknown field {name!r}; {hint}")
+    return ConfigError(f"{where}: unknown field {shown(name)}; {hint}")
 
 
 def check_range(where: str, low: float, high: float, **values: float) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ConfigError(f"{where}.{name}: got {value!r}, allowed {low} to {high}")
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed {low} to {high}")
 
 
 def check_integer(where: str, low: int, high: int, **values: int) -> None:
     for name, value in values.items():
         if type(value) is not int or not low <= value <= high:
-            raise ConfigError(f"{where}.{name}: got {value!r}, allowed an integer from {low} to {high}")
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed an integer from {low} to {high}")
 
 
 def check_choice(where: str, allowed: tuple[str, ...], **values: str) -> None:
     for name, value in values.items():
         if value not in allowed:
-            raise ConfigError(f"{where}.{name}: got {value!r}, allowed {', '.join(map(repr, allowed))}")
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed {', '.join(map(repr, allowed))}")
+
+
+def check_boolean(where: str, **values: bool) -> None:
+    for name, value in values.items():
+        if type(value) is not bool:
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed true or false")
+
+
+def check_text(where: str, **values: str) -> None:
+    """Text that can be a file's name or a prompt: not empty, no NUL, encodable."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed text")
+        if not value:
+            raise ConfigError(f"{where}.{name}: is empty; give at least one character")
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed UTF-8 text without NUL characters")
+
+
+def check_fields(where: str, kind: type, values: Any) -> None:
+    """Are `values` a mapping whose keys are fields of the dataclass `kind`, nested ones included?"""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: got {shown(values)}, allowed a mapping of fields to values")
+    known = {f.name: f.type for f in fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            raise unknown_field(name, list(known), where)
+        inner = known[name]
+        if isinstance(inner, type) and is_dataclass(inner):
+            check_fields(f"{where}.{name}", inner, value)
 
 
 @dataclass(frozen=True)
@@ -77,16 +116,20 @@ class ModelConfig:
         check_integer(where, 1, 64, conv_width=self.conv_width)
         check_choice(where, ("propagator", "diagonal"), readout=self.readout)
         check_choice(where, ("real", "complex"), energy=self.energy)
+        check_boolean(where, tie_word_embeddings=self.tie_word_embeddings, causal=self.causal)
         check_range(where, 0, 1_000, balance_weight=self.balance_weight)
         if self.d_ff is not None:
             check_integer(where, 1, 1_048_576, d_ff=self.d_ff)
         if self.n_heads is not None:
             check_integer(where, 1, self.d_model, n_heads=self.n_heads)
         if self.readout == "propagator" and self.d_model % self.heads:
-            raise ConfigError(f"model.n_heads: got {self.heads}, must divide d_model = {self.d_model}")
+            raise ConfigError(f"model.n_heads: got {self.heads}, allowed a divisor of d_model = {self.d_model}")
         if self.readout == "propagator" and self.energy == "complex" and self.d_model // self.heads % 2:
             width = self.d_model // self.heads
-            raise ConfigError(f"model.n_heads: complex energies pair channels, d_model / n_heads must be even, got {width}")
+            raise ConfigError(
+                f"model.n_heads: got {self.heads}, which makes {self.d_model} / {self.heads} = {width} channels each, "
+                "allowed an even number: complex energies pair channels"
+            )
 
     @property
     def heads(self) -> int:
@@ -94,7 +137,8 @@ class ModelConfig:
             return self.n_heads
         if self.readout == "diagonal":
             return max(1, self.d_model // 2)
-        return next(h for h in range(max(1, self.d_model // 32), 0, -1) if self.d_model % h == 0)
+        multiple = 2 if self.energy == "complex" else 1  # of channels a head
+        return next((h for h in range(max(1, self.d_model // 32), 0, -1) if self.d_model % (multiple * h) == 0), 1)
 
     @property
     def d_hidden(self) -> int:
@@ -105,10 +149,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise unknown_field(name, known, "model")
+        check_fields("model", cls, values)
         return cls(**values)
 
 
@@ -128,8 +169,11 @@ class DataConfig:
     """Folder for token files. Default: $XDG_CACHE_HOME/resnet-bk, or ~/.cache/resnet-bk."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.val_fraction, int | float) or not 0 < self.val_fraction <= 0.5:
-            raise ConfigError(f"data.val_fraction: got {self.val_fraction!r}, allowed more than 0, at most 0.5")
+        check_range("data", 1e-6, 0.5, val_fraction=self.val_fraction)
+        check_text("data", source=self.source, tokenizer=self.tokenizer)
+        for name in ("val_source", "cache"):
+            if getattr(self, name) is not None:
+                check_text("data", **{name: getattr(self, name)})
 
 
 @dataclass(frozen=True)
@@ -182,10 +226,13 @@ class TrainConfig:
         check_integer(where, 1, 10**9, save_every=self.save_every, log_every=self.log_every)
         check_integer(where, 0, 2**31 - 1, seed=self.seed)
         check_range(where, 1e-8, 10, learning_rate=self.learning_rate)
-        check_range(where, 0, 1, warmup=self.warmup, final_learning_rate=self.final_learning_rate, beta2=self.beta2)
+        check_range(where, 0, 1, warmup=self.warmup, final_learning_rate=self.final_learning_rate)
+        check_range(where, 0, 0.999999, beta2=self.beta2)
         check_range(where, 0, 10, weight_decay=self.weight_decay)
         check_range(where, 1e-6, 1e6, max_grad_norm=self.max_grad_norm)
         check_choice(where, ("float32", "bfloat16"), dtype=self.dtype)
+        check_boolean(where, resume=self.resume)
+        check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
         if self.max_steps is None and self.max_seconds is None:
             raise ConfigError("train: neither max_steps nor max_seconds is set; give one, so that training ends")
         if self.max_steps is not None:
@@ -214,6 +261,9 @@ class EvalConfig:
     """Score only whole documents up to about so many bytes."""
 
     def __post_init__(self) -> None:
+        check_text("eval", checkpoint=self.checkpoint)
+        if self.source is not None:
+            check_text("eval", source=self.source)
         check_choice("eval", ("document", "sliding"), context=self.context)
         check_integer("eval", 1, 2**24, window=self.window, batch_size=self.batch_size)
         check_integer("eval", 1, self.window, stride=self.stride)
@@ -239,6 +289,7 @@ class GenerateConfig:
     """Seeds sampling."""
 
     def __post_init__(self) -> None:
+        check_text("generate", checkpoint=self.checkpoint, prompt=self.prompt)
         check_integer("generate", 1, 2**24, max_new_tokens=self.max_new_tokens)
         check_integer("generate", 0, 2**31 - 1, seed=self.seed)
         check_range("generate", 0, 100, temperature=self.temperature)

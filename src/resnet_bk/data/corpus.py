@@ -1,5 +1,6 @@
 """Where text comes from: the standard library, files and folders, or a dataset of the Hugging Face hub."""
 
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from resnet_bk.config import ConfigError
 
-_PIECE = 1 << 22  # bytes read at a time
+_PIECE = 1 << 20  # bytes read at a time
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -27,7 +28,7 @@ class Document:
         return len(self.text) if self.path is None else self.stop - self.start
 
     def pieces(self) -> Iterator[bytes]:
-        """Its bytes, a few megabytes at a time."""
+        """Its bytes, a megabyte at a time."""
         if self.path is None:
             yield self.text
             return
@@ -37,7 +38,9 @@ class Document:
             while left:
                 piece = file.read(min(left, _PIECE))
                 if not piece:
-                    raise ConfigError(f"data.source: {self.path} became shorter while it was read; {left} bytes are missing")
+                    raise ConfigError(
+                        f"data: {self.path} became shorter while it was read, by {left} bytes; start again"
+                    )
                 left -= len(piece)
                 yield piece
 
@@ -49,14 +52,18 @@ def _whole(path: Path, name: str) -> Document:
 def _stdlib() -> list[Document]:
     """The running Python's own library, tests excluded, in sorted order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
-    names = [name for name in names if not _NOT_STDLIB & set(Path(name).parts)]
+    paths = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = set(inner) - _NOT_STDLIB
+        paths += [Path(folder, file) for file in files if file.endswith(".py")]
+    names = sorted(path.relative_to(root).as_posix() for path in paths)
     return [_whole(root / name, name) for name in names]
 
 
 def _folder(root: Path) -> list[Document]:
-    files = sorted(p for p in root.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.parts[len(root.parts) :]))
-    return [_whole(path, path.relative_to(root).as_posix()) for path in files]
+    names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [_whole(root / name, name.as_posix()) for name in visible]
 
 
 def documents(source: str) -> list[Document]:
@@ -65,6 +72,8 @@ def documents(source: str) -> list[Document]:
     Raises ConfigError where there is nothing to read.
     """
     path = Path(source)
+    if not source or "\0" in source:
+        raise ConfigError(f"data: {source!r} is no file's name; give a file, a folder or 'stdlib'")
     if source == "stdlib":
         found = _stdlib()
     elif path.is_dir():
@@ -79,27 +88,34 @@ def documents(source: str) -> list[Document]:
     return kept
 
 
-def hub_splits(source: str) -> tuple[list[Document], list[Document]]:
-    """Train and validation documents of a dataset such as ``Salesforce/wikitext:wikitext-2-raw-v1`` (extra ``data``)."""
+def hub_split(source: str, split: str) -> list[Document]:
+    """One split of a dataset such as ``Salesforce/wikitext:wikitext-2-raw-v1`` (extra ``data``), as one document."""
     name, _, config = source.partition(":")
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"data.source: hub dataset {name!r} needs the extra 'data': pip install 'resnet-bk[data]'") from error
-    splits = []
-    for split in ("train", "validation"):
-        try:
-            rows = datasets.load_dataset(name, config or None, split=split)
-        except Exception as error:  # whatever hub, network, cache and parsers raise
-            reason = str(error).splitlines()[0] if str(error) else ""
-            raise ConfigError(
-                f"data.source: cannot load split {split!r} of {source!r} ({type(error).__name__}: {reason}); "
-                "without a network, save its text to a file and give that path"
-            ) from error
-        if "text" not in rows.column_names:
-            raise ConfigError(f"data.source: {source!r} has no column 'text', only {', '.join(rows.column_names)}")
-        splits.append([Document(f"{name}/{split}", text="\n".join(rows["text"]).encode())])
-    return splits[0], splits[1]
+        raise ConfigError(
+            f"data.source: hub dataset {name!r} needs the package datasets: pip install 'resnet-bk[data]'"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # whatever hub, network, cache and parsers raise
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise ConfigError(
+            f"data.source: cannot load split {split!r} of {source!r} ({type(error).__name__}: {reason}); "
+            "without a network, save its text to a file and give that path"
+        ) from error
+    if "text" not in rows.column_names:
+        raise ConfigError(f"data.source: {source!r} has no column 'text', only {', '.join(rows.column_names)}")
+    text = "\n".join(str(row) for row in rows["text"] if row is not None).encode()
+    if not text:
+        raise ConfigError(f"data.source: split {split!r} of {source!r} is empty (0 bytes); choose another dataset")
+    return [Document(f"{name}/{split}", text=text)]
+
+
+def hub_splits(source: str) -> tuple[list[Document], list[Document]]:
+    """Train and validation documents of a hub dataset."""
+    return hub_split(source, "train"), hub_split(source, "validation")
 
 
 def is_hub_name(source: str) -> bool:
@@ -114,7 +130,7 @@ def split(source: str, val_source: str | None, val_fraction: float) -> tuple[lis
     """
     if is_hub_name(source) and val_source is None:
         return hub_splits(source)
-    train = hub_splits(source)[0] if is_hub_name(source) else documents(source)
+    train = hub_split(source, "train") if is_hub_name(source) else documents(source)
     if val_source is not None:
         return train, documents(val_source)
     if len(train) == 1:
@@ -131,6 +147,8 @@ def _cut(document: Document, val_fraction: float) -> tuple[list[Document], list[
         ahead = file.read(4)
     cut += next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)  # not inside a UTF-8 character
     if not document.start < cut < document.stop:
-        raise ConfigError(f"data: {document.path} has {len(document)} bytes, too few to hold out {val_fraction:g} of them")
+        raise ConfigError(
+            f"data: {document.path} has {len(document)} bytes, too few to hold out {val_fraction:g} of them; give more"
+        )
     first = Document(f"{document.name}[:{cut}]", document.path, document.start, cut)
     return [first], [Document(f"{document.name}[{cut}:]", document.path, cut, document.stop)]

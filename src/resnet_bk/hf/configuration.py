@@ -1,21 +1,23 @@
 """The model's configuration in transformers' form: the fields of ModelConfig beside the special token ids."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from resnet_bk.config import ModelConfig, unknown_field
 
-_MODEL_FIELDS = tuple(f.name for f in fields(ModelConfig))
-# What transformers itself writes into a config.json beside declared fields.
-_TRANSFORMERS_FIELDS = {"model_type", "transformers_version", "auto_map", "name_or_path", "dtype", "architectures"}
+# Names of ModelConfig's fields here. `top_k` would be taken for sampling's top_k by every generate().
+_NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
+# What transformers itself writes into a config.json, or passes on, beside declared fields.
+_TRANSFORMERS_FIELDS = {"model_type", "transformers_version", "auto_map", "name_or_path", "dtype", "torch_dtype", "architectures"}
 
 
 @strict
 class ResNetBKConfig(PreTrainedConfig):
-    """``config.json`` of a ResNet-BK model. Fields and defaults: :class:`resnet_bk.config.ModelConfig`."""
+    """``config.json`` of a ResNet-BK model. Fields and defaults: :class:`resnet_bk.config.ModelConfig`, whose
+    ``top_k`` is ``num_experts_per_tok`` here."""
 
     model_type = "resnet_bk"
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "heads"}
@@ -25,7 +27,7 @@ class ResNetBKConfig(PreTrainedConfig):
     n_layers: int = 4
     n_seq: int = 128
     num_experts: int = 4
-    top_k: int = 1
+    num_experts_per_tok: int = 1
     readout: str = "propagator"
     energy: str = "real"
     n_heads: int | None = None
@@ -40,15 +42,19 @@ class ResNetBKConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = [*self.__dataclass_fields__, *_TRANSFORMERS_FIELDS, *self.attribute_map]
         for name in kwargs:
-            if not name.startswith("_") and name not in known:
-                raise unknown_field(name, known, "config.json")
+            if not name.startswith("_") and name not in _TRANSFORMERS_FIELDS and name not in self.attribute_map:
+                raise unknown_field(name, list(type(self).__annotations__), "config.json")
         super().__post_init__(**kwargs)
         self.model_config()  # raises on values that no model can have
 
+    @classmethod
+    def from_model_config(cls, config: ModelConfig, **others: Any) -> Self:
+        """others: fields that ModelConfig does not have, such as pad_token_id."""
+        return cls(**{_NAMES[name]: value for name, value in config.to_dict().items()}, **others)
+
     def model_config(self) -> ModelConfig:
-        return ModelConfig(**{name: getattr(self, name) for name in _MODEL_FIELDS})
+        return ModelConfig(**{name: getattr(self, here) for name, here in _NAMES.items()})
 
     @property
     def heads(self) -> int:

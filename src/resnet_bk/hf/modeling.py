@@ -3,6 +3,7 @@
 Dimensions: B batch, N positions, V vocabulary.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,20 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.embed
 
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        self.model.embed = value
+
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.model.head
+
+    def set_output_embeddings(self, value: torch.nn.Module) -> None:
+        self.model.head = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """As transformers'; the model inside then knows its new vocabulary too."""
+        embed = super().resize_token_embeddings(*args, **kwargs)
+        self.model.config = dataclasses.replace(self.model.config, vocab_size=self.config.vocab_size)
+        return embed
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -110,7 +123,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput | tuple:
@@ -122,7 +135,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, N), the same tokens as input_ids (shifted here); -100 is not counted.
             shift_labels: (B, N), the token that follows each position (not shifted); instead of labels.
             num_items_in_batch: tokens in the whole accumulated batch; the loss is then a share of their mean.
-            logits_to_keep: compute logits for that many last positions only; 0 for all.
+            logits_to_keep: compute logits for that many last positions only; 0 for all; a tensor names the positions.
 
         A recurrent state cannot forget: the cache cannot be cropped, so no assisted decoding.
         """
@@ -132,25 +145,25 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             mask = attention_mask[:, -length:].bool()
         if labels is not None and shift_labels is None:
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is not None:
-            self.model._check(input_ids, shift_labels, mask)
-        else:
-            self.model._check(input_ids, None, mask)
+            if mask is not None:  # the last padding before a text does not predict its first token
+                shift_labels = shift_labels.masked_fill(~mask, -100)
+        self.model._check(input_ids, shift_labels, mask)
         state = None if past_key_values is None else past_key_values.state
         x, state, losses = self.model.features(input_ids, mask, state)
         output = CausalLMOutput()
         if shift_labels is not None:
-            loss = self.model._cross_entropy(x, shift_labels)
+            # Trainer does not divide by its accumulation steps; the share of this batch does it, of every loss.
+            output.loss = self.model._cross_entropy(x, shift_labels)
+            share: float | Tensor = 1.0
             if num_items_in_batch is not None:
-                loss = loss * ((shift_labels != -100).sum() / num_items_in_batch)
-            output.loss = loss
+                share = ((shift_labels != -100).sum().double() / num_items_in_batch).to(output.loss.dtype)
+                output.loss = output.loss * share
             if "balance" in losses:
-                # Trainer does not divide by its accumulation steps; the share of this batch does it.
-                share = 1.0 if num_items_in_batch is None else (shift_labels != -100).sum() / num_items_in_batch
                 output.aux_loss = self.model.config.balance_weight * losses["balance"] * share
-                output.loss = loss + output.aux_loss
+                output.loss = output.loss + output.aux_loss
         if shift_labels is None or not self.training:
-            output.logits = self.model.head(x[:, -logits_to_keep:] if logits_to_keep else x)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits = self.model.head(x[:, kept])
         if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
             seen = length if past_key_values is None else past_key_values.seen + length
             output.past_key_values = RecurrentCache(state, seen)

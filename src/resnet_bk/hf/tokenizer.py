@@ -31,6 +31,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # "</s>" in a text is four characters
         model_input_names=["input_ids", "attention_mask"],
     )
 

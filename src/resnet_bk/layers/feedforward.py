@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
 
+TILE = 16  # rows of a matrix product that are rounded alike
+
 
 class SwiGLU(nn.Module):
     """``(silu(x W_g) * (x W_u)) W_d`` (Shazeer 2020, arXiv:2002.05202), (..., D) -> (..., D)."""
@@ -42,7 +44,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the output and the losses {"balance": E sum_e f_e p_e} (Fedus et al. 2021, arXiv:2101.03961, eq. 4)."""
         tokens = x.flatten(0, 1) if mask is None else x[mask]
-        probabilities = self.router(tokens).float().softmax(-1)  # (T, E)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        probabilities = self.router(tokens).softmax(-1, dtype=exact)  # (T, E)
         gates, chosen = probabilities.topk(self.top_k, dim=-1)  # (T, k)
         order = chosen.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
         counts = chosen.flatten().bincount(minlength=self.experts)
@@ -58,8 +61,13 @@ class Experts(nn.Module):
         return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), y), {"balance": balance}
 
     def _expert(self, e: int, tokens: Tensor) -> Tensor:
-        gate, value = (tokens @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
-        return (F.silu(gate) * value) @ self.down[e].to(tokens.dtype)
+        """One expert on its tokens, (T, D) -> (T, D)."""
+        # Whole tiles: a matrix product rounds the rows of its last, partial tile differently, and a token's bits must
+        # not depend on how many others chose the same expert.
+        rows = tokens.shape[0]
+        tiles = F.pad(tokens, (0, 0, 0, -rows % TILE))
+        gate, value = (tiles @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
+        return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[:rows]
 
 
 def feed_forward(config: ModelConfig) -> SwiGLU | Experts:

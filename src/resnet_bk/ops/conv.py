@@ -11,11 +11,7 @@ from resnet_bk.ops.kernels import backend_for, differentiable_vjp
 
 
 @torch.library.custom_op("resnet_bk::short_conv", mutates_args=())
-def short_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """``y_t = sum_i weight_i x_{t+i}``: x (B, N + W - 1, C) begins with the W - 1 positions before the first output.
-
-    weight: (W, C), like x in dtype. Returns (B, N, C).
-    """
+def short_conv_op(x: Tensor, weight: Tensor) -> Tensor:
     return backend_for(x).conv_forward(x, weight)
 
 
@@ -24,7 +20,7 @@ def short_conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor
     return backend_for(x).conv_backward(grad, x, weight)
 
 
-@short_conv.register_fake
+@short_conv_op.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
 
@@ -35,7 +31,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_shifts(x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution under autograd, for derivatives of the gradient only."""
+    """The convolution under autograd, for derivatives of the gradient."""
     width = weight.shape[0]
     length = x.shape[1] - width + 1
     return torch.stack([x[:, i : i + length] * weight[i] for i in range(width)]).sum(0)
@@ -52,7 +48,16 @@ def _autograd(ctx, grad: Tensor):
     return short_conv_backward(grad, x, weight)
 
 
-short_conv.register_autograd(_autograd, setup_context=_setup)
+short_conv_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def short_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """``y_t = sum_i weight_i x_{t+i}``: x (B, N + W - 1, C) begins with the W - 1 positions before the first output.
+
+    weight: (W, C), like x in dtype. Returns (B, N, C).
+    """
+    single = x.shape[1] == weight.shape[0]
+    return (x * weight).sum(1, keepdim=True) if single else short_conv_op(x, weight)
 
 
 @register_flop_formula(torch.ops.resnet_bk.short_conv)

@@ -215,14 +215,14 @@ def _semiseparable(
         k = torch.where(site.unsqueeze(-1), k, 0.0)  # so that a NaN in padding stays there
         v = torch.where(site.unsqueeze(-1), v, 0.0)
     if not alpha.is_complex():
-        y, s, _ = scan(q, k, v, alpha, beta, s0)
+        y, s = scan(q, k, v, alpha, beta, s0)
         return (y if scale is None else y * scale.unsqueeze(-1)), s
     alpha, decay = _without_zeros(alpha)
     theta = torch.remainder(alpha.angle().double().cumsum(1), 2 * torch.pi).to(q.dtype)
     q = _turn(q, -theta if scale is None else -theta - scale.angle())
     beta, weight = _without_zeros(beta)
     k = _turn(k, beta.angle() - theta)
-    y, s, _ = scan(q, k, v, decay, weight, s0)
+    y, s = scan(q, k, v, decay, weight, s0)
     s = _turn(s.mT, theta[:, -1].unsqueeze(-1)).mT
     return (y if scale is None else y * scale.abs().unsqueeze(-1)), s
 

@@ -1,5 +1,7 @@
 """The two recurrences as registered torch operators: one entry each, a backend behind it, autograd, FLOP formulas.
 
+A single step, as in decoding, is a handful of torch calls: the entries :func:`green` and :func:`scan` make them directly.
+
 ``resnet_bk::green``  ``g_t = 1 / (d_t - w_t g_{t-1})``               d real or complex, w real
 ``resnet_bk::scan``   ``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``,  ``y_t = q_t S_t``   all real
 
@@ -66,12 +68,7 @@ def backend_for(x: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("resnet_bk::green", mutates_args=())
-def green(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
-    """``g_t = 1 / (d_t - w_t g_{t-1})`` along dimension 1.
-
-    d: (B, N, H) real or complex, w: (B, N, H) real, g0: (B, H) like d, mask: (B, N) bool, False where the site is not
-    part of the chain (there g repeats its predecessor). Returns g, (B, N, H) like d.
-    """
+def green_op(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
     return backend_for(d).green_forward(d, w, g0, mask)
 
 
@@ -82,7 +79,7 @@ def green_backward(
     return backend_for(g).green_backward(grad, g, w, g0, mask)
 
 
-@green.register_fake
+@green_op.register_fake
 def _(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
     return torch.empty_like(d, memory_format=torch.contiguous_format)
 
@@ -94,7 +91,7 @@ def _(grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> tu
 
 
 def _green_by_steps(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
-    """The recurrence under autograd, for derivatives of the gradient only."""
+    """The recurrence under autograd: for single steps, and for derivatives of the gradient."""
     g, out = g0, []
     for t in range(d.shape[1]):
         here = 1 / (d[:, t] - w[:, t] * g)
@@ -115,21 +112,26 @@ def _green_autograd(ctx, grad: Tensor):
     return *green_backward(grad, g, w, g0, mask), None
 
 
-green.register_autograd(_green_autograd, setup_context=_green_setup)
+green_op.register_autograd(_green_autograd, setup_context=_green_setup)
+
+
+def green(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
+    """``g_t = 1 / (d_t - w_t g_{t-1})`` along dimension 1.
+
+    d: (B, N, H) real or complex, w: (B, N, H) real, g0: (B, H) like d, mask: (B, N) bool, False where the site is not
+    part of the chain (there g repeats its predecessor). Returns g, (B, N, H) like d.
+    """
+    return _green_by_steps(d, w, g0, mask) if d.shape[1] == 1 else green_op(d, w, g0, mask)
 
 
 # ------------------------------------------------------------------------------------------------- scan
 
 
 @torch.library.custom_op("resnet_bk::scan", mutates_args=())
-def scan(
+def scan_op(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``, ``y_t = q_t S_t`` along dimension 1.
-
-    q, k: (B, N, H, K), v: (B, N, H, V), alpha, beta: (B, N, H), s0: (B, H, K, V), all real and of one dtype.
-    Returns y (B, N, H, V), the last state (B, H, K, V) and the states entering each chunk, kept for the backward.
-    """
+    """As :func:`scan`, and the states entering each chunk, (B, H, M, K, V), which the backward starts from."""
     return backend_for(q).scan_forward(q, k, v, alpha, beta, s0)
 
 
@@ -147,7 +149,7 @@ def scan_backward(
     return backend_for(q).scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
 
 
-@scan.register_fake
+@scan_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     chunks = (q.shape[1] + SCAN_CHUNK - 1) // SCAN_CHUNK
     states = s0.new_empty(s0.shape[0], s0.shape[1], chunks, s0.shape[2], s0.shape[3])
@@ -171,7 +173,7 @@ def _(
 def _scan_by_steps(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence under autograd, for derivatives of the gradient only."""
+    """The recurrence under autograd: for single steps, and for derivatives of the gradient."""
     s, out = s0, []
     for t in range(q.shape[1]):
         u = beta[:, t, :, None] * v[:, t]
@@ -192,7 +194,16 @@ def _scan_autograd(ctx, grad_y: Tensor, grad_last: Tensor, grad_states: Tensor):
     return scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
 
 
-scan.register_autograd(_scan_autograd, setup_context=_scan_setup)
+scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup)
+
+
+def scan(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
+    """``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``, ``y_t = q_t S_t`` along dimension 1.
+
+    q, k: (B, N, H, K), v: (B, N, H, V), alpha, beta: (B, N, H), s0: (B, H, K, V), all real and of one dtype.
+    Returns y (B, N, H, V) and the last state (B, H, K, V).
+    """
+    return _scan_by_steps(q, k, v, alpha, beta, s0) if q.shape[1] == 1 else scan_op(q, k, v, alpha, beta, s0)[:2]
 
 
 def differentiable_vjp(function, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

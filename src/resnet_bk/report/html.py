@@ -5,11 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -22,10 +18,9 @@ svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; } footer { color
 
 
 def figure_svg(figure: Figure) -> str:
-    """The figure as an <svg> element; closes it."""
+    """The figure as an <svg> element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight")
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -33,7 +28,8 @@ def figure_svg(figure: Figure) -> str:
 def training_curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     """Bits per byte and learning rate over seconds of training."""
     seconds = [line["seconds"] for line in metrics]
-    figure, (loss, rate) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure = Figure(figsize=(9, 3.2))  # without pyplot, which would choose a backend for the whole process
+    loss, rate = figure.subplots(1, 2)
     loss.plot(seconds, [line["bits_per_byte"] for line in metrics], color="#1f5fa8", linewidth=1.2)
     loss.set(xlabel="seconds of training", ylabel="bits per byte", title="Training loss")
     rate.plot(seconds, [line["bytes_per_second"] / 1000 for line in metrics], color="#b3541e", linewidth=1.2)

@@ -97,7 +97,8 @@ def evaluate(
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum").double()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum").double()
 
 
 def _document_scores(

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from resnet_bk import __version__
 from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, verify
-from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig
+from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig, check_fields
 from resnet_bk.data import corpus, tokens
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer, load_tokenizer
-from resnet_bk.training.evaluate import Scores, check_vocabulary, evaluate
+from resnet_bk.training.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
 from resnet_bk.training.measure import Costs, measure
 from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Windows, quiet_transformers
 
@@ -67,9 +67,13 @@ def model_folder(path: str) -> Path:
     """The model in a run's folder, or the folder itself; its files verified."""
     folder = Path(path)
     if (folder / CONFIG).exists() and not (folder / MODEL).exists():
-        newest = newest_valid(folder / CHECKPOINTS, lambda message: None)
+        damaged: list[str] = []
+        newest = newest_valid(folder / CHECKPOINTS, damaged.append)
         if newest is None:
-            raise CheckpointError(f"{folder}: the run has neither a finished model nor an intact checkpoint")
+            found = "; ".join(["the run has neither a finished model nor an intact checkpoint", *damaged])
+            raise CheckpointError(f"{folder}: {found}")
+        for message in damaged:
+            print(f"resnet-bk: {message}", file=sys.stderr)
         return newest
     folder = folder / MODEL if (folder / MODEL).exists() else folder
     verify(folder)
@@ -103,7 +107,7 @@ def token_file(
     documents: list[corpus.Document], data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tokens.TokenFile, str]:
     """The documents as tokens, from the cache or made now, and the fingerprint of text and tokenizer."""
-    name = "byte" if _is_bytes(tokenizer) else tokens.digest(tokenizer.get_vocab())
+    name = "byte" if _is_bytes(tokenizer) else tokens.tokenizer_digest(tokenizer)
     return tokens.cached(documents, token_cache(data), name, None if name == "byte" else tokenizer)
 
 
@@ -117,6 +121,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     config = dataclasses.replace(config, output_dir=str(folder))
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = _with_vocabulary(config, len(tokenizer))
+    _check_same_run(config, folder)
     train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
     train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
     windows = Windows(train_tokens, config.model.n_seq)
@@ -135,18 +140,50 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         f"{torch.get_num_threads()} threads"
     )
     _warm_up(model, config)
-    trainer = BKTrainer(model, config, windows, bytes_per_token)
+    trainer = BKTrainer(model, config, windows, bytes_per_token, tokenizer)
     trainer.add_callback(Budget(trainer))
-    trainer.add_callback(Recorder(trainer, folder / METRICS, console))
+    recorder = Recorder(trainer, folder / METRICS, console)
+    trainer.add_callback(recorder)
     checkpoint = newest_valid(folder / CHECKPOINTS, console.print)
     (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    trainer.run_training(checkpoint)
+    try:
+        trainer.run_training(checkpoint)
+    finally:
+        recorder.close()
     if trainer.stopped_by is not None:
         raise Stopped(trainer.stopped_by, folder)
     with replacing(folder / MODEL) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
     return _conclude(config, console, folder, trainer, model, tokenizer, held_out, train_hash)
+
+
+# What may differ when a run goes on: where things are, when it ends, how often it reports.
+_FREE = {"output_dir", "resume", "max_steps", "max_seconds", "save_every", "log_every", "report_to", "sample", "data.cache"}
+
+
+def _check_same_run(config: TrainConfig, folder: Path) -> None:
+    """Raise ConfigError where `config` differs from the unfinished run in `folder`, if there is one."""
+    if not (folder / CONFIG).exists():
+        return
+    try:
+        saved = _flat(yaml.safe_load((folder / CONFIG).read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise ConfigError(f"{folder / CONFIG}: cannot be read ({type(error).__name__}); choose another output_dir") from error
+    for name, value in _flat(dataclasses.asdict(config)).items():
+        if name not in _FREE and name in saved and saved[name] != value:
+            raise ConfigError(
+                f"train.{name}: got {value!r}, the run in {folder} was started with {saved[name]!r}; "
+                "set it to that to continue the run, or choose another output_dir"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"d_model": 64}} as {"model.d_model": 64}."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
@@ -160,7 +197,7 @@ def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
 
 def _hub_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> ResNetBKConfig:
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return ResNetBKConfig(**config.model.to_dict(), **ids)
+    return ResNetBKConfig.from_model_config(config.model, **ids)
 
 
 def _warm_up(model: ResNetBKForCausalLM, config: TrainConfig) -> None:
@@ -184,11 +221,12 @@ def _conclude(
     model.eval()
     console.print("scoring held-out text ...")
     val_tokens, val_hash = token_file(held_out, config.data, tokenizer)
-    settings = EvalConfig(checkpoint=str(folder))
-    scores = evaluate(model.model, val_tokens, tokenizer.eos_token_id, settings, _words(held_out))
+    scoring = EvalConfig(checkpoint=str(folder))
+    scores = evaluate(model.model, val_tokens, tokenizer.eos_token_id, scoring, _words(held_out))
     console.print("measuring speed ...")
     costs = measure(model.model, trainer.bytes_per_token)
-    sample = generate_text(model, tokenizer, config.sample, GenerateConfig(str(folder), config.sample, 400, seed=config.seed))
+    settings = GenerateConfig(str(folder), config.sample, 400, seed=config.seed)
+    sample = generate_text(model, tokenizer, config.sample, settings) if config.sample else ""
     metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     speed = float(np.median([line["bytes_per_second"] for line in metrics])) if metrics else math.nan
     results = {
@@ -279,12 +317,21 @@ def print_table(console: Console, title: str, rows: list[tuple[str, str]]) -> No
 # ------------------------------------------------------------------------------------- eval and generate
 
 
+def _saved_data(path: Path) -> DataConfig:
+    try:
+        values = yaml.safe_load(path.read_text())["data"]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: has no readable section 'data' ({type(error).__name__}); the file is damaged") from error
+    check_fields(f"{path}: data", DataConfig, values)
+    return DataConfig(**values)
+
+
 def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
     """Score a checkpoint on held-out text; prints a table, returns its values."""
     quiet_transformers()
     model, tokenizer = load(config.checkpoint)
     saved = Path(config.checkpoint) / CONFIG
-    data = DataConfig(**yaml.safe_load(saved.read_text())["data"]) if saved.exists() else DataConfig()
+    data = _saved_data(saved) if saved.exists() else DataConfig()
     if config.source is not None:
         is_hub = corpus.is_hub_name(config.source)
         documents = corpus.hub_splits(config.source)[1] if is_hub else corpus.documents(config.source)
@@ -294,7 +341,7 @@ def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
         raise ConfigError(f"eval.source: {config.checkpoint} is no run folder, so it has no held-out text; give --source")
     check_vocabulary(model.model, len(tokenizer), config.checkpoint, tokens.digest(tokenizer.get_vocab()))
     tokenised, _ = token_file(documents, data, tokenizer)
-    words = _words(documents) if config.max_bytes is None else 0
+    words = _words([documents[i] for i in chosen_documents(tokenised, config.max_bytes)])
     scores = evaluate(model.model, tokenised, tokenizer.eos_token_id, config, words)
     print_table(console, f"{config.checkpoint} on {config.source or 'its held-out text'}", table_rows(scores))
     return scores.to_dict()

@@ -3,11 +3,14 @@
 Dimensions: B sequences a step, N tokens each.
 """
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from resnet_bk.checkpoint import seal
+from resnet_bk.checkpoint import replacing
 from resnet_bk.config import TrainConfig
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.hf.modeling import ResNetBKForCausalLM
 
 NO_STEP_LIMIT = 10**9
+KEPT_CHECKPOINTS = 2
 _ELAPSED = "elapsed.json"
 
 
@@ -60,28 +64,41 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
 
 
 class Clock:
-    """Seconds spent training, over all sessions of a run."""
+    """Seconds spent training, over all sessions of a run. Stands still until started and once stopped."""
 
     def __init__(self) -> None:
-        self.before, self.started = 0.0, time.perf_counter()
+        self.before: float = 0.0
+        self.started: float | None = None
 
-    def restart(self, before: float) -> None:
+    def start(self, before: float) -> None:
         self.before, self.started = before, time.perf_counter()
+
+    def stop(self) -> None:
+        self.before, self.started = self.seconds, None
 
     @property
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.started
+        return self.before + (0.0 if self.started is None else time.perf_counter() - self.started)
 
 
 class BKTrainer(Trainer):
     """Trainer whose schedule follows steps or the clock, whose loss log is cross-entropy alone, whose checkpoints are
     sealed by a manifest, and which stops at the first NaN or infinity before it reaches a weight."""
 
-    def __init__(self, model: ResNetBKForCausalLM, config: TrainConfig, windows: Windows, bytes_per_token: float):
+    def __init__(
+        self,
+        model: ResNetBKForCausalLM,
+        config: TrainConfig,
+        windows: Windows,
+        bytes_per_token: float,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        """tokenizer: saved in each checkpoint, so that it can be evaluated as it is."""
         self.run, self.clock, self.bytes_per_token = config, Clock(), bytes_per_token
         self.tokens_per_step = config.batch_size * config.accumulate * windows.length
         self.cross_entropy: list[Tensor] = []
         self.stopped_by: int | None = None
+        self.saving_in: Path | None = None
         on_gpu = torch.cuda.is_available()
         arguments = TrainingArguments(
             output_dir=str(Path(config.output_dir) / "checkpoints"),
@@ -94,7 +111,6 @@ class BKTrainer(Trainer):
             logging_steps=config.log_every,
             logging_nan_inf_filter=False,
             save_steps=config.save_every,
-            save_total_limit=2,
             seed=config.seed,
             report_to=[] if config.report_to == "none" else config.report_to.split(","),
             disable_tqdm=True,
@@ -103,14 +119,17 @@ class BKTrainer(Trainer):
             dataloader_pin_memory=on_gpu,
             remove_unused_columns=False,
         )
-        super().__init__(model, arguments, data_collator=collate, train_dataset=windows)
+        super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
+        self.remove_callback(PrinterCallback)
 
     @property
     def progress(self) -> float:
         """Share of the run that is done, 0 to 1: of its steps or of its seconds, whichever is further."""
-        steps = self.state.global_step / (self.run.max_steps or NO_STEP_LIMIT)
+        return self._progress(self.state.global_step)
+
+    def _progress(self, step: int) -> float:
         seconds = 0.0 if self.run.max_seconds is None else self.clock.seconds / self.run.max_seconds
-        return min(1.0, max(steps, seconds))
+        return min(1.0, max(step / (self.run.max_steps or NO_STEP_LIMIT), seconds))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
@@ -126,7 +145,7 @@ class BKTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         def factor(step: int) -> float:
-            return learning_rate_factor(self.progress, self.run.warmup, self.run.final_learning_rate)
+            return learning_rate_factor(self._progress(step), self.run.warmup, self.run.final_learning_rate)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
@@ -136,7 +155,7 @@ class BKTrainer(Trainer):
         extra = 0.0 if output.aux_loss is None else output.aux_loss.detach()
         self.cross_entropy.append(output.loss.detach() - extra)
         if not torch.isfinite(output.loss):
-            raise NonFiniteError(f"step {self.state.global_step + 1}: the loss is {float(output.loss)}; no update was made")
+            raise NonFiniteError(f"step {self.state.global_step + 1}: the loss is {output.loss.item()}; no update was made")
         return (output.loss, output) if kwargs.get("return_outputs") else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -147,38 +166,77 @@ class BKTrainer(Trainer):
             self.cross_entropy.clear()
         super().log(logs, *args, **kwargs)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.saving_in or super()._get_output_dir(trial))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / _ELAPSED).write_text(json.dumps({"seconds": self.clock.seconds}))
-            seal(folder)
+        """Write beside the checkpoints, move the finished and sealed folder among them, and only then delete old ones."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with replacing(folder) as scratch:
+            self.saving_in = scratch
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saving_in = None
+            for path in (scratch / folder.name).iterdir():
+                path.rename(scratch / path.name)
+            (scratch / folder.name).rmdir()
+            (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; all settings are in config.yaml
+            (scratch / _ELAPSED).write_text(json.dumps({"seconds": self.clock.seconds}))
+        self._delete_old_checkpoints()
+
+    def _delete_old_checkpoints(self) -> None:
+        """Keep the newest ones up to this step: later ones did not verify when this run was resumed."""
+        found = {}
+        for path in Path(self.args.output_dir).glob("checkpoint-*"):
+            number = path.name.removeprefix("checkpoint-")
+            if number.isdigit():
+                found[int(number)] = path
+        kept = sorted(step for step in found if step <= self.state.global_step)[-KEPT_CHECKPOINTS:]
+        for step, path in found.items():
+            if step not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in Path(self.args.output_dir).glob(".checkpoint-*.partial"):  # of runs killed while they wrote
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C mean: finish the step, save, stop."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.stopped_by = number
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _load_finished(self, checkpoint: Path) -> None:
+        """The end of a run that was killed after its last step; the Trainer would make one step more."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.model.load_state_dict(ResNetBKForCausalLM.from_pretrained(checkpoint).state_dict())
 
     def run_training(self, checkpoint: Path | None) -> None:
         """Train to the end of the budget, from the start or from a verified checkpoint."""
         elapsed = json.loads((checkpoint / _ELAPSED).read_text())["seconds"] if checkpoint else 0.0
-        self.clock.restart(elapsed)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with self._signals():
+            self.clock.start(elapsed)
+            try:
+                if checkpoint and self._progress(int(checkpoint.name.rpartition("-")[2])) >= 1:
+                    self._load_finished(checkpoint)
+                    return
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                self.clock.stop()
 
 
 class Budget(TrainerCallback):
-    """Ends the run when its time is up, refuses gradients that are not finite, and turns SIGTERM and Ctrl-C into: finish
-    the step, save, stop."""
+    """Ends the run when its time is up or a signal came, with a checkpoint, and refuses gradients that are not finite."""
 
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
-        self.previous: dict[int, Any] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self._stop)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: Any) -> None:
-        self.trainer.stopped_by = number
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -186,10 +244,8 @@ class Budget(TrainerCallback):
             raise NonFiniteError(f"step {state.global_step + 1}: a gradient is not finite; no update was made")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped_by is not None:
+        if self.trainer.stopped_by is not None or self.trainer.progress >= 1:
             control.should_save = control.should_training_stop = True
-        elif self.trainer.progress >= 1:
-            control.should_training_stop = True
 
 
 class Recorder(TrainerCallback):
@@ -206,7 +262,7 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.marks = [(self.trainer.clock.seconds, state.global_step)]
         if self.path.exists():  # a resumed run: lines after its checkpoint will be written again
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
             self.path.write_text("".join(line + "\n" for line in lines))
         self.task = self.bar.add_task("training", total=1.0, completed=self.trainer.progress)
         self.bar.start()
@@ -229,8 +285,16 @@ class Recorder(TrainerCallback):
             text = f"step {state.global_step}  {logs['bits_per_byte']:.3f} bits/byte  {rate / 1000:.1f} kB/s"
             self.bar.update(self.task, description=text)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
         self.bar.stop()
+
+
+def _step(line: str) -> float:
+    """Of a line of metrics.jsonl; infinite for the half line that a killed run may leave."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def quiet_transformers() -> None:

@@ -1,0 +1,33 @@
+# make demo: environment, three minutes of training, scores, report.  make test: all tests, from nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check soak bench clean
+
+# torch first and alone: asked for together with other packages, pip may choose a build with CUDA.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu-fast,dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/resnet-bk train --config configs/demo.yaml --resume true
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_model.py -k import
+
+soak: .venv/installed
+	$(BIN)/python -m pytest -m soak
+
+bench: .venv/installed
+	cd benchmarks && for name in ops decode mixers tinyshakespeare; do ../$(BIN)/python $$name.py || exit; done
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,26 @@
+"""Shared by all tests: deterministic seeds, float64 helpers, both kernel backends."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from resnet_bk.ops import available_backends, use_backend
+
+hypothesis.settings.register_profile("ci", max_examples=500, derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("ci")
+
+SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=available_backends())
+def backend(request):
+    with use_backend(request.param):
+        yield request.param

@@ -1,0 +1,122 @@
+"""The contracts every room keeps, as checks of a model. Each raises AssertionError where the contract is broken.
+
+Dimensions: B batch, N positions.
+"""
+
+import torch
+from torch import Tensor
+
+from resnet_bk.model import LanguageModel
+
+VOCAB = 31
+
+
+def build(**fields) -> LanguageModel:
+    """A small float64 model in which every part matters: no parameter left at an initial zero or one."""
+    torch.manual_seed(1)
+    settings = {"d_model": 16, "n_layers": 2, "n_seq": 32, "num_experts": 1, "n_heads": 2, **fields}
+    model = LanguageModel(VOCAB, **settings).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def causal(model: LanguageModel) -> None:
+    """Prefixes 1 to 64: other tokens after t leave every bit at or before t as it was; no gradient to the future."""
+    ids, other = tokens(2, 65), tokens(2, 65, seed=1)
+    expected = model(ids).logits
+    for n in range(1, 65):
+        changed = torch.cat([ids[:, :n], other[:, n:]], dim=1)
+        differing = (model(changed).logits[:, :n] != expected[:, :n]).sum().item()
+        assert differing == 0, f"{differing} logits of the first {n} tokens changed with later tokens"
+    for n in (1, 2, 7, 32, 64):
+        embedded: list[Tensor] = []
+        hook = model.embed.register_forward_hook(lambda m, i, out: embedded.append(out.detach().requires_grad_()) or embedded[-1])
+        try:
+            model(ids).logits[:, :n].square().sum().backward()
+        finally:
+            hook.remove()
+        future = embedded[-1].grad[:, n:]
+        assert (future == 0).all(), f"gradient {future.abs().max():.2g} reaches tokens after {n}"
+    model.zero_grad()
+
+
+@torch.no_grad()
+def batch_mates_and_padding(model: LanguageModel) -> None:
+    """64 sequences alone, in batches, padded left, right and in the middle: the same logits and the same last state."""
+    lengths = torch.randint(1, 40, (64,), generator=torch.Generator().manual_seed(2)).tolist()
+    rows = [tokens(1, n, seed=i) for i, n in enumerate(lengths)]
+    alone = [model(row).logits[0] for row in rows]
+    width = max(lengths)
+    for side in ("left", "right", "middle"):
+        ids, mask = tokens(64, width, seed=9), torch.zeros(64, width, dtype=torch.bool)
+        for i, n in enumerate(lengths):
+            half = n // 2
+            places = {
+                "left": list(range(width - n, width)),
+                "right": list(range(n)),
+                "middle": [*range(half), *range(width - n + half, width)],
+            }[side]
+            mask[i, places] = True
+            ids[i, places] = rows[i][0]
+        output = model(ids, mask=mask)
+        for i in range(64):
+            close(output.logits[i, mask[i]], alone[i], f"row {i}, padded {side}")
+        following = tokens(64, 3, seed=10)
+        after = model(following, state=output.state).logits
+        for i in range(0, 64, 7):
+            close(after[i], model(torch.cat([rows[i], following[i : i + 1]], 1)).logits[0, -3:], f"state of row {i}, {side}")
+
+
+@torch.no_grad()
+def step_equals_forward(model: LanguageModel, length: int = 512) -> None:
+    """Token by token with state gives the parallel logits; the state's size does not grow. Cuts anywhere, too."""
+    ids = tokens(2, length)
+    expected = model(ids).logits
+    state, logits, sizes = None, [], set()
+    for t in range(length):
+        output = model(ids[:, t : t + 1], state=state)
+        state = output.state
+        logits.append(output.logits)
+        sizes.add(sum(x.numel() for x in torch.utils._pytree.tree_leaves(state)))
+    close(torch.cat(logits, dim=1), expected, "steps")
+    assert len(sizes) == 1, f"the state grows: {sorted(sizes)}"
+    for cut in (1, 2, 3, 37, length - 1):
+        first = model(ids[:, :cut])
+        second = model(ids[:, cut:], state=first.state)
+        close(torch.cat([first.logits, second.logits], dim=1), expected, f"cut at {cut}")
+
+
+def any_length(model: LanguageModel) -> None:
+    """Every N from 1 to 37 runs, has finite logits and gradients, and is a prefix of the longer one."""
+    ids = tokens(1, 37)
+    with torch.no_grad():
+        whole = model(ids).logits
+    for n in range(1, 38):
+        output = model(ids[:, :n], targets=ids[:, :n])
+        close(output.logits, whole[:, :n], f"N = {n}")
+        output.loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), f"{name} at N = {n}"
+        model.zero_grad()
+
+
+def everything_learns(model: LanguageModel) -> None:
+    """Every parameter, deciding ones included, receives a gradient from the cross-entropy alone."""
+    ids = tokens(4, 33)
+    output = model(ids[:, :-1], targets=ids[:, 1:])
+    output.losses["cross_entropy"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} gets no gradient from the task"
+        assert parameter.grad.abs().max() > 0, f"{name} gets a zero gradient from the task"
+    model.zero_grad()
+
+
+def close(x: Tensor, y: Tensor, what: str) -> None:
+    worst = (x - y).abs().max().item()
+    assert worst <= 1e-12 * max(1.0, y.abs().max().item()), f"{what}: differs by {worst:.2g}"

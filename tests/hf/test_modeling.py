@@ -1,0 +1,323 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from resnet_bk.checkpoint import MANIFEST, CheckpointError
+from resnet_bk.config import ConfigError
+from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM
+
+ROOMS = [
+    pytest.param({"readout": readout, "energy": energy, "num_experts": experts}, id=f"{readout}-{energy}-{experts}")
+    for readout, energy, experts in [
+        ("propagator", "real", 1),
+        ("propagator", "complex", 1),
+        ("diagonal", "real", 1),
+        ("diagonal", "complex", 1),
+        ("propagator", "real", 3),
+    ]
+]
+V = 31
+
+
+def tiny(dtype=torch.float64, **fields):
+    """An untrained model whose past matters: not tied, which would repeat the last token, and with loud mixers."""
+    defaults = {"vocab_size": V, "d_model": 16, "n_layers": 2, "num_experts": 1, "tie_word_embeddings": False}
+    config = ResNetBKConfig(**{**defaults, "eos_token_id": None, **fields})
+    model = ResNetBKForCausalLM(config)
+    with torch.no_grad():
+        for block in model.model.blocks:
+            block.mixer.out_proj.weight *= 8
+    return model.to(dtype).eval()
+
+
+def ids(rows, length, seed=0):
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def argmax_loop(model, prompt, new):
+    for _ in range(new):
+        prompt = torch.cat([prompt, model(prompt).logits[:, -1:].argmax(-1)], dim=1)
+    return prompt
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+# ------------------------------------------------------------------------------------- saving and loading
+
+
+@pytest.mark.parametrize("first", ["resnet_bk", "transformers"])
+def test_auto_classes_know_the_model_in_either_import_order(first, tmp_path):
+    from resnet_bk.hf import byte_tokenizer
+
+    tiny(torch.float32, vocab_size=259).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    imports = ["import resnet_bk", "from transformers import AutoConfig"]
+    program = "\n".join(
+        [
+            *(imports if first == "resnet_bk" else reversed(imports)),
+            "import sys",
+            "print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)",
+            "print(len(AutoTokenizer.from_pretrained(sys.argv[1])))",
+        ]
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.split() == ["ResNetBKConfig", "ResNetBKForCausalLM", "259"], done.stderr
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_saving_and_loading_keeps_every_bit_and_the_tying(room, tied, tmp_path):
+    model = tiny(torch.float32, tie_word_embeddings=tied, **room)
+    model.save_pretrained(tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"config.json", "generation_config.json", "model.safetensors", MANIFEST}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.model.head.weight is loaded.model.embed.weight) is tied
+    assert loaded.num_parameters() == model.num_parameters()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert loaded.config.model_config() == model.config.model_config()
+
+
+def test_a_flipped_bit_in_the_weights_is_an_error(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-7] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected SHA-256 .* got"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "message"), [("missing", "missing keys"), ("extra", "unexpected keys")])
+def test_weights_of_another_model_are_an_error(change, message, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors["model.norm.weight"]
+    else:
+        tensors["model.norm.bias"] = torch.zeros(16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_unknown_setting_is_an_error_with_the_nearest_name(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["n_layer"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="unknown field 'n_layer'; did you mean 'n_layers'"):
+        ResNetBKConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"num_experts_per_tok": 5}, {"readout": "sideways"}, {"d_model": 0}])
+def test_settings_no_model_can_have_are_an_error(fields):
+    with pytest.raises((ConfigError, TypeError, ValueError), match=r"top_k|readout|d_model"):
+        ResNetBKConfig(**fields)
+
+
+def test_experts_per_token_are_not_taken_for_a_sampling_setting():
+    model = tiny(num_experts=3, num_experts_per_tok=2)
+    assert model.generation_config.top_k is None
+    assert model.model.config.top_k == 2
+    assert ResNetBKConfig.from_model_config(model.model.config).model_config() == model.model.config
+
+
+def test_the_vocabulary_can_grow():
+    model = tiny()
+    before = model(ids(1, 8)).logits
+    model.resize_token_embeddings(V + 4)
+    after = model(torch.cat([ids(1, 8), torch.tensor([[V + 3]])], dim=1)).logits
+    assert after.shape == (1, 9, V + 4)
+    torch.testing.assert_close(after[:, :8, :V], before)
+
+
+def test_a_model_loaded_as_bfloat16_computes_about_the_same(tmp_path):
+    model = tiny(torch.float32)
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.model.head.weight.dtype == torch.bfloat16
+    expected = model(ids(2, 20)).logits
+    assert (half(ids(2, 20)).logits.float() - expected).norm() < 0.05 * expected.norm()
+
+
+# --------------------------------------------------------------------------------------------- generating
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_greedy_generation_is_the_argmax_of_full_forwards(room):
+    model, prompt = tiny(**room), ids(2, 5)
+    assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), argmax_loop(model, prompt, 12))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_left_padded_prompts_continue_as_each_alone(room):
+    model, prompts = tiny(**room), [ids(1, n, seed=n) for n in (1, 4, 9)]
+    width = max(p.shape[1] for p in prompts)
+    batch = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts])
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row[width:], argmax_loop(model, prompt, 10)[0, prompt.shape[1] :])
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_beam_search_with_the_cache_is_beam_search_without(room, monkeypatch):
+    model, prompt = tiny(**room), ids(2, 5)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 16, "do_sample": False}
+    without = model.generate(prompt, use_cache=False, **settings)
+    assert torch.equal(model.generate(prompt, **settings), without)
+    monkeypatch.setattr(RecurrentCache, "reorder_cache", lambda self, rows: None)
+    assert not torch.equal(model.generate(prompt, **settings), without), "these beams never change places"
+
+
+def test_sampling_repeats_with_its_seed_and_gives_several_sequences():
+    model, prompt = tiny(), ids(2, 5)
+    settings = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 10, "num_return_sequences": 3}
+    torch.manual_seed(1)
+    first = model.generate(prompt, **settings)
+    torch.manual_seed(1)
+    assert torch.equal(first, model.generate(prompt, **settings))
+    assert not torch.equal(first, model.generate(prompt, **settings))
+    assert first.shape == (6, 15)
+    assert torch.equal(first[:, :5], prompt.repeat_interleave(3, dim=0))
+    assert len({tuple(row.tolist()) for row in first}) > 3
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_cache_does_not_grow(room):
+    model = tiny(**room)
+
+    def size(new):
+        output = model.generate(ids(1, 5), max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
+        leaves = torch.utils._pytree.tree_leaves(output.past_key_values.state)
+        assert output.past_key_values.get_seq_length() == 5 + new - 1
+        return sum(leaf.numel() for leaf in leaves), sum(leaf.untyped_storage().nbytes() for leaf in leaves)
+
+    assert size(10) == size(100)
+
+
+def test_a_conversation_goes_on_from_the_cache_of_its_last_turn():
+    model = tiny()
+    first = model.generate(ids(1, 6), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, ids(1, 4, seed=3)], dim=1)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(
+        model.generate(longer, past_key_values=first.past_key_values, **settings), model.generate(longer, **settings)
+    )
+
+
+def test_assisted_decoding_says_that_it_cannot():
+    model = tiny()
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids(1, 5), assistant_model=model, max_new_tokens=3)
+
+
+def test_logits_to_keep_are_the_last_or_the_named_positions():
+    model, prompt = tiny(), ids(2, 9)
+    everything = model(prompt).logits
+    torch.testing.assert_close(model(prompt, logits_to_keep=1).logits, everything[:, -1:])
+    torch.testing.assert_close(model(prompt, logits_to_keep=4).logits, everything[:, -4:])
+    torch.testing.assert_close(model(prompt, logits_to_keep=torch.tensor([0, 7])).logits, everything[:, [0, 7]])
+
+
+# ------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_loss_is_the_mean_over_counted_labels(room):
+    model, prompt = tiny(**room), ids(3, 10)
+    labels = prompt.masked_fill(torch.rand(3, 10) < 0.3, -100)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    output = model(prompt, labels=labels)
+    nats = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), shifted.flatten(), ignore_index=-100)
+    extra = 0.0 if output.aux_loss is None else output.aux_loss
+    assert (output.aux_loss is None) == (room["num_experts"] == 1)
+    torch.testing.assert_close(output.loss, nats + extra)
+    torch.testing.assert_close(model(prompt, shift_labels=shifted).loss, output.loss)
+    assert output.loss != model(prompt, labels=prompt).loss
+
+
+def test_the_auxiliary_loss_is_the_weighted_balance_loss():
+    model = tiny(num_experts=3, balance_weight=0.5)
+    _, _, losses = model.model.features(ids(3, 10))
+    torch.testing.assert_close(model(ids(3, 10), labels=ids(3, 10)).aux_loss, 0.5 * losses["balance"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("room", ROOMS)
+def test_padding_changes_neither_loss_nor_gradient(room, side):
+    model, rows = tiny(balance_weight=0.0, **room), [ids(1, n, seed=n) for n in (2, 5, 9)]
+    total = sum(row.shape[1] - 1 for row in rows)
+    alone = [model(row, labels=row, num_items_in_batch=total).loss for row in rows]
+    expected = gradients(model, sum(alone))
+
+    def pad(row, value):
+        missing = 9 - row.shape[1]
+        return torch.nn.functional.pad(row, (missing, 0) if side == "left" else (0, missing), value=value)
+
+    batch, labels = (torch.cat([pad(row, value) for row in rows]) for value in (0, -100))
+    mask = torch.cat([pad(torch.ones_like(row), 0) for row in rows])
+    loss = model(batch, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(loss, sum(alone), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(model, loss), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_accumulated_gradients_are_those_of_the_whole_batch(experts, tmp_path):
+    """Plain Trainer, one step of SGD at rate 1: the weights move by the gradient. With experts the rows are equal,
+    because the balance loss is not linear in the batch."""
+    rows = ids(8, 12)
+    labels = rows.clone()
+    for i in range(8):
+        labels[i, : 1 + i % 5] = -100
+    if experts > 1:
+        rows, labels = rows[:1].expand(8, -1), labels[:1].expand(8, -1)
+    data = [{"input_ids": x, "labels": y} for x, y in zip(rows, labels, strict=True)]
+
+    def step(batch, accumulate):
+        torch.manual_seed(0)
+        model = tiny(num_experts=experts, balance_weight=0.3)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            max_grad_norm=0.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
+        trainer.train()
+        moved = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+        return trainer.state.log_history[0]["loss"], moved, model
+
+    loss, whole, _ = step(8, 1)
+    parts_loss, parts, model = step(2, 4)
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+    assert parts_loss == pytest.approx(loss, rel=1e-6)
+    torch.manual_seed(0)
+    model = tiny(num_experts=experts, balance_weight=0.3).train()
+    torch.testing.assert_close(gradients(model, model(rows, labels=labels).loss), whole, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,90 @@
+"""Mixers: initial gradients, dtypes, bidirectional use."""
+
+import pytest
+import torch
+
+from resnet_bk import LanguageModel
+from resnet_bk.config import ModelConfig
+from resnet_bk.layers.mixer import MIXERS, Energies, ShortConv
+
+VARIANTS = [(readout, energy) for readout in MIXERS for energy in ("real", "complex")]
+
+
+@pytest.mark.parametrize(("readout", "energy"), VARIANTS)
+def test_first_gradients_are_of_ordinary_size(readout, energy):
+    """An untuned complex propagator began with gradients 50 times those of the others."""
+    norms = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = LanguageModel(64, d_model=64, num_experts=1, readout=readout, energy=energy)
+        ids = torch.randint(64, (4, 129))
+        model(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+    assert max(norms) < 20
+
+
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_energies_lie_where_the_regime_needs_them(kind):
+    energies = Energies(16, 8, kind)
+    a, z = energies(torch.randn(2, 50, 16) * 10)
+    if kind == "real":
+        assert ((a - z).abs() >= 2).all()
+        assert not z.is_complex()
+    else:
+        assert (z.imag > 0).all()
+
+
+def test_initial_memories_run_from_one_to_seven_positions():
+    margin = (Energies(16, 8, "real")(torch.zeros(1, 1, 16))[0][0, 0] + 2).abs()
+    assert margin.max().item() == pytest.approx(1, rel=1e-4)
+    assert margin.min().item() == pytest.approx(0.02, rel=1e-3)
+
+
+@pytest.mark.parametrize(("readout", "energy"), VARIANTS)
+def test_bfloat16_stays_near_float32(readout, energy):
+    """Autocast and a bfloat16 model: the recurrence itself stays in float32."""
+    torch.manual_seed(0)
+    model = LanguageModel(64, d_model=64, num_experts=4, top_k=2, readout=readout, energy=energy).eval()
+    ids = torch.randint(64, (2, 70))
+    with torch.no_grad():
+        expected = model(ids).logits.log_softmax(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = model(ids).logits.float().log_softmax(-1)
+        converted = model.bfloat16()(ids).logits.float().log_softmax(-1)
+    assert (under_autocast - expected).abs().mean() < 0.05
+    assert (converted - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(("readout", "energy"), VARIANTS)
+@pytest.mark.parametrize("experts", [1, 3])
+def test_bidirectional_models_see_both_sides_and_no_padding(readout, energy, experts):
+    torch.manual_seed(0)
+    model = LanguageModel(31, d_model=16, n_heads=2, readout=readout, energy=energy, causal=False, num_experts=experts)
+    model = model.double().eval()
+    ids = torch.randint(31, (1, 20))
+    with torch.no_grad():
+        expected = model(ids).logits
+        for t in (0, 19):
+            changed = ids.clone()
+            changed[0, t] = (changed[0, t] + 1) % 31
+            moved = (model(changed).logits - expected).abs().amax(-1)[0]
+            assert (moved > 0).sum() > 10, "both neighbours' sides must feel a change"
+        mask = torch.zeros(1, 33, dtype=torch.bool)
+        mask[0, 4:24] = True
+        padded = torch.randint(31, (1, 33))
+        padded[0, 4:24] = ids
+        torch.testing.assert_close(model(padded, mask=mask).logits[0, 4:24], expected[0], rtol=0, atol=1e-12)
+
+
+def test_the_convolution_of_a_bidirectional_model_is_centred():
+    conv = ShortConv(2, 3, causal=False)
+    x = torch.zeros(1, 9, 2)
+    x[0, 4] = 1
+    y, _ = conv(x, None, None)
+    assert y[0, :, 0].nonzero().flatten().tolist() == [3, 4, 5]
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match=r"model.n_heads: got 5, allowed a divisor of d_model = 64"):
+        ModelConfig(n_heads=5)
+    assert ModelConfig(n_heads=5, readout="diagonal").heads == 5

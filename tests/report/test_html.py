@@ -1,0 +1,88 @@
+import subprocess
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from resnet_bk.report import html
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+METRICS = [
+    {"step": i, "seconds": float(i), "bits_per_byte": 8.0 / i, "bytes_per_second": 1000.0 * i} for i in range(1, 5)
+]
+
+
+class Checker(HTMLParser):
+    """Collects elements and text; fails on tags that do not nest."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attribute) for attribute in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attribute) for attribute in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parse(page):
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def fetched(checker):
+    """Every address a browser would load, but for places in the page itself."""
+    names = {"src", "href", "xlink:href", "data", "action", "poster", "srcset"}
+    return [value for _, name, value in checker.attributes if name in names and not value.startswith("#")]
+
+
+@pytest.fixture
+def page():
+    rows = [("held-out bits per byte", "1.2345"), ("context", "a < b & c")]
+    return html.page("Run <x>", rows, [html.training_curves(METRICS)], "def f():\n    '<script>'", ["torch 1", "cmd"])
+
+
+def test_the_page_is_well_formed_and_shows_all_it_was_given(page):
+    checker = parse(page)
+    for text in ("Run <x>", "held-out bits per byte", "1.2345", "a < b & c", "def f():\n    '<script>'", "torch 1", "cmd"):
+        assert text in checker.text
+    assert checker.tags.count("svg") == 1
+
+
+def test_the_page_needs_no_script_and_no_network(page):
+    checker = parse(page)
+    assert not {"script", "iframe", "img", "link", "object", "embed"} & set(checker.tags)
+    assert fetched(checker) == []
+    assert "@import" not in page
+    assert "url(http" not in page
+    assert not [name for _, name, _ in checker.attributes if name.startswith("on")]
+
+
+def test_a_figure_is_one_svg_element():
+    element = ElementTree.fromstring(html.figure_svg(html.training_curves(METRICS)))
+    assert element.tag.endswith("svg")
+
+
+def test_a_run_without_metrics_still_has_a_page():
+    assert "<svg" not in html.page("t", [], [], "", [])
+
+
+def test_importing_the_report_leaves_the_plotting_backend_alone():
+    program = "import resnet_bk.report.html, sys; print('matplotlib.pyplot' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,336 @@
+"""Checkpoint folders: whatever is cut, flipped, missing or out of place is found and named."""
+
+import json
+import os
+import random
+import re
+import shutil
+
+import pytest
+
+from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, seal, verify
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """A small sealed checkpoint. Two of its names differ in one bit."""
+    folder = tmp_path / "checkpoint-10"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(random.Random(1).randbytes(300))
+    (folder / "a").write_bytes(b"same")
+    (folder / "c").write_bytes(b"same")
+    (folder / "sub" / "state.json").write_text('{"step": 10}')
+    seal(folder)
+    return folder
+
+
+def refusal(folder):
+    """The one-line message with which `folder` is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        verify(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def with_entry(folder, name, entry=None):
+    """Add `name` to the manifest."""
+    manifest = folder / MANIFEST
+    entries = json.loads(manifest.read_text()) | {name: entry or {"bytes": 4, "sha256": "0" * 64}}
+    manifest.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def test_a_sealed_folder_verifies_and_its_manifest_lists_every_file(sealed):
+    verify(sealed)
+    entries = json.loads((sealed / MANIFEST).read_text())
+    assert {name: entry["bytes"] for name, entry in entries.items()} == {
+        "a": 4,
+        "c": 4,
+        "model.safetensors": 300,
+        "sub/state.json": 12,
+    }
+
+
+def test_sealing_again_takes_in_what_changed(sealed):
+    (sealed / "a").write_bytes(b"other")
+    (sealed / f"{MANIFEST}.partial").write_text("left by a kill")
+    seal(sealed)
+    verify(sealed)
+
+
+def test_files_added_after_sealing_are_no_damage(sealed):
+    (sealed / "README.md").write_text("a model card")
+    (sealed / "tokenizer.json").write_text("{}")
+    verify(sealed)
+
+
+def test_model_cards_and_hidden_files_can_be_edited_after_sealing(sealed):
+    (sealed / "README.md").write_text("a model card")
+    (sealed / ".gitattributes").write_text("")
+    seal(sealed)
+    (sealed / "README.md").write_text("a longer model card")
+    (sealed / ".gitattributes").unlink()
+    verify(sealed)
+
+
+def test_200_truncations_are_all_found(sealed):
+    draw = random.Random(0)
+    files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
+    for _ in range(200):
+        path = draw.choice(files)
+        whole = path.read_bytes()
+        left = draw.randrange(len(whole))
+        path.write_bytes(whole[:left])
+        message = refusal(sealed)
+        assert message.startswith(f"{path}: expected ")
+        assert re.search(rf"got {left}\b", message)
+        path.write_bytes(whole)
+    verify(sealed)
+
+
+def test_every_truncation_of_the_manifest_is_found(sealed):
+    manifest = sealed / MANIFEST
+    whole = manifest.read_bytes()
+    for left in range(len(whole)):
+        manifest.write_bytes(whole[:left])
+        assert refusal(sealed).startswith(f"{manifest}: expected ")
+
+
+def test_2000_flipped_bits_are_all_found(sealed):
+    draw = random.Random(0)
+    files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
+    for _ in range(2000):
+        path = draw.choice(files)
+        whole = path.read_bytes()
+        bit = draw.randrange(8 * len(whole))
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        message = refusal(sealed)
+        assert str(sealed) in message
+        assert "expected " in message
+        if path.name != MANIFEST:
+            assert message.startswith(f"{path}: expected SHA-256 ")
+            assert ", got " in message
+        path.write_bytes(whole)
+    verify(sealed)
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(sealed):
+    manifest = sealed / MANIFEST
+    whole = manifest.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(flipped)
+        assert re.search("expected |points outside", refusal(sealed))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "..", "/"])
+def test_names_that_lead_outside_are_refused(sealed, name):
+    (sealed.parent / "secret").write_text("1234")
+    with_entry(sealed, name)
+    assert refusal(sealed) == f"{sealed / MANIFEST}: {name!r} points outside the checkpoint; refused"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "", ".", "sub", "\udcff", MANIFEST])
+def test_names_that_are_no_file_of_the_folder_are_refused(sealed, name):
+    with_entry(sealed, name)
+    assert "expected 4 bytes, got no such file" in refusal(sealed)
+
+
+@pytest.mark.parametrize("where", ["a", "unlisted", "sub/state.json", "folder"])
+def test_links_are_refused(sealed, tmp_path, where):
+    target = tmp_path / "target"
+    target.write_bytes(b"same")
+    if where == "folder":
+        shutil.move(sealed / "sub", tmp_path / "elsewhere")
+        (sealed / "sub").symlink_to(tmp_path / "elsewhere")
+    else:
+        (sealed / where).unlink(missing_ok=True)
+        (sealed / where).symlink_to(target)
+    assert "expected a plain file, got a link or device" in refusal(sealed)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(sealed):
+    (sealed / "a").unlink()
+    os.mkfifo(sealed / "a")
+    assert refusal(sealed).startswith(f"{sealed / 'a'}: expected a plain file")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"5",
+        b'"text"',
+        b"{",
+        b'{"a": 5}',
+        b'{"a": {}}',
+        b'{"a": {"bytes": null, "sha256": ""}}',
+        b'{"a": {"bytes": "4", "sha256": 3}}',
+        b'{"a": {"bytes": 1' + b"0" * 6000 + b', "sha256": ""}}',
+        b"[" * 100_000,
+        b"\xff\xfe\x00",
+    ],
+    ids=range(13),
+)
+def test_a_manifest_that_is_none_is_refused(sealed, text):
+    (sealed / MANIFEST).write_bytes(text)
+    message = refusal(sealed)
+    assert message.startswith(f"{sealed / MANIFEST}: expected ")
+    assert f"got {len(text)} " in message
+
+
+def test_a_manifest_of_nothing_is_refused(sealed):
+    (sealed / MANIFEST).write_text("{}\n")
+    assert refusal(sealed) == f"{sealed / MANIFEST}: expected at least 1 file, got 0; the checkpoint is empty"
+
+
+def test_a_manifest_too_large_is_not_read(sealed):
+    with (sealed / MANIFEST).open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    assert refusal(sealed) == f"{sealed / MANIFEST}: expected at most 16777216 bytes, got {1 << 40}; refused"
+
+
+def test_a_missing_file_is_named(sealed):
+    (sealed / "c").unlink()
+    assert refusal(sealed) == f"{sealed / MANIFEST}: 'c' missing; expected 4 bytes, got no such file"
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(sealed):
+    (sealed / MANIFEST).unlink()
+    assert refusal(sealed).startswith(f"{sealed / MANIFEST}: missing; the folder is no finished checkpoint")
+
+
+def test_a_folder_that_does_not_exist_or_is_a_file_is_no_checkpoint(sealed):
+    for path in (sealed / "nowhere", sealed / "a"):
+        assert refusal(path) == f"{path}: no such checkpoint folder"
+
+
+def test_a_read_error_is_a_checkpoint_error(sealed, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("resnet_bk.checkpoint._sha256", broken)
+    assert refusal(sealed) == f"{sealed / 'a'}: cannot be read (Input/output error)"
+
+
+def test_replacing_makes_a_sealed_folder(tmp_path):
+    with replacing(tmp_path / "new" / "model") as scratch:
+        (scratch / "weights").write_bytes(b"first")
+        assert not (tmp_path / "new" / "model").exists()
+    verify(tmp_path / "new" / "model")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["model"]
+
+
+def test_replacing_takes_the_place_of_the_old(sealed):
+    with replacing(sealed) as scratch:
+        (scratch / "weights").write_bytes(b"second")
+        verify(sealed)
+    verify(sealed)
+    assert sorted(p.name for p in sealed.iterdir()) == [MANIFEST, "weights"]
+    assert list(sealed.parent.iterdir()) == [sealed]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+def test_the_old_folder_stays_when_the_block_raises(sealed, error):
+    def write():
+        with replacing(sealed) as scratch:
+            (scratch / "weights").write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    verify(sealed)
+    assert (sealed / "model.safetensors").exists()
+    assert list(sealed.parent.iterdir()) == [sealed]
+
+
+@pytest.mark.parametrize("boundary", range(5))
+def test_a_failing_disk_at_any_fsync_leaves_the_old_or_the_new(sealed, monkeypatch, boundary):
+    from resnet_bk import checkpoint
+
+    calls, real = [], checkpoint._fsync
+
+    def fsync(path):
+        calls.append(path)
+        if len(calls) == boundary + 1:
+            raise OSError(28, "No space left on device", str(path))
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "_fsync", fsync)
+    try:
+        with replacing(sealed) as scratch:
+            (scratch / "weights").write_bytes(b"second")
+    except OSError:
+        assert len(calls) == boundary + 1
+    else:
+        assert len(calls) <= boundary
+    verify(sealed)
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_rename_that_fails_leaves_the_old(sealed, monkeypatch, fails):
+    real, calls = type(sealed).rename, []
+
+    def rename(path, target):
+        if path.name != f"{MANIFEST}.partial":
+            calls.append(path)
+            if len(calls) == fails:
+                raise OSError(5, "Input/output error", str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(type(sealed), "rename", rename)
+    with pytest.raises(OSError, match="Input/output"), replacing(sealed) as scratch:
+        (scratch / "weights").write_bytes(b"second")
+    verify(sealed)
+    assert (sealed / "model.safetensors").exists()
+
+
+def test_a_kill_between_the_two_renames_is_made_good_next_time(sealed):
+    sealed.rename(sealed.with_name(f".{sealed.name}.old"))
+
+    def write():
+        with replacing(sealed):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    verify(sealed)
+
+
+def test_leftovers_of_a_kill_do_not_reach_the_new_folder(sealed):
+    leftover = sealed.with_name(f".{sealed.name}.partial")
+    leftover.mkdir()
+    (leftover / "half").write_bytes(b"half")
+    with replacing(sealed) as scratch:
+        (scratch / "weights").write_bytes(b"second")
+    assert sorted(p.name for p in sealed.iterdir()) == [MANIFEST, "weights"]
+
+
+def test_the_newest_valid_checkpoint_is_found_past_damaged_ones(sealed):
+    runs = sealed.parent
+    for step in (9, 100, 1000):
+        shutil.copytree(sealed, runs / f"checkpoint-{step}")
+    (runs / "checkpoint-1000" / MANIFEST).unlink()
+    (runs / "checkpoint-100" / "a").write_bytes(b"sbme")
+    for other in ("checkpoint-x", "checkpoint-", "checkpoint-\u00b2", "checkpoint-5.partial"):
+        (runs / other).mkdir()
+    said = []
+    assert newest_valid(runs, said.append) == sealed
+    assert len(said) == 2
+    assert said[0].startswith("passing over checkpoint-1000: ")
+    assert said[1].startswith("passing over checkpoint-100: ")
+    assert "expected SHA-256" in said[1]
+
+
+def test_without_a_valid_checkpoint_there_is_none(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-2").write_text("a file")
+    said = []
+    assert newest_valid(tmp_path, said.append) is None
+    assert len(said) == 2
+    assert newest_valid(tmp_path / "nowhere", said.append) is None

@@ -1,0 +1,241 @@
+"""Settings: each bad one is refused in one line that names the field, what it got and what is allowed."""
+
+import dataclasses
+import math
+
+import pytest
+
+from resnet_bk.config import (
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    GenerateConfig,
+    ModelConfig,
+    TrainConfig,
+    check_fields,
+    shown,
+    unknown_field,
+)
+
+MODEL, DATA, TRAIN = (ModelConfig, {}), (DataConfig, {}), (TrainConfig, {"max_steps": 1})
+EVAL, GENERATE = (EvalConfig, {"checkpoint": "x", "stride": 1}), (GenerateConfig, {"checkpoint": "x", "prompt": "y"})
+HUGE = 10**5000  # longer than Python prints
+
+# (class and its required fields), field, name in the message, lowest and highest allowed value
+RANGES = [
+    (MODEL, "vocab_size", "model", 1, 10_000_000),
+    (MODEL, "d_model", "model", 1, 65_536),
+    (MODEL, "n_layers", "model", 1, 1_024),
+    (MODEL, "n_seq", "model", 1, 16_777_216),
+    (MODEL, "num_experts", "model", 1, 1_024),
+    (MODEL, "top_k", "model", 1, 4),
+    (MODEL, "conv_width", "model", 1, 64),
+    (MODEL, "n_heads", "model", 1, 64),
+    (MODEL, "d_ff", "model", 1, 1_048_576),
+    (TRAIN, "batch_size", "train", 1, 1_048_576),
+    (TRAIN, "accumulate", "train", 1, 1_048_576),
+    (TRAIN, "save_every", "train", 1, 10**9),
+    (TRAIN, "log_every", "train", 1, 10**9),
+    (TRAIN, "max_steps", "train", 1, 10**9),
+    (TRAIN, "seed", "train", 0, 2**31 - 1),
+    (EVAL, "window", "eval", 1, 2**24),
+    (EVAL, "stride", "eval", 1, 1024),
+    (EVAL, "batch_size", "eval", 1, 2**24),
+    (EVAL, "max_bytes", "eval", 1, 2**62),
+    (GENERATE, "max_new_tokens", "generate", 1, 2**24),
+    (GENERATE, "seed", "generate", 0, 2**31 - 1),
+]
+REALS = [
+    (MODEL, "balance_weight", "model", 0, 1_000),
+    (DATA, "val_fraction", "data", 1e-6, 0.5),
+    (TRAIN, "learning_rate", "train", 1e-8, 10),
+    (TRAIN, "warmup", "train", 0, 1),
+    (TRAIN, "final_learning_rate", "train", 0, 1),
+    (TRAIN, "beta2", "train", 0, 0.999999),
+    (TRAIN, "weight_decay", "train", 0, 10),
+    (TRAIN, "max_grad_norm", "train", 1e-6, 1e6),
+    (TRAIN, "max_seconds", "train", 1, 10**8),
+    (GENERATE, "temperature", "generate", 0, 100),
+    (GENERATE, "top_p", "generate", 1e-6, 1),
+]
+CHOICES = [
+    (MODEL, "readout", "model"),
+    (MODEL, "energy", "model"),
+    (TRAIN, "dtype", "train"),
+    (EVAL, "context", "eval"),
+]
+BOOLEANS = [(MODEL, "tie_word_embeddings", "model"), (MODEL, "causal", "model"), (TRAIN, "resume", "train")]
+TEXTS = [
+    (DATA, "source", "data"),
+    (DATA, "val_source", "data"),
+    (DATA, "tokenizer", "data"),
+    (DATA, "cache", "data"),
+    (TRAIN, "output_dir", "train"),
+    (TRAIN, "report_to", "train"),
+    (TRAIN, "sample", "train"),
+    (EVAL, "checkpoint", "eval"),
+    (EVAL, "source", "eval"),
+    (GENERATE, "checkpoint", "generate"),
+    (GENERATE, "prompt", "generate"),
+]
+
+
+def refusal(kind, **values):
+    """The one-line message with which `kind` refuses `values`."""
+    config, required = kind
+    with pytest.raises(ConfigError) as caught:
+        config(**(required | values))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 300
+    return message
+
+
+def name(case):
+    return f"{case[2]}.{case[1]}" if isinstance(case, tuple) else None
+
+
+@pytest.mark.parametrize("case", RANGES + REALS, ids=name)
+def test_bounds_are_allowed_and_values_beyond_them_are_refused(case):
+    (config, required), field, where, low, high = case
+    for allowed in (low, high):
+        config(**(required | {field: allowed}))
+    below, above = (low - 1, high + 1) if case in RANGES else (math.nextafter(low, -1), math.nextafter(high, math.inf))
+    for value in (below, above):
+        message = refusal((config, required), **{field: value})
+        assert message.startswith(f"{where}.{field}: got {value!r}, allowed ")
+
+
+@pytest.mark.parametrize("value", [True, False, 2.0, "2", [2], 10**30, -1, HUGE, -HUGE], ids=lambda v: shown(v)[:12])
+@pytest.mark.parametrize("case", RANGES, ids=name)
+def test_only_integers_in_range_are_integers(case, value):
+    message = refusal(case[0], **{case[1]: value})
+    assert message.startswith(f"{case[2]}.{case[1]}: got ")
+    assert "allowed an integer from" in message
+
+
+@pytest.mark.parametrize("value", [True, "0.1", float("nan"), float("inf"), HUGE], ids=lambda v: shown(v)[:12])
+@pytest.mark.parametrize("case", REALS, ids=name)
+def test_only_finite_numbers_in_range_are_numbers(case, value):
+    assert refusal(case[0], **{case[1]: value}).startswith(f"{case[2]}.{case[1]}: got ")
+
+
+@pytest.mark.parametrize("value", ["", "nothing", None, 1, ["real"]], ids=repr)
+@pytest.mark.parametrize("case", CHOICES, ids=name)
+def test_choices_name_what_is_allowed(case, value):
+    kind, field, where = case
+    message = refusal(kind, **{field: value})
+    assert message.startswith(f"{where}.{field}: got {value!r}, allowed '")
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None], ids=repr)
+@pytest.mark.parametrize("case", BOOLEANS, ids=name)
+def test_booleans_are_true_or_false(case, value):
+    kind, field, where = case
+    assert refusal(kind, **{field: value}) == f"{where}.{field}: got {value!r}, allowed true or false"
+
+
+@pytest.mark.parametrize("value", ["", "a\0b", "\udcff", 5, b"x"], ids=repr)
+@pytest.mark.parametrize("case", TEXTS, ids=name)
+def test_text_is_text(case, value):
+    kind, field, where = case
+    assert refusal(kind, **{field: value}).startswith(f"{where}.{field}: " + ("got " if value else "is empty"))
+
+
+def test_training_must_have_an_end():
+    message = refusal((TrainConfig, {}))
+    assert "max_steps" in message
+    assert "max_seconds" in message
+
+
+def test_top_k_is_at_most_the_number_of_experts():
+    assert refusal(MODEL, num_experts=2, top_k=3) == "model.top_k: got 3, allowed an integer from 1 to 2"
+
+
+@pytest.mark.parametrize(
+    ("readout", "d_model", "heads"),
+    [
+        ("propagator", 1, 1),
+        ("propagator", 7, 1),
+        ("propagator", 64, 2),
+        ("propagator", 96, 3),
+        ("propagator", 100, 2),
+        ("propagator", 127, 1),
+        ("diagonal", 1, 1),
+        ("diagonal", 7, 3),
+        ("diagonal", 64, 32),
+    ],
+)
+def test_default_number_of_heads(readout, d_model, heads):
+    assert ModelConfig(readout=readout, d_model=d_model).heads == heads
+
+
+@pytest.mark.parametrize("energy", ["real", "complex"])
+def test_default_heads_fit_every_even_width(energy):
+    for d_model in range(2, 400, 2):
+        heads = ModelConfig(d_model=d_model, energy=energy).heads
+        assert d_model % heads == 0
+        assert energy == "real" or d_model // heads % 2 == 0
+
+
+def test_heads_must_divide_the_width():
+    assert refusal(MODEL, d_model=64, n_heads=3).startswith("model.n_heads: got 3, allowed a divisor of d_model = 64")
+    assert ModelConfig(d_model=64, n_heads=3, readout="diagonal").heads == 3
+
+
+def test_complex_energies_need_an_even_number_of_channels_a_head():
+    message = refusal(MODEL, d_model=6, n_heads=2, energy="complex")
+    assert message.startswith("model.n_heads: got 2, which makes 6 / 2 = 3 channels each, allowed an even number")
+    assert ModelConfig(d_model=6, n_heads=3, energy="complex").heads == 3
+
+
+@pytest.mark.parametrize("d_model", [1, 2, 3, 63, 64, 65, 768, 65_536])
+def test_default_hidden_width_is_eight_thirds_rounded_up_to_a_multiple_of_8(d_model):
+    hidden = ModelConfig(d_model=d_model).d_hidden
+    assert hidden % 8 == 0
+    assert 0 <= 3 * hidden - 8 * d_model < 24
+
+
+def test_a_hidden_width_that_is_given_is_kept():
+    assert ModelConfig(d_ff=5).d_hidden == 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("d_modle", "d_model"), ("nlayers", "n_layers"), ("vocabsize", "vocab_size"), ("topk", "top_k")],
+)
+def test_an_unknown_field_names_the_nearest(wrong, right):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict({wrong: 1})
+    assert str(caught.value) == f"model: unknown field {wrong!r}; did you mean {right!r}?"
+
+
+def test_an_unknown_field_like_no_other_lists_all():
+    assert str(unknown_field("zzz", ["b", "a"], "here")) == "here: unknown field 'zzz'; known fields: a, b"
+
+
+@pytest.mark.parametrize("values", [None, 3, [1], "text", {"model": None}, {"model": [1]}, {"data": 5}], ids=repr)
+def test_a_section_that_is_no_mapping_is_refused(values):
+    with pytest.raises(ConfigError, match="allowed a mapping"):
+        check_fields("file", TrainConfig, values)
+
+
+def test_fields_of_sections_are_checked():
+    check_fields("file", TrainConfig, {"model": {"d_model": 3}, "data": {"source": "x"}, "seed": 1})
+    with pytest.raises(ConfigError, match=r"^file\.data: unknown field 'sauce'; did you mean 'source'\?$"):
+        check_fields("file", TrainConfig, {"data": {"sauce": "x"}})
+
+
+def test_a_model_configuration_survives_its_dictionary():
+    config = ModelConfig(d_model=96, n_heads=3, energy="complex", num_experts=1)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_settings_cannot_be_changed_past_their_checks():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig().d_model = -1  # type: ignore[misc]
+
+
+def test_long_values_are_cut_in_messages():
+    assert shown("x" * 10_000) == "'" + "x" * 76 + "..."
+    assert shown(HUGE) == "an integer too long to print"

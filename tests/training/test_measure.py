@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from resnet_bk.model import LanguageModel
+from resnet_bk.training.measure import greedy, measure
+
+
+@pytest.mark.parametrize("readout", ["propagator", "diagonal"])
+def test_flops_per_byte_are_those_of_the_matrices(readout):
+    """Two operations for each entry of every matrix and token; what else a token costs is small beside it."""
+    model = LanguageModel(259, d_model=64, n_layers=2, num_experts=1, readout=readout)
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    expected = 2 * sum(weight.numel() for weight in matrices)
+    costs = measure(model, bytes_per_token=1.0, batch=1, length=64, new=2, repeats=1)
+    assert costs.flops_per_byte == pytest.approx(expected, rel=0.1)
+    assert costs.parameters == sum(p.numel() for p in model.parameters())
+    halved = measure(model, bytes_per_token=2.0, batch=1, length=64, new=2, repeats=1)
+    assert halved.flops_per_byte == pytest.approx(costs.flops_per_byte / 2)
+
+
+def test_of_several_experts_only_those_used_count():
+    one, four = (
+        measure(LanguageModel(31, d_model=32, n_layers=1, num_experts=n), 1.0, batch=1, length=64, new=2, repeats=1)
+        for n in (1, 4)
+    )
+    assert one.flops_per_byte <= four.flops_per_byte <= 1.1 * one.flops_per_byte
+    assert four.parameters > 2 * one.parameters
+
+
+def test_rates_are_positive_and_the_model_is_left_as_it_was():
+    model = LanguageModel(31, d_model=16, n_layers=1, num_experts=1).train()
+    costs = measure(model, 1.0, batch=2, length=16, new=3, repeats=1)
+    assert costs.prefill > 0
+    assert costs.decode > 0
+    assert (costs.prefill_setting, costs.decode_setting) == ("2 x 16 tokens", "1 sequence, 3 tokens")
+    assert model.training
+
+
+@pytest.mark.parametrize("readout", ["propagator", "diagonal"])
+@pytest.mark.parametrize("energy", ["real", "complex"])
+def test_greedy_decoding_is_the_argmax_of_full_forwards(readout, energy):
+    fields = {"d_model": 16, "n_layers": 2, "num_experts": 3, "tie_word_embeddings": False}
+    model = LanguageModel(31, readout=readout, energy=energy, **fields).double().eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.out_proj.weight *= 8
+    prompt = torch.randint(31, (3, 6))
+    ids = prompt
+    for _ in range(20):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(greedy(model, prompt, 20), ids[:, 6:])
+    assert len(set(ids[0, 6:].tolist())) > 3

@@ -1,0 +1,253 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from resnet_bk.checkpoint import newest_valid, verify
+from resnet_bk.cli import main
+from resnet_bk.config import ConfigError, ModelConfig, TrainConfig
+from resnet_bk.training import run as module
+
+TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 6
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a corpus of 22 files, two of them held out, and a cache that is not the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "measure", lambda model, bytes_per_token: MEASURE(model, bytes_per_token, 1, 32, 2, 1))
+    (tmp_path / "corpus").mkdir()
+    for i in range(22):
+        (tmp_path / "corpus" / f"{i:02}.py").write_text(f"# file {i}\n" + TEXT)
+    return tmp_path
+
+
+MEASURE = module.measure
+
+
+def arguments(place, *more, steps=6):
+    model = ("--model.d_model=16", "--model.n_layers=1", "--model.n_seq=32", "--model.num_experts=1")
+    rest = (f"--data.source={place / 'corpus'}", f"--output_dir={place / 'run'}", "--batch_size=4", "--log_every=2")
+    return ["train", *model, *rest, f"--max_steps={steps}", *more]
+
+
+def settings(place, **fields):
+    model = ModelConfig(d_model=16, n_layers=1, n_seq=32, num_experts=1)
+    defaults = {"output_dir": str(place / "run"), "max_steps": 6, "resume": True}
+    return TrainConfig(**{"model": model, **defaults, **fields})
+
+
+def files(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*") if path.is_file()}
+
+
+def metrics(place):
+    return [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_eval_and_generate_from_the_command_line(place, capsys):
+    run = place / "run"
+    assert main(arguments(place)) == 0
+    assert {p.name for p in run.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+        "report.html",
+        "results.json",
+    }
+    verify(run / "model")
+    assert not [p for p in run.rglob("*") if p.name == "training_args.bin"]
+    assert [line["step"] for line in metrics(place)] == [2, 4, 6]
+    assert set(metrics(place)[0]) == {
+        "step",
+        "seconds",
+        "bits_per_byte",
+        "bytes_per_second",
+        "learning_rate",
+        "grad_norm",
+    }
+    results = json.loads((run / "results.json").read_text())
+    assert set(results) == {"held_out", "costs", "training", "versions", "sample"}
+    assert results["training"]["steps"] == 6
+    assert results["training"]["seconds"] < metrics(place)[-1]["seconds"] + 1
+    assert 0 < results["held_out"]["bits_per_byte"] < 12
+    assert results["held_out"]["documents"] == 2
+    assert results["held_out"]["perplexity_per_word"] > 1
+    assert results["sample"].startswith("def ")
+    report = (run / "report.html").read_text()
+    for part in (f"{results['held_out']['bits_per_byte']:.4f}", "<svg", "resnet-bk train --config"):
+        assert part in report
+    assert "{'" not in capsys.readouterr().out, "the engine prints dictionaries"
+
+    assert main(["eval", str(run)]) == 0
+    assert f"{results['held_out']['bits_per_byte']:.4f}" in capsys.readouterr().out
+    assert main(["eval", str(run), "--max_bytes=300", f"--source={place / 'corpus'}", "--context=sliding"]) == 0
+    assert "inf" not in capsys.readouterr().out
+    assert main(["generate", str(run), "for i", "--max_new_tokens=5", "--temperature=0"]) == 0
+    assert capsys.readouterr().out.startswith("for i")
+
+    before = files(run)
+    assert main(arguments(place)) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert files(run) == before
+    assert main(arguments(place, "--resume=true")) == 0
+    assert files(run) == before
+    assert json.loads((place / "run-2" / "results.json").read_text())["training"]["steps"] == 6
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_folder(place, monkeypatch):
+    def killed(self, checkpoint):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.BKTrainer, "run_training", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments(place))
+    assert (place / "run" / "config.yaml").exists()
+    (place / "run" / "metrics.jsonl").write_text('{"step": 2, "bits_per_byte": 1.0}\n{"st')
+    assert main(arguments(place, "--resume=true")) == 0
+    assert [line["step"] for line in metrics(place)] == [2, 4, 6]
+    assert metrics(place)[0]["bits_per_byte"] > 1.5
+    assert not (place / "run-2").exists()
+
+
+def test_a_run_killed_while_it_was_scored_ends_without_another_step(place, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "replacing", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments(place))
+    final = (place / "run" / "checkpoints" / "checkpoint-6" / "model.safetensors").read_bytes()
+    assert main(arguments(place, "--resume=true")) == 0
+    assert (place / "run" / "model" / "model.safetensors").read_bytes() == final
+    assert [line["step"] for line in metrics(place)] == [2, 4, 6]
+    assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == 6
+
+
+def test_an_interrupted_run_exits_by_its_signal_and_goes_on_where_it_stopped(place, monkeypatch, capsys):
+    """Signals by raise_signal; the subprocess tests below send real ones."""
+    real = module.Budget.on_step_end
+
+    def interrupting(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        real(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Budget, "on_step_end", interrupting)
+        assert main(arguments(place, "--log_every=1")) == 143
+    assert "--resume true" in capsys.readouterr().err
+    assert main(["eval", str(place / "run")]) == 0, "a checkpoint can be evaluated as it is"
+    with (place / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "from": "a step that was lost"}\n{"step": 5')
+    command = ["train", "--config", str(place / "run" / "config.yaml"), "--resume", "true"]
+    assert main(command) == 0
+    resumed = metrics(place)
+    assert main(arguments(place, "--log_every=1", f"--output_dir={place / 'straight'}")) == 0
+    place.joinpath("run").rename(place / "was")
+    place.joinpath("straight").rename(place / "run")
+    kept = ("step", "bits_per_byte", "grad_norm", "learning_rate")
+    assert [[line[name] for name in kept] for line in resumed] == [[line[name] for name in kept] for line in metrics(place)]
+    assert (place / "was" / "model" / "model.safetensors").read_bytes() == (
+        place / "run" / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": ModelConfig(d_model=32, n_layers=1, n_seq=32, num_experts=1)}, r"train\.model\.d_model: got 32.*16"),
+        ({"batch_size": 5}, r"train\.batch_size: got 5, the run in .* was started with 12"),
+        ({"seed": 1}, r"train\.seed: got 1"),
+    ],
+)
+def test_resuming_with_other_settings_names_the_first_that_differs(place, changed, message):
+    folder = place / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(module.dataclasses.asdict(settings(place))))
+    with pytest.raises(ConfigError, match=message):
+        module._check_same_run(settings(place, **changed), folder)
+
+
+def test_when_a_run_ends_and_what_it_reports_may_change(place):
+    folder = place / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(module.dataclasses.asdict(settings(place, resume=False))))
+    changed = {"max_steps": 9, "max_seconds": 5.0, "save_every": 7, "log_every": 3, "sample": "x", "output_dir": "there"}
+    module._check_same_run(settings(place, **changed), folder)
+    (folder / "config.yaml").write_text("model: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+        module._check_same_run(settings(place), folder)
+
+
+def test_resuming_other_data_from_the_command_line_is_an_error(place, capsys, monkeypatch):
+    monkeypatch.setattr(module, "replacing", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(arguments(place))
+    before = files(place / "run")
+    capsys.readouterr()
+    assert main(arguments(place, "--resume=true", "--data.val_fraction=0.1")) == 2
+    error = capsys.readouterr().err
+    assert "data.val_fraction: got 0.1" in error
+    assert error.count("\n") == 1
+    assert files(place / "run") == before
+
+
+def start(place, *more):
+    command = [sys.executable, "-m", "resnet_bk", *arguments(place, "--save_every=1", *more, steps=100_000)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    log = (place / "log.txt").open("a")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    log.close()
+    return process
+
+
+def newest(place):
+    return newest_valid(place / "run" / "checkpoints", lambda message: None)
+
+
+def wait_for_steps(place, process, after):
+    """Until a checkpoint later than `after` is there."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        assert process.poll() is None, (place / "log.txt").read_text()
+        found = list((place / "run" / "checkpoints").glob("checkpoint-*"))
+        if any(int(path.name.rpartition("-")[2]) > after for path in found):
+            return
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail(f"no checkpoint within 90 seconds: {(place / 'log.txt').read_text()}")
+
+
+def step_of(place):
+    return int(newest(place).name.rpartition("-")[2])
+
+
+def test_runs_killed_at_any_moment_keep_an_intact_checkpoint_and_sigterm_saves_one(place):
+    """Three kills at random moments, each followed by a resumption; then SIGTERM, then the end of the run in here."""
+    reached = 0
+    for kill in range(3):
+        process = start(place, "--resume=true")
+        wait_for_steps(place, process, reached)
+        time.sleep(random.Random(kill).uniform(0.0, 0.3))
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL
+        assert newest(place) is not None
+        assert step_of(place) > reached
+        reached = step_of(place)
+    process = start(place, "--resume=true")
+    wait_for_steps(place, process, reached)
+    process.terminate()
+    assert process.wait(60) == 143, (place / "log.txt").read_text()
+    stopped = step_of(place)
+    assert stopped > reached
+    assert not list((place / "run" / "checkpoints").glob(".*")), "a killed run's half checkpoint is still there"
+    assert main([*arguments(place, "--resume=true", steps=stopped + 2)]) == 0
+    assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == stopped + 2
+    assert not (place / "run-2").exists()
