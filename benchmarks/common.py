@@ -117,8 +117,7 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: Path) -> list[dict[str, Any]]:
-    """Each cell in a process of its own (``script --cell JSON``), `workers` at a time; finished ones are in `log` and not
-    run again."""
+    """Each cell in a process of its own (``script --cell JSON``), `workers` at a time; those in `log` are done."""
     log.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -140,7 +139,9 @@ def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: P
 
 def conditions(command: str) -> str:
     """Date, hardware, versions and command, as every results page begins."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     date = datetime.date.today().isoformat()
     return (
         f"{date}. {cpu or platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads. "

@@ -42,8 +42,15 @@ def main() -> None:
         rows.append([f"{context:,}", spread(milliseconds, 3), f"{1e3 / statistics.median(milliseconds):,.0f}"])
         rows[-1] += [f"{size / 1024:.1f}", f"{memory:,.0f}"]
     text = "# Decoding\n\n" + conditions("python benchmarks/decode.py")
-    text += f"\n4 blocks, D = 128, bytes, one sequence, greedy; {NEW} tokens at each context, 5% slowest and fastest left out.\n\n"
-    header = ["context, tokens", "ms a token: median (least to greatest)", "tokens per second", "state, KiB", "peak RSS, MiB"]
+    text += f"\n4 blocks, D = 128, bytes, one sequence, greedy; {NEW} tokens at each context, "
+    text += "5% slowest and fastest left out.\n\n"
+    header = [
+        "context, tokens",
+        "ms a token: median (least to greatest)",
+        "tokens per second",
+        "state, KiB",
+        "peak RSS, MiB",
+    ]
     publish(text + table(header, rows), options.out)
 
 

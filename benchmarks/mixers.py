@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, batches, conditions, mean_nats, publish, run_cells, seconds_of, spread, stdlib_ids, table, train
+from common import (
+    arguments,
+    batches,
+    conditions,
+    mean_nats,
+    publish,
+    run_cells,
+    seconds_of,
+    spread,
+    stdlib_ids,
+    table,
+    train,
+)
 from peers import SigmoidGatedAttention, SoftmaxAttention
 
 from resnet_bk.config import ModelConfig
@@ -24,7 +36,7 @@ OURS = {
 }
 PEERS = {"softmax attention": SoftmaxAttention, "sigmoid-gated linear": SigmoidGatedAttention}
 SHAPE = {"d_model": 128, "n_layers": 4, "n_seq": 256, "num_experts": 1}
-BATCH, STEPS, SECONDS, SEEDS = 12, 150, 60, (0, 1, 2)
+BATCH, STEPS, SECONDS, SEEDS = 12, 150, 45, (0, 1, 2)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 TOKENS_A_STEP = 16384
 
@@ -90,9 +102,9 @@ def main() -> None:
     text = "# Token mixers\n\n" + conditions("python benchmarks/mixers.py")
     text += (
         f"\nDefault corpus, bytes. {SHAPE['n_layers']} blocks, D = {SHAPE['d_model']}, "
-        f"batches of {BATCH} x {SHAPE['n_seq']}, AdamW 3e-3 cosine, one thread a run, two runs at a time. Feed-forward widths "
-        f"make parameters equal. Held-out bits per byte on 256 KiB in windows of 1,024: median (least to greatest) of "
-        f"{len(SEEDS)} seeds.\n"
+        f"batches of {BATCH} x {SHAPE['n_seq']}, AdamW 3e-3 cosine, one thread a run, two runs at a time. "
+        "Feed-forward widths make parameters equal. Held-out bits per byte on 256 KiB in windows of 1,024: "
+        f"median (least to greatest) of {len(SEEDS)} seeds.\n"
     )
     for budget, title in (("tokens", f"Equal tokens: {STEPS} steps"), ("time", f"Equal time: {SECONDS} s")):
         rows = []
@@ -101,7 +113,13 @@ def main() -> None:
             if chosen:
                 bpb = spread([r["bits_per_byte"] for r in chosen], 4)
                 row = [name, f"{chosen[0]['parameters']:,}", bpb, spread([r["steps"] for r in chosen], 0)]
-                rows.append([*row, spread([r["seconds"] for r in chosen], 0), spread([r["first_gradient_norm"] for r in chosen], 1)])
+                rows.append(
+                    [
+                        *row,
+                        spread([r["seconds"] for r in chosen], 0),
+                        spread([r["first_gradient_norm"] for r in chosen], 1),
+                    ]
+                )
         header = ["mixer", "parameters", "held-out bits per byte", "steps", "seconds", "first gradient norm"]
         text += f"\n## {title}\n\n" + table(header, rows)
     torch.manual_seed(0)

@@ -79,9 +79,13 @@ def share_of_a_layer() -> str:
     for name in available_backends():
         with use_backend(name):
             pairs = [(seconds_of(core, 1, 1)[0], seconds_of(projections, 1, 1)[0]) for _ in range(15)]
-        rows.append([name, *(spread([1e3 * p[i] for p in pairs], 1) for i in (0, 1)), spread([p[0] / p[1] for p in pairs], 2)])
+        rows.append(
+            [name, *(spread([1e3 * p[i] for p in pairs], 1) for i in (0, 1)), spread([p[0] / p[1] for p in pairs], 2)]
+        )
     header = ["backend", "core, ms", "linear projections, ms", "core / projections"]
-    return f"\n## One mixer layer, D = 256, N = 2,048, {mixer.heads} heads, forward + backward\n\n" + table(header, rows)
+    return f"\n## One mixer layer, D = 256, N = 2,048, {mixer.heads} heads, forward + backward\n\n" + table(
+        header, rows
+    )
 
 
 def main() -> None:

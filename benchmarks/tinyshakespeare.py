@@ -95,11 +95,18 @@ def main() -> None:
     ):
         steps = [r["steps"] for r in found]
         row = [name, f"{sum(p.numel() for p in model.parameters()):,}", spread([r["seconds"] for r in found], 1)]
-        row += [spread(steps, 0), f"{statistics.median(steps) * tokens:,.0f}", context, spread([r["nats"] for r in found], 4)]
+        row += [
+            spread(steps, 0),
+            f"{statistics.median(steps) * tokens:,.0f}",
+            context,
+            spread([r["nats"] for r in found], 4),
+        ]
         rows.append(row)
     header = ["model", "parameters", "seconds", "steps", "characters seen", "context", "validation nats"]
     text = "# Tiny Shakespeare\n\n" + conditions("python benchmarks/tinyshakespeare.py")
-    text += "\nMedian (least to greatest) of three seeds; validation on all of the last 10%, in windows of the context.\n\n"
+    text += (
+        "\nMedian (least to greatest) of three seeds; validation on all of the last 10%, in windows of the context.\n\n"
+    )
     text += table(header, rows) + f"\nOurs lower by {spread(gaps, 4)} nats, seed by seed. "
     text += f"Ours in windows of {BLOCK}, the Transformer's own: {spread([r[f'nats{BLOCK}'] for r in our_rows], 4)}.\n"
     publish(text, options.out)

@@ -96,34 +96,38 @@ def test_every_truncation_of_the_manifest_is_found(sealed):
         assert refusal(sealed).startswith(f"{manifest}: expected ")
 
 
+def flip(path, bit):
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
 def test_2000_flipped_bits_are_all_found(sealed):
     draw = random.Random(0)
     files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
     for _ in range(2000):
         path = draw.choice(files)
-        whole = path.read_bytes()
-        bit = draw.randrange(8 * len(whole))
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
+        bit = draw.randrange(8 * path.stat().st_size)
+        flip(path, bit)
         message = refusal(sealed)
         assert str(sealed) in message
         assert "expected " in message
         if path.name != MANIFEST:
             assert message.startswith(f"{path}: expected SHA-256 ")
             assert ", got " in message
-        path.write_bytes(whole)
+        flip(path, bit)
     verify(sealed)
 
 
-def test_every_flipped_bit_of_the_manifest_is_found(sealed):
+def test_a_flip_of_every_third_bit_of_the_manifest_is_found(sealed):
     manifest = sealed / MANIFEST
-    whole = manifest.read_bytes()
-    for bit in range(8 * len(whole)):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        manifest.write_bytes(flipped)
+    for bit in range(0, 8 * manifest.stat().st_size, 3):
+        flip(manifest, bit)
         assert re.search("expected |points outside", refusal(sealed))
+        flip(manifest, bit)
+    verify(sealed)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "..", "/"])

@@ -148,6 +148,11 @@ def test_training_must_have_an_end():
     assert "max_seconds" in message
 
 
+def test_a_bidirectional_model_cannot_be_trained_to_predict_the_next_token():
+    message = refusal(TRAIN, model=ModelConfig(causal=False))
+    assert message == "model.causal: got False, allowed True: a bidirectional model has no next token to learn"
+
+
 def test_top_k_is_at_most_the_number_of_experts():
     assert refusal(MODEL, num_experts=2, top_k=3) == "model.top_k: got 3, allowed an integer from 1 to 2"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 import types
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from resnet_bk import __version__
 from resnet_bk.config import ConfigError, EvalConfig, GenerateConfig, TrainConfig, check_fields, shown
@@ -24,6 +25,7 @@ _COMMANDS = {
 _LARGEST_CONFIG, _DEEPEST_CONFIG = 1 << 20, 10  # bytes, levels
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -85,6 +87,15 @@ def _check_config_file(name: str, kind: type) -> None:
     if values is None:
         raise ConfigError(f"--config: {name} is empty; write settings as 'name: value', or leave --config out")
     check_fields(name, kind, values)
+
+
+def _check_no_whole_section(arguments: Sequence[str], kind: type) -> None:
+    """``--model X`` is refused: the parser would take X for a file or a class, and import the module it names."""
+    sections = [f.name for f in fields(kind) if isinstance(f.type, type) and is_dataclass(f.type)]
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--")
+        if name in sections and argument.startswith("--"):
+            raise ConfigError(f"{name}: give its fields one by one, as --{name}.FIELD VALUE, or in a --config file")
 
 
 # ------------------------------------------------------------------------------------------ messages
@@ -178,16 +189,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = command if command in _COMMANDS else None
     try:
         if command:
+            _check_no_whole_section(arguments, _COMMANDS[command][0])
             for name in _config_files(arguments):
                 _check_config_file(name, _COMMANDS[command][0])
         parser = _parser()
         parsed = parser.parse_args(arguments)
-        values = dict(vars(parser.instantiate_classes(parsed)[parsed.command]))
+        values = dict(vars(parser.instantiate(parsed)[parsed.command]))
         values.pop("config", None)
         config = _COMMANDS[parsed.command][0](**values)
     except ConfigError as error:
         return _fail(error, 2)
-    except Exception as error:  # the parser's own errors, and whatever its value parsers let through
+    except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:  # its own errors, and its loaders'
         return _fail(_explain(error, command), 2)
     return _run(parsed.command, config)
 
@@ -203,7 +215,7 @@ def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig) -> int
     function = {"train": run.train, "eval": run.evaluate_checkpoint, "generate": run.generate}[command]
     try:
         function(config, Console())  # type: ignore[operator]
-    except run.Stopped as stopped:
+    except run.StoppedError as stopped:
         print(f"resnet-bk: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except UnicodeDecodeError as error:
@@ -215,9 +227,7 @@ def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig) -> int
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
-        return _fail(
-            f"{command}: out of memory ({_one_line(error)}); lower batch_size, model.n_seq or model.d_model", 1
-        )
+        return _fail(f"{command}: out of memory; lower batch_size, model.n_seq or model.d_model ({error})", 1)
     return 0
 
 

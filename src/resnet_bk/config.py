@@ -233,6 +233,8 @@ class TrainConfig:
         check_choice(where, ("float32", "bfloat16"), dtype=self.dtype)
         check_boolean(where, resume=self.resume)
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
+        if not self.model.causal:
+            raise ConfigError("model.causal: got False, allowed True: a bidirectional model has no next token to learn")
         if self.max_steps is None and self.max_seconds is None:
             raise ConfigError("train: neither max_steps nor max_seconds is set; give one, so that training ends")
         if self.max_steps is not None:

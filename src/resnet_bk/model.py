@@ -143,4 +143,6 @@ class LanguageModel(nn.Module):
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
-                raise ValueError(f"ids: token id {wrong} is outside the vocabulary, allowed 0 to {self.config.vocab_size - 1}")
+                raise ValueError(
+                    f"ids: token id {wrong} is outside the vocabulary, allowed 0 to {self.config.vocab_size - 1}"
+                )

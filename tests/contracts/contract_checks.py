@@ -35,13 +35,11 @@ def causal(model: LanguageModel) -> None:
         differing = (model(changed).logits[:, :n] != expected[:, :n]).sum().item()
         assert differing == 0, f"{differing} logits of the first {n} tokens changed with later tokens"
     for n in (1, 2, 7, 32, 64):
-        embedded: list[Tensor] = []
-        hook = model.embed.register_forward_hook(lambda m, i, out: embedded.append(out.detach().requires_grad_()) or embedded[-1])
-        try:
-            model(ids).logits[:, :n].square().sum().backward()
-        finally:
-            hook.remove()
-        future = embedded[-1].grad[:, n:]
+        embedded = model.embed(ids).detach().requires_grad_()
+        hook = model.embed.register_forward_hook(lambda m, i, out, leaf=embedded: leaf)
+        model(ids).logits[:, :n].square().sum().backward()
+        hook.remove()
+        future = embedded.grad[:, n:]
         assert (future == 0).all(), f"gradient {future.abs().max():.2g} reaches tokens after {n}"
     model.zero_grad()
 
@@ -70,7 +68,11 @@ def batch_mates_and_padding(model: LanguageModel) -> None:
         following = tokens(64, 3, seed=10)
         after = model(following, state=output.state).logits
         for i in range(0, 64, 7):
-            close(after[i], model(torch.cat([rows[i], following[i : i + 1]], 1)).logits[0, -3:], f"state of row {i}, {side}")
+            close(
+                after[i],
+                model(torch.cat([rows[i], following[i : i + 1]], 1)).logits[0, -3:],
+                f"state of row {i}, {side}",
+            )
 
 
 @torch.no_grad()

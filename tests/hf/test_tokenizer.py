@@ -20,7 +20,9 @@ def test_ids_are_bytes_plus_three_and_decode_to_the_same_text(text):
     assert TOKENIZER.decode(encode(text)) == text
 
 
-@pytest.mark.parametrize("text", ["</s>", "a<pad>b", "<unk></s>", "\r\n\t\0 \x7f", "  two  spaces  ", "e\u0301 \u00e9 \U0001f600"])
+@pytest.mark.parametrize(
+    "text", ["</s>", "a<pad>b", "<unk></s>", "\r\n\t\0 \x7f", "  two  spaces  ", "e\u0301 \u00e9 \U0001f600"]
+)
 def test_names_of_special_tokens_and_odd_spaces_are_plain_text(text):
     assert encode(text) == [byte + 3 for byte in text.encode()]
     assert TOKENIZER.decode(encode(text), skip_special_tokens=True) == text

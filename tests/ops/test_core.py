@@ -55,7 +55,10 @@ def test_gradients_of_every_input_are_exact(backend, regime, n, causal):
     a, hop, q, k, v = (x[:1, :, :1] for x in chain(regime, n))
     kind = torch.complex128 if regime == "complex" else torch.float64
     z = torch.tensor([REGIMES[regime]], dtype=kind)
-    inputs = [x[..., :2].clone().requires_grad_() if x.dim() == 4 else x.clone().requires_grad_() for x in (q, k, v, a, z, hop)]
+    inputs = [
+        x[..., :2].clone().requires_grad_() if x.dim() == 4 else x.clone().requires_grad_()
+        for x in (q, k, v, a, z, hop)
+    ]
 
     def outputs(q, k, v, a, z, hop):
         y, state = propagate(q, k, v, a, z, hop, causal=causal)

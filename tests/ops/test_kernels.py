@@ -17,7 +17,12 @@ def green_inputs(kind, dtype=torch.float64, n=37):
     d = -2.5 - torch.rand(2, n, 3, dtype=dtype)
     d = torch.complex(d, -0.3 * torch.ones_like(d)) if kind == "complex" else d
     mask = torch.rand(2, n) < 0.8
-    return d.requires_grad_(), torch.rand(2, n, 3, dtype=dtype).requires_grad_(), torch.zeros_like(d[:, 0]).detach(), mask
+    return (
+        d.requires_grad_(),
+        torch.rand(2, n, 3, dtype=dtype).requires_grad_(),
+        torch.zeros_like(d[:, 0]).detach(),
+        mask,
+    )
 
 
 def scan_inputs(dtype=torch.float64, n=37, k=3, v=5):
@@ -64,7 +69,7 @@ def test_backends_agree_on_outputs_and_gradients(n):
 
 
 def test_an_unknown_backend_is_refused():
-    with use_backend("nonesuch"), pytest.raises(ValueError, match="not available on cpu; available: .*chunked"):
+    with use_backend("nonesuch"), pytest.raises(ValueError, match=r"not available on cpu; available: .*chunked"):
         left_green(torch.zeros(1, 2, 1) - 3, 0.0)
 
 

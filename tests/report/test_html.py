@@ -59,7 +59,15 @@ def page():
 
 def test_the_page_is_well_formed_and_shows_all_it_was_given(page):
     checker = parse(page)
-    for text in ("Run <x>", "held-out bits per byte", "1.2345", "a < b & c", "def f():\n    '<script>'", "torch 1", "cmd"):
+    for text in (
+        "Run <x>",
+        "held-out bits per byte",
+        "1.2345",
+        "a < b & c",
+        "def f():\n    '<script>'",
+        "torch 1",
+        "cmd",
+    ):
         assert text in checker.text
     assert checker.tags.count("svg") == 1
 

@@ -134,5 +134,5 @@ def test_the_model_is_left_as_it_was(corpus):
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_an_error():
     check_vocabulary(tiny(), 259, "byte", "0" * 64)
-    with pytest.raises(ConfigError, match="has 260 ids .* the model 259"):
+    with pytest.raises(ConfigError, match=r"has 260 ids .* the model 259"):
         check_vocabulary(tiny(), 260, "big", "0" * 64)

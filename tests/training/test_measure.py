@@ -20,7 +20,7 @@ def test_flops_per_byte_are_those_of_the_matrices(readout):
 
 def test_of_several_experts_only_those_used_count():
     one, four = (
-        measure(LanguageModel(31, d_model=32, n_layers=1, num_experts=n), 1.0, batch=1, length=64, new=2, repeats=1)
+        measure(LanguageModel(31, d_model=32, n_layers=1, num_experts=n), 1.0, batch=1, length=1024, new=2, repeats=1)
         for n in (1, 4)
     )
     assert one.flops_per_byte <= four.flops_per_byte <= 1.1 * one.flops_per_byte

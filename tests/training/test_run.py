@@ -153,7 +153,9 @@ def test_an_interrupted_run_exits_by_its_signal_and_goes_on_where_it_stopped(pla
     place.joinpath("run").rename(place / "was")
     place.joinpath("straight").rename(place / "run")
     kept = ("step", "bits_per_byte", "grad_norm", "learning_rate")
-    assert [[line[name] for name in kept] for line in resumed] == [[line[name] for name in kept] for line in metrics(place)]
+    assert [[line[name] for name in kept] for line in resumed] == [
+        [line[name] for name in kept] for line in metrics(place)
+    ]
     assert (place / "was" / "model" / "model.safetensors").read_bytes() == (
         place / "run" / "model" / "model.safetensors"
     ).read_bytes()
@@ -179,7 +181,14 @@ def test_when_a_run_ends_and_what_it_reports_may_change(place):
     folder = place / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(module.dataclasses.asdict(settings(place, resume=False))))
-    changed = {"max_steps": 9, "max_seconds": 5.0, "save_every": 7, "log_every": 3, "sample": "x", "output_dir": "there"}
+    changed = {
+        "max_steps": 9,
+        "max_seconds": 5.0,
+        "save_every": 7,
+        "log_every": 3,
+        "sample": "x",
+        "output_dir": "there",
+    }
     module._check_same_run(settings(place, **changed), folder)
     (folder / "config.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):

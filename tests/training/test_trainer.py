@@ -124,7 +124,7 @@ def test_logged_bits_per_byte_are_the_cross_entropy_alone(tmp_path):
     experts = ModelConfig(vocab_size=40, d_model=16, n_layers=1, n_seq=8, num_experts=3, balance_weight=50.0)
     trainer = build(tmp_path, model=experts, batch_size=14, max_steps=1, accumulate=1)
     rows = [trainer.train_dataset[i] for i in range(14)]
-    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    batch = {name: x.to(trainer.args.device) for name, x in module.collate(rows).items()}
     with torch.no_grad():
         output = trainer.model(**batch)
     assert output.aux_loss > 10
@@ -165,7 +165,7 @@ def test_a_half_written_last_line_of_metrics_and_later_steps_are_dropped(tmp_pat
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_run_stopped_three_times_is_bitwise_the_run_that_never_stopped(tmp_path, accumulate):
-    """Seven batches an epoch, so the stops fall inside epochs, on their ends, and in the learning rate's rise and fall."""
+    """Seven batches an epoch, so that stops fall inside epochs and, without accumulation, on the end of one."""
     straight = build(tmp_path / "straight", accumulate=accumulate)
     straight.run_training(None)
     resumed_from = None

@@ -1,7 +1,7 @@
 """Hugging Face adapter: the only package here that imports transformers.
 
-``import resnet_bk`` registers the classes with transformers' Auto classes as soon as those are imported. Names below are
-loaded on first use, because the configuration has to be registered while transformers' models cannot be imported yet.
+``import resnet_bk`` registers the classes with transformers' Auto classes as soon as those are imported. Names below
+are loaded on first use: the configuration has to be registered while transformers' models cannot be imported yet.
 """
 
 import importlib

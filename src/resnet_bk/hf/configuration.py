@@ -1,7 +1,7 @@
 """The model's configuration in transformers' form: the fields of ModelConfig beside the special token ids."""
 
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -11,7 +11,15 @@ from resnet_bk.config import ModelConfig, unknown_field
 # Names of ModelConfig's fields here. `top_k` would be taken for sampling's top_k by every generate().
 _NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
 # What transformers itself writes into a config.json, or passes on, beside declared fields.
-_TRANSFORMERS_FIELDS = {"model_type", "transformers_version", "auto_map", "name_or_path", "dtype", "torch_dtype", "architectures"}
+_TRANSFORMERS_FIELDS = {
+    "model_type",
+    "transformers_version",
+    "auto_map",
+    "name_or_path",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+}
 
 
 @strict
@@ -20,7 +28,11 @@ class ResNetBKConfig(PreTrainedConfig):
     ``top_k`` is ``num_experts_per_tok`` here."""
 
     model_type = "resnet_bk"
-    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "heads"}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "heads",
+    }
 
     vocab_size: int = 259
     d_model: int = 64

@@ -59,14 +59,16 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ResNetBKConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True
-    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}
+    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
 
     def __init__(self, config: ResNetBKConfig):
         super().__init__(config)
         if not config.causal:
-            raise ValueError("model.causal: got False; a bidirectional model has no next token, use LanguageModel itself")
+            raise ValueError(
+                "model.causal: got False; a bidirectional model has no next token, use LanguageModel itself"
+            )
         self.model = LanguageModel.from_config(config.model_config())
         self.post_init()
 
@@ -74,16 +76,19 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         """Nothing: every module has initialised itself."""
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but damaged files, and weights that do not fit the model, are an error before anything runs."""
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As transformers', but damaged files and weights that do not fit are an error before anything runs."""
         if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
             verify(Path(path))
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
                 names = ", ".join(sorted(map(str, info[problem]))[:3])
-                raise CheckpointError(f"{path}: {problem.replace('_', ' ')} in the weights: {names}; not this model's file")
+                raise CheckpointError(
+                    f"{path}: {problem.replace('_', ' ')} in the weights: {names}; not this model's file"
+                )
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,7 +109,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: torch.nn.Module) -> None:
         self.model.head = value
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; the model inside then knows its new vocabulary too."""
         embed = super().resize_token_embeddings(*args, **kwargs)
         self.model.config = dataclasses.replace(self.model.config, vocab_size=self.config.vocab_size)

@@ -1,6 +1,7 @@
-"""Tokenizers: bytes (ids equal ByT5's: 0 pad, 1 end of document, 2 unknown, byte b at b + 3), or any of transformers'."""
+"""Tokenizers: bytes (ids as ByT5's: 0 pad, 1 end of document, 2 unknown, byte b at b + 3), or any of transformers'."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -41,9 +42,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if name == "byte":
         return byte_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its backends do
-        kind = "folder has no usable tokenizer" if Path(name).is_dir() else "no such folder, and not to be had from the hub"
+        is_folder = Path(name).is_dir()
+        kind = "folder has no usable tokenizer" if is_folder else "no such folder, and not to be had from the hub"
         raise ConfigError(
-            f"data.tokenizer: {name!r}: {kind} ({type(error).__name__}); use 'byte', a folder, or a hub name with a network"
+            f"data.tokenizer: {name!r}: {kind} ({type(error).__name__}); "
+            "use 'byte', a folder, or a hub name with a network"
         ) from error
+    return tokenizer

@@ -42,7 +42,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(self.experts, f, d).uniform_(-1, 1) / math.sqrt(f))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the output and the losses {"balance": E sum_e f_e p_e} (Fedus et al. 2021, arXiv:2101.03961, eq. 4)."""
+        """Returns the output and the loss "balance": E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4)."""
         tokens = x.flatten(0, 1) if mask is None else x[mask]
         exact = torch.promote_types(x.dtype, torch.float32)
         probabilities = self.router(tokens).softmax(-1, dtype=exact)  # (T, E)

@@ -32,12 +32,13 @@ def _mask3(mask_BN: Tensor | None, x_BNH: Tensor) -> Tensor | None:
 
 def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
     """``g_t = 1 / (d_t - w_t g_{t-1})`` by scattering composition (README, section 2)."""
-    batch, length, heads = d.shape
+    length = d.shape[1]
     chunk = max(1, math.isqrt(length))
     real_site = _mask3(mask, d)
     d_, w_ = _fold(d, chunk, 1.0), _fold(w, chunk)
     m_ = None if real_site is None else _fold(real_site, chunk)
-    # A chunk answers to the g that enters it as  r + x t / (1 - x l):  compose its sites one by one, all chunks at once.
+    # A chunk answers to the g that enters it as  r + x t / (1 - x l):  compose its sites one by one, all chunks at
+    # once.
     r = torch.zeros_like(d_[0])
     t, left = torch.ones_like(r), torch.zeros_like(r)
     for i in range(chunk):
@@ -47,7 +48,11 @@ def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tens
             r, left, t = g, left + t * wg, t * wg * g
         else:
             site = m_[i]
-            r, left, t = torch.where(site, g, r), torch.where(site, left + t * wg, left), torch.where(site, t * wg * g, t)
+            r, left, t = (
+                torch.where(site, g, r),
+                torch.where(site, left + t * wg, left),
+                torch.where(site, t * wg * g, t),
+            )
     entering, g = [], g0
     for m in range(d_.shape[2]):
         entering.append(g)
@@ -85,7 +90,7 @@ def _adjoint_recurrence(x: Tensor, u: Tensor) -> Tensor:
 def green_backward(
     grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for d, w and g0: ``dg_t/dd_t = -g_t^2``, ``dg_t/dw_t = g_{t-1} g_t^2``, ``dg_t/dg_{t-1} = w_t g_t^2``."""
+    """Gradients for d, w, g0: ``dg_t/dd_t = -g_t^2``, ``dg_t/dw_t = g_{t-1} g_t^2``, ``dg_t/dg_{t-1} = w_t g_t^2``."""
     before = torch.cat([g0.unsqueeze(1), g[:, :-1]], dim=1)
     squared = (g * g).conj().resolve_conj()
     u = w * squared
@@ -148,7 +153,7 @@ def _flat(x_BHMC: Tensor, length: int) -> Tensor:
 def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``, ``y_t = q_t S_t``. Returns y, the last S, the chunks' entering S."""
+    """``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``, ``y_t = q_t S_t``. Returns y, the last S, the S entering chunks."""
     c = _ScanChunks(q, k, v, alpha, beta)
     states, last = c.entering_states(s0)
     y = ((c.q @ c.k.mT).mul_(c.decay) @ c.u).add_((c.q @ states).mul_(c.since.unsqueeze(-1)))

@@ -95,7 +95,7 @@ def resolvent_diagonal(
 
 
 def _both_sides(d: Tensor, w: Tensor, nothing: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Self-energies ``w_t gL_{t-1}`` and ``w_{t+1} gR_{t+1}``: what the two halves beside a site do to it, (B, N, H)."""
+    """Self-energies ``w_t gL_{t-1}``, ``w_{t+1} gR_{t+1}``: what the two halves beside a site do to it, (B, N, H)."""
     left = green(d, w, nothing, mask)
     left = w * torch.cat([nothing.unsqueeze(1), left[:, :-1]], dim=1)
     back_w, back_mask = _links_from_the_right(w, mask), None if mask is None else mask.flip(1)
@@ -175,11 +175,10 @@ def propagate(
     from_left, from_right = _both_sides(d, w, g0, mask)
     diagonal = 1 / (d - from_left - from_right)
     left = _semiseparable(q, k, v, _ratio(from_left, links), None, s0, mask, diagonal)[0]
-    back = [x.flip(1) for x in (q, k, v, from_right, diagonal)]
-    back_links = _links_from_the_right(links, mask)
     back_mask = None if mask is None else mask.flip(1)
-    ratio = _ratio(back[3], back_links)
-    right = _semiseparable(*back[:3], ratio, None, s0, back_mask, back[4])[0].flip(1)
+    ratio = _ratio(from_right.flip(1), _links_from_the_right(links, mask))
+    back_q, back_k, back_v = (x.flip(1) for x in (q, k, v))
+    right = _semiseparable(back_q, back_k, back_v, ratio, None, s0, back_mask, diagonal.flip(1))[0].flip(1)
     qk = (q * _turn(k, diagonal.angle()) if d.is_complex() else q * k).sum(-1)
     y = left + right - (_magnitude(diagonal) * qk).unsqueeze(-1) * v
     if mask is not None:

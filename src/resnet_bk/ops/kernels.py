@@ -1,6 +1,6 @@
 """The two recurrences as registered torch operators: one entry each, a backend behind it, autograd, FLOP formulas.
 
-A single step, as in decoding, is a handful of torch calls: the entries :func:`green` and :func:`scan` make them directly.
+A single step, as in decoding, is a handful of torch calls: :func:`green` and :func:`scan` make them directly.
 
 ``resnet_bk::green``  ``g_t = 1 / (d_t - w_t g_{t-1})``               d real or complex, w real
 ``resnet_bk::scan``   ``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``,  ``y_t = q_t S_t``   all real
@@ -108,7 +108,7 @@ def _green_setup(ctx, inputs, output) -> None:
 def _green_autograd(ctx, grad: Tensor):
     d, w, g0, mask, g = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-        return *differentiable_vjp(lambda *x: (_green_by_steps(*x, mask),), (d, w, g0), (grad,)), None
+        return *differentiable_vjp(lambda d, w, g0: (_green_by_steps(d, w, g0, mask),), (d, w, g0), (grad,)), None
     return *green_backward(grad, g, w, g0, mask), None
 
 
@@ -128,9 +128,7 @@ def green(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("resnet_bk::scan", mutates_args=())
-def scan_op(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def scan_op(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`scan`, and the states entering each chunk, (B, H, M, K, V), which the backward starts from."""
     return backend_for(q).scan_forward(q, k, v, alpha, beta, s0)
 
@@ -170,9 +168,7 @@ def _(
     return tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta, grad_last))  # type: ignore[return-value]
 
 
-def _scan_by_steps(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scan_by_steps(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence under autograd: for single steps, and for derivatives of the gradient."""
     s, out = s0, []
     for t in range(q.shape[1]):

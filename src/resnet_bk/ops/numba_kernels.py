@@ -5,6 +5,8 @@ signatures and results as :mod:`resnet_bk.ops.chunked`. Dimensions: B batch, N s
 width, M chunks of SCAN_CHUNK sites.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit, prange
@@ -208,7 +210,7 @@ def _mask(mask: Tensor | None) -> np.ndarray:
 
 def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
     out = torch.empty_like(d, memory_format=torch.contiguous_format)
-    kernel = _green_forward_complex if d.is_complex() else _green_forward_real
+    kernel: Any = _green_forward_complex if d.is_complex() else _green_forward_real
     kernel(*_arrays(d, w, g0), _mask(mask), *_arrays(out))
     return out
 
@@ -217,7 +219,7 @@ def green_backward(
     grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, w, g0))
-    kernel = _green_backward_complex if g.is_complex() else _green_backward_real
+    kernel: Any = _green_backward_complex if g.is_complex() else _green_backward_real
     kernel(*_arrays(grad.resolve_conj(), g, w, g0), _mask(mask), *_arrays(*out))
     return out  # type: ignore[return-value]
 
@@ -226,7 +228,10 @@ def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = -(-q.shape[1] // SCAN_CHUNK)
-    y, last = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(s0, memory_format=torch.contiguous_format)
+    y, last = (
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        torch.empty_like(s0, memory_format=torch.contiguous_format),
+    )
     states = s0.new_empty(*s0.shape[:2], chunks, *s0.shape[2:])
     _scan_forward(*_arrays(q, k, v, alpha, beta, s0, y, last, states))
     return y, last, states
@@ -243,7 +248,10 @@ def scan_backward(
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (q, k, v, alpha, beta)
-    out = (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs), torch.empty_like(grad_last, memory_format=torch.contiguous_format))
+    out = (
+        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs),
+        torch.empty_like(grad_last, memory_format=torch.contiguous_format),
+    )
     _scan_backward(*_arrays(grad_y, grad_last, *inputs, states), *_arrays(*out))
     return out  # type: ignore[return-value]
 

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; }
-th { font-weight: 600; } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; white-space: pre-wrap; }
-svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; } footer { color: #666; margin-top: 2rem; font-size: .85rem; }
+table { border-collapse: collapse; } th { font-weight: 600; }
+th, td { text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; }
+pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; white-space: pre-wrap; }
+svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
+footer { color: #666; margin-top: 2rem; font-size: .85rem; }
 @media print { body { margin: 0; } figure, table { break-inside: avoid; } }
 """
 

@@ -60,9 +60,7 @@ def chosen_documents(tokens: TokenFile, max_bytes: int | None) -> list[int]:
     return everything[::every]
 
 
-def evaluate(
-    model: LanguageModel, tokens: TokenFile, end: int, config: EvalConfig, words: int = 0
-) -> Scores:
+def evaluate(model: LanguageModel, tokens: TokenFile, end: int, config: EvalConfig, words: int = 0) -> Scores:
     """Score `tokens` by `model`, after the causality guard has passed.
 
     end: id of the end-of-document token, which is also what the first token of a document is predicted from. The end
@@ -114,7 +112,8 @@ def _document_scores(
         for start in range(0, lengths[batch[0]], config.window):
             batch = [i for i in batch if lengths[i] > start]  # the longest ones, so the first rows
             if state is not None:
-                state = pytree.tree_map(lambda x, rows=len(batch): x[:rows], state)
+                rows = len(batch)
+                state = pytree.tree_map(lambda x, rows=rows: x[:rows], state)
             width = min(config.window, lengths[batch[0]] - start)
             inputs, targets = np.full((len(batch), width), end), np.full((len(batch), width), -100)
             for row, i in enumerate(batch):
@@ -165,6 +164,6 @@ def check_vocabulary(model: LanguageModel, tokenizer_size: int, tokenizer: str, 
     """Raise unless every token id of the tokenizer has a row in the model."""
     if tokenizer_size > model.config.vocab_size:
         raise ConfigError(
-            f"data.tokenizer: {tokenizer!r} has {tokenizer_size} ids (SHA-256 {digest[:16]}), the model {model.config.vocab_size}; "
-            "use the tokenizer the model was trained with"
+            f"data.tokenizer: {tokenizer!r} has {tokenizer_size} ids (SHA-256 {digest[:16]}), "
+            f"the model {model.config.vocab_size}; use the tokenizer the model was trained with"
         )

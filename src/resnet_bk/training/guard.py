@@ -14,7 +14,9 @@ class LeakError(RuntimeError):
 
 
 @torch.no_grad()
-def check_causal(logits_of: Callable[[Tensor], Tensor], vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_causal(
+    logits_of: Callable[[Tensor], Tensor], vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """Change what follows a prefix and compare the prefix's logits.
 
     Args:

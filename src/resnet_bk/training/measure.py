@@ -16,7 +16,7 @@ from resnet_bk.model import LanguageModel
 
 @dataclass(frozen=True)
 class Costs:
-    """flops_per_byte: of a forward pass; a multiply-add counts two. Rates: median of `repeats` runs, bytes per second."""
+    """flops_per_byte: of a forward pass, a multiply-add is two. Rates: median of `repeats` runs, bytes per second."""
 
     parameters: int
     flops_per_byte: float

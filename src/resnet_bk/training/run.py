@@ -17,8 +17,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from resnet_bk import __version__
-from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, verify
-from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig, check_fields
+from resnet_bk.checkpoint import CheckpointError, newest_valid, replacing, verify
+from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig, check_fields, check_text
 from resnet_bk.data import corpus, tokens
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer, load_tokenizer
 from resnet_bk.training.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
@@ -35,11 +35,12 @@ CONFIG, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
 )
 
 
-class Stopped(RuntimeError):
+class StoppedError(RuntimeError):
     """The run was interrupted by a signal after a checkpoint was saved."""
 
     def __init__(self, number: int, folder: Path):
-        super().__init__(f"stopped by signal {number}; saved. Go on with: resnet-bk train --config {folder / CONFIG} --resume true")
+        go_on = f"resnet-bk train --config {folder / CONFIG} --resume true"
+        super().__init__(f"stopped by signal {number}; saved. Go on with: {go_on}")
         self.exit_code = 128 + number
 
 
@@ -51,8 +52,10 @@ def run_folder(config: TrainConfig, console: Console) -> Path:
     folder, number = Path(config.output_dir), 1
     while (folder / CONFIG).exists():
         if not config.resume:
-            raise ConfigError(f"train.output_dir: {folder} holds a run already; pass --resume true to continue it, or choose another")
-        if not (folder / MODEL / MANIFEST).exists():
+            raise ConfigError(
+                f"train.output_dir: {folder} holds a run already; pass --resume true to continue it, or choose another"
+            )
+        if not (folder / RESULTS).exists():
             console.print(f"continuing the unfinished run in {folder}")
             return folder
         number += 1
@@ -151,7 +154,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     finally:
         recorder.close()
     if trainer.stopped_by is not None:
-        raise Stopped(trainer.stopped_by, folder)
+        raise StoppedError(trainer.stopped_by, folder)
     with replacing(folder / MODEL) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -159,7 +162,17 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
 
 
 # What may differ when a run goes on: where things are, when it ends, how often it reports.
-_FREE = {"output_dir", "resume", "max_steps", "max_seconds", "save_every", "log_every", "report_to", "sample", "data.cache"}
+_FREE = {
+    "output_dir",
+    "resume",
+    "max_steps",
+    "max_seconds",
+    "save_every",
+    "log_every",
+    "report_to",
+    "sample",
+    "data.cache",
+}
 
 
 def _check_same_run(config: TrainConfig, folder: Path) -> None:
@@ -169,7 +182,8 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
     try:
         saved = _flat(yaml.safe_load((folder / CONFIG).read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise ConfigError(f"{folder / CONFIG}: cannot be read ({type(error).__name__}); choose another output_dir") from error
+        kind = type(error).__name__
+        raise ConfigError(f"{folder / CONFIG}: cannot be read ({kind}); choose another output_dir") from error
     for name, value in _flat(dataclasses.asdict(config)).items():
         if name not in _FREE and name in saved and saved[name] != value:
             raise ConfigError(
@@ -180,7 +194,7 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"model": {"d_model": 64}} as {"model.d_model": 64}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
@@ -190,7 +204,10 @@ def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
     """The tokenizer's vocabulary size, unless a larger one was set."""
     asked = config.model.vocab_size
     if asked != tokens.BYTE_VOCABULARY and asked < size:
-        raise ConfigError(f"model.vocab_size: got {asked}, the tokenizer {config.data.tokenizer!r} has {size} ids; leave it out or raise it")
+        raise ConfigError(
+            f"model.vocab_size: got {asked}, the tokenizer {config.data.tokenizer!r} has {size} ids; "
+            "leave it out or raise it"
+        )
     vocab_size = size if asked == tokens.BYTE_VOCABULARY else asked
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
@@ -227,7 +244,9 @@ def _conclude(
     costs = measure(model.model, trainer.bytes_per_token)
     settings = GenerateConfig(str(folder), config.sample, 400, seed=config.seed)
     sample = generate_text(model, tokenizer, config.sample, settings) if config.sample else ""
-    metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    # a run shorter than log_every has logged nothing
+    logged = (folder / METRICS).read_text() if (folder / METRICS).exists() else ""
+    metrics = [json.loads(line) for line in logged.splitlines()]
     speed = float(np.median([line["bytes_per_second"] for line in metrics])) if metrics else math.nan
     results = {
         "held_out": scores.to_dict(),
@@ -321,7 +340,8 @@ def _saved_data(path: Path) -> DataConfig:
     try:
         values = yaml.safe_load(path.read_text())["data"]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: has no readable section 'data' ({type(error).__name__}); the file is damaged") from error
+        kind = type(error).__name__
+        raise ConfigError(f"{path}: has no readable section 'data' ({kind}); the file is damaged") from error
     check_fields(f"{path}: data", DataConfig, values)
     return DataConfig(**values)
 
@@ -338,7 +358,9 @@ def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
     elif saved.exists():
         documents = corpus.split(data.source, data.val_source, data.val_fraction)[1]
     else:
-        raise ConfigError(f"eval.source: {config.checkpoint} is no run folder, so it has no held-out text; give --source")
+        raise ConfigError(
+            f"eval.source: {config.checkpoint} is no run folder, so it has no held-out text; give --source"
+        )
     check_vocabulary(model.model, len(tokenizer), config.checkpoint, tokens.digest(tokenizer.get_vocab()))
     tokenised, _ = token_file(documents, data, tokenizer)
     words = _words([documents[i] for i in chosen_documents(tokenised, config.max_bytes)])
@@ -356,10 +378,10 @@ def generate_text(
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     set_seed(config.seed)
     sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    output = model.generate(
+    output = model.generate(  # type: ignore[misc]
         **encoded, max_new_tokens=config.max_new_tokens, **(sampling if config.temperature else {"do_sample": False})
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def generate(config: GenerateConfig, console: Console) -> str:
@@ -367,6 +389,7 @@ def generate(config: GenerateConfig, console: Console) -> str:
     quiet_transformers()
     model, tokenizer = load(config.checkpoint)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    check_text("generate", prompt=prompt)
     text = generate_text(model, tokenizer, prompt, config)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return text

@@ -1,4 +1,4 @@
-"""transformers' Trainer with what a byte-level run on any machine needs: a time budget, sealed checkpoints, honest logs.
+"""transformers' Trainer with what a run on any machine needs: a time budget, sealed checkpoints, honest logs.
 
 Dimensions: B sequences a step, N tokens each.
 """
@@ -21,7 +21,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from resnet_bk.checkpoint import replacing
 from resnet_bk.config import TrainConfig
@@ -95,13 +102,14 @@ class BKTrainer(Trainer):
     ):
         """tokenizer: saved in each checkpoint, so that it can be evaluated as it is."""
         self.run, self.clock, self.bytes_per_token = config, Clock(), bytes_per_token
+        self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"
         self.tokens_per_step = config.batch_size * config.accumulate * windows.length
         self.cross_entropy: list[Tensor] = []
         self.stopped_by: int | None = None
         self.saving_in: Path | None = None
         on_gpu = torch.cuda.is_available()
         arguments = TrainingArguments(
-            output_dir=str(Path(config.output_dir) / "checkpoints"),
+            output_dir=str(self.checkpoints),
             max_steps=config.max_steps or NO_STEP_LIMIT,
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.accumulate,
@@ -132,7 +140,7 @@ class BKTrainer(Trainer):
         return min(1.0, max(step / (self.run.max_steps or NO_STEP_LIMIT), seconds))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
+        parameters = [p for p in (model or self.network).parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.dim() >= 2]
         others = [p for p in parameters if p.dim() < 2]
         groups = [
@@ -147,7 +155,9 @@ class BKTrainer(Trainer):
         def factor(step: int) -> float:
             return learning_rate_factor(self._progress(step), self.run.warmup, self.run.final_learning_rate)
 
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +165,9 @@ class BKTrainer(Trainer):
         extra = 0.0 if output.aux_loss is None else output.aux_loss.detach()
         self.cross_entropy.append(output.loss.detach() - extra)
         if not torch.isfinite(output.loss):
-            raise NonFiniteError(f"step {self.state.global_step + 1}: the loss is {output.loss.item()}; no update was made")
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the loss is {output.loss.item()}; no update was made"
+            )
         return (output.loss, output) if kwargs.get("return_outputs") else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -170,8 +182,8 @@ class BKTrainer(Trainer):
         return str(self.saving_in or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write beside the checkpoints, move the finished and sealed folder among them, and only then delete old ones."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        """Write beside the checkpoints, move the sealed folder among them, and only then delete old ones."""
+        folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
         with replacing(folder) as scratch:
             self.saving_in = scratch
             try:
@@ -188,7 +200,7 @@ class BKTrainer(Trainer):
     def _delete_old_checkpoints(self) -> None:
         """Keep the newest ones up to this step: later ones did not verify when this run was resumed."""
         found = {}
-        for path in Path(self.args.output_dir).glob("checkpoint-*"):
+        for path in self.checkpoints.glob("checkpoint-*"):
             number = path.name.removeprefix("checkpoint-")
             if number.isdigit():
                 found[int(number)] = path
@@ -196,7 +208,7 @@ class BKTrainer(Trainer):
         for step, path in found.items():
             if step not in kept:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in Path(self.args.output_dir).glob(".checkpoint-*.partial"):  # of runs killed while they wrote
+        for path in self.checkpoints.glob(".checkpoint-*.partial"):  # of runs killed while they wrote
             shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -216,7 +228,7 @@ class BKTrainer(Trainer):
     def _load_finished(self, checkpoint: Path) -> None:
         """The end of a run that was killed after its last step; the Trainer would make one step more."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        self.model.load_state_dict(ResNetBKForCausalLM.from_pretrained(checkpoint).state_dict())
+        self.network.load_state_dict(ResNetBKForCausalLM.from_pretrained(checkpoint).state_dict())
 
     def run_training(self, checkpoint: Path | None) -> None:
         """Train to the end of the budget, from the start or from a verified checkpoint."""
@@ -233,13 +245,13 @@ class BKTrainer(Trainer):
 
 
 class Budget(TrainerCallback):
-    """Ends the run when its time is up or a signal came, with a checkpoint, and refuses gradients that are not finite."""
+    """Ends the run, with a checkpoint, when its time is up or a signal came; refuses gradients that are not finite."""
 
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in self.trainer.network.parameters() if p.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             raise NonFiniteError(f"step {state.global_step + 1}: a gradient is not finite; no update was made")
 
@@ -264,7 +276,8 @@ class Recorder(TrainerCallback):
         if self.path.exists():  # a resumed run: lines after its checkpoint will be written again
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
             self.path.write_text("".join(line + "\n" for line in lines))
-        self.task = self.bar.add_task("training", total=1.0, completed=self.trainer.progress)
+        self.task = self.bar.add_task("training", total=1.0)
+        self.bar.update(self.task, completed=self.trainer.progress)
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -278,7 +291,9 @@ class Recorder(TrainerCallback):
         (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
         rate = (s1 - s0) * self.trainer.tokens_per_step * self.trainer.bytes_per_token / max(1e-9, t1 - t0)
         line = {"step": state.global_step, "bytes_per_second": round(rate, 1)}
-        line |= {name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm") if name in logs}
+        line |= {
+            name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm") if name in logs
+        }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.task is not None:
