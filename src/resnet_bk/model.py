@@ -97,11 +97,11 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError, TypeError: ids, targets or mask of wrong shape, dtype, device or range.
         """
-        self._check(ids, targets, mask)
+        self.check(ids, targets, mask)
         x, after, losses = self.features(ids, mask, state)
         output = ModelOutput(self.head(x) if logits else None, after, losses=losses)
         if targets is not None:
-            losses["cross_entropy"] = self._cross_entropy(x, targets)
+            losses["cross_entropy"] = self.cross_entropy(x, targets)
             output.loss = losses["cross_entropy"] + self.config.balance_weight * losses.get("balance", 0.0)
         return output
 
@@ -121,13 +121,15 @@ class LanguageModel(nn.Module):
         losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         return (x if packing is None else packing.merge(x)), after, losses
 
-    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats of targets (B, N) from features x (B, N, D); -100 is not counted. Large vocabularies in pieces."""
         pieces = nn.LinearCrossEntropyOptions() if targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE else None
         return F.linear_cross_entropy(
             x.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=-100, options=pieces
         )
 
-    def _check(self, ids: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
+    def check(self, ids: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
+        """Raise where the inputs of :meth:`forward` do not fit, before anything is computed."""
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"ids: expected int64 or int32 token ids, got {ids.dtype}")
         if ids.dim() != 2 or ids.numel() == 0:

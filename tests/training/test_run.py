@@ -61,6 +61,7 @@ def test_train_eval_and_generate_from_the_command_line(place, capsys):
         "model",
         "report.html",
         "results.json",
+        "text.sha256",
     }
     verify(run / "model")
     assert not [p for p in run.rglob("*") if p.name == "training_args.bin"]
@@ -206,6 +207,17 @@ def test_resuming_other_data_from_the_command_line_is_an_error(place, capsys, mo
     assert "data.val_fraction: got 0.1" in error
     assert error.count("\n") == 1
     assert files(place / "run") == before
+    (place / "corpus" / "03.py").write_text("changed = True\n")
+    assert main(arguments(place, "--resume=true")) == 2
+    assert "has changed since the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "tensorboard,nonesuch"])
+def test_an_unknown_tracker_is_one_line(place, capsys, name):
+    assert main(arguments(place, f"--report_to={name}")) == 2
+    error = capsys.readouterr().err
+    assert f"train.report_to: got '{name}'" in error
+    assert error.count("\n") == 1
 
 
 def start(place, *more):

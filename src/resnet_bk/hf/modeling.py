@@ -152,13 +152,13 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             if mask is not None:  # the last padding before a text does not predict its first token
                 shift_labels = shift_labels.masked_fill(~mask, -100)
-        self.model._check(input_ids, shift_labels, mask)
+        self.model.check(input_ids, shift_labels, mask)
         state = None if past_key_values is None else past_key_values.state
         x, state, losses = self.model.features(input_ids, mask, state)
         output = CausalLMOutput()
         if shift_labels is not None:
             # Trainer does not divide by its accumulation steps; the share of this batch does it, of every loss.
-            output.loss = self.model._cross_entropy(x, shift_labels)
+            output.loss = self.model.cross_entropy(x, shift_labels)
             share: float | Tensor = 1.0
             if num_items_in_batch is not None:
                 share = ((shift_labels != -100).sum().double() / num_items_in_batch).to(output.loss.dtype)

@@ -25,8 +25,9 @@ from resnet_bk.training.evaluate import Scores, check_vocabulary, chosen_documen
 from resnet_bk.training.measure import Costs, measure
 from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Windows, quiet_transformers
 
-CONFIG, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
+CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
     "config.yaml",
+    "text.sha256",
     "metrics.jsonl",
     "results.json",
     "report.html",
@@ -127,6 +128,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     _check_same_run(config, folder)
     train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
     train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
+    _check_same_text(config.data.source, train_hash, folder)
     windows = Windows(train_tokens, config.model.n_seq)
     if len(windows) < config.batch_size:
         raise ConfigError(
@@ -142,13 +144,17 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         f"{len(held_out)} documents held out; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
         f"{torch.get_num_threads()} threads"
     )
-    _warm_up(model, config)
-    trainer = BKTrainer(model, config, windows, bytes_per_token, tokenizer)
+    _warm_up(model)
+    try:
+        trainer = BKTrainer(model, config, windows, bytes_per_token, tokenizer)
+    except ValueError as error:  # of all settings, only a tracker's name is checked there and not here
+        raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
     trainer.add_callback(Budget(trainer))
     recorder = Recorder(trainer, folder / METRICS, console)
     trainer.add_callback(recorder)
     checkpoint = newest_valid(folder / CHECKPOINTS, console.print)
     (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    (folder / TEXT_HASH).write_text(train_hash + "\n")
     try:
         trainer.run_training(checkpoint)
     finally:
@@ -192,6 +198,15 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
             )
 
 
+def _check_same_text(source: str, train_hash: str, folder: Path) -> None:
+    """Raise ConfigError where the text is not the one that the unfinished run in `folder` began with."""
+    saved = folder / TEXT_HASH
+    if saved.exists() and saved.read_text().strip() != train_hash:
+        raise ConfigError(
+            f"data.source: {source!r} has changed since the run in {folder} began; choose another output_dir"
+        )
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"model": {"d_model": 64}} as {"model.d_model": 64}."""
     flat: dict[str, Any] = {}
@@ -217,7 +232,7 @@ def _hub_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> ResN
     return ResNetBKConfig.from_model_config(config.model, **ids)
 
 
-def _warm_up(model: ResNetBKForCausalLM, config: TrainConfig) -> None:
+def _warm_up(model: ResNetBKForCausalLM) -> None:
     """Compile the kernels before the clock starts. Leaves no trace: no random numbers, no gradients."""
     ids = torch.ones(1, 2, dtype=torch.long)
     output = model(ids, shift_labels=ids)
@@ -243,7 +258,7 @@ def _conclude(
     console.print("measuring speed ...")
     costs = measure(model.model, trainer.bytes_per_token)
     settings = GenerateConfig(str(folder), config.sample, 400, seed=config.seed)
-    sample = generate_text(model, tokenizer, config.sample, settings) if config.sample else ""
+    sample = generate_text(model, tokenizer, config.sample, settings)
     # a run shorter than log_every has logged nothing
     logged = (folder / METRICS).read_text() if (folder / METRICS).exists() else ""
     metrics = [json.loads(line) for line in logged.splitlines()]
