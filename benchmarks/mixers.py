@@ -72,7 +72,7 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 
     budget = {"steps": STEPS} if spec["budget"] == "tokens" else {"seconds": SECONDS}
     record = train(loss_of, model, batches(train_ids, BATCH, SHAPE["n_seq"], spec["seed"]), **budget)  # type: ignore[arg-type]
-    nats = mean_nats(loss_of, val_ids, 1024, limit=2**18)
+    nats = mean_nats(loss_of, val_ids, spec["window"], limit=2**18)
     return {"bits_per_byte": nats / math.log(2), "parameters": parameters(model), **record}
 
 
@@ -96,31 +96,27 @@ def main() -> None:
         print(json.dumps(cell(options.cell)))
         return
     names = [*OURS, *PEERS]
-    cells = [{"mixer": name, "budget": "tokens", "seed": seed} for seed in SEEDS for name in names]
-    cells += [{"mixer": name, "budget": "time", "seed": seed} for seed in SEEDS for name in OURS]
+    # At the training length too, for those that do not extrapolate, and ours beside them.
+    plan = [(name, "tokens", 1024) for name in names] + [(name, "time", 1024) for name in OURS]
+    plan += [(name, "tokens", SHAPE["n_seq"]) for name in ("propagator, real", *PEERS)]
+    cells = [{"mixer": n, "budget": b, "window": w, "seed": seed} for seed in SEEDS for n, b, w in plan]
     results = run_cells(__file__, cells, workers=2, log=options.log)
     text = "# Token mixers\n\n" + conditions("python benchmarks/mixers.py")
     text += (
         f"\nDefault corpus, bytes. {SHAPE['n_layers']} blocks, D = {SHAPE['d_model']}, "
         f"batches of {BATCH} x {SHAPE['n_seq']}, AdamW 3e-3 cosine, one thread a run, two runs at a time. "
-        "Feed-forward widths make parameters equal. Held-out bits per byte on 256 KiB in windows of 1,024: "
+        "Feed-forward widths make parameters equal. Held-out bits per byte on 256 KiB in windows of the length given: "
         f"median (least to greatest) of {len(SEEDS)} seeds.\n"
     )
     for budget, title in (("tokens", f"Equal tokens: {STEPS} steps"), ("time", f"Equal time: {SECONDS} s")):
         rows = []
-        for name in names:
-            chosen = [r for r in results if r["cell"]["mixer"] == name and r["cell"]["budget"] == budget]
-            if chosen:
-                bpb = spread([r["bits_per_byte"] for r in chosen], 4)
-                row = [name, f"{chosen[0]['parameters']:,}", bpb, spread([r["steps"] for r in chosen], 0)]
-                rows.append(
-                    [
-                        *row,
-                        spread([r["seconds"] for r in chosen], 0),
-                        spread([r["first_gradient_norm"] for r in chosen], 1),
-                    ]
-                )
-        header = ["mixer", "parameters", "held-out bits per byte", "steps", "seconds", "first gradient norm"]
+        for name, _, window in (entry for entry in plan if entry[1] == budget):
+            wanted = {"mixer": name, "budget": budget, "window": window}
+            chosen = [r for r in results if r["cell"].items() >= wanted.items()]
+            values = [("bits_per_byte", 4), ("steps", 0), ("seconds", 0), ("first_gradient_norm", 1)]
+            spreads = [spread([r[key] for r in chosen], digits) for key, digits in values]
+            rows.append([name, f"{chosen[0]['parameters']:,}", window, *spreads])
+        header = ["mixer", "parameters", "window", "held-out bits per byte", "steps", "seconds", "first gradient norm"]
         text += f"\n## {title}\n\n" + table(header, rows)
     torch.manual_seed(0)
     rows = [[name, *(spread(throughput(name, n), 1) for n in LENGTHS)] for name in ("propagator, real", *PEERS)]
