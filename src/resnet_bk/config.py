@@ -283,10 +283,10 @@ class GenerateConfig:
     """Text to continue; '-' reads standard input."""
     max_new_tokens: int = 200
     """Tokens to add at most."""
-    temperature: float = 0.8
+    temperature: float = 0.7
     """Sharpness of sampling; 0 takes the likeliest token each time."""
-    top_p: float = 0.95
-    """Sample among the likeliest tokens that together have this probability."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability. Below 1, runs of spaces may never end."""
     seed: int = 0
     """Seeds sampling."""
 
