@@ -152,11 +152,6 @@ def tokenizer_digest(tokenizer: TextTokenizer) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def digest(vocabulary: dict[str, int]) -> str:
-    """SHA-256 of a vocabulary."""
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
-
-
 def cached(documents: list[Document], cache: Path, name: str, tokenizer: TextTokenizer | None) -> tuple[TokenFile, str]:
     """The token file of `documents`, from `cache` or made now, and its fingerprint. name: identifies the tokenizer."""
     key = fingerprint(documents, name)

@@ -376,7 +376,7 @@ def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
         raise ConfigError(
             f"eval.source: {config.checkpoint} is no run folder, so it has no held-out text; give --source"
         )
-    check_vocabulary(model.model, len(tokenizer), config.checkpoint, tokens.digest(tokenizer.get_vocab()))
+    check_vocabulary(model.model, len(tokenizer), config.checkpoint, tokens.tokenizer_digest(tokenizer))
     tokenised, _ = token_file(documents, data, tokenizer)
     words = _words([documents[i] for i in chosen_documents(tokenised, config.max_bytes)])
     scores = evaluate(model.model, tokenised, tokenizer.eos_token_id, config, words)
