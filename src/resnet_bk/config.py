@@ -5,6 +5,8 @@ import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Self
 
+BYTE_OFFSET, BYTE_VOCABULARY = 3, 259  # the byte tokenizer: byte b is id b + 3, after three special ids
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used: says which, what it got, what is allowed."""
@@ -74,15 +76,58 @@ def check_fields(where: str, kind: type, values: Any) -> None:
 
 
 @dataclass(frozen=True)
+class MultiScaleConfig:
+    """Stacks that run on chunks of neighbouring positions instead of on all of them."""
+
+    factors: tuple[int, ...] = ()
+    """Positions a chunk, level by level inward: [4], or [2, 2] for N, N/2, N/4. Empty: every block sees every position."""
+    layers: tuple[int, ...] = ()
+    """Blocks: outer before, ..., innermost, ..., outer after, as [1, 1, 4, 1, 1] for two factors. Default: one block
+    before and one after each level, the rest of n_layers innermost."""
+    widths: tuple[int, ...] = ()
+    """Model width of each inner level. Default: d_model."""
+    boundaries: Literal["fixed", "whitespace", "learned"] = "fixed"
+    """Where chunks end: every `factor` positions; after words, lines and 2 x `factor` bytes; or where a trained router
+    says, `factor` positions apart on average."""
+    ratio_weight: float = 0.03
+    """Weight of the loss that holds learned boundaries to their factor."""
+
+    def __post_init__(self) -> None:
+        where = "model.multiscale"
+        for name, low, high in (("factors", 2, 65_536), ("layers", 0, 1_024), ("widths", 1, 65_536)):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple):
+                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed a list of integers")
+            check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
+            object.__setattr__(self, name, tuple(values))
+        check_choice(where, ("fixed", "whitespace", "learned"), boundaries=self.boundaries)
+        check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
+        levels = len(self.factors)
+        if levels > 8:
+            raise ConfigError(f"{where}.factors: got {levels} levels, allowed at most 8")
+        if self.layers and len(self.layers) != 2 * levels + 1:
+            raise ConfigError(
+                f"{where}.layers: got {len(self.layers)} numbers for {levels} factors, allowed {2 * levels + 1}: "
+                "outer before, ..., innermost, ..., outer after"
+            )
+        if self.layers and self.layers[levels] < 1:
+            raise ConfigError(f"{where}.layers: got no block innermost, allowed at least 1")
+        if self.widths and len(self.widths) != levels:
+            raise ConfigError(f"{where}.widths: got {len(self.widths)} for {levels} factors, allowed one for each")
+        if self.boundaries == "whitespace" and levels > 1:
+            raise ConfigError(f"{where}.boundaries: got 'whitespace' for {levels} factors, allowed for one only")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a language model."""
 
-    vocab_size: int = 259
+    vocab_size: int = BYTE_VOCABULARY
     """Number of token ids. 259 is the byte tokenizer: 3 special ids and 256 bytes."""
     d_model: int = 64
     """Width of the residual stream."""
-    n_layers: int = 4
-    """Number of blocks."""
+    n_layers: int | None = None
+    """Number of blocks, at all scales together. Default: as many as multiscale.layers names, else 4."""
     n_seq: int = 128
     """Sequence length the model is trained at. Not a limit: any length can be run."""
     num_experts: int = 4
@@ -105,12 +150,15 @@ class ModelConfig:
     """Each position sees only its past. False: the full resolvent, for bidirectional encoders."""
     balance_weight: float = 0.01
     """Weight of the experts' load-balancing loss."""
+    multiscale: MultiScaleConfig = field(default_factory=MultiScaleConfig)
 
     def __post_init__(self) -> None:
         where = "model"
+        if self.n_layers is None:
+            object.__setattr__(self, "n_layers", sum(self.multiscale.layers) or 4)
         check_integer(where, 1, 10_000_000, vocab_size=self.vocab_size)
         check_integer(where, 1, 65_536, d_model=self.d_model)
-        check_integer(where, 1, 1_024, n_layers=self.n_layers, num_experts=self.num_experts)
+        check_integer(where, 1, 1_024, n_layers=self.blocks, num_experts=self.num_experts)
         check_integer(where, 1, 16_777_216, n_seq=self.n_seq)
         check_integer(where, 1, self.num_experts, top_k=self.top_k)
         check_integer(where, 1, 64, conv_width=self.conv_width)
@@ -130,6 +178,27 @@ class ModelConfig:
                 f"model.n_heads: got {self.heads}, which makes {self.d_model} / {self.heads} = {width} channels each, "
                 "allowed an even number: complex energies pair channels"
             )
+        self._check_multiscale()
+
+    def _check_multiscale(self) -> None:
+        where, scales = "model.multiscale", self.multiscale
+        if scales.layers and sum(scales.layers) != self.n_layers:
+            raise ConfigError(
+                f"{where}.layers: got {sum(scales.layers)} blocks together, allowed model.n_layers = {self.n_layers}; "
+                "leave one of the two out"
+            )
+        if self.blocks < 2 * len(scales.factors) + 1 and not scales.layers:
+            raise ConfigError(
+                f"{where}.factors: {len(scales.factors)} levels need at least {2 * len(scales.factors) + 1} blocks, "
+                f"got model.n_layers = {self.n_layers}; raise it or give layers"
+            )
+        if scales.boundaries == "whitespace" and self.vocab_size != BYTE_VOCABULARY:
+            raise ConfigError(
+                f"{where}.boundaries: got 'whitespace' with model.vocab_size = {self.vocab_size}, allowed with the byte "
+                f"tokenizer's {BYTE_VOCABULARY}"
+            )
+        if scales.factors:
+            self.inside  # noqa: B018 - raises where the inner levels cannot be built
 
     @property
     def heads(self) -> int:
@@ -144,13 +213,40 @@ class ModelConfig:
     def d_hidden(self) -> int:
         return self.d_ff or -(-8 * self.d_model // 24) * 8
 
+    @property
+    def blocks(self) -> int:
+        """n_layers, resolved."""
+        assert self.n_layers is not None
+        return self.n_layers
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """Blocks before and after the inner levels; all before where there are none."""
+        if not self.multiscale.factors:
+            return self.blocks, 0
+        layers = self.multiscale.layers
+        return (layers[0], layers[-1]) if layers else (1, 1)
+
+    @property
+    def inside(self) -> "ModelConfig":
+        """The model at the next coarser level."""
+        scales = self.multiscale
+        levels = dataclasses.replace(
+            scales, factors=scales.factors[1:], layers=scales.layers[1:-1], widths=scales.widths[1:]
+        )
+        width = scales.widths[0] if scales.widths else self.d_model
+        hidden = None if self.d_ff is None else max(1, round(self.d_ff * width / self.d_model))
+        blocks = self.blocks - sum(self.around)
+        return dataclasses.replace(self, d_model=width, d_ff=hidden, n_layers=blocks, multiscale=levels)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         check_fields("model", cls, values)
-        return cls(**values)
+        scales = values.get("multiscale", {})
+        return cls(**{**values, "multiscale": MultiScaleConfig(**scales)})
 
 
 @dataclass(frozen=True)

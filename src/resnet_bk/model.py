@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.feedforward import feed_forward
-from resnet_bk.layers.mixer import MIXERS, MixerState
+from resnet_bk.layers.block import Block, Stack
 from resnet_bk.layers.norm import Norm
+from resnet_bk.record import Record, mean_losses
 
 LOGITS_AT_ONCE = 2**24  # entries; beyond that the loss is computed in pieces
 
@@ -26,32 +27,26 @@ class ModelOutput:
     """What a forward pass returns.
 
     logits: (B, N, V), or None where only the loss was asked for.
-    state: one MixerState a layer; passed to the next call, the sequence goes on where this one ended.
+    state: one entry a layer; passed to the next call, the sequence goes on where this one ended.
     loss: cross-entropy in nats per predicted token plus the weighted `losses`; None without targets.
-    losses: every part by name, unweighted: "cross_entropy", "balance", ...
+    losses: every part by name, unweighted: "cross_entropy", "balance", "ratio", ...
+    records: what each part of the model reports, outer parts before those inside them. What it holds of positions is
+        of packed ones where there was a mask.
     """
 
     logits: Tensor | None
-    state: list[MixerState]
+    state: list[Any]
     loss: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
 
 
-class Block(nn.Module):
-    """``x + mixer(norm x)``, then ``x + feed_forward(norm x)``; (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.mixer_norm, self.mixer = Norm(config.d_model), MIXERS[config.readout](config)
-        self.ff_norm, self.feed_forward = Norm(config.d_model), feed_forward(config)
-
-    def forward(
-        self, x: Tensor, state: MixerState | None, mask: Tensor | None
-    ) -> tuple[Tensor, MixerState, dict[str, Tensor]]:
-        y, state = self.mixer(self.mixer_norm(x), state, mask)
-        x = x + y
-        y, losses = self.feed_forward(self.ff_norm(x), mask)
-        return x + y, state, losses
+def build_stack(config: ModelConfig) -> Stack:
+    """The blocks of a model: all in a row, or, level by level inward, some before and some after a coarser stack."""
+    before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
+    if not config.multiscale.factors:
+        return Stack(before)
+    return Stack([*before, MultiScale(config, build_stack(config.inside)), *after])
 
 
 class LanguageModel(nn.Module):
@@ -65,7 +60,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config = ModelConfig.from_dict({"vocab_size": vocab_size, **fields})
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = build_stack(config)
         self.norm = Norm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(config.d_model))
@@ -82,7 +77,7 @@ class LanguageModel(nn.Module):
         *,
         targets: Tensor | None = None,
         mask: Tensor | None = None,
-        state: Sequence[MixerState] | None = None,
+        state: Sequence[Any] | None = None,
         logits: bool = True,
     ) -> ModelOutput:
         """Logits for every position, and the loss where targets are given.
@@ -98,28 +93,30 @@ class LanguageModel(nn.Module):
             ValueError, TypeError: ids, targets or mask of wrong shape, dtype, device or range.
         """
         self.check(ids, targets, mask)
-        x, after, losses = self.features(ids, mask, state)
-        output = ModelOutput(self.head(x) if logits else None, after, losses=losses)
+        x, after, records = self.features(ids, mask, state)
+        losses = mean_losses(records)
+        output = ModelOutput(self.head(x) if logits else None, after, losses=losses, records=records)
         if targets is not None:
+            auxiliary = self.auxiliary(losses)
             losses["cross_entropy"] = self.cross_entropy(x, targets)
-            output.loss = losses["cross_entropy"] + self.config.balance_weight * losses.get("balance", 0.0)
+            output.loss = losses["cross_entropy"] + auxiliary
         return output
 
     def features(
-        self, ids: Tensor, mask: Tensor | None = None, state: Sequence[MixerState] | None = None
-    ) -> tuple[Tensor, list[MixerState], dict[str, Tensor]]:
-        """What the head reads, (B, N, D); the state after the last token; the rooms' losses, mean over layers."""
+        self, ids: Tensor, mask: Tensor | None = None, state: Sequence[Any] | None = None
+    ) -> tuple[Tensor, list[Any], list[Record]]:
+        """What the head reads, (B, N, D); the state after the last token; what each part reports."""
         packing = None if mask is None else Packing(mask)
         sites = None if packing is None else packing.mask
-        x = self.embed(ids if packing is None else packing.pack(ids))
-        after, parts = [], []
-        for i, block in enumerate(self.blocks):
-            x, block_state, block_losses = block(x, None if state is None else state[i], sites)
-            after.append(block_state)
-            parts.append(block_losses)
+        ids = ids if packing is None else packing.pack(ids)
+        x, after, records = self.blocks(self.embed(ids), ids, state, sites)
         x = self.norm(x)
-        losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        return (x if packing is None else packing.merge(x)), after, losses
+        return (x if packing is None else packing.merge(x)), after, records
+
+    def auxiliary(self, losses: dict[str, Tensor]) -> Tensor | float:
+        """The weighted sum of the parts' own losses: what is added to the cross-entropy."""
+        weights = {"balance": self.config.balance_weight, "ratio": self.config.multiscale.ratio_weight}
+        return sum((weights[name] * loss for name, loss in losses.items()), 0.0)
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean nats of targets (B, N) from features x (B, N, D); -100 is not counted. Large vocabularies in pieces."""

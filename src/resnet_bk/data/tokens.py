@@ -18,10 +18,10 @@ from typing import Protocol
 import numpy as np
 
 from resnet_bk.checkpoint import CheckpointError, seal, verify
-from resnet_bk.config import ConfigError
+from resnet_bk.config import BYTE_OFFSET, BYTE_VOCABULARY, ConfigError
 from resnet_bk.data.corpus import Document
 
-BYTE_OFFSET, END_OF_DOCUMENT, BYTE_VOCABULARY = 3, 1, 259
+END_OF_DOCUMENT = 1
 _TEXT_PIECE = 1 << 18  # characters a text tokenizer is given at a time
 
 

@@ -1,12 +1,12 @@
 """The model's configuration in transformers' form: the fields of ModelConfig beside the special token ids."""
 
-from dataclasses import fields
+from dataclasses import asdict, field, fields
 from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from resnet_bk.config import ModelConfig, unknown_field
+from resnet_bk.config import ModelConfig, MultiScaleConfig, unknown_field
 
 # Names of ModelConfig's fields here. `top_k` would be taken for sampling's top_k by every generate().
 _NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
@@ -36,7 +36,7 @@ class ResNetBKConfig(PreTrainedConfig):
 
     vocab_size: int = 259
     d_model: int = 64
-    n_layers: int = 4
+    n_layers: int | None = None
     n_seq: int = 128
     num_experts: int = 4
     num_experts_per_tok: int = 1
@@ -48,6 +48,7 @@ class ResNetBKConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     causal: bool = True
     balance_weight: float = 0.01
+    multiscale: dict = field(default_factory=lambda: asdict(MultiScaleConfig()))
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
@@ -58,7 +59,7 @@ class ResNetBKConfig(PreTrainedConfig):
             if not name.startswith("_") and name not in _TRANSFORMERS_FIELDS and name not in self.attribute_map:
                 raise unknown_field(name, list(type(self).__annotations__), "config.json")
         super().__post_init__(**kwargs)
-        self.model_config()  # raises on values that no model can have
+        self.n_layers = self.model_config().n_layers  # raises on values that no model can have
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **others: Any) -> Self:
@@ -66,7 +67,7 @@ class ResNetBKConfig(PreTrainedConfig):
         return cls(**{_NAMES[name]: value for name, value in config.to_dict().items()}, **others)
 
     def model_config(self) -> ModelConfig:
-        return ModelConfig(**{name: getattr(self, here) for name, here in _NAMES.items()})
+        return ModelConfig.from_dict({name: getattr(self, here) for name, here in _NAMES.items()})
 
     @property
     def heads(self) -> int:

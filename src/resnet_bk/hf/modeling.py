@@ -16,17 +16,17 @@ from transformers.utils import ModelOutput
 
 from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal, verify
 from resnet_bk.hf.configuration import ResNetBKConfig
-from resnet_bk.layers.mixer import MixerState
 from resnet_bk.model import LanguageModel
+from resnet_bk.record import mean_losses
 
 
 class RecurrentCache:
-    """What decoding carries from token to token: one MixerState a layer, of constant size. Cannot be cropped."""
+    """What decoding carries from token to token: the model's state, of constant size. Cannot be cropped."""
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, state: list[MixerState], seen: int):
+    def __init__(self, state: list[Any], seen: int):
         self.state, self.seen = state, seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -154,7 +154,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
                 shift_labels = shift_labels.masked_fill(~mask, -100)
         self.model.check(input_ids, shift_labels, mask)
         state = None if past_key_values is None else past_key_values.state
-        x, state, losses = self.model.features(input_ids, mask, state)
+        x, state, records = self.model.features(input_ids, mask, state)
         output = CausalLMOutput()
         if shift_labels is not None:
             # Trainer does not divide by its accumulation steps; the share of this batch does it, of every loss.
@@ -163,8 +163,8 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             if num_items_in_batch is not None:
                 share = ((shift_labels != -100).sum().double() / num_items_in_batch).to(output.loss.dtype)
                 output.loss = output.loss * share
-            if "balance" in losses:
-                output.aux_loss = self.model.config.balance_weight * losses["balance"] * share
+            if losses := mean_losses(records):
+                output.aux_loss = self.model.auxiliary(losses) * share
                 output.loss = output.loss + output.aux_loss
         if shift_labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -6,9 +6,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from resnet_bk.config import ConfigError
+from resnet_bk.config import BYTE_OFFSET, ConfigError
 
-BYTE_OFFSET = 3
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,55 @@
+"""The block, and a stack of layers. Whatever may stand in a stack - a block, a room - has one form of call:
+
+``layer(x (B, N, D), ids (B, N), state, mask) -> (x (B, N, D), state, records)``
+
+ids: the token at each position. state: of the same sequences up to here, or None. mask: (B, N) bool, real positions
+first, or None.
+
+Dimensions: B batch, N positions, D model width.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from resnet_bk.config import ModelConfig
+from resnet_bk.layers.feedforward import feed_forward
+from resnet_bk.layers.mixer import MIXERS, MixerState
+from resnet_bk.layers.norm import Norm
+from resnet_bk.record import Record
+
+
+class Block(nn.Module):
+    """``x + mixer(norm x)``, then ``x + feed_forward(norm x)``; (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.mixer_norm, self.mixer = Norm(config.d_model), MIXERS[config.readout](config)
+        self.ff_norm, self.feed_forward = Norm(config.d_model), feed_forward(config)
+
+    def forward(
+        self, x: Tensor, ids: Tensor | None, state: MixerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, MixerState, list[Record]]:
+        y, state = self.mixer(self.mixer_norm(x), state, mask)
+        x = x + y
+        y, losses = self.feed_forward(self.ff_norm(x), mask)
+        return x + y, state, [Record(losses)]
+
+
+class Stack(nn.ModuleList):
+    """Layers one after the other; its state is the list of theirs."""
+
+    def __init__(self, layers: Iterable[nn.Module]):
+        super().__init__(layers)
+
+    def forward(
+        self, x: Tensor, ids: Tensor | None, state: Sequence[Any] | None, mask: Tensor | None
+    ) -> tuple[Tensor, list[Any], list[Record]]:
+        after: list[Any] = []
+        records: list[Record] = []
+        for i, layer in enumerate(self):
+            x, layer_state, layer_records = layer(x, ids, None if state is None else state[i], mask)
+            after.append(layer_state)
+            records += layer_records
+        return x, after, records
