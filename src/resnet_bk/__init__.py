@@ -9,18 +9,43 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from resnet_bk.adaptive.multiscale import LearnedDownsampling, LearnedUpsampling
+    from resnet_bk.adaptive.multiscale_blocks import (
+        HierarchicalMultiScaleLayer,
+        MultiScaleResNetBKBlock,
+        MultiScaleResNetBKLayer,
+        count_flops_multi_scale,
+    )
     from resnet_bk.config import ConfigError, ModelConfig
     from resnet_bk.model import LanguageModel, ModelOutput
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "ConfigError": "resnet_bk.config",
-    "LanguageModel": "resnet_bk.model",
-    "ModelConfig": "resnet_bk.config",
-    "ModelOutput": "resnet_bk.model",
+_NAMES = {
+    "resnet_bk.config": ("ConfigError", "ModelConfig"),
+    "resnet_bk.model": ("LanguageModel", "ModelOutput"),
+    "resnet_bk.adaptive.multiscale": ("LearnedDownsampling", "LearnedUpsampling"),
+    "resnet_bk.adaptive.multiscale_blocks": (
+        "HierarchicalMultiScaleLayer",
+        "MultiScaleResNetBKBlock",
+        "MultiScaleResNetBKLayer",
+        "count_flops_multi_scale",
+    ),
 }
-__all__ = ["ConfigError", "LanguageModel", "ModelConfig", "ModelOutput", "__version__"]
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = [
+    "ConfigError",
+    "HierarchicalMultiScaleLayer",
+    "LanguageModel",
+    "LearnedDownsampling",
+    "LearnedUpsampling",
+    "ModelConfig",
+    "ModelOutput",
+    "MultiScaleResNetBKBlock",
+    "MultiScaleResNetBKLayer",
+    "__version__",
+    "count_flops_multi_scale",
+]
 
 
 def __getattr__(name: str) -> Any:

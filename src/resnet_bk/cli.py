@@ -89,12 +89,26 @@ def _check_config_file(name: str, kind: type) -> None:
     check_fields(name, kind, values)
 
 
+def _all_fields(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every setting, sections and what is in them."""
+    found: dict[str, Any] = {}
+    for f in fields(kind):
+        found[prefix + f.name] = f.type
+        if _is_section(f.type):
+            found |= _all_fields(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+    return found
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and is_dataclass(kind)
+
+
 def _check_no_whole_section(arguments: Sequence[str], kind: type) -> None:
     """``--model X`` is refused: the parser would take X for a file or a class, and import the module it names."""
-    sections = [f.name for f in fields(kind) if isinstance(f.type, type) and is_dataclass(f.type)]
+    settings = _all_fields(kind)
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
-        if name in sections and argument.startswith("--"):
+        if argument.startswith("--") and _is_section(settings.get(name)):
             raise ConfigError(f"{name}: give its fields one by one, as --{name}.FIELD VALUE, or in a --config file")
 
 
@@ -107,17 +121,14 @@ def _settings(command: str | None) -> dict[str, str]:
     def words(kind: Any) -> str:
         if get_origin(kind) is Literal:
             return " or ".join(map(repr, get_args(kind)))
+        if get_origin(kind) is tuple:
+            return "a list of integers, as [4] or [2, 2]"
         if isinstance(kind, types.UnionType):
             return " or ".join(map(words, get_args(kind)))
         named = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
         return named.get(kind, "a mapping of its fields")
 
-    found = {}
-    for f in fields(_COMMANDS[command][0]) if command else ():
-        found[f.name] = words(f.type)
-        if isinstance(f.type, type) and is_dataclass(f.type):
-            found |= {f"{f.name}.{inner.name}": words(inner.type) for inner in fields(f.type)}
-    return found
+    return {name: words(kind) for name, kind in _all_fields(_COMMANDS[command][0]).items()} if command else {}
 
 
 def _positional(command: str | None) -> list[str]:

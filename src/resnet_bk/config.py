@@ -154,8 +154,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         where = "model"
-        if self.n_layers is None:
-            object.__setattr__(self, "n_layers", sum(self.multiscale.layers) or 4)
         check_integer(where, 1, 10_000_000, vocab_size=self.vocab_size)
         check_integer(where, 1, 65_536, d_model=self.d_model)
         check_integer(where, 1, 1_024, n_layers=self.blocks, num_experts=self.num_experts)
@@ -182,7 +180,7 @@ class ModelConfig:
 
     def _check_multiscale(self) -> None:
         where, scales = "model.multiscale", self.multiscale
-        if scales.layers and sum(scales.layers) != self.n_layers:
+        if scales.layers and sum(scales.layers) != self.blocks:
             raise ConfigError(
                 f"{where}.layers: got {sum(scales.layers)} blocks together, allowed model.n_layers = {self.n_layers}; "
                 "leave one of the two out"
@@ -190,7 +188,7 @@ class ModelConfig:
         if self.blocks < 2 * len(scales.factors) + 1 and not scales.layers:
             raise ConfigError(
                 f"{where}.factors: {len(scales.factors)} levels need at least {2 * len(scales.factors) + 1} blocks, "
-                f"got model.n_layers = {self.n_layers}; raise it or give layers"
+                f"got model.n_layers = {self.blocks}; raise it or give layers"
             )
         if scales.boundaries == "whitespace" and self.vocab_size != BYTE_VOCABULARY:
             raise ConfigError(
@@ -215,9 +213,8 @@ class ModelConfig:
 
     @property
     def blocks(self) -> int:
-        """n_layers, resolved."""
-        assert self.n_layers is not None
-        return self.n_layers
+        """n_layers, or its default."""
+        return self.n_layers if self.n_layers is not None else sum(self.multiscale.layers) or 4
 
     @property
     def around(self) -> tuple[int, int]:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_bk.adaptive.multiscale import MultiScale
+from resnet_bk.adaptive.multiscale import build_stack
 from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.block import Block, Stack
 from resnet_bk.layers.norm import Norm
 from resnet_bk.record import Record, mean_losses
 
@@ -39,14 +38,6 @@ class ModelOutput:
     loss: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-
-
-def build_stack(config: ModelConfig) -> Stack:
-    """The blocks of a model: all in a row, or, level by level inward, some before and some after a coarser stack."""
-    before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
-    if not config.multiscale.factors:
-        return Stack(before)
-    return Stack([*before, MultiScale(config, build_stack(config.inside)), *after])
 
 
 class LanguageModel(nn.Module):

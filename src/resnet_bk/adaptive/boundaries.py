@@ -6,6 +6,8 @@ position holds would tell t about t + 1.
 Dimensions: B batch, N positions, D model width.
 """
 
+import statistics
+
 import torch
 from torch import Tensor, nn
 
@@ -83,8 +85,9 @@ class Router(nn.Module):
         super().__init__()
         self.norm = Norm(config.d_model)
         self.score = nn.Linear(config.d_model, 1)
+        # scores start as N(bias, 1), so that about one position in `factor` closes
         nn.init.normal_(self.score.weight, std=config.d_model**-0.5)
-        nn.init.zeros_(self.score.bias)
+        nn.init.constant_(self.score.bias, statistics.NormalDist().inv_cdf(1 / factor))
 
     def forward(self, x: Tensor, ids: Tensor | None, since: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
         """As :meth:`FixedStride.forward`."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from resnet_bk.adaptive.boundaries import BOUNDARIES, since_last
 from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
+from resnet_bk.layers.block import Block, Stack
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.ops.kernels import scan
 from resnet_bk.record import Record
@@ -57,13 +58,6 @@ class Chunks:
         return table.flatten(0, 1).index_select(0, (rows + self.closed).flatten()).unflatten(0, self.closed.shape)
 
 
-class OpenChunk(NamedTuple):
-    """The chunk that has not closed yet: sums (B, D) of its weighted positions and (B, 1) of their weights."""
-
-    positions: Tensor
-    weights: Tensor
-
-
 class LearnedDownsampling(nn.Module):
     """Each chunk's weighted average, weights chosen by content, and its last position, mapped to the inner width.
 
@@ -83,23 +77,27 @@ class LearnedDownsampling(nn.Module):
             return self.pool(x, chunks, None, None)[0]
         return self.pool(x, _strided(x, self.factor), None, None)[0][:, : x.shape[1] // self.factor]
 
-    def pool(
-        self, x: Tensor, chunks: Chunks, past: OpenChunk | None, mask: Tensor | None
-    ) -> tuple[Tensor, OpenChunk]:
-        """The chunks (B, M, W) that close here, and what is in the one still open. past: what was open before x."""
-        weight = self.weigh(x).squeeze(-1).sigmoid()
-        if mask is not None:
-            weight = weight * mask
-        positions = chunks.sums(x, weight)
-        weights = chunks.sums(torch.ones_like(weight).unsqueeze(-1), weight)
+    def pool(self, x: Tensor, chunks: Chunks, past: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The chunks (B, M, W) that close in x, and what the one still open holds: (B, D + 1), the sum of its weighted
+        positions and of their weights. past: what was open before x."""
+        sums = chunks.sums(*self._weighted(x, mask))
         if past is not None:
-            positions = torch.cat([positions[:, :1] + past.positions.unsqueeze(1), positions[:, 1:]], dim=1)
-            weights = torch.cat([weights[:, :1] + past.weights.unsqueeze(1), weights[:, 1:]], dim=1)
-        last = chunks.ends.counts.view(-1, 1, 1)
-        rest = OpenChunk(*(s.gather(1, last.expand(-1, 1, s.shape[2])).squeeze(1) for s in (positions, weights)))
-        exists = chunks.ends.mask.unsqueeze(-1)
-        mean = positions[:, :-1] / torch.where(exists, weights[:, :-1], 1.0)
-        return self.refine(torch.cat([chunks.ends.pack(x), mean], dim=-1)), rest
+            sums = torch.cat([sums[:, :1] + past.unsqueeze(1), sums[:, 1:]], dim=1)
+        still_open = sums[torch.arange(len(x), device=x.device), chunks.ends.counts]
+        positions, total = sums[:, :-1].split([x.shape[2], 1], dim=-1)
+        mean = positions / torch.where(chunks.ends.mask.unsqueeze(-1), total, 1.0)
+        return self.refine(torch.cat([chunks.ends.pack(x), mean], dim=-1)), still_open
+
+    def keep(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
+        """What the open chunk holds after x, where no chunk closes in x."""
+        with_one, weight = self._weighted(x, mask)
+        return past + (with_one * weight.unsqueeze(-1)).sum(1)
+
+    def _weighted(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x with a column of ones (B, N, D + 1), and the weight of each position (B, N)."""
+        weight = self.weigh(x).sigmoid()
+        weight = weight if mask is None else weight * mask.unsqueeze(-1)
+        return torch.cat([x, torch.ones_like(weight)], dim=-1), weight.squeeze(-1)
 
 
 class LearnedUpsampling(nn.Module):
@@ -121,14 +119,13 @@ class LearnedUpsampling(nn.Module):
         if y.shape[1] < n // self.factor:
             raise ValueError(f"y: {y.shape[1]} chunks of {self.factor} do not fill n = {n} positions")
         chunks = _strided(y.new_empty(y.shape[0], n, 0), self.factor)
-        since = torch.zeros(y.shape[0], dtype=torch.int64, device=y.device)
         y = self.expand(y)
-        return self.place(y, chunks, torch.zeros_like(y[:, 0]) , since_last(chunks.closes, since))
+        since = torch.zeros(y.shape[0], dtype=torch.int64, device=y.device)
+        return self.place(chunks.spread(torch.zeros_like(y[:, 0]), y), since_last(chunks.closes, since))
 
-    def place(self, y: Tensor, chunks: Chunks, first: Tensor, since: Tensor) -> Tensor:
-        """y: (B, M, D) after `expand`; first: (B, D), the last one before them; since: (B, N) positions since a chunk
-        closed."""
-        return chunks.spread(first, y) * F.embedding(since.clamp(max=self.reach - 1), self.scale)
+    def place(self, y: Tensor, since: Tensor) -> Tensor:
+        """y: (B, N, D), what the last chunk returned, at every position; since: (B, N) positions since it closed."""
+        return y * F.embedding(since.clamp(max=self.reach - 1), self.scale)
 
 
 def smooth(y: Tensor, probability: Tensor, mask: Tensor, first: Tensor) -> Tensor:
@@ -147,10 +144,10 @@ def _strided(x: Tensor, factor: int) -> Chunks:
 
 
 class MultiScaleState(NamedTuple):
-    """open: the chunk that has not closed; inner: the inner stack's state; result: (B, D), what the last closed chunk
-    returned; since: (B,) int64 positions since it closed; before: (B,) int64, the last token."""
+    """open: (B, D + 1), what the chunk that has not closed holds; inner: the inner stack's state; result: (B, D), what
+    the last closed chunk returned; since: (B,) int64, positions since it closed; before: (B,) int64, the last token."""
 
-    open: OpenChunk
+    open: Tensor
     inner: Any
     result: Tensor
     since: Tensor
@@ -183,41 +180,44 @@ class MultiScale(nn.Module):
     def forward(
         self, x: Tensor, ids: Tensor, state: MultiScaleState | None, mask: Tensor | None
     ) -> tuple[Tensor, MultiScaleState, list[Record]]:
-        zero = torch.zeros_like(ids[:, 0])
-        since, before = (zero, zero) if state is None else (state.since, state.before)
-        result = x.new_zeros(x.shape[0], x.shape[2]) if state is None else state.result
-        closes, probability = self.boundaries(x, ids, since, before)
+        past = self._start(x, ids) if state is None else state
+        closes, probability = self.boundaries(x, ids, past.since, past.before)
         if mask is not None:
             closes = closes & mask
-        chunks = Chunks(closes, TILE if self.boundaries.by_content else 1)
-        coarse, open_chunk = self.down.pool(x, chunks, None if state is None else state.open, mask)
-        y, inner, records = self._inside(coarse, chunks, ids, None if state is None else state.inner)
-        y = self.up.expand(y)
-        if probability is not None:
-            y = smooth(y, chunks.ends.pack(probability), chunks.ends.mask, result)
-        distance = since_last(closes, since)
-        out = self.scale_full_res * x + self.scale_low_res * self.up.place(y, chunks, result, distance)
+        since = since_last(closes, past.since)
+        if state is None or bool(closes.any()):
+            chunks = Chunks(closes, TILE if self.boundaries.by_content else 1)
+            coarse, still_open = self.down.pool(x, chunks, past.open, mask)
+            y, inner, records = self._inside(coarse, chunks, ids, past.inner)
+            y = self.up.expand(y)
+            if probability is not None:
+                y = smooth(y, chunks.ends.pack(probability), chunks.ends.mask, past.result)
+            low_res, result = chunks.spread(past.result, y), _at(chunks.ends.counts, past.result, y)
+        else:  # most steps of decoding: the inner stack has nothing to do
+            still_open, inner, records = self.down.keep(x, past.open, mask), past.inner, []
+            low_res, result = past.result.unsqueeze(1), past.result
+        out = self.scale_full_res * x + self.scale_low_res * self.up.place(low_res, since)
+        length = torch.full_like(past.since, x.shape[1]) if mask is None else mask.sum(1)
         after = MultiScaleState(
-            open_chunk,
-            inner,
-            _at(chunks.ends.counts, result, y),
-            *(_at(_lengths(ids, mask), first, rest) for first, rest in ((since, distance), (before, ids))),
+            still_open, inner, result, _at(length, past.since, since), _at(length, past.before, ids)
         )
         return out, after, [self._record(closes, probability, mask), *records]
 
+    def _start(self, x: Tensor, ids: Tensor) -> MultiScaleState:
+        """Nothing read yet."""
+        nothing, zero = x.new_zeros(x.shape[0], x.shape[2]), torch.zeros_like(ids[:, 0])
+        return MultiScaleState(F.pad(nothing, (0, 1)), None, nothing, zero, zero)
+
     def _inside(self, coarse: Tensor, chunks: Chunks, ids: Tensor, state: Any) -> tuple[Tensor, Any, list[Record]]:
-        """The inner stack on the chunks; rows in which none closes do not run, and where none does, nothing runs."""
+        """The inner stack on the chunks. Rows in which none closes do not run."""
         ids, mask = chunks.ends.pack(ids), chunks.ends.mask
         rows = chunks.ends.counts.nonzero().squeeze(1)
         if state is None or len(rows) == len(ids):
             return self.inner(coarse, ids, state, None if bool(mask.all()) else mask)
-        if len(rows) == 0:
-            return coarse.new_zeros(*coarse.shape), state, []
-        y, after, records = self.inner(
-            coarse[rows], ids[rows], pytree.tree_map(lambda s: s[rows], state), mask[rows]
-        )
-        state = pytree.tree_map(lambda old, new: old.index_copy(0, rows, new), state, after)
-        return torch.zeros_like(coarse).index_copy(0, rows, y), state, records
+        some = pytree.tree_map(lambda s: s[rows], state)
+        y, after, records = self.inner(coarse[rows], ids[rows], some, mask[rows])
+        after = pytree.tree_map(lambda old, new: old.index_copy(0, rows, new), state, after)
+        return torch.zeros_like(coarse).index_copy(0, rows, y), after, records
 
     def _record(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> ChunkRecord:
         """With the loss "ratio", 1 where one position in `target` closes a chunk (H-Net, eq. 10), of learned rules."""
@@ -229,12 +229,16 @@ class MultiScale(nn.Module):
         return ChunkRecord({"ratio": ratio}, closes, probability)
 
 
-def _lengths(ids: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.full_like(ids[:, 0], ids.shape[1]) if mask is None else mask.sum(1)
-
-
 def _at(count: Tensor, first: Tensor, rest: Tensor) -> Tensor:
     """The last of `count` (B,) entries of rest (B, N, ...); first (B, ...) where that is none."""
     rows = torch.arange(len(count), device=count.device)
     last = rest[rows, (count - 1).clamp(min=0)]
     return torch.where((count > 0).view(-1, *[1] * (last.dim() - 1)), last, first)
+
+
+def build_stack(config: ModelConfig) -> Stack:
+    """The blocks of a model: all in a row, or, level by level inward, some before and some after a coarser stack."""
+    before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
+    if not config.multiscale.factors:
+        return Stack(before)
+    return Stack([*before, MultiScale(config, build_stack(config.inside)), *after])

@@ -59,7 +59,7 @@ class ResNetBKConfig(PreTrainedConfig):
             if not name.startswith("_") and name not in _TRANSFORMERS_FIELDS and name not in self.attribute_map:
                 raise unknown_field(name, list(type(self).__annotations__), "config.json")
         super().__post_init__(**kwargs)
-        self.n_layers = self.model_config().n_layers  # raises on values that no model can have
+        self.n_layers = self.model_config().blocks  # raises on values that no model can have
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **others: Any) -> Self:
