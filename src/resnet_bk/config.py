@@ -180,6 +180,11 @@ class ModelConfig:
 
     def _check_multiscale(self) -> None:
         where, scales = "model.multiscale", self.multiscale
+        if scales.factors and not self.causal:
+            raise ConfigError(
+                f"{where}.factors: got {list(scales.factors)} with model.causal = False, allowed in causal models: "
+                "a chunk's result returns to later positions only"
+            )
         if scales.layers and sum(scales.layers) != self.blocks:
             raise ConfigError(
                 f"{where}.layers: got {sum(scales.layers)} blocks together, allowed model.n_layers = {self.n_layers}; "

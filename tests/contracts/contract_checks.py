@@ -8,27 +8,27 @@ from torch import Tensor
 
 from resnet_bk.model import LanguageModel
 
-VOCAB = 31
-
 
 def build(**fields) -> LanguageModel:
     """A small float64 model in which every part matters: no parameter left at an initial zero or one."""
     torch.manual_seed(1)
-    settings = {"d_model": 16, "n_layers": 2, "n_seq": 32, "num_experts": 1, "n_heads": 2, **fields}
-    model = LanguageModel(VOCAB, **settings).double().eval()
+    settings = {"vocab_size": 31, "d_model": 16, "n_seq": 32, "num_experts": 1, "n_heads": 2, **fields}
+    settings.setdefault("n_layers", None if "multiscale" in fields else 2)
+    model = LanguageModel(**settings).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+def tokens(model: LanguageModel, batch: int, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
 
 
 def causal(model: LanguageModel) -> None:
     """Prefixes 1 to 64: other tokens after t leave every bit at or before t as it was; no gradient to the future."""
-    ids, other = tokens(2, 65), tokens(2, 65, seed=1)
+    ids, other = tokens(model, 2, 65), tokens(model, 2, 65, seed=1)
     expected = model(ids).logits
     for n in range(1, 65):
         changed = torch.cat([ids[:, :n], other[:, n:]], dim=1)
@@ -48,11 +48,11 @@ def causal(model: LanguageModel) -> None:
 def batch_mates_and_padding(model: LanguageModel) -> None:
     """64 sequences alone, in batches, padded left, right and in the middle: the same logits and the same last state."""
     lengths = torch.randint(1, 40, (64,), generator=torch.Generator().manual_seed(2)).tolist()
-    rows = [tokens(1, n, seed=i) for i, n in enumerate(lengths)]
+    rows = [tokens(model, 1, n, seed=i) for i, n in enumerate(lengths)]
     alone = [model(row).logits[0] for row in rows]
     width = max(lengths)
     for side in ("left", "right", "middle"):
-        ids, mask = tokens(64, width, seed=9), torch.zeros(64, width, dtype=torch.bool)
+        ids, mask = tokens(model, 64, width, seed=9), torch.zeros(64, width, dtype=torch.bool)
         for i, n in enumerate(lengths):
             half = n // 2
             places = {
@@ -65,7 +65,7 @@ def batch_mates_and_padding(model: LanguageModel) -> None:
         output = model(ids, mask=mask)
         for i in range(64):
             close(output.logits[i, mask[i]], alone[i], f"row {i}, padded {side}")
-        following = tokens(64, 3, seed=10)
+        following = tokens(model, 64, 3, seed=10)
         after = model(following, state=output.state).logits
         for i in range(0, 64, 7):
             close(
@@ -78,7 +78,7 @@ def batch_mates_and_padding(model: LanguageModel) -> None:
 @torch.no_grad()
 def step_equals_forward(model: LanguageModel, length: int = 512) -> None:
     """Token by token with state gives the parallel logits; the state's size does not grow. Cuts anywhere, too."""
-    ids = tokens(2, length)
+    ids = tokens(model, 2, length)
     expected = model(ids).logits
     state, logits, sizes = None, [], set()
     for t in range(length):
@@ -96,7 +96,7 @@ def step_equals_forward(model: LanguageModel, length: int = 512) -> None:
 
 def any_length(model: LanguageModel) -> None:
     """Every N from 1 to 37 runs, has finite logits and gradients, and is a prefix of the longer one."""
-    ids = tokens(1, 37)
+    ids = tokens(model, 1, 37)
     with torch.no_grad():
         whole = model(ids).logits
     for n in range(1, 38):
@@ -110,7 +110,7 @@ def any_length(model: LanguageModel) -> None:
 
 def everything_learns(model: LanguageModel) -> None:
     """Every parameter, deciding ones included, receives a gradient from the cross-entropy alone."""
-    ids = tokens(4, 33)
+    ids = tokens(model, 4, 33)
     output = model(ids[:, :-1], targets=ids[:, 1:])
     output.losses["cross_entropy"].backward()
     for name, parameter in model.named_parameters():

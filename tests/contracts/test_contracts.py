@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from resnet_bk.adaptive import boundaries, multiscale
 from resnet_bk.layers import feedforward, mixer
 from resnet_bk.model import LanguageModel, Packing
 
@@ -22,6 +23,16 @@ ROOMS = {
     "experts-diagonal": {"num_experts": 3, "readout": "diagonal", "energy": "complex"},
     "no-convolution": {"conv_width": 1},
     "untied": {"tie_word_embeddings": False},
+    "stride-4": {"multiscale": {"factors": [4], "layers": [1, 1, 1]}},
+    "stride-2-3-wider": {"multiscale": {"factors": [2, 3], "layers": [1, 0, 1, 1, 0], "widths": [20, 24]}},
+    "words": {"vocab_size": 259, "multiscale": {"factors": [4], "layers": [1, 1, 1], "boundaries": "whitespace"}},
+    "learned-chunks": {"multiscale": {"factors": [3], "layers": [1, 1, 1], "boundaries": "learned"}},
+    "learned-chunks-nested": {"multiscale": {"factors": [2, 2], "layers": [1, 0, 1, 0, 0], "boundaries": "learned"}},
+    "learned-chunks-experts": {
+        "num_experts": 3,
+        "multiscale": {"factors": [3], "layers": [1, 1, 1], "boundaries": "learned"},
+    },
+    "stride-diagonal": {"readout": "diagonal", "multiscale": {"factors": [2], "layers": [0, 1, 1]}},
 }
 CONTRACTS = [
     checks.causal,
@@ -38,7 +49,7 @@ def test_contract(room, contract):
     contract(checks.build(**ROOMS[room]))
 
 
-@pytest.mark.parametrize("room", ["propagator-real", "diagonal-complex", "experts-top2"])
+@pytest.mark.parametrize("room", ["propagator-real", "diagonal-complex", "experts-top2", "stride-4", "words"])
 def test_float32_keeps_the_contracts_within_1e_5(room, monkeypatch):
     model = checks.build(**ROOMS[room]).float()
 
@@ -151,7 +162,84 @@ def even_lengths_only(model: LanguageModel, monkeypatch) -> None:
     monkeypatch.setattr(type(model.norm), "forward", forward)
 
 
+def missing_shift(model: LanguageModel, monkeypatch) -> None:
+    """A chunk's result reaches all of its own positions, those before its end included."""
+
+    def spread(self, first, y):
+        table = torch.cat([first.unsqueeze(1), y, y[:, -1:]], dim=1)
+        chunk = self.closed - self.closes.long() + 1
+        return table.gather(1, chunk.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
+
+    monkeypatch.setattr(multiscale.Chunks, "spread", spread)
+
+
+def boundary_by_the_next_position(model: LanguageModel, monkeypatch) -> None:
+    """A chunk closes where the next position differs: position t then knows about t + 1."""
+    rule = type(room_of(model).boundaries)
+    forward = rule.forward
+
+    def peeking(self, x, ids, since, before):
+        ahead = torch.cat([x[:, 1:], x[:, -1:]], dim=1)
+        following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+        return forward(self, ahead, following, since, before)
+
+    monkeypatch.setattr(rule, "forward", peeking)
+
+
+def pooling_over_what_is_open(model: LanguageModel, monkeypatch) -> None:
+    """Padding is pooled into the open chunk."""
+    weighted = multiscale.LearnedDownsampling._weighted
+    monkeypatch.setattr(multiscale.LearnedDownsampling, "_weighted", lambda self, x, mask: weighted(self, x, None))
+
+
+def open_chunk_forgotten(model: LanguageModel, monkeypatch) -> None:
+    pool = multiscale.LearnedDownsampling.pool
+    monkeypatch.setattr(
+        multiscale.LearnedDownsampling, "pool", lambda self, x, chunks, past, mask: pool(self, x, chunks, None, mask)
+    )
+
+
+def batch_steps_together(model: LanguageModel, monkeypatch) -> None:
+    """Where any row's chunk closes, the inner stack steps for every row."""
+
+    def inside(self, coarse, chunks, ids, state):
+        return self.inner(coarse, chunks.ends.pack(ids), state, None)
+
+    monkeypatch.setattr(multiscale.MultiScale, "_inside", inside)
+
+
+def ratio_over_the_batch(model: LanguageModel, monkeypatch) -> None:
+    """Boundaries at the batch's likeliest positions: batch-mates and the future decide."""
+
+    def forward(self, x, ids, since, before):
+        probability = self.score(self.norm(x)).squeeze(-1).sigmoid()
+        return probability >= probability.quantile(0.7), probability
+
+    monkeypatch.setattr(boundaries.Router, "forward", forward)
+
+
+def no_smoothing(model: LanguageModel, monkeypatch) -> None:
+    """Boundaries are decided, but how sure the router was changes nothing: the task cannot train it."""
+    monkeypatch.setattr(multiscale, "smooth", lambda y, probability, mask, first: y)
+
+
+def room_of(model: LanguageModel) -> multiscale.MultiScale:
+    return next(layer for layer in model.blocks if isinstance(layer, multiscale.MultiScale))
+
+
 BUGS = [
+    (missing_shift, "stride-4", checks.causal),
+    (missing_shift, "words", checks.causal),
+    (missing_shift, "learned-chunks", checks.causal),
+    (boundary_by_the_next_position, "words", checks.causal),
+    (boundary_by_the_next_position, "learned-chunks", checks.causal),
+    (ratio_over_the_batch, "learned-chunks", checks.causal),
+    (ratio_over_the_batch, "learned-chunks", checks.batch_mates_and_padding),
+    (pooling_over_what_is_open, "stride-4", checks.batch_mates_and_padding),
+    (batch_steps_together, "words", checks.batch_mates_and_padding),
+    (open_chunk_forgotten, "stride-4", checks.step_equals_forward),
+    (open_chunk_forgotten, "words", checks.step_equals_forward),
+    (no_smoothing, "learned-chunks", checks.everything_learns),
     (right_going_sweep, "propagator-real", checks.causal),
     (right_going_sweep, "diagonal-complex", checks.causal),
     (convolution_without_shift, "propagator-real", checks.causal),

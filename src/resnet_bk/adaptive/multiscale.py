@@ -121,7 +121,8 @@ class LearnedUpsampling(nn.Module):
         chunks = _strided(y.new_empty(y.shape[0], n, 0), self.factor)
         y = self.expand(y)
         since = torch.zeros(y.shape[0], dtype=torch.int64, device=y.device)
-        return self.place(chunks.spread(torch.zeros_like(y[:, 0]), y), since_last(chunks.closes, since))
+        nothing = y.new_zeros(y.shape[0], y.shape[2])
+        return self.place(chunks.spread(nothing, y), since_last(chunks.closes, since))
 
     def place(self, y: Tensor, since: Tensor) -> Tensor:
         """y: (B, N, D), what the last chunk returned, at every position; since: (B, N) positions since it closed."""

@@ -116,9 +116,9 @@ def count_flops_multi_scale(
 
 
 def block_flops(config: ModelConfig, n: int) -> int:
-    """Forward FLOPs of one block at length n: matrix products and the propagator's recurrences in real energies."""
+    """Forward FLOPs of one block at length n: matrix products, convolution and the propagator's recurrences, real energies."""
     d, heads, hidden = config.d_model, config.heads, config.d_hidden
-    mixer = 2 * d * (4 * d + heads + d) + heads * (3 + 5 * (d // heads) ** 2)
+    mixer = 2 * d * (4 * d + heads + d) + 2 * config.conv_width * 3 * d + heads * (3 + 5 * (d // heads) ** 2)
     router = 2 * d * config.num_experts if config.num_experts > 1 else 0
     return n * (mixer + router + config.top_k * 2 * (d * 2 * hidden + hidden * d))
 

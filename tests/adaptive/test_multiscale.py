@@ -1,0 +1,203 @@
+"""Chunks, resampling and the multi-scale stack against loops that follow the definition, outputs and gradients."""
+
+import pytest
+import torch
+
+from resnet_bk import LanguageModel, LearnedDownsampling, LearnedUpsampling
+from resnet_bk.adaptive.multiscale import ChunkRecord, Chunks, build_stack, smooth
+from resnet_bk.config import ModelConfig, MultiScaleConfig
+
+LENGTHS = [1, 2, 3, 4, 5, 7, 12, 33]
+
+
+def model(vocab=259, **fields):
+    torch.manual_seed(0)
+    scales = MultiScaleConfig(**{"factors": (4,), "layers": (1, 1, 1), **fields})
+    return LanguageModel(vocab, d_model=16, num_experts=1, n_heads=2, multiscale=scales.__dict__)
+
+
+def groups(closes):
+    """Each row's closed chunks as lists of positions, and the open rest."""
+    rows = []
+    for row in closes.tolist():
+        closed, here = [], []
+        for t, close in enumerate(row):
+            here.append(t)
+            if close:
+                closed.append(here)
+                here = []
+        rows.append((closed, here))
+    return rows
+
+
+def same_gradients(expected, got, inputs):
+    for x, y in zip(torch.autograd.grad(expected, inputs), torch.autograd.grad(got, inputs), strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_downsampling_is_the_weighted_mean_and_the_last_position_of_each_chunk(n, share):
+    generator = torch.Generator().manual_seed(n)
+    closes = torch.rand(3, n, generator=generator) < share
+    x = torch.randn(3, n, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    down = LearnedDownsampling(4, width=6).double()
+    chunks = Chunks(closes)
+    got = down(x, chunks)
+    weight = torch.sigmoid(x @ down.weigh.weight[0] + down.weigh.bias)
+    expected = torch.zeros_like(got)
+    for b, (closed, _) in enumerate(groups(closes)):
+        for j, positions in enumerate(closed):
+            mean = (weight[b, positions, None] * x[b, positions]).sum(0) / weight[b, positions].sum()
+            expected[b, j] = down.refine(torch.cat([x[b, positions[-1]], mean]))
+    mask = chunks.ends.mask.unsqueeze(-1)
+    torch.testing.assert_close(got * mask, expected, rtol=1e-12, atol=1e-12)
+    if share:
+        factors = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+        inputs = [x, *down.parameters()]
+        if mask.any():
+            same_gradients((expected * factors).sum(), (got * mask * factors).sum(), inputs)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 5])
+@pytest.mark.parametrize("n", LENGTHS)
+def test_resampling_at_a_stride_shifts_by_factor_minus_one(factor, n):
+    down, up = LearnedDownsampling(4, factor, 6).double(), LearnedUpsampling(4, factor, 6).double()
+    torch.nn.init.normal_(up.scale)
+    x = torch.randn(2, n, 4, dtype=torch.float64)
+    coarse = down(x)
+    assert coarse.shape == (2, n // factor, 6)
+    fine = up(coarse, n)
+    expected = torch.zeros_like(x)
+    for t in range(n):
+        if (t + 1) // factor:
+            expected[:, t] = up.expand(coarse[:, (t + 1) // factor - 1]) * up.scale[(t + 1) % factor]
+    torch.testing.assert_close(fine, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_upsampling_refuses_too_few_chunks():
+    with pytest.raises(ValueError, match="2 chunks of 2 do not fill n = 6"):
+        LearnedUpsampling(4)(torch.zeros(1, 2, 4), 6)
+
+
+def test_smoothing_is_its_recurrence_and_trains_the_probabilities():
+    y = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    p = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
+    first = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    got = smooth(y, p, mask, first)
+    s, rows = first, []
+    for j in range(5):
+        s = torch.where(mask[:, j, None], p[:, j, None] * y[:, j] + (1 - p[:, j, None]) * s, s)
+        rows.append(s)
+    expected = torch.stack(rows, 1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    factors = torch.randn_like(expected)
+    same_gradients((expected * factors).sum(), (got * factors).sum(), [y, p, first])
+
+
+def test_without_factors_the_model_is_the_plain_one():
+    torch.manual_seed(0)
+    plain = LanguageModel(31, d_model=16, n_layers=3, num_experts=1)
+    torch.manual_seed(0)
+    neutral = LanguageModel(31, d_model=16, n_layers=3, num_experts=1, multiscale={"boundaries": "learned"})
+    assert plain.state_dict().keys() == neutral.state_dict().keys()
+    ids = torch.randint(31, (2, 19))
+    assert torch.equal(plain(ids).logits, neutral(ids).logits)
+
+
+def test_a_stack_has_the_layers_and_widths_of_its_configuration():
+    scales = MultiScaleConfig(factors=(2, 3), layers=(1, 2, 4, 0, 3), widths=(24, 40))
+    stack = build_stack(ModelConfig(d_model=16, num_experts=1, multiscale=scales))
+    assert len(stack) == 1 + 1 + 3
+    middle = stack[1].inner
+    assert len(middle) == 2 + 1 + 0
+    assert middle[0].mixer.in_proj.in_features == 24
+    assert len(middle[2].inner) == 4
+    assert middle[2].inner[0].mixer.in_proj.in_features == 40
+    assert middle[2].target == 3
+
+
+def test_the_inner_stack_runs_only_when_a_chunk_closes_and_only_for_rows_that_close(monkeypatch):
+    net = model(boundaries="whitespace").eval()
+    ran = []
+    net.blocks[1].inner.register_forward_hook(lambda m, inputs, out: ran.append(inputs[0].shape[:2]))
+    texts = [b"one two\nx", b"a bc;defg"]
+    ids = torch.tensor([[b + 3 for b in text] for text in texts])
+    state = net(ids[:, :1]).state  # once at the start, to have a state at all
+    ran.clear()
+    closing = []
+    for t in range(1, ids.shape[1]):
+        output = net(ids[:, t : t + 1], state=state)
+        state = output.state
+        closing.append(output.records[1].closes[:, 0].tolist())
+    expected = [[t in (3, 7) for t in range(1, 9)], [t in (1, 4) for t in range(1, 9)]]
+    assert closing == [list(pair) for pair in zip(*expected, strict=True)]
+    assert ran == [(1, 1)] * 4
+
+
+def test_inner_state_of_rows_that_do_not_close_is_untouched():
+    net = model(boundaries="whitespace").eval()
+    ids = torch.tensor([[b + 3 for b in text] for text in (b"ab cd", b"abcde")])
+    state = net(ids[:, :2]).state
+    after = net(ids[:, 2:3], state=state).state
+    before_g, after_g = state[1].inner[0].core.g, after[1].inner[0].core.g
+    assert torch.equal(before_g[1], after_g[1])
+    assert not torch.equal(before_g[0], after_g[0])
+
+
+@pytest.mark.parametrize("boundaries", ["fixed", "whitespace", "learned"])
+def test_what_was_decided_is_in_the_record(boundaries):
+    ids = torch.randint(3, 259, (2, 40))
+    output = model(boundaries=boundaries)(ids, targets=ids)
+    (record,) = [r for r in output.records if isinstance(r, ChunkRecord)]
+    assert record.closes.shape == (2, 40)
+    assert (record.probability is not None) == (boundaries == "learned") == ("ratio" in output.losses)
+    if boundaries == "fixed":
+        assert record.closes[0].nonzero().flatten().tolist() == list(range(3, 40, 4))
+
+
+def test_the_ratio_loss_is_one_at_the_target_and_weighted_in():
+    net = model(boundaries="learned", ratio_weight=0.5)
+    ids = torch.randint(259, (4, 64))
+    output = net(ids, targets=ids)
+    record = output.records[1]
+    share, mean = record.closes.float().mean(), record.probability.mean()
+    expected = 4 / 3 * (3 * share * mean + (1 - share) * (1 - mean))
+    torch.testing.assert_close(output.losses["ratio"], expected)
+    torch.testing.assert_close(output.loss, output.losses["cross_entropy"] + 0.5 * expected)
+
+
+def test_learned_boundaries_move_with_the_data_and_hold_their_ratio():
+    """Equal models and penalties; only the text differs: a marker announces a random symbol, the rest repeats."""
+
+    def shares(marker, seed):
+        torch.manual_seed(seed)
+        net = LanguageModel(
+            16,
+            d_model=32,
+            num_experts=1,
+            n_heads=1,
+            multiscale={"factors": [4], "layers": [1, 1, 1], "boundaries": "learned", "ratio_weight": 0.1},
+        )
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        for _ in range(60):
+            ids = torch.full((8, 49), 2)
+            ids[:, ::4] = marker
+            ids[:, 1::4] = torch.randint(4, 16, ids[:, 1::4].shape)
+            output = net(ids[:, :-1], targets=ids[:, 1:])
+            output.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return output.records[1].probability.detach(), ids[:, :-1]
+
+    decisions = [shares(marker, 0)[0] for marker in (0, 1)]
+    assert (decisions[0] - decisions[1]).abs().mean() > 1e-3
+    assert 0.1 < torch.stack(decisions).gt(0.5).float().mean() < 0.5
+
+
+def test_bidirectional_models_have_no_multi_scale():
+    from resnet_bk.config import ConfigError
+
+    with pytest.raises(ConfigError, match=r"model\.multiscale\.factors: got \[4\] with model\.causal = False"):
+        LanguageModel(31, causal=False, multiscale={"factors": [4], "layers": [1, 1, 1]})
