@@ -167,7 +167,7 @@ def test_huge_integers_are_refused(refused, digits):
 
 
 @pytest.mark.parametrize("value", ["{", "null", "3", "[1]", "{d_model: 8}", "nowhere.yaml", "os.system"])
-@pytest.mark.parametrize("section", ["model", "data"])
+@pytest.mark.parametrize("section", ["model", "data", "model.multiscale"])
 def test_a_section_is_not_given_whole(refused, section, value):
     message = f"{section}: give its fields one by one, as --{section}.FIELD VALUE, or in a --config file"
     assert refused("train", "--max_steps", "1", f"--{section}", value) == message

@@ -11,6 +11,7 @@ from resnet_bk.config import (
     EvalConfig,
     GenerateConfig,
     ModelConfig,
+    MultiScaleConfig,
     TrainConfig,
     check_fields,
     shown,
@@ -18,6 +19,7 @@ from resnet_bk.config import (
 )
 
 MODEL, DATA, TRAIN = (ModelConfig, {}), (DataConfig, {}), (TrainConfig, {"max_steps": 1})
+SCALES = (MultiScaleConfig, {})
 EVAL, GENERATE = (EvalConfig, {"checkpoint": "x", "stride": 1}), (GenerateConfig, {"checkpoint": "x", "prompt": "y"})
 HUGE = 10**5000  # longer than Python prints
 
@@ -47,6 +49,8 @@ RANGES = [
 ]
 REALS = [
     (MODEL, "balance_weight", "model", 0, 1_000),
+    (SCALES, "ratio_weight", "model.multiscale", 0, 1_000),
+    (SCALES, "difficulty_weight", "model.multiscale", 0, 1_000),
     (DATA, "val_fraction", "data", 1e-6, 0.5),
     (TRAIN, "learning_rate", "train", 1e-8, 10),
     (TRAIN, "warmup", "train", 0, 1),
@@ -244,3 +248,66 @@ def test_settings_cannot_be_changed_past_their_checks():
 def test_long_values_are_cut_in_messages():
     assert shown("x" * 10_000) == "'" + "x" * 76 + "..."
     assert shown(HUGE) == "an integer too long to print"
+
+
+# ---------------------------------------------------------------------------------------- multi-scale
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"factors": 4}, "factors: got 4, allowed a list of integers"),
+        ({"factors": (1,)}, r"factors\[0\]: got 1, allowed an integer from 2 to 65536"),
+        ({"factors": (2.0,)}, r"factors\[0\]: got 2.0, allowed an integer"),
+        ({"factors": (2,) * 9}, "factors: got 9 levels, allowed at most 8"),
+        ({"factors": (2,), "layers": (1, 1)}, "layers: got 2 numbers for 1 factors, allowed 3"),
+        ({"factors": (2,), "layers": (1, 0, 1)}, "layers: got no block innermost"),
+        ({"factors": (2,), "widths": (8, 8)}, "widths: got 2 numbers for 1 factors, allowed one for each"),
+        ({"factors": (2,), "hidden": (8, 8)}, "hidden: got 2 numbers for 1 factors, allowed one for each"),
+        ({"factors": (2,), "boundaries": "words"}, "boundaries: got 'words', allowed 'fixed', 'whitespace', 'learned'"),
+        ({"factors": (2, 2), "boundaries": "whitespace"}, "boundaries: got 'whitespace' for 2 factors"),
+    ],
+)
+def test_bad_scales_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=rf"^model\.multiscale\.{message}"):
+        MultiScaleConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("model", "scales", "message"),
+    [
+        ({"n_layers": 4}, {"factors": (2,), "layers": (1, 1, 1)}, "layers: got 3 blocks together, allowed .* = 4"),
+        ({"n_layers": 2}, {"factors": (2,)}, "factors: 1 levels need at least 3 blocks, got model.n_layers = 2"),
+        (
+            {"vocab_size": 300},
+            {"factors": (2,), "boundaries": "whitespace"},
+            "boundaries: .* model.vocab_size = 300, .* 259",
+        ),
+        ({"causal": False}, {"factors": (2,)}, r"factors: got \[2\] with model.causal = False"),
+    ],
+)
+def test_scales_that_do_not_fit_the_model_are_refused(model, scales, message):
+    with pytest.raises(ConfigError, match=rf"^model\.multiscale\.{message}"):
+        ModelConfig(**model, multiscale=MultiScaleConfig(**scales))
+
+
+def test_an_inner_width_without_a_head_width_is_refused():
+    with pytest.raises(ConfigError, match=r"^model\.n_heads: got 3, allowed a divisor of d_model = 16"):
+        ModelConfig(d_model=12, n_heads=3, multiscale=MultiScaleConfig(factors=(2,), widths=(16,)))
+
+
+def test_levels_go_inward_one_by_one():
+    scales = MultiScaleConfig(factors=(2, 3), layers=(1, 2, 4, 0, 3), widths=(96, 128), hidden=(100, 200))
+    config = ModelConfig(d_model=64, d_ff=50, multiscale=scales)
+    assert (config.blocks, config.around) == (10, (1, 3))
+    middle = config.inside
+    assert (middle.d_model, middle.d_hidden, middle.blocks, middle.around) == (96, 100, 6, (2, 0))
+    inner = middle.inside
+    assert (inner.d_model, inner.d_hidden, inner.blocks, inner.around) == (128, 200, 4, (4, 0))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_without_layers_each_level_gets_one_block_before_and_one_after():
+    config = ModelConfig(n_layers=8, d_ff=96, multiscale=MultiScaleConfig(factors=(2, 2), widths=(128, 128)))
+    assert (config.around, config.inside.around, config.inside.inside.blocks) == ((1, 1), (1, 1), 4)
+    assert config.inside.d_hidden == 192

@@ -80,28 +80,37 @@ class MultiScaleConfig:
     """Stacks that run on chunks of neighbouring positions instead of on all of them."""
 
     factors: tuple[int, ...] = ()
-    """Positions a chunk, level by level inward: [4], or [2, 2] for N, N/2, N/4. Empty: every block sees every position."""
+    """Positions a chunk, level by level inward: [4], or [2, 2] for N, N/2, N/4. Empty: all blocks see all positions."""
     layers: tuple[int, ...] = ()
     """Blocks: outer before, ..., innermost, ..., outer after, as [1, 1, 4, 1, 1] for two factors. Default: one block
     before and one after each level, the rest of n_layers innermost."""
     widths: tuple[int, ...] = ()
     """Model width of each inner level. Default: d_model."""
+    hidden: tuple[int, ...] = ()
+    """Hidden width of each inner level's feed-forwards. Default: in proportion to d_ff, or its default."""
     boundaries: Literal["fixed", "whitespace", "learned"] = "fixed"
     """Where chunks end: every `factor` positions; after words, lines and 2 x `factor` bytes; or where a trained router
     says, `factor` positions apart on average."""
-    ratio_weight: float = 0.03
+    ratio_weight: float = 0.1
     """Weight of the loss that holds learned boundaries to their factor."""
+    difficulty_weight: float = 0.1
+    """Weight of the loss that has learned boundaries foresee where the next token is hard to predict."""
 
     def __post_init__(self) -> None:
         where = "model.multiscale"
-        for name, low, high in (("factors", 2, 65_536), ("layers", 0, 1_024), ("widths", 1, 65_536)):
+        for name, low, high in (
+            ("factors", 2, 65_536),
+            ("layers", 0, 1_024),
+            ("widths", 1, 65_536),
+            ("hidden", 1, 2**20),
+        ):
             values = getattr(self, name)
             if not isinstance(values, list | tuple):
                 raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed a list of integers")
             check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
             object.__setattr__(self, name, tuple(values))
         check_choice(where, ("fixed", "whitespace", "learned"), boundaries=self.boundaries)
-        check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
+        check_range(where, 0, 1_000, ratio_weight=self.ratio_weight, difficulty_weight=self.difficulty_weight)
         levels = len(self.factors)
         if levels > 8:
             raise ConfigError(f"{where}.factors: got {levels} levels, allowed at most 8")
@@ -112,8 +121,9 @@ class MultiScaleConfig:
             )
         if self.layers and self.layers[levels] < 1:
             raise ConfigError(f"{where}.layers: got no block innermost, allowed at least 1")
-        if self.widths and len(self.widths) != levels:
-            raise ConfigError(f"{where}.widths: got {len(self.widths)} for {levels} factors, allowed one for each")
+        for name in ("widths", "hidden"):
+            if (given := len(getattr(self, name))) not in (0, levels):
+                raise ConfigError(f"{where}.{name}: got {given} numbers for {levels} factors, allowed one for each")
         if self.boundaries == "whitespace" and levels > 1:
             raise ConfigError(f"{where}.boundaries: got 'whitespace' for {levels} factors, allowed for one only")
 
@@ -197,8 +207,8 @@ class ModelConfig:
             )
         if scales.boundaries == "whitespace" and self.vocab_size != BYTE_VOCABULARY:
             raise ConfigError(
-                f"{where}.boundaries: got 'whitespace' with model.vocab_size = {self.vocab_size}, allowed with the byte "
-                f"tokenizer's {BYTE_VOCABULARY}"
+                f"{where}.boundaries: got 'whitespace' with model.vocab_size = {self.vocab_size}, allowed with the "
+                f"byte tokenizer's {BYTE_VOCABULARY}"
             )
         if scales.factors:
             self.inside  # noqa: B018 - raises where the inner levels cannot be built
@@ -234,10 +244,15 @@ class ModelConfig:
         """The model at the next coarser level."""
         scales = self.multiscale
         levels = dataclasses.replace(
-            scales, factors=scales.factors[1:], layers=scales.layers[1:-1], widths=scales.widths[1:]
+            scales,
+            factors=scales.factors[1:],
+            layers=scales.layers[1:-1],
+            widths=scales.widths[1:],
+            hidden=scales.hidden[1:],
         )
         width = scales.widths[0] if scales.widths else self.d_model
         hidden = None if self.d_ff is None else max(1, round(self.d_ff * width / self.d_model))
+        hidden = scales.hidden[0] if scales.hidden else hidden
         blocks = self.blocks - sum(self.around)
         return dataclasses.replace(self, d_model=width, d_ff=hidden, n_layers=blocks, multiscale=levels)
 

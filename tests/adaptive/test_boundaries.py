@@ -12,9 +12,9 @@ CONFIG = ModelConfig(d_model=8)
 def after_words(text, factor=4, since=0, before=0):
     ids = torch.tensor([[b + 3 for b in text.encode()]])
     rule = AfterWords(CONFIG, factor)
-    closes, probability = rule(torch.zeros(*ids.shape, 8), ids, torch.tensor([since]), torch.tensor([before]))
-    assert probability is None
-    return "".join("|" if c else "." for c in closes[0])
+    decision = rule(torch.zeros(*ids.shape, 8), ids, torch.tensor([since]), torch.tensor([before]))
+    assert decision.probability is None
+    return "".join("|" if c else "." for c in decision.closes[0])
 
 
 @pytest.mark.parametrize(
@@ -45,16 +45,17 @@ def test_a_text_in_two_pieces_closes_where_the_whole_does():
 
 @pytest.mark.parametrize("factor", [2, 3, 7])
 def test_fixed_strides_go_on_across_pieces(factor):
-    closes, _ = FixedStride(CONFIG, factor)(torch.zeros(1, 20, 8), None, torch.tensor([1]), torch.tensor([0]))
-    assert closes[0].nonzero().flatten().tolist() == [t for t in range(20) if (t + 2) % factor == 0]
+    decision = FixedStride(CONFIG, factor)(torch.zeros(1, 20, 8), None, torch.tensor([1]), torch.tensor([0]))
+    assert decision.closes[0].nonzero().flatten().tolist() == [t for t in range(20) if (t + 2) % factor == 0]
 
 
 def test_a_router_starts_near_its_ratio_and_decides_at_one_half():
     torch.manual_seed(0)
     router = Router(ModelConfig(d_model=64), 4)
-    closes, probability = router(torch.randn(8, 500, 64), None, torch.zeros(8), torch.zeros(8))
-    assert torch.equal(closes, probability > 0.5)
-    assert 0.15 < closes.float().mean() < 0.35
+    decision = router(torch.randn(8, 500, 64), None, torch.zeros(8), torch.zeros(8))
+    assert torch.equal(decision.closes, decision.probability > 0.5)
+    assert 0.15 < decision.closes.float().mean() < 0.35
+    assert decision.score.sigmoid().mean() == pytest.approx(0.25, abs=0.1)
 
 
 def test_since_last():

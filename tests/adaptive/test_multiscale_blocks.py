@@ -31,7 +31,8 @@ def test_every_parameter_of_a_layer_learns(kind):
     assert {name.rpartition(".")[2] for name, _ in layer.named_parameters()} >= {"scale_low_res", "scale_full_res"}
     layer(torch.randn(4, 32, 16)).square().sum().backward()
     for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_a_wrong_width_is_an_error():

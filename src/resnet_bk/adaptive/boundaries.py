@@ -6,13 +6,29 @@ position holds would tell t about t + 1.
 Dimensions: B batch, N positions, D model width.
 """
 
+import math
 import statistics
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from resnet_bk.config import BYTE_OFFSET, ModelConfig
 from resnet_bk.layers.norm import Norm
+
+SPEED = 10.0  # of a router's two scalars beside its weights: Adam moves every parameter by the learning rate
+
+
+class Decision(NamedTuple):
+    """closes: (B, N) bool, where chunks end.
+
+    probability: (B, N) in (0, 1), above 1/2 where they do, with a gradient; score: (B, N), what it was made from. None
+    for rules that learn nothing.
+    """
+
+    closes: Tensor
+    probability: Tensor | None = None
+    score: Tensor | None = None
 
 
 class FixedStride(nn.Module):
@@ -24,21 +40,17 @@ class FixedStride(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, x: Tensor, ids: Tensor | None, since: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where chunks close and how sure the rule is.
+    def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
+        """Where chunks close.
 
         Args:
             x: (B, N, D).
             ids: (B, N), the token at each position.
             since: (B,) int64, positions since the last chunk closed.
             before: (B,) int64, the token before the first position.
-
-        Returns:
-            closes: (B, N) bool.
-            probability: (B, N) of closing, with a gradient; None for rules that learn nothing.
         """
         position = torch.arange(1, x.shape[1] + 1, device=x.device)
-        return (since.unsqueeze(1) + position) % self.factor == 0, None
+        return Decision((since.unsqueeze(1) + position) % self.factor == 0)
 
 
 class AfterWords(nn.Module):
@@ -54,14 +66,13 @@ class AfterWords(nn.Module):
         super().__init__()
         self.longest = 2 * factor
 
-    def forward(self, x: Tensor, ids: Tensor | None, since: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
         """As :meth:`FixedStride.forward`."""
-        assert ids is not None
         word = _in_word(torch.cat([before.unsqueeze(1), ids], dim=1))
         line_end = (ids == ord("\n") + BYTE_OFFSET) | (ids < BYTE_OFFSET)
         ends = (word[:, :-1] & ~word[:, 1:]) | line_end
         length = since_last(ends, since)
-        return ends | (length % self.longest == 0), None
+        return Decision(ends | (length % self.longest == 0))
 
 
 def _in_word(ids: Tensor) -> Tensor:
@@ -73,10 +84,12 @@ def _in_word(ids: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """A chunk closes where a linear classifier of the position's features says so.
+    """A chunk closes where a linear score of the position's features exceeds a learned threshold.
 
-    Whether a boundary was worth it reaches the classifier through the smoothing of what chunks return
-    (:class:`resnet_bk.adaptive.multiscale.LearnedUpsampling`), as in H-Net (Hwang et al. 2025, arXiv:2507.07955).
+    Three losses train it. The task: through the smoothing of what chunks return (:func:`multiscale.smooth`), as in
+    H-Net (Hwang et al. 2025, arXiv:2507.07955). "difficulty": the score predicts whether the next token will be among
+    the hardest, one in `factor`, for the model as it is; that is where a fresh result is worth most. "ratio": moves the
+    threshold until one position in `factor` closes.
     """
 
     by_content = True
@@ -84,22 +97,29 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, factor: int):
         super().__init__()
         self.norm = Norm(config.d_model)
-        self.score = nn.Linear(config.d_model, 1)
-        # scores start as N(bias, 1), so that about one position in `factor` closes
-        nn.init.normal_(self.score.weight, std=config.d_model**-0.5)
-        nn.init.constant_(self.score.bias, statistics.NormalDist().inv_cdf(1 / factor))
+        self.weight = nn.Parameter(torch.randn(config.d_model))
+        # scores start as N(base, 1); base is the logit of one in `factor`, the threshold their quantile
+        base = -math.log(factor - 1)
+        self.bias = nn.Parameter(torch.tensor(base / SPEED))
+        start = statistics.NormalDist(base).inv_cdf(1 - 1 / factor)
+        self.threshold = nn.Parameter(torch.tensor(start / SPEED))
 
-    def forward(self, x: Tensor, ids: Tensor | None, since: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
         """As :meth:`FixedStride.forward`."""
-        score = self.score(self.norm(x)).squeeze(-1)
-        return score > 0, score.sigmoid()
+        # 1 / sqrt(D) here rather than in the weights: Adam moves every weight by the learning rate, and all D together
+        # would throw the share of closing positions from one extreme to the other.
+        score = (self.norm(x) @ self.weight) * x.shape[-1] ** -0.5 + SPEED * self.bias
+        above = score - SPEED * self.threshold
+        return Decision(above > 0, above.sigmoid(), score)
 
 
-BOUNDARIES = {"fixed": FixedStride, "whitespace": AfterWords, "learned": Router}
+BOUNDARIES: dict[str, type[nn.Module]] = {"fixed": FixedStride, "whitespace": AfterWords, "learned": Router}
 
 
 def since_last(marks: Tensor, start: Tensor) -> Tensor:
     """Positions since the last mark at or before each one, (B, N); before the first mark counted on from start (B,)."""
+    if marks.shape[1] == 1:
+        return torch.where(marks, 0, start.unsqueeze(1) + 1)
     position = torch.arange(1, marks.shape[1] + 1, device=marks.device)
     last = torch.where(marks, position, 0).cummax(1).values
     return torch.where(last > 0, position - last, start.unsqueeze(1) + position)

@@ -7,6 +7,7 @@ Broadcasting a chunk's result to the positions inside the chunk would tell them 
 Dimensions: B batch, N positions, M chunks of the row that has most, D width outside, W width inside.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Chunks:
         self.width = self.ends.mask.shape[1]
 
     def sums(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sums (B, M + 1, D) of x (B, N, D) by weight (B, N); each row's open chunk follows its closed ones."""
+        """Sums (B, M + 1, D) of x (B, N, D) weighted by (B, N); each row's open chunk follows its closed ones."""
         batch, length, _ = x.shape
         rows = torch.arange(batch, device=x.device).unsqueeze(1) * (self.width + 1)
         chunk = (rows + self.closed - self.closes.long()).flatten()
@@ -157,10 +158,25 @@ class MultiScaleState(NamedTuple):
 
 @dataclass
 class ChunkRecord(Record):
-    """closes: (B, N) bool, where chunks ended; probability: (B, N), the router's, or None."""
+    """closes: (B, N) bool, where chunks ended; score: (B, N), the router's, of learned boundaries; target: positions a
+    chunk; ends: the packing of the closing positions, where there are any."""
 
     closes: Tensor | None = None
-    probability: Tensor | None = None
+    score: Tensor | None = None
+    target: int = 1
+    ends: Packing | None = None
+
+    def learn(self, nats: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Add "difficulty": how badly the router foresees which tokens are the hardest, one in `target`."""
+        if self.score is not None and counted.any():
+            found = nats[counted]
+            hard = nats > found.kthvalue(math.ceil(len(found) * (1 - 1 / self.target))).values
+            self.losses["difficulty"] = F.binary_cross_entropy_with_logits(
+                self.score[counted], hard[counted].to(self.score.dtype)
+            )
+        if self.ends is None:
+            return nats, counted
+        return self.ends.pack(nats), self.ends.pack(counted) & self.ends.mask
 
 
 class MultiScale(nn.Module):
@@ -182,27 +198,27 @@ class MultiScale(nn.Module):
         self, x: Tensor, ids: Tensor, state: MultiScaleState | None, mask: Tensor | None
     ) -> tuple[Tensor, MultiScaleState, list[Record]]:
         past = self._start(x, ids) if state is None else state
-        closes, probability = self.boundaries(x, ids, past.since, past.before)
-        if mask is not None:
-            closes = closes & mask
+        decision = self.boundaries(x, ids, past.since, past.before)
+        closes = decision.closes if mask is None else decision.closes & mask
+        record = ChunkRecord(self._losses(closes, decision.probability, mask), closes, decision.score, self.target)
         since = since_last(closes, past.since)
         if state is None or bool(closes.any()):
             chunks = Chunks(closes, TILE if self.boundaries.by_content else 1)
+            record.ends = chunks.ends
             coarse, still_open = self.down.pool(x, chunks, past.open, mask)
             y, inner, records = self._inside(coarse, chunks, ids, past.inner)
             y = self.up.expand(y)
-            if probability is not None:
-                y = smooth(y, chunks.ends.pack(probability), chunks.ends.mask, past.result)
-            low_res, result = chunks.spread(past.result, y), _at(chunks.ends.counts, past.result, y)
+            if decision.probability is not None:
+                y = smooth(y, chunks.ends.pack(decision.probability), chunks.ends.mask, past.result)
+            low_res, result = chunks.spread(past.result, y), _last(y, chunks.ends.mask, past.result)
         else:  # most steps of decoding: the inner stack has nothing to do
             still_open, inner, records = self.down.keep(x, past.open, mask), past.inner, []
             low_res, result = past.result.unsqueeze(1), past.result
         out = self.scale_full_res * x + self.scale_low_res * self.up.place(low_res, since)
-        length = torch.full_like(past.since, x.shape[1]) if mask is None else mask.sum(1)
         after = MultiScaleState(
-            still_open, inner, result, _at(length, past.since, since), _at(length, past.before, ids)
+            still_open, inner, result, _last(since, mask, past.since), _last(ids, mask, past.before)
         )
-        return out, after, [self._record(closes, probability, mask), *records]
+        return out, after, [record, *records]
 
     def _start(self, x: Tensor, ids: Tensor) -> MultiScaleState:
         """Nothing read yet."""
@@ -220,21 +236,23 @@ class MultiScale(nn.Module):
         after = pytree.tree_map(lambda old, new: old.index_copy(0, rows, new), state, after)
         return torch.zeros_like(coarse).index_copy(0, rows, y), after, records
 
-    def _record(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> ChunkRecord:
-        """With the loss "ratio", 1 where one position in `target` closes a chunk (H-Net, eq. 10), of learned rules."""
+    def _losses(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
+        """Of learned boundaries "ratio", 1 where one position in `target` closes a chunk (H-Net, eq. 10)."""
         if probability is None:
-            return ChunkRecord(closes=closes)
+            return {}
         real = torch.ones_like(closes) if mask is None else mask
         share, mean, k = closes[real].to(probability.dtype).mean(), probability[real].mean(), self.target
-        ratio = k / (k - 1) * ((k - 1) * share * mean + (1 - share) * (1 - mean))
-        return ChunkRecord({"ratio": ratio}, closes, probability)
+        return {"ratio": k / (k - 1) * ((k - 1) * share * mean + (1 - share) * (1 - mean))}
 
 
-def _at(count: Tensor, first: Tensor, rest: Tensor) -> Tensor:
-    """The last of `count` (B,) entries of rest (B, N, ...); first (B, ...) where that is none."""
-    rows = torch.arange(len(count), device=count.device)
-    last = rest[rows, (count - 1).clamp(min=0)]
-    return torch.where((count > 0).view(-1, *[1] * (last.dim() - 1)), last, first)
+def _last(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
+    """The last real entry of each row of x (B, N, ...), or `before` (B, ...) in rows that have none."""
+    if mask is None:
+        return x[:, -1].clone()  # not a view, which would keep all of x
+    if x.shape[1] == 1:
+        return torch.where(mask.view(-1, *[1] * (x.dim() - 2)), x[:, 0], before)
+    table = torch.cat([before.unsqueeze(1), x], dim=1)
+    return table[torch.arange(len(x), device=x.device), mask.sum(1)]
 
 
 def build_stack(config: ModelConfig) -> Stack:

@@ -67,7 +67,7 @@ class MultiScaleFlops:
 
     The parts up to `total` are by the simple model: ``n d^2 experts`` for a layer at length n, ``n d`` for a resampling
     of n positions. The others count two operations a multiply-add: `exact` from formulas of every matrix product and
-    recurrence in the modules, `measured` by torch's counter while they ran, each for the standard and multi-scale block.
+    recurrence in the modules, `measured` by torch's counter while they ran, for the plain and the multi-scale block.
     """
 
     standard: int
@@ -91,9 +91,7 @@ class MultiScaleFlops:
         return self.exact_standard / self.exact_total
 
 
-def count_flops_multi_scale(
-    d_model: int, n_seq: int, num_experts: int, hierarchical: bool = False
-) -> MultiScaleFlops:
+def count_flops_multi_scale(d_model: int, n_seq: int, num_experts: int, hierarchical: bool = False) -> MultiScaleFlops:
     """The table of costs of ``MultiScaleResNetBKBlock(d_model, n_seq, num_experts, hierarchical)``."""
     layer = MultiScaleResNetBKBlock(d_model, n_seq, num_experts, hierarchical).layer
     block = Block(ModelConfig(d_model=d_model, n_seq=n_seq, num_experts=num_experts))
@@ -116,7 +114,7 @@ def count_flops_multi_scale(
 
 
 def block_flops(config: ModelConfig, n: int) -> int:
-    """Forward FLOPs of one block at length n: matrix products, convolution and the propagator's recurrences, real energies."""
+    """Forward FLOPs of one block at length n: matrix products, convolution, the real propagator's recurrences."""
     d, heads, hidden = config.d_model, config.heads, config.d_hidden
     mixer = 2 * d * (4 * d + heads + d) + 2 * config.conv_width * 3 * d + heads * (3 + 5 * (d // heads) ** 2)
     router = 2 * d * config.num_experts if config.num_experts > 1 else 0

@@ -9,7 +9,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from resnet_bk.config import BYTE_OFFSET, ConfigError
 
 
-
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges: 259 ids, lossless on any text, left-padding as generation wants it."""
     # The printable stand-ins of GPT-2's byte alphabet: printable Latin-1 stands for itself, the rest from U+0100 on.
