@@ -1,4 +1,4 @@
-"""Multi-scale against flat: the clock, then bits per byte at equal steps and at equal training time, and boundaries.
+"""Multi-scale against flat: bits per byte at equal steps and at equal training time, boundaries, and the clock.
 
 ``python benchmarks/multiscale.py --out benchmarks/results/...`` first runs every training cell that is not in the log
 yet (two single-thread processes at a time), then the timings on the then quiet machine.
@@ -32,11 +32,11 @@ from common import (
 
 from resnet_bk.adaptive.multiscale import ChunkRecord, build_stack
 from resnet_bk.config import ModelConfig
+from resnet_bk.data.corpus import split
 from resnet_bk.data.tokens import byte_ids
 from resnet_bk.model import LanguageModel
-from resnet_bk.training.measure import greedy
 
-SEEDS, BATCH, LENGTH, STEPS, WINDOW = (0, 1, 2), 12, 256, 300, 1024
+SEEDS, BATCH, LENGTH, STEPS, WINDOW = (0, 1, 2), 6, 512, 240, 1024
 SHAPE = {"d_model": 128, "n_seq": LENGTH, "num_experts": 1}
 
 
@@ -48,43 +48,45 @@ def scales(layers: list[int], boundaries: str = "fixed", factor: int = 4) -> dic
 MODELS: dict[str, dict[str, Any]] = {
     "flat": {"n_layers": 8},
     "stride 4, 1-6-1": scales([1, 6, 1]),
-    "words, 1-6-1": scales([1, 6, 1], "whitespace"),
-    "words, 2-5-1": scales([2, 5, 1], "whitespace"),
-    "learned, 1-6-1": scales([1, 6, 1], "learned", 5),
     "stride 5, 1-6-1": scales([1, 6, 1], factor=5),
+    "learned, 1-6-1": scales([1, 6, 1], "learned", 5),
+    "words, 1-6-1": scales([1, 6, 1], "whitespace"),
+    "words, 2-6-0": scales([2, 6, 0], "whitespace"),
+    "words, 2-5-1": scales([2, 5, 1], "whitespace"),
 }
-
-
-def build(name: str, **shape: Any) -> LanguageModel:
-    torch.manual_seed(0)
-    return LanguageModel(259, **{**SHAPE, **shape, **MODELS[name]})
+BY_CORPUS = {
+    "default corpus": tuple(MODELS),
+    "Tiny Shakespeare": ("flat", "stride 4, 1-6-1", "words, 1-6-1", "words, 2-5-1"),
+}
+EQUAL_TIME = "words, 2-5-1"  # gets the seconds that the flat model's steps took, seed by seed
 
 
 def corpus(name: str) -> tuple[np.ndarray, np.ndarray]:
-    if name == "stdlib":
+    if name == "default corpus":
         return stdlib_ids()
-    ids = byte_ids((SHARED / "data" / "tinyshakespeare.txt").read_bytes())
+    ids = byte_ids((SHARED / "data" / "tinyshakespeare" / "input.txt").read_bytes())
     return ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
 
 
-def chunk_share(model: LanguageModel, ids: torch.Tensor) -> float:
-    """Chunks per position, 1 for a flat model."""
-    records = [r for r in model(ids, logits=False).records if isinstance(r, ChunkRecord)]
-    return records[0].closes.float().mean().item() if records else 1.0  # type: ignore[union-attr]
+def closes(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor | None:
+    """(B, N) bool, where chunks end; None in a flat model."""
+    with torch.no_grad():
+        records = [r for r in model(ids, logits=False).records if isinstance(r, ChunkRecord)]
+    return records[0].closes if records else None
 
 
 # ------------------------------------------------------------------------------------------------ quality
 
 
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
-    """One training run; what it reached, the seconds it took and the size of its chunks."""
+    """One training run: what it reached, the seconds it took, and where it ends its chunks."""
     torch.set_num_threads(1)
     train_ids, val_ids = corpus(spec["corpus"])
     torch.manual_seed(spec["seed"])
     model = LanguageModel(259, **SHAPE, **MODELS[spec["model"]])
 
     def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return model(x, targets=y, logits=False).loss
+        return model(x, targets=y, logits=False).loss  # type: ignore[return-value]
 
     def cross_entropy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x, targets=y, logits=False).losses["cross_entropy"]
@@ -93,13 +95,36 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     record = train(loss_of, model, batches(train_ids, BATCH, LENGTH, spec["seed"]), **budget)
     model.eval()
     nats = mean_nats(cross_entropy, val_ids, WINDOW, limit=2**18)
-    sample = torch.from_numpy(val_ids[: 64 * WINDOW].astype(np.int64)).view(64, WINDOW)
-    return {
-        "bits_per_byte": nats / math.log(2),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "chunk": 1 / chunk_share(model, sample),
-        **record,
-    }
+    parameters = sum(p.numel() for p in model.parameters())
+    result = {"bits_per_byte": nats / math.log(2), "parameters": parameters, **record}
+    if "multiscale" in MODELS[spec["model"]]:
+        result["chunks"] = {name: chunks_of(model, text) for name, text in texts().items()}
+        (sample,) = torch.from_numpy(val_ids[None, : 2**16].astype(np.int64)).split(2**16, 1)
+        result["chunk"] = 1 / closes(model, sample).float().mean().item()  # type: ignore[union-attr]
+    return result
+
+
+def texts() -> dict[str, bytes]:
+    """Code, tables and prose, up to 64 KiB each; code and tables are held out of the default corpus."""
+    held_out = [b"".join(d.pieces()) for d in split("stdlib", None, 0.05)[1]]
+    tables = [text for text in held_out if b"decoding_table" in text or b"decoding_map" in text]
+    found = {"code": b"".join(t for t in held_out if t not in tables), "tables": b"".join(tables)}
+    prose = SHARED / "data" / "wikitext-2" / "wiki.valid.raw"
+    if prose.exists():
+        found["prose"] = prose.read_bytes()
+    return {name: text[: 2**16] for name, text in found.items() if text}
+
+
+def chunks_of(model: LanguageModel, text: bytes) -> dict[str, Any]:
+    """Mean and tenths of the lengths of a text's chunks, and an excerpt with "|" where they end."""
+    ids = torch.from_numpy(byte_ids(text).astype(np.int64)).unsqueeze(0)
+    ends = closes(model, ids)[0].nonzero().flatten()  # type: ignore[index]
+    lengths = ends.diff(prepend=torch.tensor([-1])).double()
+    start = text.index(b"\n", len(text) // 2) + 1
+    marks = set(ends.tolist())
+    excerpt = "".join(chr(b) + ("|" if start + i in marks else "") for i, b in enumerate(text[start : start + 240]))
+    tenths = [int(lengths.quantile(q)) for q in (0.1, 0.5, 0.9)]
+    return {"mean": lengths.mean().item(), "tenths": [*tenths, int(lengths.max())], "excerpt": excerpt}
 
 
 # ------------------------------------------------------------------------------------------------- clock
@@ -137,7 +162,10 @@ def inner_stack_ratio(repeats: int = 9) -> str:
 
 def clock(ids: np.ndarray, width: int, batch: int, length: int, repeats: int = 7) -> list[list[str]]:
     """Training step, prefill and decode of every model, as ratios to the flat one."""
-    models = {name: build(name, d_model=width) for name in MODELS}
+    models = {}
+    for name, fields in MODELS.items():
+        torch.manual_seed(0)
+        models[name] = LanguageModel(259, **{**SHAPE, "d_model": width}, **fields)
     draw = batches(ids, batch, length, 0)
     x, y = draw()
     long, _ = batches(ids, 8, 2048, 1)()
@@ -170,7 +198,88 @@ def clock(ids: np.ndarray, width: int, batch: int, length: int, repeats: int = 7
     decoded = interleaved({n: decode(m.eval()) for n, m in models.items()}, repeats)
     rows = []
     for name, model in models.items():
-        rows.append([name, f"{sum(p.numel() for p in model.parameters()):,}", f"{1 / chunk_share(model, long):.2f}"])
+        ends = closes(model, long)
+        chunk = "" if ends is None else f"{1 / ends.float().mean().item():.2f}"
+        rows.append([name, f"{sum(p.numel() for p in model.parameters()):,}", chunk])
         rows[-1] += [ratios(times, "flat")[name] for times in (trained, filled, decoded)]
         rows[-1].append(f"{1e3 * statistics.median(decoded[name]) / 200:.2f}")
     return rows
+
+
+# -------------------------------------------------------------------------------------------------- page
+
+
+def quality_table(results: list[dict[str, Any]], name: str) -> str:
+    """Every model on one corpus, beside the flat one seed by seed."""
+    here = [r for r in results if r["cell"]["corpus"] == name]
+    flat = {r["cell"]["seed"]: r for r in here if r["cell"]["model"] == "flat"}
+    rows = []
+    for key in dict.fromkeys((r["cell"]["model"], "seconds" in r["cell"]) for r in here):
+        chosen = [r for r in here if (r["cell"]["model"], "seconds" in r["cell"]) == key]
+        base = [flat[r["cell"]["seed"]] for r in chosen]
+        bits = [r["bits_per_byte"] for r in chosen]
+        worse = [100 * (2 ** (b - f["bits_per_byte"]) - 1) for b, f in zip(bits, base, strict=True)]
+        faster = [(f["seconds"] / f["steps"]) / (r["seconds"] / r["steps"]) for r, f in zip(chosen, base, strict=True)]
+        rows.append([key[0], "time" if key[1] else "steps", spread([r["steps"] for r in chosen], 0)])
+        rows[-1] += [f"{chosen[0]['parameters']:,}", f"{chosen[0].get('chunk', 1):.2f}", spread(bits, 4)]
+        rows[-1] += [spread(worse, 1), spread(faster, 2)]
+    header = ["model", "equal", "steps", "parameters", "bytes a chunk", "held-out bits per byte"]
+    return table([*header, "perplexity per byte against flat, %", "steps/s against flat"], rows)
+
+
+def boundary_pages(results: list[dict[str, Any]]) -> str:
+    """Chunk lengths and excerpts of the first seed's models."""
+    rows, pictures = [], ""
+    for r in results:
+        spec = r["cell"]
+        if "chunks" not in r or spec["seed"] or "seconds" in spec or spec["corpus"] != "default corpus":
+            continue
+        for name, found in r["chunks"].items():
+            rows.append([spec["model"], name, f"{found['mean']:.2f}", " / ".join(map(str, found["tenths"]))])
+            if spec["model"] in ("learned, 1-6-1", "words, 1-6-1"):
+                pictures += f"\n{spec['model']}, {name}:\n\n```\n{found['excerpt']}\n```\n"
+    header = ["model", "text", "mean bytes a chunk", "10% / median / 90% / longest"]
+    return table(header, rows) + pictures
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
+    parser.add_argument("--log", type=Path, default=Path("runs/benchmarks/multiscale.jsonl"))
+    parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the timings")
+    options = parser.parse_args()
+    if options.cell is not None:
+        print(json.dumps(cell(options.cell)))
+        return
+    corpora = [c for c in BY_CORPUS if c == "default corpus" or (SHARED / "data").exists()]
+    cells = [{"corpus": c, "model": m, "seed": s, "steps": STEPS} for s in SEEDS for c in corpora for m in BY_CORPUS[c]]
+    results = run_cells(__file__, cells, workers=2, log=options.log)
+    took = {(r["cell"]["corpus"], r["cell"]["seed"]): r["seconds"] for r in results if r["cell"]["model"] == "flat"}
+    cells = [
+        {"corpus": c, "model": EQUAL_TIME, "seed": s, "seconds": round(took[c, s])} for s in SEEDS for c in corpora
+    ]
+    results += run_cells(__file__, cells, workers=2, log=options.log)
+    if options.train_only:
+        return
+    text = "# Multi-scale\n\n" + conditions("python benchmarks/multiscale.py")
+    text += (
+        "\nNames: where chunks end, then blocks before - on chunks - after. Median (least to greatest).\n"
+        "\n## The clock\n\n"
+        f"Six blocks, D = 160, at N = 2,048 against N = 512, forward and backward: {inner_stack_ratio()} times.\n\n"
+        "Whole untrained models, D = 160, as ratios to the flat one, in turn. Training step: 4 x 2,048 bytes of the "
+        "default corpus; prefill: 8 x 2,048; decode: one sequence, 200 bytes.\n\n"
+    )
+    header = ["model", "parameters", "bytes a chunk", "training steps/s", "prefill", "decode", "decode, ms a byte"]
+    text += table(header, clock(stdlib_ids()[1], 160, 4, 2048))
+    for name in corpora:
+        text += (
+            f"\n## {name}\n\nD = 128, {BATCH} x {LENGTH} bytes a step, AdamW 3e-3 cosine, one thread a run, two runs "
+        )
+        text += f"at a time, {len(SEEDS)} seeds; 256 KiB held out, windows of {WINDOW:,}. Ratios seed by seed.\n\n"
+        text += quality_table(results, name)
+    text += "\n## Where chunks end\n\n" + boundary_pages(results)
+    publish(text, options.out)
+
+
+if __name__ == "__main__":
+    main()
