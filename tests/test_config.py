@@ -50,7 +50,6 @@ RANGES = [
 REALS = [
     (MODEL, "balance_weight", "model", 0, 1_000),
     (SCALES, "ratio_weight", "model.multiscale", 0, 1_000),
-    (SCALES, "difficulty_weight", "model.multiscale", 0, 1_000),
     (DATA, "val_fraction", "data", 1e-6, 0.5),
     (TRAIN, "learning_rate", "train", 1e-8, 10),
     (TRAIN, "warmup", "train", 0, 1),

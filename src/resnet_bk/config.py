@@ -93,8 +93,6 @@ class MultiScaleConfig:
     says, `factor` positions apart on average."""
     ratio_weight: float = 0.1
     """Weight of the loss that holds learned boundaries to their factor."""
-    difficulty_weight: float = 0.1
-    """Weight of the loss that has learned boundaries foresee where the next token is hard to predict."""
 
     def __post_init__(self) -> None:
         where = "model.multiscale"
@@ -110,7 +108,7 @@ class MultiScaleConfig:
             check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
             object.__setattr__(self, name, tuple(values))
         check_choice(where, ("fixed", "whitespace", "learned"), boundaries=self.boundaries)
-        check_range(where, 0, 1_000, ratio_weight=self.ratio_weight, difficulty_weight=self.difficulty_weight)
+        check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
         levels = len(self.factors)
         if levels > 8:
             raise ConfigError(f"{where}.factors: got {levels} levels, allowed at most 8")

@@ -85,12 +85,12 @@ class LanguageModel(nn.Module):
         """
         self.check(ids, targets, mask)
         x, after, records = self.features(ids, mask, state)
-        output = ModelOutput(self.head(x) if logits else None, after, records=records)
-        if targets is None:
-            output.losses = mean_losses(records)
-        else:
-            output.losses = self.losses(x, targets, mask, records)
-            output.loss = output.losses["cross_entropy"] + self.auxiliary(output.losses)
+        losses = mean_losses(records)
+        output = ModelOutput(self.head(x) if logits else None, after, losses=losses, records=records)
+        if targets is not None:
+            auxiliary = self.auxiliary(losses)
+            losses["cross_entropy"] = self.cross_entropy(x, targets)
+            output.loss = losses["cross_entropy"] + auxiliary
         return output
 
     def features(
@@ -104,36 +104,17 @@ class LanguageModel(nn.Module):
         x = self.norm(x)
         return (x if packing is None else packing.merge(x)), after, records
 
-    def losses(self, x: Tensor, targets: Tensor, mask: Tensor | None, records: list[Record]) -> dict[str, Tensor]:
-        """Cross-entropy of targets (B, N) from features x (B, N, D), -100 not counted, and the parts' own losses."""
-        nats, counted = self.cross_entropy(x, targets), targets != -100
-        here = nats.detach(), counted
-        if mask is not None:
-            packing = Packing(mask)
-            here = packing.pack(here[0]), packing.pack(counted) & packing.mask
-        for record in records:
-            here = record.learn(*here)
-        return {"cross_entropy": nats.sum() / counted.sum(), **mean_losses(records)}
-
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Nats of each target, (B, N), 0 where it is -100. Large vocabularies in pieces."""
+        """Mean nats of targets (B, N) from features x (B, N, D); -100 is not counted. Large vocabularies in pieces."""
         pieces = nn.LinearCrossEntropyOptions() if targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE else None
-        nats = F.linear_cross_entropy(
-            x.flatten(0, 1),
-            self.head.weight,
-            targets.flatten(),
-            ignore_index=-100,
-            reduction="none",
-            options=pieces,
+        return F.linear_cross_entropy(
+            x.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=-100, options=pieces
         )
-        return nats.view_as(targets)
 
     def auxiliary(self, losses: dict[str, Tensor]) -> Tensor | float:
         """The weighted sum of the parts' own losses: what is added to the cross-entropy."""
-        scales = self.config.multiscale
-        weights = {"balance": self.config.balance_weight, "ratio": scales.ratio_weight}
-        weights["difficulty"] = scales.difficulty_weight
-        return sum((weight * losses[name] for name, weight in weights.items() if name in losses), 0.0)
+        weights = {"balance": self.config.balance_weight, "ratio": self.config.multiscale.ratio_weight}
+        return sum((weights[name] * loss for name, loss in losses.items()), 0.0)
 
     def check(self, ids: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
         """Raise where the inputs of :meth:`forward` do not fit, before anything is computed."""

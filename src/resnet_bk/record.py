@@ -12,14 +12,6 @@ class Record:
 
     losses: dict[str, Tensor] = field(default_factory=dict)
 
-    def learn(self, nats: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the losses that need to know how well each position's next token was predicted.
-
-        nats: (B, N) float, detached; counted: (B, N) bool, where there was one. Returns both as the parts inside this
-        one see them.
-        """
-        return nats, counted
-
 
 def mean_losses(records: list[Record]) -> dict[str, Tensor]:
     """Every loss by name: the mean over the parts of the model that report it."""

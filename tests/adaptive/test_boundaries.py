@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resnet_bk.adaptive.boundaries import AfterWords, FixedStride, Router, since_last
+from resnet_bk.adaptive.boundaries import AfterWords, FixedStride, Router, ends_of_words, since_last
 from resnet_bk.config import ModelConfig
 
 CONFIG = ModelConfig(d_model=8)
@@ -51,11 +51,23 @@ def test_fixed_strides_go_on_across_pieces(factor):
 
 def test_a_router_starts_near_its_ratio_and_decides_at_one_half():
     torch.manual_seed(0)
-    router = Router(ModelConfig(d_model=64), 4)
-    decision = router(torch.randn(8, 500, 64), None, torch.zeros(8), torch.zeros(8))
+    router = Router(ModelConfig(d_model=64, vocab_size=300), 4)
+    nothing = torch.zeros(8, dtype=torch.int64)
+    decision = router(torch.randn(8, 500, 64), nothing.unsqueeze(1), nothing, nothing)
     assert torch.equal(decision.closes, decision.probability > 0.5)
     assert 0.15 < decision.closes.float().mean() < 0.35
-    assert decision.score.sigmoid().mean() == pytest.approx(0.25, abs=0.1)
+
+
+def test_a_router_of_bytes_starts_from_the_ends_of_words_and_can_leave_them():
+    torch.manual_seed(0)
+    router = Router(ModelConfig(d_model=64), 4)
+    ids = torch.tensor([[b + 3 for b in b"import os\n\nprint(os.name)  # a name\n"]])
+    nothing, x = torch.zeros(1, dtype=torch.int64), torch.randn(1, ids.shape[1], 64)
+    ends = ends_of_words(ids, nothing)
+    assert torch.equal(router(x, ids, nothing, nothing).closes, ends)
+    with torch.no_grad():
+        router.trust.zero_()
+    assert not torch.equal(router(x, ids, nothing, nothing).closes, ends)
 
 
 def test_since_last():

@@ -27,6 +27,10 @@ ROOMS = {
     "stride-2-3-wider": {"multiscale": {"factors": [2, 3], "layers": [1, 0, 1, 1, 0], "widths": [20, 24]}},
     "words": {"vocab_size": 259, "multiscale": {"factors": [4], "layers": [1, 1, 1], "boundaries": "whitespace"}},
     "learned-chunks": {"multiscale": {"factors": [3], "layers": [1, 1, 1], "boundaries": "learned"}},
+    "learned-chunks-of-bytes": {
+        "vocab_size": 259,
+        "multiscale": {"factors": [3], "layers": [1, 1, 1], "boundaries": "learned"},
+    },
     "learned-chunks-nested": {"multiscale": {"factors": [2, 2], "layers": [1, 0, 1, 0, 0], "boundaries": "learned"}},
     "learned-chunks-experts": {
         "num_experts": 3,
@@ -214,7 +218,7 @@ def ratio_over_the_batch(model: LanguageModel, monkeypatch) -> None:
     def forward(self, x, ids, since, before):
         score = self.norm(x) @ self.weight
         probability = (score - score.quantile(0.7)).sigmoid()
-        return boundaries.Decision(probability >= 0.5, probability, score)
+        return boundaries.Decision(probability >= 0.5, probability)
 
     monkeypatch.setattr(boundaries.Router, "forward", forward)
 

@@ -11,7 +11,7 @@ from resnet_bk.config import ConfigError
 from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer
 
-SCALES = {"factors": [2], "layers": [1, 1, 1], "ratio_weight": 0.0, "difficulty_weight": 0.0}
+SCALES = {"factors": [2], "layers": [1, 1, 1], "ratio_weight": 0.0}  # of whole batches, not rows
 ROOMS = [
     pytest.param({"readout": readout, "energy": energy, "num_experts": experts}, id=f"{readout}-{energy}-{experts}")
     for readout, energy, experts in [

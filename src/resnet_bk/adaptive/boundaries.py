@@ -6,29 +6,24 @@ position holds would tell t about t + 1.
 Dimensions: B batch, N positions, D model width.
 """
 
-import math
 import statistics
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from resnet_bk.config import BYTE_OFFSET, ModelConfig
+from resnet_bk.config import BYTE_OFFSET, BYTE_VOCABULARY, ModelConfig
 from resnet_bk.layers.norm import Norm
 
-SPEED = 10.0  # of a router's two scalars beside its weights: Adam moves every parameter by the learning rate
+SPEED = 10.0  # of a router's scalars beside its weights: Adam moves every parameter by the learning rate
 
 
 class Decision(NamedTuple):
-    """closes: (B, N) bool, where chunks end.
-
-    probability: (B, N) in (0, 1), above 1/2 where they do, with a gradient; score: (B, N), what it was made from. None
-    for rules that learn nothing.
-    """
+    """closes: (B, N) bool, where chunks end; probability: (B, N), above 1/2 where they do, with a gradient; None for
+    rules that learn nothing."""
 
     closes: Tensor
     probability: Tensor | None = None
-    score: Tensor | None = None
 
 
 class FixedStride(nn.Module):
@@ -68,11 +63,15 @@ class AfterWords(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
         """As :meth:`FixedStride.forward`."""
-        word = _in_word(torch.cat([before.unsqueeze(1), ids], dim=1))
-        line_end = (ids == ord("\n") + BYTE_OFFSET) | (ids < BYTE_OFFSET)
-        ends = (word[:, :-1] & ~word[:, 1:]) | line_end
+        ends = ends_of_words(ids, before)
         length = since_last(ends, since)
         return Decision(ends | (length % self.longest == 0))
+
+
+def ends_of_words(ids: Tensor, before: Tensor) -> Tensor:
+    """(B, N) bool: the first separator after a word, every line end and every special id, of byte tokens ids (B, N)."""
+    word = _in_word(torch.cat([before.unsqueeze(1), ids], dim=1))
+    return (word[:, :-1] & ~word[:, 1:]) | (ids == ord("\n") + BYTE_OFFSET) | (ids < BYTE_OFFSET)
 
 
 def _in_word(ids: Tensor) -> Tensor:
@@ -84,12 +83,12 @@ def _in_word(ids: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """A chunk closes where a linear score of the position's features exceeds a learned threshold.
+    """A chunk closes where a score of the position's features exceeds a threshold.
 
-    Three losses train it. The task: through the smoothing of what chunks return (:func:`multiscale.smooth`), as in
-    H-Net (Hwang et al. 2025, arXiv:2507.07955). "difficulty": the score predicts whether the next token will be among
-    the hardest, one in `factor`, for the model as it is; that is where a fresh result is worth most. "ratio": moves the
-    threshold until one position in `factor` closes.
+    Whether a boundary was worth it reaches the score through the smoothing of what chunks return
+    (:func:`resnet_bk.adaptive.multiscale.smooth`), as in H-Net (Hwang et al. 2025, arXiv:2507.07955); the loss "ratio"
+    holds it to one boundary in `factor` positions. Of bytes it starts from the ends of words: from a random start, or
+    from the similarity of neighbours, boundaries move all through a short training and never pay for it.
     """
 
     by_content = True
@@ -97,20 +96,20 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, factor: int):
         super().__init__()
         self.norm = Norm(config.d_model)
-        self.weight = nn.Parameter(torch.randn(config.d_model))
-        # scores start as N(base, 1); base is the logit of one in `factor`, the threshold their quantile
-        base = -math.log(factor - 1)
-        self.bias = nn.Parameter(torch.tensor(base / SPEED))
-        start = statistics.NormalDist(base).inv_cdf(1 - 1 / factor)
+        bytewise = config.vocab_size == BYTE_VOCABULARY
+        self.weight = nn.Parameter(torch.randn(config.d_model) * (0.1 if bytewise else 1.0))
+        start = 0.0 if bytewise else statistics.NormalDist().inv_cdf(1 - 1 / factor)
         self.threshold = nn.Parameter(torch.tensor(start / SPEED))
+        self.trust = nn.Parameter(torch.tensor(2.0 / SPEED)) if bytewise else None
 
     def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
         """As :meth:`FixedStride.forward`."""
         # 1 / sqrt(D) here rather than in the weights: Adam moves every weight by the learning rate, and all D together
         # would throw the share of closing positions from one extreme to the other.
-        score = (self.norm(x) @ self.weight) * x.shape[-1] ** -0.5 + SPEED * self.bias
-        above = score - SPEED * self.threshold
-        return Decision(above > 0, above.sigmoid(), score)
+        score = (self.norm(x) @ self.weight) * x.shape[-1] ** -0.5 - SPEED * self.threshold
+        if self.trust is not None:
+            score = score + SPEED * self.trust * (2 * ends_of_words(ids, before) - 1).to(score.dtype)
+        return Decision(score > 0, score.sigmoid())
 
 
 BOUNDARIES: dict[str, type[nn.Module]] = {"fixed": FixedStride, "whitespace": AfterWords, "learned": Router}

@@ -7,7 +7,6 @@ Broadcasting a chunk's result to the positions inside the chunk would tell them 
 Dimensions: B batch, N positions, M chunks of the row that has most, D width outside, W width inside.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Block, Stack
 from resnet_bk.layers.feedforward import TILE
+from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.kernels import scan
 from resnet_bk.record import Record
 
@@ -158,29 +158,17 @@ class MultiScaleState(NamedTuple):
 
 @dataclass
 class ChunkRecord(Record):
-    """closes: (B, N) bool, where chunks ended; score: (B, N), the router's, of learned boundaries; target: positions a
-    chunk; ends: the packing of the closing positions, where there are any."""
+    """closes: (B, N) bool, where chunks ended; probability: (B, N), the router's, of learned boundaries."""
 
     closes: Tensor | None = None
-    score: Tensor | None = None
-    target: int = 1
-    ends: Packing | None = None
-
-    def learn(self, nats: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Add "difficulty": how badly the router foresees which tokens are the hardest, one in `target`."""
-        if self.score is not None and counted.any():
-            found = nats[counted]
-            hard = nats > found.kthvalue(math.ceil(len(found) * (1 - 1 / self.target))).values
-            self.losses["difficulty"] = F.binary_cross_entropy_with_logits(
-                self.score[counted], hard[counted].to(self.score.dtype)
-            )
-        if self.ends is None:
-            return nats, counted
-        return self.ends.pack(nats), self.ends.pack(counted) & self.ends.mask
+    probability: Tensor | None = None
 
 
 class MultiScale(nn.Module):
-    """``scale_full_res * x + scale_low_res * up(inner(down(x)))``: a layer whose inner stack runs once a chunk."""
+    """``scale_full_res * x + scale_low_res * gate(x) * up(inner(down(x)))``; the inner stack runs once a chunk.
+
+    The gate, 2 sigmoid(W norm x), has each position take what it needs of a result that several positions share.
+    """
 
     def __init__(self, config: ModelConfig, inner: nn.Module):
         super().__init__()
@@ -191,6 +179,7 @@ class MultiScale(nn.Module):
         self.down = LearnedDownsampling(config.d_model, self.target, width)
         self.inner = inner
         self.up = LearnedUpsampling(config.d_model, self.target, width, reach)
+        self.norm, self.gate = Norm(config.d_model), nn.Linear(config.d_model, config.d_model)
         self.scale_full_res = nn.Parameter(torch.ones(()))
         self.scale_low_res = nn.Parameter(torch.ones(()))
 
@@ -200,11 +189,10 @@ class MultiScale(nn.Module):
         past = self._start(x, ids) if state is None else state
         decision = self.boundaries(x, ids, past.since, past.before)
         closes = decision.closes if mask is None else decision.closes & mask
-        record = ChunkRecord(self._losses(closes, decision.probability, mask), closes, decision.score, self.target)
+        record = ChunkRecord(self._losses(closes, decision.probability, mask), closes, decision.probability)
         since = since_last(closes, past.since)
         if state is None or bool(closes.any()):
             chunks = Chunks(closes, TILE if self.boundaries.by_content else 1)
-            record.ends = chunks.ends
             coarse, still_open = self.down.pool(x, chunks, past.open, mask)
             y, inner, records = self._inside(coarse, chunks, ids, past.inner)
             y = self.up.expand(y)
@@ -214,7 +202,8 @@ class MultiScale(nn.Module):
         else:  # most steps of decoding: the inner stack has nothing to do
             still_open, inner, records = self.down.keep(x, past.open, mask), past.inner, []
             low_res, result = past.result.unsqueeze(1), past.result
-        out = self.scale_full_res * x + self.scale_low_res * self.up.place(low_res, since)
+        low_res = self.up.place(low_res, since) * self.gate(self.norm(x)).sigmoid()
+        out = self.scale_full_res * x + 2 * self.scale_low_res * low_res
         after = MultiScaleState(
             still_open, inner, result, _last(since, mask, past.since), _last(ids, mask, past.before)
         )

@@ -127,7 +127,7 @@ def stack_flops(config: ModelConfig, n: int) -> int:
     if not config.multiscale.factors:
         return blocks
     d, width, chunks = config.d_model, config.inside.d_model, n // config.multiscale.factors[0]
-    resampling = 2 * n * d + chunks * (2 * 2 * d * width + 2 * width * d)
+    resampling = 2 * n * (d + d * d) + chunks * (2 * 2 * d * width + 2 * width * d)
     return blocks + resampling + stack_flops(config.inside, chunks)
 
 

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal, verify
 from resnet_bk.hf.configuration import ResNetBKConfig
 from resnet_bk.model import LanguageModel
+from resnet_bk.record import mean_losses
 
 
 class RecurrentCache:
@@ -157,13 +158,12 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutput()
         if shift_labels is not None:
             # Trainer does not divide by its accumulation steps; the share of this batch does it, of every loss.
-            losses = self.model.losses(x, shift_labels, mask, records)
-            output.loss = losses["cross_entropy"]
+            output.loss = self.model.cross_entropy(x, shift_labels)
             share: float | Tensor = 1.0
             if num_items_in_batch is not None:
                 share = ((shift_labels != -100).sum().double() / num_items_in_batch).to(output.loss.dtype)
                 output.loss = output.loss * share
-            if len(losses) > 1:
+            if losses := mean_losses(records):
                 output.aux_loss = self.model.auxiliary(losses) * share
                 output.loss = output.loss + output.aux_loss
         if shift_labels is None or not self.training:
