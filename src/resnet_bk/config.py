@@ -89,8 +89,8 @@ class MultiScaleConfig:
     hidden: tuple[int, ...] = ()
     """Hidden width of each inner level's feed-forwards. Default: in proportion to d_ff, or its default."""
     boundaries: Literal["fixed", "whitespace", "learned"] = "fixed"
-    """Where chunks end: every `factor` positions; after words, lines and 2 x `factor` bytes; or where a trained router
-    says, `factor` positions apart on average."""
+    """Where chunks end: every `factor` positions; after words and lines; or where a trained router says, `factor`
+    positions apart on average. No chunk is longer than twice its factor."""
     ratio_weight: float = 0.1
     """Weight of the loss that holds learned boundaries to their factor."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resnet_bk.adaptive.boundaries import AfterWords, FixedStride, Router, ends_of_words, since_last
+from resnet_bk.adaptive.boundaries import LONGEST, AfterWords, FixedStride, Router, at_most, ends_of_words, since_last
 from resnet_bk.config import ModelConfig
 
 CONFIG = ModelConfig(d_model=8)
@@ -11,10 +11,10 @@ CONFIG = ModelConfig(d_model=8)
 
 def after_words(text, factor=4, since=0, before=0):
     ids = torch.tensor([[b + 3 for b in text.encode()]])
-    rule = AfterWords(CONFIG, factor)
-    decision = rule(torch.zeros(*ids.shape, 8), ids, torch.tensor([since]), torch.tensor([before]))
+    since, before = torch.tensor([since]), torch.tensor([before])
+    decision = AfterWords(CONFIG, factor)(torch.zeros(*ids.shape, 8), ids, since, before)
     assert decision.probability is None
-    return "".join("|" if c else "." for c in decision.closes[0])
+    return "".join("|" if c else "." for c in at_most(decision.closes, since, LONGEST * factor)[0])
 
 
 @pytest.mark.parametrize(

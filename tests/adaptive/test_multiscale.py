@@ -190,7 +190,6 @@ def test_learned_boundaries_move_with_the_data_and_hold_their_ratio():
         return output.records[1].probability.detach().mean(0).view(-1, 4).mean(0), sum(shares[-20:]) / 20
 
     (places, share), (other_places, _) = closes(True), closes(False)
-    print(places, other_places, share)
     assert 0.15 < share < 0.4
     assert (places - other_places).abs().max() > 0.1
 

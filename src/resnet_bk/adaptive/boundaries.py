@@ -1,7 +1,7 @@
 """Where chunks end: at a fixed stride, after words, or where a trained router says.
 
 A rule looks at position t and what came before it, never beyond: a chunk that ended because of what the next
-position holds would tell t about t + 1.
+position holds would tell t about t + 1. Whatever the rule, no chunk is longer than :data:`LONGEST` times the factor.
 
 Dimensions: B batch, N positions, D model width.
 """
@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from resnet_bk.config import BYTE_OFFSET, BYTE_VOCABULARY, ModelConfig
 from resnet_bk.layers.norm import Norm
 
-SPEED = 10.0  # of a router's scalars beside its weights: Adam moves every parameter by the learning rate
+LONGEST = 2
+
+
+def at_most(closes: Tensor, since: Tensor, longest: int) -> Tensor:
+    """(B, N) bool: where `closes` says, and wherever else a chunk would get longer than `longest` positions."""
+    return closes | (since_last(closes, since) % longest == 0)
 
 
 class Decision(NamedTuple):
@@ -49,7 +54,7 @@ class FixedStride(nn.Module):
 
 
 class AfterWords(nn.Module):
-    """A chunk closes at the first separator after a word, at every line end, and after `2 * factor` positions.
+    """A chunk closes at the first separator after a word and at every line end.
 
     Of bytes: letters, digits, "_" and all parts of non-ASCII characters are words, all else separates (as in
     SpaceByte, Slagle 2024, arXiv:2404.14408). The model then computes deeply where a new word is to be guessed.
@@ -59,13 +64,10 @@ class AfterWords(nn.Module):
 
     def __init__(self, config: ModelConfig, factor: int):
         super().__init__()
-        self.longest = 2 * factor
 
     def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
         """As :meth:`FixedStride.forward`."""
-        ends = ends_of_words(ids, before)
-        length = since_last(ends, since)
-        return Decision(ends | (length % self.longest == 0))
+        return Decision(ends_of_words(ids, before))
 
 
 def ends_of_words(ids: Tensor, before: Tensor) -> Tensor:
@@ -97,18 +99,18 @@ class Router(nn.Module):
         super().__init__()
         self.norm = Norm(config.d_model)
         bytewise = config.vocab_size == BYTE_VOCABULARY
-        self.weight = nn.Parameter(torch.randn(config.d_model) * (0.1 if bytewise else 1.0))
-        start = 0.0 if bytewise else statistics.NormalDist().inv_cdf(1 - 1 / factor)
-        self.threshold = nn.Parameter(torch.tensor(start / SPEED))
-        self.trust = nn.Parameter(torch.tensor(2.0 / SPEED)) if bytewise else None
+        self.weight = nn.Parameter(torch.randn(config.d_model))
+        start = 0.0 if bytewise else statistics.NormalDist().inv_cdf(1 - 1 / factor) * config.d_model**-0.5
+        self.threshold = nn.Parameter(torch.tensor(start))
+        self.trust = nn.Parameter(torch.tensor(2.0)) if bytewise else None
 
     def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
         """As :meth:`FixedStride.forward`."""
-        # 1 / sqrt(D) here rather than in the weights: Adam moves every weight by the learning rate, and all D together
-        # would throw the share of closing positions from one extreme to the other.
-        score = (self.norm(x) @ self.weight) * x.shape[-1] ** -0.5 - SPEED * self.threshold
+        # A mean, not a sum: Adam moves every weight by the learning rate, and all D together would throw the share of
+        # closing positions from one extreme to the other.
+        score = (self.norm(x) * self.weight).mean(-1) - self.threshold
         if self.trust is not None:
-            score = score + SPEED * self.trust * (2 * ends_of_words(ids, before) - 1).to(score.dtype)
+            score = score + self.trust * (2 * ends_of_words(ids, before) - 1).to(score.dtype)
         return Decision(score > 0, score.sigmoid())
 
 

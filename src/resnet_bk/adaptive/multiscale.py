@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from resnet_bk.adaptive.boundaries import BOUNDARIES, since_last
+from resnet_bk.adaptive.boundaries import BOUNDARIES, LONGEST, at_most, since_last
 from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Block, Stack
@@ -175,7 +175,7 @@ class MultiScale(nn.Module):
         settings = config.multiscale
         self.target, width = settings.factors[0], config.inside.d_model
         self.boundaries = BOUNDARIES[settings.boundaries](config, self.target)
-        reach = self.target if settings.boundaries == "fixed" else 2 * self.target
+        reach = self.target if settings.boundaries == "fixed" else LONGEST * self.target
         self.down = LearnedDownsampling(config.d_model, self.target, width)
         self.inner = inner
         self.up = LearnedUpsampling(config.d_model, self.target, width, reach)
@@ -188,7 +188,11 @@ class MultiScale(nn.Module):
     ) -> tuple[Tensor, MultiScaleState, list[Record]]:
         past = self._start(x, ids) if state is None else state
         decision = self.boundaries(x, ids, past.since, past.before)
-        closes = decision.closes if mask is None else decision.closes & mask
+        closes = decision.closes
+        if self.boundaries.by_content:
+            closes = at_most(closes, past.since, LONGEST * self.target)
+        if mask is not None:
+            closes = closes & mask
         record = ChunkRecord(self._losses(closes, decision.probability, mask), closes, decision.probability)
         since = since_last(closes, past.since)
         if state is None or bool(closes.any()):
@@ -197,7 +201,8 @@ class MultiScale(nn.Module):
             y, inner, records = self._inside(coarse, chunks, ids, past.inner)
             y = self.up.expand(y)
             if decision.probability is not None:
-                y = smooth(y, chunks.ends.pack(decision.probability), chunks.ends.mask, past.result)
+                wanted = torch.where(decision.closes, decision.probability, 1.0)  # 1 where a chunk was full
+                y = smooth(y, chunks.ends.pack(wanted), chunks.ends.mask, past.result)
             low_res, result = chunks.spread(past.result, y), _last(y, chunks.ends.mask, past.result)
         else:  # most steps of decoding: the inner stack has nothing to do
             still_open, inner, records = self.down.keep(x, past.open, mask), past.inner, []
