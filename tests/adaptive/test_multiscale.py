@@ -191,7 +191,43 @@ def test_learned_boundaries_move_with_the_data_and_hold_their_ratio():
 
     (places, share), (other_places, _) = closes(True), closes(False)
     assert 0.15 < share < 0.4
-    assert (places - other_places).abs().max() > 0.1
+    assert (places - other_places).abs().max() > 0.03
+
+
+@pytest.mark.parametrize("boundaries", ["fixed", "whitespace", "learned"])
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bfloat16_trains_and_decodes_about_as_float32(boundaries, how):
+    net = model(boundaries=boundaries)
+    ids = torch.tensor(
+        [[b + 3 for b in b"one two three\nfour five six"], [b + 3 for b in b"seven, eight: nine_ten, ele"]]
+    )
+    expected = net(ids, targets=ids)
+    low = net.bfloat16() if how == "weights" else net
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        output = low(ids, targets=ids)
+        output.loss.backward()
+        state, logits = None, []
+        with torch.no_grad():
+            for t in range(ids.shape[1]):
+                step = low(ids[:, t : t + 1], state=state)
+                state = step.state
+                logits.append(step.logits)
+    for parameter in low.parameters():
+        assert torch.isfinite(parameter.grad).all()
+    torch.testing.assert_close(output.loss.float(), expected.loss, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(torch.cat(logits, 1).float(), output.logits.float(), rtol=0.1, atol=0.1)
+
+
+def test_int32_ids_are_as_good_as_int64():
+    net = model(boundaries="whitespace").eval()
+    ids = torch.randint(259, (2, 30))
+    expected = net(ids).logits
+    state, logits = None, []
+    for piece in ids.int().split([7, 1, 1, 1, 20], dim=1):
+        output = net(piece, state=state)
+        state = output.state
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bidirectional_models_have_no_multi_scale():

@@ -79,15 +79,15 @@ class LearnedDownsampling(nn.Module):
         return self.pool(x, _strided(x, self.factor), None, None)[0][:, : x.shape[1] // self.factor]
 
     def pool(self, x: Tensor, chunks: Chunks, past: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The chunks (B, M, W) that close in x, and what the one still open holds: (B, D + 1), the sum of its weighted
-        positions and of their weights. past: what was open before x."""
+        """The chunks (B, M, W) that close in x, and what the one still open holds: (B, D + 1) float32 or float64, the
+        sum of its weighted positions and of their weights. past: what was open before x."""
         sums = chunks.sums(*self._weighted(x, mask))
         if past is not None:
             sums = torch.cat([sums[:, :1] + past.unsqueeze(1), sums[:, 1:]], dim=1)
         still_open = sums[torch.arange(len(x), device=x.device), chunks.ends.counts]
         positions, total = sums[:, :-1].split([x.shape[2], 1], dim=-1)
-        mean = positions / torch.where(chunks.ends.mask.unsqueeze(-1), total, 1.0)
-        return self.refine(torch.cat([chunks.ends.pack(x), mean], dim=-1)), still_open
+        mean = (positions / torch.where(chunks.ends.mask.unsqueeze(-1), total, 1.0)).to(x.dtype)
+        return self.refine(torch.cat([chunks.ends.pack(x), mean], dim=-1)).to(x.dtype), still_open
 
     def keep(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
         """What the open chunk holds after x, where no chunk closes in x."""
@@ -95,8 +95,8 @@ class LearnedDownsampling(nn.Module):
         return past + (with_one * weight.unsqueeze(-1)).sum(1)
 
     def _weighted(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x with a column of ones (B, N, D + 1), and the weight of each position (B, N)."""
-        weight = self.weigh(x).sigmoid()
+        """x with a column of ones (B, N, D + 1), and the weight of each position (B, N), float32 or float64."""
+        weight = self.weigh(x).sigmoid().to(torch.promote_types(x.dtype, torch.float32))
         weight = weight if mask is None else weight * mask.unsqueeze(-1)
         return torch.cat([x, torch.ones_like(weight)], dim=-1), weight.squeeze(-1)
 
@@ -135,9 +135,11 @@ def smooth(y: Tensor, probability: Tensor, mask: Tensor, first: Tensor) -> Tenso
 
     With it the task decides about boundaries: the gradient of p is how much better the new result is than the old one.
     """
-    kept = torch.where(mask, 1 - probability, 1.0).unsqueeze(-1)
+    exact = torch.promote_types(y.dtype, torch.float32)
+    kept = torch.where(mask, 1 - probability.to(exact), 1.0).unsqueeze(-1)
     ones = torch.ones_like(kept).unsqueeze(-1)
-    return scan(ones, ones, y.unsqueeze(2), kept, 1 - kept, first[:, None, None])[0].squeeze(2)
+    s, _ = scan(ones, ones, y.to(exact).unsqueeze(2), kept, 1 - kept, first.to(exact)[:, None, None])
+    return s.squeeze(2).to(y.dtype)
 
 
 def _strided(x: Tensor, factor: int) -> Chunks:
@@ -199,7 +201,7 @@ class MultiScale(nn.Module):
             chunks = Chunks(closes, TILE if self.boundaries.by_content else 1)
             coarse, still_open = self.down.pool(x, chunks, past.open, mask)
             y, inner, records = self._inside(coarse, chunks, ids, past.inner)
-            y = self.up.expand(y)
+            y = self.up.expand(y).to(x.dtype)
             if decision.probability is not None:
                 wanted = torch.where(decision.closes, decision.probability, 1.0)  # 1 where a chunk was full
                 y = smooth(y, chunks.ends.pack(wanted), chunks.ends.mask, past.result)
@@ -208,7 +210,7 @@ class MultiScale(nn.Module):
             still_open, inner, records = self.down.keep(x, past.open, mask), past.inner, []
             low_res, result = past.result.unsqueeze(1), past.result
         low_res = self.up.place(low_res, since) * self.gate(self.norm(x)).sigmoid()
-        out = self.scale_full_res * x + 2 * self.scale_low_res * low_res
+        out = (self.scale_full_res * x + 2 * self.scale_low_res * low_res).to(x.dtype)
         after = MultiScaleState(
             still_open, inner, result, _last(since, mask, past.since), _last(ids, mask, past.before)
         )
@@ -216,8 +218,10 @@ class MultiScale(nn.Module):
 
     def _start(self, x: Tensor, ids: Tensor) -> MultiScaleState:
         """Nothing read yet."""
-        nothing, zero = x.new_zeros(x.shape[0], x.shape[2]), torch.zeros_like(ids[:, 0])
-        return MultiScaleState(F.pad(nothing, (0, 1)), None, nothing, zero, zero)
+        batch, width = x.shape[0], x.shape[2]
+        still_open = x.new_zeros(batch, width + 1, dtype=torch.promote_types(x.dtype, torch.float32))
+        since = torch.zeros(batch, dtype=torch.int64, device=x.device)
+        return MultiScaleState(still_open, None, x.new_zeros(batch, width), since, torch.zeros_like(ids[:, 0]))
 
     def _inside(self, coarse: Tensor, chunks: Chunks, ids: Tensor, state: Any) -> tuple[Tensor, Any, list[Record]]:
         """The inner stack on the chunks. Rows in which none closes do not run."""
@@ -228,7 +232,7 @@ class MultiScale(nn.Module):
         some = pytree.tree_map(lambda s: s[rows], state)
         y, after, records = self.inner(coarse[rows], ids[rows], some, mask[rows])
         after = pytree.tree_map(lambda old, new: old.index_copy(0, rows, new), state, after)
-        return torch.zeros_like(coarse).index_copy(0, rows, y), after, records
+        return torch.zeros_like(coarse).index_copy(0, rows, y.to(coarse.dtype)), after, records
 
     def _losses(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
         """Of learned boundaries "ratio", 1 where one position in `target` closes a chunk (H-Net, eq. 10)."""
