@@ -263,8 +263,12 @@ def test_long_values_are_cut_in_messages():
         ({"factors": (2,), "layers": (1, 0, 1)}, "layers: got no block innermost"),
         ({"factors": (2,), "widths": (8, 8)}, "widths: got 2 numbers for 1 factors, allowed one for each"),
         ({"factors": (2,), "hidden": (8, 8)}, "hidden: got 2 numbers for 1 factors, allowed one for each"),
-        ({"factors": (2,), "boundaries": "words"}, "boundaries: got 'words', allowed 'fixed', 'whitespace', 'learned'"),
+        (
+            {"factors": (2,), "boundaries": "words"},
+            "boundaries: got 'words', allowed 'fixed', 'whitespace', 'learned', 'learned-words'",
+        ),
         ({"factors": (2, 2), "boundaries": "whitespace"}, "boundaries: got 'whitespace' for 2 factors"),
+        ({"factors": (2, 2), "boundaries": "learned-words"}, "boundaries: got 'learned-words' for 2 factors"),
     ],
 )
 def test_bad_scales_are_refused(fields, message):
@@ -278,9 +282,9 @@ def test_bad_scales_are_refused(fields, message):
         ({"n_layers": 4}, {"factors": (2,), "layers": (1, 1, 1)}, "layers: got 3 blocks together, allowed .* = 4"),
         ({"n_layers": 2}, {"factors": (2,)}, "factors: 1 levels need at least 3 blocks, got model.n_layers = 2"),
         (
-            {"vocab_size": 300},
+            {"vocab_size": 258},
             {"factors": (2,), "boundaries": "whitespace"},
-            "boundaries: .* model.vocab_size = 300, .* 259",
+            "boundaries: .* model.vocab_size = 258, .* 259",
         ),
         ({"causal": False}, {"factors": (2,)}, r"factors: got \[2\] with model.causal = False"),
     ],
@@ -291,7 +295,7 @@ def test_scales_that_do_not_fit_the_model_are_refused(model, scales, message):
 
 
 def test_an_inner_width_without_a_head_width_is_refused():
-    with pytest.raises(ConfigError, match=r"^model\.n_heads: got 3, allowed a divisor of d_model = 16"):
+    with pytest.raises(ConfigError, match=r"^model\.multiscale\.widths: .*model\.n_heads: got 3, .* d_model = 16"):
         ModelConfig(d_model=12, n_heads=3, multiscale=MultiScaleConfig(factors=(2,), widths=(16,)))
 
 

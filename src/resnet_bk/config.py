@@ -5,7 +5,8 @@ import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Self
 
-BYTE_OFFSET, BYTE_VOCABULARY = 3, 259  # the byte tokenizer: byte b is id b + 3, after three special ids
+# The byte tokenizer: byte b is id b + 3, after three special ids, of which one ends documents.
+BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT = 3, 259, 1
 
 
 class ConfigError(ValueError):
@@ -71,7 +72,7 @@ def check_fields(where: str, kind: type, values: Any) -> None:
         if name not in known:
             raise unknown_field(name, list(known), where)
         inner = known[name]
-        if isinstance(inner, type) and is_dataclass(inner):
+        if isinstance(inner, type) and is_dataclass(inner) and not isinstance(value, inner):
             check_fields(f"{where}.{name}", inner, value)
 
 
@@ -88,9 +89,10 @@ class MultiScaleConfig:
     """Model width of each inner level. Default: d_model."""
     hidden: tuple[int, ...] = ()
     """Hidden width of each inner level's feed-forwards. Default: in proportion to d_ff, or its default."""
-    boundaries: Literal["fixed", "whitespace", "learned"] = "fixed"
-    """Where chunks end: every `factor` positions; after words and lines; or where a trained router says, `factor`
-    positions apart on average. No chunk is longer than twice its factor."""
+    boundaries: Literal["fixed", "whitespace", "learned", "learned-words"] = "fixed"
+    """Where chunks end: every `factor` positions; after words and lines of bytes; where a trained router says, `factor`
+    positions apart on average; where a router says that starts as whitespace. No chunk is longer than twice its
+    factor."""
     ratio_weight: float = 0.1
     """Weight of the loss that holds learned boundaries to their factor."""
 
@@ -107,7 +109,7 @@ class MultiScaleConfig:
                 raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed a list of integers")
             check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
             object.__setattr__(self, name, tuple(values))
-        check_choice(where, ("fixed", "whitespace", "learned"), boundaries=self.boundaries)
+        check_choice(where, ("fixed", "whitespace", "learned", "learned-words"), boundaries=self.boundaries)
         check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
         levels = len(self.factors)
         if levels > 8:
@@ -122,8 +124,13 @@ class MultiScaleConfig:
         for name in ("widths", "hidden"):
             if (given := len(getattr(self, name))) not in (0, levels):
                 raise ConfigError(f"{where}.{name}: got {given} numbers for {levels} factors, allowed one for each")
-        if self.boundaries == "whitespace" and levels > 1:
-            raise ConfigError(f"{where}.boundaries: got 'whitespace' for {levels} factors, allowed for one only")
+        if self.reads_bytes and levels > 1:
+            raise ConfigError(f"{where}.boundaries: got {self.boundaries!r} for {levels} factors, allowed for one only")
+
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether boundaries depend on which bytes the tokens are."""
+        return self.boundaries in ("whitespace", "learned-words")
 
 
 @dataclass(frozen=True)
@@ -203,13 +210,16 @@ class ModelConfig:
                 f"{where}.factors: {len(scales.factors)} levels need at least {2 * len(scales.factors) + 1} blocks, "
                 f"got model.n_layers = {self.blocks}; raise it or give layers"
             )
-        if scales.boundaries == "whitespace" and self.vocab_size != BYTE_VOCABULARY:
+        if scales.reads_bytes and self.vocab_size < BYTE_VOCABULARY:
             raise ConfigError(
-                f"{where}.boundaries: got 'whitespace' with model.vocab_size = {self.vocab_size}, allowed with the "
-                f"byte tokenizer's {BYTE_VOCABULARY}"
+                f"{where}.boundaries: got {scales.boundaries!r} with model.vocab_size = {self.vocab_size}, allowed "
+                f"with the byte tokenizer's {BYTE_VOCABULARY} ids"
             )
         if scales.factors:
-            self.inside  # noqa: B018 - raises where the inner levels cannot be built
+            try:
+                self.inside  # noqa: B018 - raises where the inner levels cannot be built
+            except ConfigError as error:
+                raise ConfigError(f"{where}.widths: an inner level cannot be built: {error}") from error
 
     @property
     def heads(self) -> int:
@@ -261,7 +271,8 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         check_fields("model", cls, values)
         scales = values.get("multiscale", {})
-        return cls(**{**values, "multiscale": MultiScaleConfig(**scales)})
+        scales = MultiScaleConfig(**scales) if isinstance(scales, dict) else scales
+        return cls(**{**values, "multiscale": scales})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from resnet_bk.adaptive.boundaries import LONGEST, AfterWords, FixedStride, Router, at_most, ends_of_words, since_last
+from resnet_bk.adaptive.boundaries import (
+    LONGEST,
+    AfterWords,
+    FixedStride,
+    Router,
+    WordRouter,
+    at_most,
+    ends_of_words,
+    since_last,
+)
 from resnet_bk.config import ModelConfig
 
 CONFIG = ModelConfig(d_model=8)
@@ -51,23 +60,27 @@ def test_fixed_strides_go_on_across_pieces(factor):
 
 def test_a_router_starts_near_its_ratio_and_decides_at_one_half():
     torch.manual_seed(0)
-    router = Router(ModelConfig(d_model=64, vocab_size=300), 4)
+    router = Router(ModelConfig(d_model=64), 4)
     nothing = torch.zeros(8, dtype=torch.int64)
     decision = router(torch.randn(8, 500, 64), nothing.unsqueeze(1), nothing, nothing)
     assert torch.equal(decision.closes, decision.probability > 0.5)
     assert 0.15 < decision.closes.float().mean() < 0.35
 
 
-def test_a_router_of_bytes_starts_from_the_ends_of_words_and_can_leave_them():
+def test_a_word_router_starts_as_words_and_can_leave_them():
     torch.manual_seed(0)
-    router = Router(ModelConfig(d_model=64), 4)
+    router = WordRouter(ModelConfig(d_model=64), 4)
     ids = torch.tensor([[b + 3 for b in b"import os\n\nprint(os.name)  # a name\n"]])
     nothing, x = torch.zeros(1, dtype=torch.int64), torch.randn(1, ids.shape[1], 64)
     ends = ends_of_words(ids, nothing)
     assert torch.equal(router(x, ids, nothing, nothing).closes, ends)
-    with torch.no_grad():
-        router.trust.zero_()
-    assert not torch.equal(router(x, ids, nothing, nothing).closes, ends)
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.1)
+    for _ in range(100):  # told to close everywhere but after words, which neither sign nor threshold alone can do
+        probability = router(x, ids, nothing, nothing).probability
+        torch.nn.functional.binary_cross_entropy(probability, (~ends).float()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(router(x, ids, nothing, nothing).closes, ~ends)
 
 
 def test_since_last():

@@ -27,13 +27,15 @@ def tokens(model: LanguageModel, batch: int, length: int, seed: int = 0) -> Tens
 
 
 def causal(model: LanguageModel) -> None:
-    """Prefixes 1 to 64: other tokens after t leave every bit at or before t as it was; no gradient to the future."""
-    ids, other = tokens(model, 2, 65), tokens(model, 2, 65, seed=1)
-    expected = model(ids).logits
-    for n in range(1, 65):
-        changed = torch.cat([ids[:, :n], other[:, n:]], dim=1)
-        differing = (model(changed).logits[:, :n] != expected[:, :n]).sum().item()
-        assert differing == 0, f"{differing} logits of the first {n} tokens changed with later tokens"
+    """Prefixes 1 to 64, and of short texts: other tokens after t leave every bit at or before t as it was; no gradient
+    to the future."""
+    for length in (9, 65):
+        ids, other = tokens(model, 2, length), tokens(model, 2, length, seed=1)
+        expected = model(ids).logits
+        for n in range(1, length):
+            changed = torch.cat([ids[:, :n], other[:, n:]], dim=1)
+            differing = (model(changed).logits[:, :n] != expected[:, :n]).sum().item()
+            assert differing == 0, f"{differing} logits of the first {n} of {length} tokens changed with later tokens"
     for n in (1, 2, 7, 32, 64):
         embedded = model.embed(ids).detach().requires_grad_()
         hook = model.embed.register_forward_hook(lambda m, i, out, leaf=embedded: leaf)
@@ -76,6 +78,27 @@ def batch_mates_and_padding(model: LanguageModel) -> None:
 
 
 @torch.no_grad()
+def padding_across_pieces(model: LanguageModel) -> None:
+    """A text that comes in pieces, each with padding or nothing but padding, gives the logits of the whole."""
+    ids = tokens(model, 3, 40)
+    expected = model(ids).logits
+    done, state, got = [0, 0, 0], None, [[], [], []]
+    for counts in ((5, 0, 3), (0, 0, 1), (9, 4, 0), (1, 1, 1), (6, 0, 12), (19, 35, 23)):
+        width = max(counts) + 2
+        piece, mask = tokens(model, 3, width, seed=7), torch.zeros(3, width, dtype=torch.bool)
+        for row, n in enumerate(counts):
+            piece[row, 2 : 2 + n] = ids[row, done[row] : done[row] + n]
+            mask[row, 2 : 2 + n] = True
+        output = model(piece, mask=mask, state=state)
+        state = output.state
+        for row, n in enumerate(counts):
+            got[row].append(output.logits[row, mask[row]])
+            done[row] += n
+    for row in range(3):
+        close(torch.cat(got[row]), expected[row, : done[row]], f"row {row}")
+
+
+@torch.no_grad()
 def step_equals_forward(model: LanguageModel, length: int = 512) -> None:
     """Token by token with state gives the parallel logits; the state's size does not grow. Cuts anywhere, too."""
     ids = tokens(model, 2, length)
@@ -102,6 +125,7 @@ def any_length(model: LanguageModel) -> None:
     for n in range(1, 38):
         output = model(ids[:, :n], targets=ids[:, :n])
         close(output.logits, whole[:, :n], f"N = {n}")
+        assert torch.isfinite(output.loss), f"loss {output.loss} at N = {n}"
         output.loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is None or torch.isfinite(parameter.grad).all(), f"{name} at N = {n}"

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resnet_bk.config import BYTE_OFFSET, BYTE_VOCABULARY, ModelConfig
+from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT, ModelConfig
 from resnet_bk.layers.norm import Norm
 
-LONGEST = 2
+LONGEST = 2  # times the factor is as old as a chunk's result may get
 
 
 def at_most(closes: Tensor, since: Tensor, longest: int) -> Tensor:
@@ -71,9 +71,9 @@ class AfterWords(nn.Module):
 
 
 def ends_of_words(ids: Tensor, before: Tensor) -> Tensor:
-    """(B, N) bool: the first separator after a word, every line end and every special id, of byte tokens ids (B, N)."""
+    """(B, N) bool: the first separator after a word, every end of a line or document, of byte tokens ids (B, N)."""
     word = _in_word(torch.cat([before.unsqueeze(1), ids], dim=1))
-    return (word[:, :-1] & ~word[:, 1:]) | (ids == ord("\n") + BYTE_OFFSET) | (ids < BYTE_OFFSET)
+    return (word[:, :-1] & ~word[:, 1:]) | (ids == ord("\n") + BYTE_OFFSET) | (ids == END_OF_DOCUMENT)
 
 
 def _in_word(ids: Tensor) -> Tensor:
@@ -85,12 +85,14 @@ def _in_word(ids: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """A chunk closes where a score of the position's features exceeds a threshold.
+    """A chunk closes where a linear score of the position's features exceeds a threshold.
 
-    Whether a boundary was worth it reaches the score through the smoothing of what chunks return
-    (:func:`resnet_bk.adaptive.multiscale.smooth`), as in H-Net (Hwang et al. 2025, arXiv:2507.07955); the loss "ratio"
-    holds it to one boundary in `factor` positions. Of bytes it starts from the ends of words: from a random start, or
-    from the similarity of neighbours, boundaries move all through a short training and never pay for it.
+    Whether a boundary was worth it reaches the score of the positions where chunks closed through the smoothing of what
+    they return (:func:`resnet_bk.adaptive.multiscale.smooth`), as in H-Net (Hwang et al. 2025, arXiv:2507.07955); the
+    loss "ratio", over all positions, holds it to one boundary in `factor`.
+
+    The decision is hard. Where a score comes within rounding of the threshold, two ways to compute the same text
+    (batch shapes, decoding) may decide differently; in float64 that does not happen in practice.
     """
 
     by_content = True
@@ -98,23 +100,44 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, factor: int):
         super().__init__()
         self.norm = Norm(config.d_model)
-        bytewise = config.vocab_size == BYTE_VOCABULARY
         self.weight = nn.Parameter(torch.randn(config.d_model))
-        start = 0.0 if bytewise else statistics.NormalDist().inv_cdf(1 - 1 / factor) * config.d_model**-0.5
+        # scores start as N(0, 1 / D), the threshold where one in `factor` exceeds it
+        start = statistics.NormalDist().inv_cdf(1 - 1 / factor) * config.d_model**-0.5
         self.threshold = nn.Parameter(torch.tensor(start))
-        self.trust = nn.Parameter(torch.tensor(2.0)) if bytewise else None
 
     def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
         """As :meth:`FixedStride.forward`."""
-        # A mean, not a sum: Adam moves every weight by the learning rate, and all D together would throw the share of
-        # closing positions from one extreme to the other.
-        score = (self.norm(x) * self.weight).mean(-1) - self.threshold
-        if self.trust is not None:
-            score = score + self.trust * (2 * ends_of_words(ids, before) - 1).to(score.dtype)
+        score = self.score(x, ids, before)
         return Decision(score > 0, score.sigmoid())
 
+    def score(self, x: Tensor, ids: Tensor, before: Tensor) -> Tensor:
+        """(B, N) float32 or float64, above 0 where chunks close."""
+        # A mean, not a sum: Adam moves every weight by the learning rate, and all D together would throw the share of
+        # closing positions from one extreme to the other.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return (self.norm(x).to(exact) * self.weight).mean(-1) - self.threshold
 
-BOUNDARIES: dict[str, type[nn.Module]] = {"fixed": FixedStride, "whitespace": AfterWords, "learned": Router}
+
+class WordRouter(Router):
+    """A router of bytes that starts from :class:`AfterWords` and leaves it where the task says so."""
+
+    def __init__(self, config: ModelConfig, factor: int):
+        super().__init__(config, factor)
+        self.trust = nn.Parameter(torch.tensor(2.0))
+        nn.init.zeros_(self.threshold)
+
+    def score(self, x: Tensor, ids: Tensor, before: Tensor) -> Tensor:
+        """As :meth:`Router.score`."""
+        sign = 2 * ends_of_words(ids, before) - 1
+        return super().score(x, ids, before) + self.trust * sign
+
+
+BOUNDARIES: dict[str, type[nn.Module]] = {
+    "fixed": FixedStride,
+    "whitespace": AfterWords,
+    "learned": Router,
+    "learned-words": WordRouter,
+}
 
 
 def since_last(marks: Tensor, start: Tensor) -> Tensor:

@@ -68,15 +68,17 @@ class LearnedDownsampling(nn.Module):
 
     def __init__(self, d_model: int, factor: int = 2, width: int | None = None):
         super().__init__()
-        self.factor = factor
+        self.factor = _at_least_2(factor)
         self.weigh = nn.Linear(d_model, 1)
         self.refine = nn.Linear(2 * d_model, width or d_model, bias=False)
 
     def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
-        """x: (B, N, D); chunks: default every `factor` positions. Returns (B, M, W)."""
+        """x: (B, N, D); chunks: default every `factor` positions. Returns (B, M, W); what lies beyond the chunks of a
+        row, where ``chunks.ends.mask`` is False, has no meaning."""
         if chunks is not None:
             return self.pool(x, chunks, None, None)[0]
-        return self.pool(x, _strided(x, self.factor), None, None)[0][:, : x.shape[1] // self.factor]
+        chunks = _strided(x.shape[0], x.shape[1], self.factor, x.device)
+        return self.pool(x, chunks, None, None)[0][:, : x.shape[1] // self.factor]
 
     def pool(self, x: Tensor, chunks: Chunks, past: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The chunks (B, M, W) that close in x, and what the one still open holds: (B, D + 1) float32 or float64, the
@@ -96,7 +98,8 @@ class LearnedDownsampling(nn.Module):
 
     def _weighted(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x with a column of ones (B, N, D + 1), and the weight of each position (B, N), float32 or float64."""
-        weight = self.weigh(x).sigmoid().to(torch.promote_types(x.dtype, torch.float32))
+        exact = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weigh(x).to(exact).clamp(-30, 30).sigmoid()  # far from 0, which a whole chunk could sum to
         weight = weight if mask is None else weight * mask.unsqueeze(-1)
         return torch.cat([x, torch.ones_like(weight)], dim=-1), weight.squeeze(-1)
 
@@ -111,15 +114,15 @@ class LearnedUpsampling(nn.Module):
     def __init__(self, d_model: int, factor: int = 2, width: int | None = None, reach: int | None = None):
         """reach: distances told apart; beyond it they count as the last."""
         super().__init__()
-        self.factor, self.reach = factor, reach or factor
+        self.factor, self.reach = _at_least_2(factor), reach or factor
         self.expand = nn.Linear(width or d_model, d_model, bias=False)
-        self.scale = nn.Parameter(torch.ones(self.reach, d_model))
+        self.gain = nn.Parameter(torch.zeros(self.reach, d_model))
 
     def forward(self, y: Tensor, n: int) -> Tensor:
         """y: (B, M, W) with M >= n // factor."""
         if y.shape[1] < n // self.factor:
             raise ValueError(f"y: {y.shape[1]} chunks of {self.factor} do not fill n = {n} positions")
-        chunks = _strided(y.new_empty(y.shape[0], n, 0), self.factor)
+        chunks = _strided(y.shape[0], n, self.factor, y.device)
         y = self.expand(y)
         since = torch.zeros(y.shape[0], dtype=torch.int64, device=y.device)
         nothing = y.new_zeros(y.shape[0], y.shape[2])
@@ -127,7 +130,7 @@ class LearnedUpsampling(nn.Module):
 
     def place(self, y: Tensor, since: Tensor) -> Tensor:
         """y: (B, N, D), what the last chunk returned, at every position; since: (B, N) positions since it closed."""
-        return y * F.embedding(since.clamp(max=self.reach - 1), self.scale)
+        return y * (1 + F.embedding(since.clamp(max=self.reach - 1), self.gain))
 
 
 def smooth(y: Tensor, probability: Tensor, mask: Tensor, first: Tensor) -> Tensor:
@@ -142,9 +145,14 @@ def smooth(y: Tensor, probability: Tensor, mask: Tensor, first: Tensor) -> Tenso
     return s.squeeze(2).to(y.dtype)
 
 
-def _strided(x: Tensor, factor: int) -> Chunks:
-    position = torch.arange(1, x.shape[1] + 1, device=x.device)
-    return Chunks((position % factor == 0).expand(x.shape[0], -1))
+def _strided(batch: int, n: int, factor: int, device: torch.device) -> Chunks:
+    return Chunks((torch.arange(1, n + 1, device=device) % factor == 0).expand(batch, -1))
+
+
+def _at_least_2(factor: int) -> int:
+    if factor < 2:
+        raise ValueError(f"factor: got {factor}, allowed 2 or more positions a chunk")
+    return factor
 
 
 class MultiScaleState(NamedTuple):
@@ -175,12 +183,12 @@ class MultiScale(nn.Module):
     def __init__(self, config: ModelConfig, inner: nn.Module):
         super().__init__()
         settings = config.multiscale
-        self.target, width = settings.factors[0], config.inside.d_model
-        self.boundaries = BOUNDARIES[settings.boundaries](config, self.target)
-        reach = self.target if settings.boundaries == "fixed" else LONGEST * self.target
-        self.down = LearnedDownsampling(config.d_model, self.target, width)
+        self.factor, width = settings.factors[0], config.inside.d_model
+        self.boundaries = BOUNDARIES[settings.boundaries](config, self.factor)
+        reach = LONGEST * self.factor if self.boundaries.by_content else self.factor
+        self.down = LearnedDownsampling(config.d_model, self.factor, width)
         self.inner = inner
-        self.up = LearnedUpsampling(config.d_model, self.target, width, reach)
+        self.up = LearnedUpsampling(config.d_model, self.factor, width, reach)
         self.norm, self.gate = Norm(config.d_model), nn.Linear(config.d_model, config.d_model)
         self.scale_full_res = nn.Parameter(torch.ones(()))
         self.scale_low_res = nn.Parameter(torch.ones(()))
@@ -192,7 +200,7 @@ class MultiScale(nn.Module):
         decision = self.boundaries(x, ids, past.since, past.before)
         closes = decision.closes
         if self.boundaries.by_content:
-            closes = at_most(closes, past.since, LONGEST * self.target)
+            closes = at_most(closes, past.since, LONGEST * self.factor)
         if mask is not None:
             closes = closes & mask
         record = ChunkRecord(self._losses(closes, decision.probability, mask), closes, decision.probability)
@@ -231,15 +239,16 @@ class MultiScale(nn.Module):
             return self.inner(coarse, ids, state, None if bool(mask.all()) else mask)
         some = pytree.tree_map(lambda s: s[rows], state)
         y, after, records = self.inner(coarse[rows], ids[rows], some, mask[rows])
-        after = pytree.tree_map(lambda old, new: old.index_copy(0, rows, new), state, after)
+        after = pytree.tree_map(lambda old, new: old.index_copy(0, rows, new.to(old.dtype)), state, after)
         return torch.zeros_like(coarse).index_copy(0, rows, y.to(coarse.dtype)), after, records
 
     def _losses(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
-        """Of learned boundaries "ratio", 1 where one position in `target` closes a chunk (H-Net, eq. 10)."""
+        """Of learned boundaries "ratio", 1 where one position in `factor` closes a chunk (H-Net, eq. 10)."""
         if probability is None:
             return {}
         real = torch.ones_like(closes) if mask is None else mask
-        share, mean, k = closes[real].to(probability.dtype).mean(), probability[real].mean(), self.target
+        share, mean = ((p * real).sum() / real.sum().clamp(min=1) for p in (closes.to(probability.dtype), probability))
+        k = self.factor
         return {"ratio": k / (k - 1) * ((k - 1) * share * mean + (1 - share) * (1 - mean))}
 
 

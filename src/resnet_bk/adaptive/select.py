@@ -5,6 +5,7 @@ Dimensions: B batch, N positions, M positions kept by the fullest row.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Packing:
@@ -15,16 +16,18 @@ class Packing:
     """
 
     def __init__(self, keep: Tensor, tile: int = 1):
-        """keep: (B, N) bool. tile: M is rounded up to a multiple of it, unless it is 1."""
+        """keep: (B, N) bool. tile: M is rounded up to a multiple of it where N > 1, so that the rows of matrix products
+        are rounded alike however many positions are selected."""
         batch, self.length = keep.shape
         self.counts = keep.sum(1)
         width = max(1, int(self.counts.max()))
-        width = width if width == 1 else -(-width // tile) * tile
+        width = width if self.length == 1 else -(-width // tile) * tile
         self.mask = torch.arange(width, device=keep.device) < self.counts.unsqueeze(1)
-        position = torch.arange(batch * self.length, device=keep.device)[keep.flatten()]
         # rows of x.flatten(0, 1); where a row has nothing more to select, its first position stands in
-        first = torch.arange(batch, device=keep.device).unsqueeze(1) * self.length
-        self.index = first.expand(-1, width).masked_scatter(self.mask, position)
+        position = torch.arange(batch * self.length, device=keep.device).view(batch, self.length)
+        place = torch.where(keep, keep.cumsum(1) - 1, width)
+        index = position[:, :1].repeat(1, width + 1).scatter(1, place, position)
+        self.index = index[:, :width]
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, ...) -> (B, M, ...); rows with fewer than M selected positions end in positions to ignore."""
@@ -34,6 +37,8 @@ class Packing:
         """(B, M, ...) -> (B, N, ...): selected positions take the packed values, the others `base` (default 0)."""
         if base is None:
             base = packed.new_zeros(packed.shape[0], self.length, *packed.shape[2:])
-        selected = self.mask.flatten()
-        merged = base.flatten(0, 1).index_copy(0, self.index.flatten()[selected], packed.flatten(0, 1)[selected])
-        return merged.view_as(base)
+        flat = base.flatten(0, 1)
+        nowhere = len(flat)  # one row more, which takes what was not selected
+        index = torch.where(self.mask, self.index, nowhere).flatten()
+        table = F.pad(flat, [0, 0] * (flat.dim() - 1) + [0, 1])
+        return table.index_copy(0, index, packed.flatten(0, 1))[:nowhere].view_as(base)

@@ -18,10 +18,9 @@ from typing import Protocol
 import numpy as np
 
 from resnet_bk.checkpoint import CheckpointError, seal, verify
-from resnet_bk.config import BYTE_OFFSET, BYTE_VOCABULARY, ConfigError
+from resnet_bk.config import BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT, ConfigError
 from resnet_bk.data.corpus import Document
 
-END_OF_DOCUMENT = 1
 _TEXT_PIECE = 1 << 18  # characters a text tokenizer is given at a time
 
 

@@ -45,7 +45,7 @@ class Experts(nn.Module):
         """Returns the output and the loss "balance": E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4)."""
         tokens = x.flatten(0, 1) if mask is None else x[mask]
         exact = torch.promote_types(x.dtype, torch.float32)
-        probabilities = self.router(tokens).softmax(-1, dtype=exact)  # (T, E)
+        probabilities = self.router(_whole_tiles(tokens))[: len(tokens)].softmax(-1, dtype=exact)  # (T, E)
         gates, chosen = probabilities.topk(self.top_k, dim=-1)  # (T, k)
         order = chosen.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
         counts = chosen.flatten().bincount(minlength=self.experts)
@@ -55,19 +55,21 @@ class Experts(nn.Module):
         scaled = torch.cat(results) * gates.flatten()[order].unsqueeze(-1).to(x.dtype)
         y = torch.zeros_like(tokens).index_add(0, source, scaled)
         share = counts.to(probabilities.dtype) / max(1, chosen.numel())
-        balance = self.experts * (share * probabilities.mean(0)).sum()
+        balance = self.experts * (share * probabilities.sum(0)).sum() / max(1, len(tokens))
         if mask is None:
             return y.view_as(x), {"balance": balance}
         return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), y), {"balance": balance}
 
     def _expert(self, e: int, tokens: Tensor) -> Tensor:
         """One expert on its tokens, (T, D) -> (T, D)."""
-        # Whole tiles: a matrix product rounds the rows of its last, partial tile differently, and a token's bits must
-        # not depend on how many others chose the same expert.
-        rows = tokens.shape[0]
-        tiles = F.pad(tokens, (0, 0, 0, -rows % TILE))
-        gate, value = (tiles @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
-        return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[:rows]
+        gate, value = (_whole_tiles(tokens) @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
+        return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[: len(tokens)]
+
+
+def _whole_tiles(tokens: Tensor) -> Tensor:
+    """(T, D) with T rounded up. A matrix product rounds the rows of its last, partial tile differently, and a token's
+    bits must not depend on how many others there are beside it."""
+    return F.pad(tokens, (0, 0, 0, -len(tokens) % TILE))
 
 
 def feed_forward(config: ModelConfig) -> SwiGLU | Experts:
