@@ -30,6 +30,7 @@ from common import (
     train,
 )
 
+from resnet_bk.adaptive.boundaries import LONGEST, at_most, ends_of_words
 from resnet_bk.adaptive.multiscale import ChunkRecord, build_stack
 from resnet_bk.config import ModelConfig
 from resnet_bk.data.corpus import split
@@ -50,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "stride 4, 1-6-1": scales([1, 6, 1]),
     "stride 6, 1-6-1": scales([1, 6, 1], factor=6),
     "learned, 1-6-1": scales([1, 6, 1], "learned", 5),
+    "learned from words, 1-6-1": scales([1, 6, 1], "learned-words"),
     "words, 1-6-1": scales([1, 6, 1], "whitespace"),
     "words, 2-6-0": scales([2, 6, 0], "whitespace"),
     "words, 2-5-1": scales([2, 5, 1], "whitespace"),
@@ -101,9 +103,9 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     nats = mean_nats(cross_entropy, val_ids, WINDOW, limit=2**18)
     parameters = sum(p.numel() for p in model.parameters())
     result = {"bits_per_byte": nats / math.log(2), "parameters": parameters, **record}
-    if "flat" not in spec["model"]:
+    if "multiscale" in (MODELS | DEEPER)[spec["model"]]:
         result["chunks"] = {name: chunks_of(model, text) for name, text in texts().items()}
-        (sample,) = torch.from_numpy(val_ids[None, : 2**16].astype(np.int64)).split(2**16, 1)
+        sample = torch.from_numpy(val_ids[None, : 2**16].astype(np.int64))
         result["chunk"] = 1 / closes(model, sample).float().mean().item()  # type: ignore[union-attr]
     return result
 
@@ -122,13 +124,21 @@ def texts() -> dict[str, bytes]:
 def chunks_of(model: LanguageModel, text: bytes) -> dict[str, Any]:
     """Mean and tenths of the lengths of a text's chunks, and an excerpt with "|" where they end."""
     ids = torch.from_numpy(byte_ids(text).astype(np.int64)).unsqueeze(0)
-    ends = closes(model, ids)[0].nonzero().flatten()  # type: ignore[index]
+    ends_here = closes(model, ids)[0]  # type: ignore[index]
+    ends = ends_here.nonzero().flatten()
     lengths = ends.diff(prepend=torch.tensor([-1])).double()
     start = text.index(b"\n", len(text) // 2) + 1
     marks = set(ends.tolist())
     excerpt = "".join(chr(b) + ("|" if start + i in marks else "") for i, b in enumerate(text[start : start + 240]))
+    words = at_most(ends_of_words(ids, torch.zeros(1)), torch.zeros(1), LONGEST * 4)
+    agreement = (words[0] == ends_here).float().mean().item()
     tenths = [int(lengths.quantile(q)) for q in (0.1, 0.5, 0.9)]
-    return {"mean": lengths.mean().item(), "tenths": [*tenths, int(lengths.max())], "excerpt": excerpt}
+    return {
+        "mean": lengths.mean().item(),
+        "tenths": [*tenths, int(lengths.max())],
+        "agreement": agreement,
+        "excerpt": excerpt,
+    }
 
 
 # ------------------------------------------------------------------------------------------------- clock
@@ -240,9 +250,10 @@ def boundary_pages(results: list[dict[str, Any]]) -> str:
             continue
         for name, found in r["chunks"].items():
             rows.append([spec["model"], name, f"{found['mean']:.2f}", " / ".join(map(str, found["tenths"]))])
-            if spec["model"] in ("learned, 1-6-1", "words, 1-6-1"):
+            rows[-1].append(f"{100 * found['agreement']:.1f}")
+            if spec["model"] in ("learned, 1-6-1", "learned from words, 1-6-1", "words, 1-6-1"):
                 pictures += f"\n{spec['model']}, {name}:\n\n```\n{found['excerpt']}\n```\n"
-    header = ["model", "text", "mean bytes a chunk", "10% / median / 90% / longest"]
+    header = ["model", "text", "mean bytes a chunk", "10% / median / 90% / longest", "decisions as words', %"]
     return table(header, rows) + pictures
 
 
@@ -256,13 +267,19 @@ def main() -> None:
         print(json.dumps(cell(options.cell)))
         return
     corpora = [c for c in BY_CORPUS if c == "default corpus" or (SHARED / "data").exists()]
-    cells = [{"corpus": c, "model": m, "seed": s, "steps": STEPS} for s in SEEDS for c in corpora for m in BY_CORPUS[c]]
+    common = {"batch": BATCH, "length": LENGTH}
+    plan = [(c, m) for c in corpora for m in BY_CORPUS[c]]
+    cells = [{"corpus": c, "model": m, "seed": s, "steps": STEPS, **common} for s in SEEDS for c, m in plan]
     results = run_cells(__file__, cells, workers=2, log=options.log)
     took = {(r["cell"]["corpus"], r["cell"]["seed"]): r["seconds"] for r in results if r["cell"]["model"] == "flat"}
     cells = [
-        {"corpus": c, "model": EQUAL_TIME, "seed": s, "seconds": round(took[c, s])} for s in SEEDS for c in corpora
+        {"corpus": c, "model": EQUAL_TIME, "seed": s, "seconds": round(took[c, s]), **common}
+        for s in SEEDS
+        for c in corpora
     ]
-    cells += [{"corpus": "default corpus", "model": m, "seed": s, "steps": STEPS} for s in SEEDS for m in DEEPER]
+    cells += [
+        {"corpus": "default corpus", "model": m, "seed": s, "steps": STEPS, **common} for s in SEEDS for m in DEEPER
+    ]
     results += run_cells(__file__, cells, workers=2, log=options.log)
     if options.train_only:
         return
@@ -277,9 +294,7 @@ def main() -> None:
     header = ["model", "parameters", "bytes a chunk", "training steps/s", "prefill", "decode", "decode, ms a byte"]
     text += table(header, clock(stdlib_ids()[1], 160, 4, 2048))
     for name in corpora:
-        text += (
-            f"\n## {name}\n\nD = 128, {BATCH} x {LENGTH} bytes a step, AdamW 3e-3 cosine, one thread a run, two runs "
-        )
+        text += f"\n## {name}\n\nD = 128 (96 where there are 16 blocks), {BATCH} x {LENGTH} bytes a step, AdamW 3e-3 cosine, one thread a run, two runs "
         text += f"at a time, {len(SEEDS)} seeds; 256 KiB held out, windows of {WINDOW:,}. Ratios seed by seed.\n\n"
         text += quality_table(results, name)
     text += "\n## Where chunks end\n\n" + boundary_pages(results)
