@@ -243,17 +243,17 @@ def quality_table(results: list[dict[str, Any]], name: str) -> str:
 
 
 def boundary_pages(results: list[dict[str, Any]]) -> str:
-    """Chunk lengths and excerpts of the first seed's models."""
+    """Chunk lengths and excerpts, where content decides: of the first seed's models with one block before the chunks."""
+    shown = ("words, 1-6-1", "learned, 1-6-1", "learned from words, 1-6-1")
     rows, pictures = [], ""
     for r in results:
         spec = r["cell"]
-        if "chunks" not in r or spec["seed"] or "seconds" in spec or spec["corpus"] != "default corpus":
+        if spec["model"] not in shown or spec["seed"] or "seconds" in spec or spec["corpus"] != "default corpus":
             continue
         for name, found in r["chunks"].items():
             rows.append([spec["model"], name, f"{found['mean']:.2f}", " / ".join(map(str, found["tenths"]))])
             rows[-1].append(f"{100 * found['agreement']:.1f}")
-            if spec["model"] in ("learned, 1-6-1", "learned from words, 1-6-1", "words, 1-6-1"):
-                pictures += f"\n{spec['model']}, {name}:\n\n```\n{found['excerpt']}\n```\n"
+            pictures += f"\n{spec['model']}, {name}:\n\n```\n{found['excerpt']}\n```\n"
     header = ["model", "text", "mean bytes a chunk", "10% / median / 90% / longest", "decisions as words', %"]
     return table(header, rows) + pictures
 
