@@ -243,7 +243,7 @@ def quality_table(results: list[dict[str, Any]], name: str) -> str:
 
 
 def boundary_pages(results: list[dict[str, Any]]) -> str:
-    """Chunk lengths and excerpts, where content decides: of the first seed's models with one block before the chunks."""
+    """Chunk lengths and excerpts where content decides, of the first seed."""
     shown = ("words, 1-6-1", "learned, 1-6-1", "learned from words, 1-6-1")
     rows, pictures = [], ""
     for r in results:
