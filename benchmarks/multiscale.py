@@ -163,7 +163,7 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, str]:
     return {n: spread([b / t for b, t in zip(times[base], ts, strict=True)], 2) for n, ts in times.items()}
 
 
-def inner_stack_ratio(repeats: int = 9) -> str:
+def inner_stack_ratio(repeats: int = 7) -> str:
     """Six blocks on 2,048 positions against the same six on 512, forward and backward."""
     torch.manual_seed(0)
     stack = build_stack(ModelConfig(d_model=160, n_layers=6, num_experts=1))
@@ -175,7 +175,7 @@ def inner_stack_ratio(repeats: int = 9) -> str:
     return ratios(interleaved({"N": step(2048), "N/4": step(512)}, repeats), "N")["N/4"]
 
 
-def clock(ids: np.ndarray, width: int, batch: int, length: int, repeats: int = 7) -> list[list[str]]:
+def clock(ids: np.ndarray, width: int, batch: int, length: int, repeats: int = 5) -> list[list[str]]:
     """Training step, prefill and decode of every model, as ratios to the flat one."""
     models = {}
     for name, fields in MODELS.items():
@@ -297,7 +297,7 @@ def main() -> None:
     for name in corpora:
         text += f"\n## {name}\n\nD = 128 (96 with 16 blocks), {BATCH} x {LENGTH} bytes a step, AdamW 3e-3 "
         text += f"cosine, one thread a run, two runs at a time, {len(SEEDS)} seeds; 256 KiB held out, windows of "
-        text += f"{WINDOW:,}. Ratios seed by seed.\n\n"
+        text += f"{WINDOW:,}. Ratios seed by seed; a training step's time is rough here.\n\n"
         text += quality_table(results, name)
     text += "\n## Where chunks end\n\n" + boundary_pages(results)
     publish(text, options.out)
