@@ -314,3 +314,12 @@ def test_without_layers_each_level_gets_one_block_before_and_one_after():
     config = ModelConfig(n_layers=8, d_ff=96, multiscale=MultiScaleConfig(factors=(2, 2), widths=(128, 128)))
     assert (config.around, config.inside.around, config.inside.inside.blocks) == ((1, 1), (1, 1), 4)
     assert config.inside.d_hidden == 192
+
+
+def test_word_boundaries_are_refused_where_tokens_are_no_bytes():
+    model = ModelConfig(n_layers=3, multiscale=MultiScaleConfig(factors=(4,), boundaries="whitespace"))
+    TrainConfig(model=model, max_steps=1)
+    with pytest.raises(
+        ConfigError, match=r"^model\.multiscale\.boundaries: got 'whitespace' with data\.tokenizer = 'gpt2'"
+    ):
+        TrainConfig(model=model, data=DataConfig(tokenizer="gpt2"), max_steps=1)

@@ -357,6 +357,11 @@ class TrainConfig:
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
         if not self.model.causal:
             raise ConfigError("model.causal: got False, allowed True: a bidirectional model has no next token to learn")
+        if self.model.multiscale.reads_bytes and self.data.tokenizer != "byte":
+            raise ConfigError(
+                f"model.multiscale.boundaries: got {self.model.multiscale.boundaries!r} with data.tokenizer = "
+                f"{shown(self.data.tokenizer)}, allowed with 'byte'; else 'fixed' or 'learned'"
+            )
         if self.max_steps is None and self.max_seconds is None:
             raise ConfigError("train: neither max_steps nor max_seconds is set; give one, so that training ends")
         if self.max_steps is not None:

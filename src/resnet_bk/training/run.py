@@ -208,9 +208,10 @@ def _check_same_text(source: str, train_hash: str, folder: Path) -> None:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"d_model": 64}} as {"model.d_model": 64}."""
+    """{"model": {"d_model": 64}} as {"model.d_model": 64}; tuples as lists, which is how YAML gives them back."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        value = list(value) if isinstance(value, tuple) else value
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
