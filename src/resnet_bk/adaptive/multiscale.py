@@ -72,17 +72,15 @@ class LearnedDownsampling(nn.Module):
         self.weigh = nn.Linear(d_model, 1)
         self.refine = nn.Linear(2 * d_model, width or d_model, bias=False)
 
-    def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
-        """x: (B, N, D); chunks: default every `factor` positions. Returns (B, M, W); what lies beyond the chunks of a
-        row, where ``chunks.ends.mask`` is False, has no meaning."""
-        if chunks is not None:
-            return self.pool(x, chunks, None, None)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N // factor, W)."""
         chunks = _strided(x.shape[0], x.shape[1], self.factor, x.device)
         return self.pool(x, chunks, None, None)[0][:, : x.shape[1] // self.factor]
 
     def pool(self, x: Tensor, chunks: Chunks, past: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The chunks (B, M, W) that close in x, and what the one still open holds: (B, D + 1) float32 or float64, the
-        sum of its weighted positions and of their weights. past: what was open before x."""
+        sum of its weighted positions and of their weights. past: what was open before x. Beyond the chunks of a row,
+        where ``chunks.ends.mask`` is False, the first has no meaning."""
         sums = chunks.sums(*self._weighted(x, mask))
         if past is not None:
             sums = torch.cat([sums[:, :1] + past.unsqueeze(1), sums[:, 1:]], dim=1)
