@@ -134,6 +134,83 @@ class MultiScaleConfig:
 
 
 @dataclass(frozen=True)
+class LengthConfig:
+    """Learned sequence length: in each window of text, how many positions go through all blocks."""
+
+    bins: int = 0
+    """Lengths to choose among, up to max_length; 0: every position goes through all blocks."""
+    max_length: int | None = None
+    """Positions of a window; each window has its own length. Default: n_seq."""
+    mode: Literal["truncate", "pool"] = "pool"
+    """Which positions go deep: the first ones of the window, or as many spread over it, each for those since the last."""
+    trunk: int | None = None
+    """Layers that every position goes through, the first ones. Default: a quarter of them, at least one."""
+    placement: Literal["even", "geometric", "learned", "continuous"] = "even"
+    """Lengths: evenly spaced, geometrically spaced, evenly at first and then learned, or a number predicted directly
+    and rounded."""
+    levels: Literal[1, 2] = 1
+    """2: a coarse choice among groups of lengths, then a fine one in the group."""
+    pooling: Literal["prefix", "attention", "global"] = "prefix"
+    """What the choice is made from: the mean over the shortest length's positions, a mean weighted by content, or, in
+    bidirectional models, the mean over the whole window."""
+    spacing: Literal["even", "words"] = "even"
+    """Pooled: spread evenly, or each at the first end of a word (of bytes) in its stretch."""
+    training: Literal["expected", "sampled", "gumbel"] | None = None
+    """The expected loss over all lengths, with every position computed (truncate only); or one length sampled per
+    window, and only that computed. Default: expected where it can be had."""
+    temperature: float = 1.0
+    """Of the samples (Gumbel-Softmax)."""
+    penalty: float = 0.01
+    """Weight of the mean expected length, as a share of max_length, in the loss."""
+    entropy_weight: float = 0.001
+    """Weight of the bonus for undecided choices, which keeps them from collapsing to one length early."""
+    execution: Literal["grouped", "batch_max"] = "grouped"
+    """Sequences of a batch run in groups of equal length, or all at the longest one's. Changes time, not results."""
+
+    def __post_init__(self) -> None:
+        where = "model.length"
+        check_integer(where, 0, 1_024, bins=self.bins)
+        if self.max_length is not None:
+            check_integer(where, max(2, self.bins), 2**20, max_length=self.max_length)
+        if self.trunk is not None:
+            check_integer(where, 1, 1_023, trunk=self.trunk)
+        check_integer(where, 1, 2, levels=self.levels)
+        check_choice(where, ("truncate", "pool"), mode=self.mode)
+        check_choice(where, ("even", "geometric", "learned", "continuous"), placement=self.placement)
+        check_choice(where, ("prefix", "attention", "global"), pooling=self.pooling)
+        check_choice(where, ("even", "words"), spacing=self.spacing)
+        if self.training is not None:
+            check_choice(where, ("expected", "sampled", "gumbel"), training=self.training)
+        check_choice(where, ("grouped", "batch_max"), execution=self.execution)
+        check_range(where, 1e-3, 1e3, temperature=self.temperature)
+        check_range(where, 0, 1_000, penalty=self.penalty, entropy_weight=self.entropy_weight)
+        if self.training == "expected" and self.mode == "pool":
+            raise ConfigError(
+                f"{where}.training: got 'expected' with mode = 'pool', allowed with 'truncate': pooled, each length is "
+                "a computation of its own"
+            )
+        if self.placement in ("learned", "continuous") and self.sampled:
+            raise ConfigError(
+                f"{where}.placement: got {self.placement!r} where lengths are sampled in training, allowed with "
+                "mode = 'truncate' and training = 'expected'"
+            )
+        if self.placement == "continuous" and self.levels == 2:
+            raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no bins")
+        if self.levels == 2 and self.bins and self.groups == self.bins:
+            raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two numbers")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether training samples lengths, and computes those only."""
+        return self.mode == "pool" or self.training in ("sampled", "gumbel")
+
+    @property
+    def groups(self) -> int:
+        """Of two levels, how many the first chooses among: the least divisor of bins that is at least its root."""
+        return next(g for g in range(1, self.bins + 1) if g * g >= self.bins and self.bins % g == 0)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a language model."""
 
@@ -166,6 +243,7 @@ class ModelConfig:
     balance_weight: float = 0.01
     """Weight of the experts' load-balancing loss."""
     multiscale: MultiScaleConfig = field(default_factory=MultiScaleConfig)
+    length: LengthConfig = field(default_factory=LengthConfig)
 
     def __post_init__(self) -> None:
         where = "model"
@@ -192,6 +270,8 @@ class ModelConfig:
                 "allowed an even number: complex energies pair channels"
             )
         self._check_multiscale()
+        if self.length.bins:
+            self._check_length()
 
     def _check_multiscale(self) -> None:
         where, scales = "model.multiscale", self.multiscale
@@ -220,6 +300,48 @@ class ModelConfig:
                 self.inside  # noqa: B018 - raises where the inner levels cannot be built
             except ConfigError as error:
                 raise ConfigError(f"{where}.widths: an inner level cannot be built: {error}") from error
+
+    def _check_length(self) -> None:
+        where, length = "model.length", self.length
+        if self.window < max(2, length.bins):
+            raise ConfigError(
+                f"{where}.bins: got {length.bins} with max_length = {self.window}, allowed at most one a position, and 2 "
+                "positions or more"
+            )
+        if self.trunk >= self.outer_layers:
+            what = "layers, all chunks being one of them" if self.multiscale.factors else "blocks"
+            raise ConfigError(
+                f"{where}.trunk: got {self.trunk} of {self.outer_layers} {what}, allowed fewer: some must be left to skip"
+            )
+        if self.causal == (length.pooling == "global"):
+            raise ConfigError(
+                f"{where}.pooling: got {length.pooling!r} with model.causal = {self.causal}, allowed "
+                + (
+                    "'prefix' or 'attention': the mean over all of a window would tell its beginning about its end"
+                    if self.causal
+                    else "'global': a bidirectional model may look at all of its input"
+                )
+            )
+        if length.spacing == "words" and self.vocab_size < BYTE_VOCABULARY:
+            raise ConfigError(
+                f"{where}.spacing: got 'words' with model.vocab_size = {self.vocab_size}, allowed with the byte "
+                f"tokenizer's {BYTE_VOCABULARY} ids"
+            )
+
+    @property
+    def window(self) -> int:
+        """Positions that share one learned length."""
+        return self.length.max_length or self.n_seq
+
+    @property
+    def trunk(self) -> int:
+        """Layers before those that learned length skips, or its default."""
+        return self.length.trunk or max(1, self.outer_layers // 4)
+
+    @property
+    def outer_layers(self) -> int:
+        """Layers of the outermost stack: blocks, and one for the stack on chunks if there is one."""
+        return sum(self.around) + bool(self.multiscale.factors)
 
     @property
     def heads(self) -> int:
@@ -262,7 +384,9 @@ class ModelConfig:
         hidden = None if self.d_ff is None else max(1, round(self.d_ff * width / self.d_model))
         hidden = scales.hidden[0] if scales.hidden else hidden
         blocks = self.blocks - sum(self.around)
-        return dataclasses.replace(self, d_model=width, d_ff=hidden, n_layers=blocks, multiscale=levels)
+        return dataclasses.replace(
+            self, d_model=width, d_ff=hidden, n_layers=blocks, multiscale=levels, length=LengthConfig()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -270,9 +394,11 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         check_fields("model", cls, values)
-        scales = values.get("multiscale", {})
-        scales = MultiScaleConfig(**scales) if isinstance(scales, dict) else scales
-        return cls(**{**values, "multiscale": scales})
+        rooms: dict[str, Any] = {}
+        for name, kind in (("multiscale", MultiScaleConfig), ("length", LengthConfig)):
+            given = values.get(name, {})
+            rooms[name] = kind(**given) if isinstance(given, dict) else given
+        return cls(**{**values, **rooms})
 
 
 @dataclass(frozen=True)
@@ -357,6 +483,11 @@ class TrainConfig:
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
         if not self.model.causal:
             raise ConfigError("model.causal: got False, allowed True: a bidirectional model has no next token to learn")
+        if self.model.length.spacing == "words" and self.model.length.bins and self.data.tokenizer != "byte":
+            raise ConfigError(
+                f"model.length.spacing: got 'words' with data.tokenizer = {shown(self.data.tokenizer)}, allowed with "
+                "'byte'; else 'even'"
+            )
         if self.model.multiscale.reads_bytes and self.data.tokenizer != "byte":
             raise ConfigError(
                 f"model.multiscale.boundaries: got {self.model.multiscale.boundaries!r} with data.tokenizer = "

@@ -6,12 +6,13 @@ Dimensions: B batch, N positions, D model width, V vocabulary, L layers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_bk.adaptive.length import learned_length
 from resnet_bk.adaptive.multiscale import build_stack
 from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
@@ -40,6 +41,16 @@ class ModelOutput:
     records: list[Record] = field(default_factory=list)
 
 
+class Features(NamedTuple):
+    """x: (B, N, D), what the head reads; state: after the last token; records: what each part reports; packing: where
+    padding was left out."""
+
+    x: Tensor
+    state: list[Any]
+    records: list[Record]
+    packing: Packing | None
+
+
 class LanguageModel(nn.Module):
     """A causal language model on the BK core (bidirectional encoder with ``causal=False``).
 
@@ -51,7 +62,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config = ModelConfig.from_dict({"vocab_size": vocab_size, **fields})
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = build_stack(config)
+        self.blocks = learned_length(config, build_stack(config))
         self.norm = Norm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(config.d_model))
@@ -84,36 +95,60 @@ class LanguageModel(nn.Module):
             ValueError, TypeError: ids, targets or mask of wrong shape, dtype, device or range.
         """
         self.check(ids, targets, mask)
-        x, after, records = self.features(ids, mask, state)
-        losses = mean_losses(records)
-        output = ModelOutput(self.head(x) if logits else None, after, losses=losses, records=records)
+        features = self.features(ids, mask, state)
+        losses = mean_losses(features.records)
+        shown = self.head(features.x) if logits else None
+        output = ModelOutput(shown, features.state, losses=losses, records=features.records)
         if targets is not None:
             auxiliary = self.auxiliary(losses)
-            losses["cross_entropy"] = self.cross_entropy(x, targets)
+            losses["cross_entropy"] = self.cross_entropy(features, targets)
             output.loss = losses["cross_entropy"] + auxiliary
         return output
 
-    def features(
-        self, ids: Tensor, mask: Tensor | None = None, state: Sequence[Any] | None = None
-    ) -> tuple[Tensor, list[Any], list[Record]]:
-        """What the head reads, (B, N, D); the state after the last token; what each part reports."""
+    def features(self, ids: Tensor, mask: Tensor | None = None, state: Sequence[Any] | None = None) -> Features:
+        """The path from token ids to what the head reads."""
         packing = None if mask is None else Packing(mask)
         sites = None if packing is None else packing.mask
         ids = ids if packing is None else packing.pack(ids)
         x, after, records = self.blocks(self.embed(ids), ids, state, sites)
         x = self.norm(x)
-        return (x if packing is None else packing.merge(x)), after, records
+        return Features(x if packing is None else packing.merge(x), after, records, packing)
 
-    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats of targets (B, N) from features x (B, N, D); -100 is not counted. Large vocabularies in pieces."""
+    def cross_entropy(self, features: Features, targets: Tensor) -> Tensor:
+        """Mean nats of targets (B, N); -100 is not counted. Large vocabularies in pieces.
+
+        In training a room may have its say about how its output is scored, see :class:`resnet_bk.record.Record`.
+        """
+        task_loss = next((r.task_loss for r in features.records if r.task_loss is not None), None)
+        if task_loss is None:
+            return self._nats(features.x, targets, "mean")
+        counted = (targets != -100).sum()
+        if features.packing is not None:
+            targets = features.packing.pack(targets).masked_fill(~features.packing.mask, -100)
+        return task_loss(lambda x: self._nats(self.norm(x), targets, "none")).sum() / counted.clamp(min=1)
+
+    def _nats(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Nats of targets (B, N) from normed features x (B, N, D): "none" (B, N), or "mean"."""
         pieces = nn.LinearCrossEntropyOptions() if targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE else None
-        return F.linear_cross_entropy(
-            x.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=-100, options=pieces
+        nats = F.linear_cross_entropy(
+            x.flatten(0, 1),
+            self.head.weight,
+            targets.flatten(),
+            ignore_index=-100,
+            reduction=reduction,
+            options=pieces,
         )
+        return nats.view_as(targets) if reduction == "none" else nats
 
     def auxiliary(self, losses: dict[str, Tensor]) -> Tensor | float:
         """The weighted sum of the parts' own losses: what is added to the cross-entropy."""
-        weights = {"balance": self.config.balance_weight, "ratio": self.config.multiscale.ratio_weight}
+        config = self.config
+        weights = {
+            "balance": config.balance_weight,
+            "ratio": config.multiscale.ratio_weight,
+            "length": config.length.penalty,
+            "certainty": config.length.entropy_weight,
+        }
         return sum((weights[name] * loss for name, loss in losses.items()), 0.0)
 
     def check(self, ids: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:

@@ -1,16 +1,23 @@
 """What a part of the model reports about one forward pass, beside its output."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Record:
-    """losses: by name, unweighted scalars. Rooms that decide something return a subclass that holds their decisions."""
+    """losses: by name, unweighted scalars. Rooms that decide something return a subclass that holds their decisions.
+
+    task_loss: how a room wants its output scored in training, where the loss of the output alone would not tell it
+    what its decisions were worth. It is given a function from features (B, N, D) to the nats (B, N) of each
+    position's target, 0 where there is none, and returns the loss of each position (B, N).
+    """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
+    task_loss: Callable[[Callable[[Tensor], Tensor]], Tensor] | None = None
 
 
 def mean_losses(records: list[Record]) -> dict[str, Tensor]:

@@ -133,9 +133,9 @@ def any_length(model: LanguageModel) -> None:
 
 
 def everything_learns(model: LanguageModel) -> None:
-    """Every parameter, deciding ones included, receives a gradient from the cross-entropy alone."""
+    """Every parameter, deciding ones included, receives a gradient from the cross-entropy alone, in training."""
     ids = tokens(model, 4, 33)
-    output = model(ids[:, :-1], targets=ids[:, 1:])
+    output = model.train()(ids[:, :-1], targets=ids[:, 1:])
     output.losses["cross_entropy"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} gets no gradient from the task"

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_bk.adaptive import boundaries, multiscale
+from resnet_bk.adaptive import boundaries, length, multiscale
+from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.layers import feedforward, mixer
 from resnet_bk.model import LanguageModel, Packing
+
+LENGTH = {"bins": 4, "max_length": 16, "trunk": 1}
 
 # name -> fields of the model's configuration
 ROOMS = {
@@ -38,6 +41,22 @@ ROOMS = {
         "multiscale": {"factors": [3], "layers": [1, 1, 1], "boundaries": "learned"},
     },
     "stride-diagonal": {"readout": "diagonal", "multiscale": {"factors": [2], "layers": [0, 1, 1]}},
+    "length-truncate": {"n_layers": 3, "length": {**LENGTH, "mode": "truncate"}},
+    "length-truncate-sampled": {
+        "n_layers": 3,
+        "length": {**LENGTH, "mode": "truncate", "training": "sampled", "levels": 2, "placement": "geometric"},
+    },
+    "length-learned-bins": {"length": {**LENGTH, "mode": "truncate", "placement": "learned", "pooling": "attention"}},
+    "length-continuous": {"length": {**LENGTH, "mode": "truncate", "placement": "continuous"}},
+    "length-pool": {"n_layers": 3, "length": {**LENGTH, "mode": "pool"}},
+    "length-pool-words": {
+        "vocab_size": 259,
+        "length": {**LENGTH, "mode": "pool", "spacing": "words", "execution": "batch_max", "max_length": 15},
+    },
+    "length-around-chunks": {
+        "length": {**LENGTH, "mode": "pool", "pooling": "attention"},
+        "multiscale": {"factors": [2], "layers": [1, 1, 0]},
+    },
 }
 CONTRACTS = [
     checks.causal,
@@ -56,7 +75,8 @@ def test_contract(room, contract):
 
 
 @pytest.mark.parametrize(
-    "room", ["propagator-real", "diagonal-complex", "experts-top2", "stride-4", "words", "learned-chunks"]
+    "room",
+    ["propagator-real", "diagonal-complex", "experts-top2", "stride-4", "words", "learned-chunks", "length-pool"],
 )
 def test_float32_keeps_the_contracts_within_1e_5(room, monkeypatch):
     model = checks.build(**ROOMS[room]).float()
@@ -232,11 +252,80 @@ def no_smoothing(model: LanguageModel, monkeypatch) -> None:
     monkeypatch.setattr(multiscale, "smooth", lambda y, probability, mask, first: y)
 
 
+def global_mean_in_a_causal_model(model: LanguageModel, monkeypatch) -> None:
+    """The length is chosen from all of the window, positions it decides about included."""
+    weigh = LearnedLength._decide
+
+    def peeking(self, x, real, past):
+        self.predictor.prefix = self.window - 1
+        return weigh(self, x, real, past)
+
+    monkeypatch.setattr(LearnedLength, "_decide", peeking)
+
+
+def batch_max_changes_the_output(model: LanguageModel, monkeypatch) -> None:
+    """What the longest row of the batch makes room for, the others keep too."""
+    keep = LearnedLength._keep
+
+    def greedy(self, windows, *others):
+        longest = windows.chosen.amax(0, keepdim=True).expand_as(windows.chosen)
+        return keep(self, windows._replace(chosen=longest), *others)
+
+    monkeypatch.setattr(LearnedLength, "_keep", greedy)
+
+
+def padding_counts_for_the_length(model: LanguageModel, monkeypatch) -> None:
+    decide = LearnedLength._decide
+    monkeypatch.setattr(LearnedLength, "_decide", lambda self, x, real, past: decide(self, x, real | True, past))
+
+
+def length_forgotten(model: LanguageModel, monkeypatch) -> None:
+    """A window that goes on in the next call chooses anew."""
+    decide = LearnedLength._decide
+
+    def forgetful(self, x, real, past):
+        return decide(self, x, real, past._replace(length=torch.full_like(past.length, self.window)))
+
+    monkeypatch.setattr(LearnedLength, "_decide", forgetful)
+
+
+def stretch_forgotten(model: LanguageModel, monkeypatch) -> None:
+    """What was skipped before this call is not part of what the next kept position stands for."""
+    deep = LearnedLength._go_deep
+
+    def forgetful(self, x, ids, run, real, past, first):
+        return deep(self, x, ids, run, real, past._replace(open=torch.zeros_like(past.open)), first)
+
+    monkeypatch.setattr(LearnedLength, "_go_deep", forgetful)
+
+
+def pooled_over_the_whole_stretch(model: LanguageModel, monkeypatch) -> None:
+    """A kept position stands for those up to the next one instead of those since the last."""
+    monkeypatch.setattr(length, "Chunks", lambda run, tile: multiscale.Chunks(run.roll(-1, 1) | (run & False), tile))
+
+
+def gain_does_not_reach_the_predictor(model: LanguageModel, monkeypatch) -> None:
+    """Only the penalty trains it."""
+    for name in ("_expected_loss", "_sampled_loss"):
+        monkeypatch.setattr(LearnedLength, name, lambda self, windows, a, b, c=None: None)
+
+
 def room_of(model: LanguageModel) -> multiscale.MultiScale:
     return next(layer for layer in model.blocks if isinstance(layer, multiscale.MultiScale))
 
 
 BUGS = [
+    (global_mean_in_a_causal_model, "length-truncate", checks.causal),
+    (global_mean_in_a_causal_model, "length-pool", checks.causal),
+    (batch_max_changes_the_output, "length-pool-words", checks.batch_mates_and_padding),
+    (batch_max_changes_the_output, "length-truncate", checks.batch_mates_and_padding),
+    (padding_counts_for_the_length, "length-truncate", checks.batch_mates_and_padding),
+    (length_forgotten, "length-truncate", checks.step_equals_forward),
+    (length_forgotten, "length-pool", checks.padding_across_pieces),
+    (stretch_forgotten, "length-pool", checks.step_equals_forward),
+    (pooled_over_the_whole_stretch, "length-pool", checks.causal),
+    (gain_does_not_reach_the_predictor, "length-truncate", checks.everything_learns),
+    (gain_does_not_reach_the_predictor, "length-pool", checks.everything_learns),
     (missing_shift, "stride-4", checks.causal),
     (missing_shift, "words", checks.causal),
     (missing_shift, "learned-chunks", checks.causal),

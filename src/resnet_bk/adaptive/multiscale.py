@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from resnet_bk.adaptive.boundaries import BOUNDARIES, LONGEST, at_most, since_last
-from resnet_bk.adaptive.select import Packing
+from resnet_bk.adaptive.select import Packing, last_real, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Block, Stack
 from resnet_bk.layers.feedforward import TILE
@@ -164,7 +163,7 @@ class MultiScaleState(NamedTuple):
     before: Tensor
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ChunkRecord(Record):
     """closes: (B, N) bool, where chunks ended; probability: (B, N), the router's, of learned boundaries."""
 
@@ -201,7 +200,11 @@ class MultiScale(nn.Module):
             closes = at_most(closes, past.since, LONGEST * self.factor)
         if mask is not None:
             closes = closes & mask
-        record = ChunkRecord(self._losses(closes, decision.probability, mask), closes, decision.probability)
+        record = ChunkRecord(
+            losses=self._losses(closes, decision.probability, mask),
+            closes=closes,
+            probability=decision.probability,
+        )
         since = since_last(closes, past.since)
         if state is None or bool(closes.any()):
             chunks = Chunks(closes, TILE if self.boundaries.by_content else 1)
@@ -211,14 +214,14 @@ class MultiScale(nn.Module):
             if decision.probability is not None:
                 wanted = torch.where(decision.closes, decision.probability, 1.0)  # 1 where a chunk was full
                 y = smooth(y, chunks.ends.pack(wanted), chunks.ends.mask, past.result)
-            low_res, result = chunks.spread(past.result, y), _last(y, chunks.ends.mask, past.result)
+            low_res, result = chunks.spread(past.result, y), last_real(y, chunks.ends.mask, past.result)
         else:  # most steps of decoding: the inner stack has nothing to do
             still_open, inner, records = self.down.keep(x, past.open, mask), past.inner, []
             low_res, result = past.result.unsqueeze(1), past.result
         low_res = self.up.place(low_res, since) * self.gate(self.norm(x)).sigmoid()
         out = (self.scale_full_res * x + 2 * self.scale_low_res * low_res).to(x.dtype)
         after = MultiScaleState(
-            still_open, inner, result, _last(since, mask, past.since), _last(ids, mask, past.before)
+            still_open, inner, result, last_real(since, mask, past.since), last_real(ids, mask, past.before)
         )
         return out, after, [record, *records]
 
@@ -231,14 +234,9 @@ class MultiScale(nn.Module):
 
     def _inside(self, coarse: Tensor, chunks: Chunks, ids: Tensor, state: Any) -> tuple[Tensor, Any, list[Record]]:
         """The inner stack on the chunks. Rows in which none closes do not run."""
-        ids, mask = chunks.ends.pack(ids), chunks.ends.mask
-        rows = chunks.ends.counts.nonzero().squeeze(1)
-        if state is None or len(rows) == len(ids):
-            return self.inner(coarse, ids, state, None if bool(mask.all()) else mask)
-        some = pytree.tree_map(lambda s: s[rows], state)
-        y, after, records = self.inner(coarse[rows], ids[rows], some, mask[rows])
-        after = pytree.tree_map(lambda old, new: old.index_copy(0, rows, new.to(old.dtype)), state, after)
-        return torch.zeros_like(coarse).index_copy(0, rows, y.to(coarse.dtype)), after, records
+        ends = chunks.ends
+        rows = torch.arange(len(ids), device=ids.device) if state is None else ends.counts.nonzero().squeeze(1)
+        return run_rows(self.inner, coarse, ends.pack(ids), state, ends, [rows])
 
     def _losses(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
         """Of learned boundaries "ratio", 1 where one position in `factor` closes a chunk (H-Net, eq. 10)."""
@@ -248,16 +246,6 @@ class MultiScale(nn.Module):
         share, mean = ((p * real).sum() / real.sum().clamp(min=1) for p in (closes.to(probability.dtype), probability))
         k = self.factor
         return {"ratio": k / (k - 1) * ((k - 1) * share * mean + (1 - share) * (1 - mean))}
-
-
-def _last(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
-    """The last real entry of each row of x (B, N, ...), or `before` (B, ...) in rows that have none."""
-    if mask is None:
-        return x[:, -1].clone()  # not a view, which would keep all of x
-    if x.shape[1] == 1:
-        return torch.where(mask.view(-1, *[1] * (x.dim() - 2)), x[:, 0], before)
-    table = torch.cat([before.unsqueeze(1), x], dim=1)
-    return table[torch.arange(len(x), device=x.device), mask.sum(1)]
 
 
 def build_stack(config: ModelConfig) -> Stack:

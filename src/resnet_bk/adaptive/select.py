@@ -3,9 +3,15 @@
 Dimensions: B batch, N positions, M positions kept by the fullest row.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from resnet_bk.record import Record
 
 
 class Packing:
@@ -19,15 +25,19 @@ class Packing:
         """keep: (B, N) bool. tile: M is rounded up to a multiple of it where N > 1, so that the rows of matrix products
         are rounded alike however many positions are selected."""
         batch, self.length = keep.shape
+        self.tile = tile if self.length > 1 else 1
         self.counts = keep.sum(1)
-        width = max(1, int(self.counts.max()))
-        width = width if self.length == 1 else -(-width // tile) * tile
+        width = self.width(self.counts)
         self.mask = torch.arange(width, device=keep.device) < self.counts.unsqueeze(1)
         # rows of x.flatten(0, 1); where a row has nothing more to select, its first position stands in
         position = torch.arange(batch * self.length, device=keep.device).view(batch, self.length)
         place = torch.where(keep, keep.cumsum(1) - 1, width)
         index = position[:, :1].repeat(1, width + 1).scatter(1, place, position)
         self.index = index[:, :width]
+
+    def width(self, counts: Tensor) -> int:
+        """Positions that rows with these counts need."""
+        return -(-max(1, int(counts.max())) // self.tile) * self.tile
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, ...) -> (B, M, ...); rows with fewer than M selected positions end in positions to ignore."""
@@ -42,3 +52,46 @@ class Packing:
         index = torch.where(self.mask, self.index, nowhere).flatten()
         table = F.pad(flat, [0, 0] * (flat.dim() - 1) + [0, 1])
         return table.index_copy(0, index, packed.flatten(0, 1))[:nowhere].view_as(base)
+
+
+def last_real(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
+    """The last real entry of each row of x (B, N, ...), or `before` (B, ...) in rows that have none."""
+    if mask is None:
+        return x[:, -1].clone()  # not a view, which would keep all of x
+    if x.shape[1] == 1:
+        return torch.where(mask.view(-1, *[1] * (x.dim() - 2)), x[:, 0], before)
+    table = torch.cat([before.unsqueeze(1), x], dim=1)
+    return table[torch.arange(len(x), device=x.device), mask.sum(1)]
+
+
+def run_rows(
+    layer: Callable[..., tuple[Tensor, Any, list[Record]]],
+    x: Tensor,
+    ids: Tensor,
+    state: Any,
+    packing: Packing,
+    groups: Sequence[Tensor],
+) -> tuple[Tensor, Any, list[Record]]:
+    """A layer on packed positions x (B, M, D), ids (B, M), each group of rows by itself, no longer than it needs.
+
+    groups: disjoint (R,) int64 indices of rows, at least one. Rows in none of them keep their state; without a state there must be
+    none such. What the layers report comes group by group.
+    """
+    outputs, states, records = [], [], []
+    for rows in groups:
+        width = packing.width(packing.counts[rows])
+        mask = packing.mask[rows, :width]
+        past = None if state is None else pytree.tree_map(lambda s, rows=rows: s[rows], state)
+        y, after, found = layer(x[rows, :width], ids[rows, :width], past, None if bool(mask.all()) else mask)
+        outputs.append(F.pad(y, (0, 0, 0, x.shape[1] - width)))
+        states.append(after)
+        records += found
+    order = torch.cat(list(groups))
+    y = torch.cat(outputs)
+    if state is None:
+        state = pytree.tree_map(lambda s: s.new_zeros(len(x), *s.shape[1:]), states[0])
+
+    def merge(old: Tensor, *new: Tensor) -> Tensor:
+        return old.index_copy(0, order, torch.cat(new).to(old.dtype))
+
+    return merge(torch.zeros_like(x), y), pytree.tree_map(merge, state, *states), records

@@ -59,7 +59,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ResNetBKConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["Block", "MultiScale"]  # noqa: RUF012
+    _no_split_modules = ["Block", "MultiScale", "LearnedLength"]  # noqa: RUF012
     _is_stateful = True
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
 
@@ -154,23 +154,23 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
                 shift_labels = shift_labels.masked_fill(~mask, -100)
         self.model.check(input_ids, shift_labels, mask)
         state = None if past_key_values is None else past_key_values.state
-        x, state, records = self.model.features(input_ids, mask, state)
+        features = self.model.features(input_ids, mask, state)
         output = CausalLMOutput()
         if shift_labels is not None:
             # Trainer does not divide by its accumulation steps; the share of this batch does it, of every loss.
-            output.loss = self.model.cross_entropy(x, shift_labels)
+            output.loss = self.model.cross_entropy(features, shift_labels)
             share: float | Tensor = 1.0
             if num_items_in_batch is not None:
                 share = ((shift_labels != -100).sum().double() / num_items_in_batch).to(output.loss.dtype)
                 output.loss = output.loss * share
-            if losses := mean_losses(records):
+            if losses := mean_losses(features.records):
                 output.aux_loss = self.model.auxiliary(losses) * share
                 output.loss = output.loss + output.aux_loss
         if shift_labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            output.logits = self.model.head(x[:, kept])
+            output.logits = self.model.head(features.x[:, kept])
         if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
             seen = length if past_key_values is None else past_key_values.seen + length
-            output.past_key_values = RecurrentCache(state, seen)
+            output.past_key_values = RecurrentCache(features.state, seen)
         wants_dict = return_dict if return_dict is not None else True
         return output if wants_dict else output.to_tuple()

@@ -34,7 +34,7 @@ class Block(nn.Module):
         y, state = self.mixer(self.mixer_norm(x), state, mask)
         x = x + y
         y, losses = self.feed_forward(self.ff_norm(x), mask)
-        return x + y, state, [Record(losses)]
+        return x + y, state, [Record(losses=losses)]
 
 
 class Stack(nn.ModuleList):

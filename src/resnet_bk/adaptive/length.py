@@ -1,0 +1,378 @@
+"""Learned length: of each window of text, how many positions go through all blocks.
+
+All positions go through the first blocks, the trunk. The deep blocks run on the packed sequence of those kept: a
+window's prefix, from which its length is predicted, and beyond it either the first positions (truncate) or as many
+spread over the window, each standing for those since the last one kept (pool). The others take a cheap way out.
+
+Causal by what is known when: the length is chosen from the prefix, which every length computes, and decides about the
+positions after it only. Nothing about a window depends on later ones, so sequences may go on forever.
+
+Dimensions: B batch, N positions, M positions kept by the fullest row, W windows, K lengths, D model width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_bk.adaptive.boundaries import ends_of_words, since_last
+from resnet_bk.adaptive.length_predictor import Lengths, SequenceLengthPredictor
+from resnet_bk.adaptive.multiscale import Chunks, LearnedUpsampling
+from resnet_bk.adaptive.select import last_real, run_rows
+from resnet_bk.config import ModelConfig
+from resnet_bk.layers.block import Stack
+from resnet_bk.layers.feedforward import TILE, SwiGLU
+from resnet_bk.layers.norm import Norm
+from resnet_bk.record import Record
+
+EXPLORATION = 0.1  # share of sampled lengths that are drawn evenly
+SHALLOW_SHARE = 1.0
+REACH = 16  # distances from the last kept position that are told apart
+
+TaskLoss = Callable[[Callable[[Tensor], Tensor]], Tensor]
+
+
+class LengthState(NamedTuple):
+    """trunk, deep: their states; offset: (B,) int64, positions of the current window so far; pooled: (B, D + 1), the
+    weighted sum of its prefix and of the weights; length: (B,) int64, chosen once the prefix is complete; open:
+    (B, D + 1), sum and number of positions since the last one kept; result: (B, D), what that one returned; since,
+    word: (B,) int64, positions since it and since the last end of a word; before: (B,) int64, the last token."""
+
+    trunk: Any
+    deep: Any
+    offset: Tensor
+    pooled: Tensor
+    length: Tensor
+    open: Tensor
+    result: Tensor
+    since: Tensor
+    word: Tensor
+    before: Tensor
+
+
+@dataclass(kw_only=True)
+class LengthRecord(Record):
+    """What was decided, and what it cost.
+
+    predicted_lengths: (B, W) int64, of each window that the call touched; the shortest one where `decided` (B, W) is
+        False: the window's prefix is not complete.
+    length_probs: (B, W, K).
+    kept: (B, N) bool, the positions that went deep.
+    positions: real positions; deep_positions: those the deep blocks computed, padding included.
+    costs: FLOPs of one position in the trunk, the deep blocks and the way out, two for each weight.
+    """
+
+    predicted_lengths: Tensor = field(default_factory=torch.empty)
+    decided: Tensor = field(default_factory=torch.empty)
+    length_probs: Tensor = field(default_factory=torch.empty)
+    kept: Tensor = field(default_factory=torch.empty)
+    positions: int = 0
+    deep_positions: int = 0
+    costs: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def avg_predicted_length(self) -> float:
+        """Over the windows that decided; over all where none did."""
+        chosen = self.predicted_lengths[self.decided] if bool(self.decided.any()) else self.predicted_lengths
+        return chosen.double().mean().item()
+
+    @property
+    def executed_flops(self) -> int:
+        trunk, deep, way_out = self.costs
+        return trunk * self.positions + deep * self.deep_positions + way_out * (self.positions - int(self.kept.sum()))
+
+    @property
+    def speedup_estimate(self) -> float:
+        """FLOPs of every position through every block, over those executed. The clock has the last word."""
+        return (self.costs[0] + self.costs[1]) * self.positions / max(1, self.executed_flops)
+
+
+class Windows(NamedTuple):
+    """offset, window: (B, N) int64, each position's place in its window, and which window of the call that is.
+    choices: over (B, W). sample: (B, W, K) one-hot, in training. chosen: (B, W) int64. decided, new: (B, W) bool: has a length; got it in this call."""
+
+    offset: Tensor
+    window: Tensor
+    choices: Lengths
+    sample: Tensor | None
+    chosen: Tensor
+    decided: Tensor
+    new: Tensor
+
+    def at(self, per_window: Tensor) -> Tensor:
+        """(B, W, ...) -> (B, N, ...)."""
+        rows = torch.arange(len(self.window), device=self.window.device).unsqueeze(1)
+        return per_window[rows, self.window]
+
+
+class Deep(NamedTuple):
+    """at: (B, N, D), what the last position that went deep returned, at each position. computed: positions, padding
+    included."""
+
+    at: Tensor
+    state: Any
+    still_open: Tensor
+    result: Tensor
+    computed: int
+    records: list[Record]
+
+
+class LearnedLength(nn.Module):
+    """A stack whose later layers run on as many positions of each window as the predictor says."""
+
+    def __init__(self, config: ModelConfig, stack: Stack):
+        super().__init__()
+        self.settings, self.window, d = config.length, config.window, config.d_model
+        self.trunk, self.deep = stack[: config.trunk], stack[config.trunk :]
+        self.predictor = SequenceLengthPredictor(
+            d,
+            self.settings.bins,
+            self.window,
+            pooling=self.settings.pooling,
+            placement=self.settings.placement,
+            groups=self.settings.groups if self.settings.levels == 2 else 1,
+        )
+        self.norm, self.way_out = Norm(d), SwiGLU(replace(config, d_ff=d))
+        self.pools = self.settings.mode == "pool"
+        if self.pools:
+            self.down = nn.Linear(d, d, bias=False)
+            self.up = LearnedUpsampling(d, reach=REACH)
+            self.gate_norm, self.gate = Norm(d), nn.Linear(d, d)
+            nn.init.zeros_(self.down.weight)  # a position by itself goes deep as it is, several start as the last one
+        way_out = nn.ModuleList([self.way_out, *([self.up, self.gate] if self.pools else [])])
+        self.costs = _flops(self.trunk), _flops(self.deep), _flops(way_out)
+
+    def forward(
+        self, x: Tensor, ids: Tensor, state: LengthState | None, mask: Tensor | None
+    ) -> tuple[Tensor, LengthState, list[Record]]:
+        past = self._start(x, ids) if state is None else state
+        x, trunk, records = self.trunk(x, ids, past.trunk, mask)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        windows, offset, pooled, length = self._decide(x, real, past)
+        words = self._ends_of_words(ids, past)
+        keep = real & self._keep(windows, words, past.word)
+        everything = self.training and not self.settings.sampled
+        deep = self._go_deep(x, ids, real if everything else keep, real, past, state is None)
+        y = deep.at
+        since = since_last(keep, past.since)
+        touched = (x.shape[1] - 1 + (0 if state is None else self.window - 1)) // self.window + 1
+        record = LengthRecord(
+            losses=self._losses(windows),
+            predicted_lengths=windows.chosen[:, :touched],
+            decided=windows.decided[:, :touched],
+            length_probs=windows.choices.probabilities[:, :touched],
+            kept=keep,
+            positions=int(real.sum()),
+            deep_positions=deep.computed,
+            costs=self.costs,
+        )
+        if self.training:
+            shallow = self._leave(x, None if not self.pools else y, since)
+            out = torch.where(keep.unsqueeze(-1), y, shallow)
+            if everything:
+                record.task_loss = self._expected_loss(windows, y, shallow)
+            else:
+                plain = self._leave(x, None, since) if self.pools else shallow
+                record.task_loss = self._sampled_loss(windows, real, out, plain)
+        else:
+            out = self._merge(x, y, keep, real, since)
+        after = LengthState(
+            trunk,
+            deep.state,
+            offset,
+            pooled,
+            length,
+            deep.still_open,
+            deep.result,
+            last_real(since, mask, past.since),
+            last_real(since_last(words, past.word), mask, past.word),
+            last_real(ids, mask, past.before),
+        )
+        return out, after, [record, *records, *deep.records]
+
+    # ------------------------------------------------------------------------------------- which positions
+
+    def _decide(self, x: Tensor, real: Tensor, past: LengthState) -> tuple[Windows, Tensor, Tensor, Tensor]:
+        """The windows of this call, and of the one that follows its last position: offset (B,), pooled prefix so far
+        (B, D + 1), length (B,)."""
+        batch, n, width = x.shape
+        place = past.offset.unsqueeze(1) + torch.arange(n, device=x.device)
+        offset, window = place % self.window, place // self.window
+        count = n // self.window + 2
+        x = x.detach()
+        weight = self.predictor.weigh(x) * (real & (offset < self.predictor.prefix))
+        with_one = torch.cat([x.to(weight.dtype), torch.ones_like(weight).unsqueeze(-1)], dim=-1)
+        row = torch.arange(batch, device=x.device)
+        table = F.pad(past.pooled.unsqueeze(1), (0, 0, 0, count - 1)).flatten(0, 1)
+        where = (row.unsqueeze(1) * count + window).flatten()
+        table = table.index_add(0, where, (with_one * weight.unsqueeze(-1)).flatten(0, 1)).unflatten(0, (batch, count))
+        total, weights = table.split([width, 1], dim=-1)
+        choices = self.predictor((total / weights.clamp(min=1e-9)).to(x.dtype))
+        sample = self._sample(choices) if self.training and self.settings.sampled else None
+        end = past.offset + real.sum(1)
+        reached = end.unsqueeze(1) - self.window * torch.arange(count, device=x.device)  # positions of each window
+        needed = self.predictor.shortest if self.predictor.prefix < self.window else 1
+        decided, before = reached >= needed, torch.zeros_like(reached, dtype=torch.bool)
+        before[:, 0] = past.offset >= needed
+        chosen = self.predictor.choose(choices if sample is None else choices._replace(probabilities=sample))
+        chosen = torch.where(decided, chosen, self.predictor.shortest)
+        chosen = torch.where(before, past.length.unsqueeze(1), chosen)
+        following = end // self.window
+        windows = Windows(offset, window, choices, sample, chosen, decided, decided & ~before)
+        return windows, end % self.window, table[row, following], chosen[row, following]
+
+    def _sample(self, choices: Lengths) -> Tensor:
+        """(B, W, K) one-hot samples: drawn evenly, or by the probabilities and with the gradient of their relaxation
+        (Gumbel-Softmax, Jang et al. 2017, arXiv:1611.01144)."""
+        if self.settings.training == "gumbel":
+            return F.gumbel_softmax(choices.probabilities.log(), tau=self.settings.temperature, hard=True)
+        return F.gumbel_softmax(torch.zeros_like(choices.probabilities), hard=True)
+
+    def _ends_of_words(self, ids: Tensor, past: LengthState) -> Tensor:
+        """(B, N) bool; nowhere where spacing is even."""
+        if self.settings.spacing == "even":
+            return torch.zeros_like(ids, dtype=torch.bool)
+        return ends_of_words(ids, past.before)
+
+    def _keep(self, windows: Windows, words: Tensor, since_word: Tensor) -> Tensor:
+        """(B, N) bool. words: (B, N), where words end; since_word: (B,), positions since the last end before."""
+        shortest, length = self.predictor.shortest, windows.at(windows.chosen)
+        prefix = windows.offset < shortest
+        if not self.pools:
+            return prefix | (windows.offset < length)
+        # What follows the prefix is cut into `cells` stretches. Of each, the first end of a word is kept, or its end.
+        cells, span, place = length - shortest, self.window - shortest, windows.offset - shortest
+        cell = place * cells // span
+        start = -(-cell * span // cells.clamp(min=1))
+        is_last = (place + 1) * cells // span > cell
+        since = torch.cat([since_word.unsqueeze(1), since_last(words, since_word)[:, :-1]], dim=1) + 1
+        return prefix | ((cells > 0) & (since > place - start) & (words | is_last))
+
+    # ------------------------------------------------------------------------------------- deep, or the way out
+
+    def _go_deep(self, x: Tensor, ids: Tensor, run: Tensor, real: Tensor, past: LengthState, first: bool) -> "Deep":
+        """The deep blocks on the positions `run` (B, N)."""
+        if not first and not bool(run.any()):  # many steps of decoding
+            still_open = past.open + self._with_one(x, real).sum(1) if self.pools else past.open
+            return Deep(past.result.unsqueeze(1).expand_as(x), past.deep, still_open, past.result, 0, [])
+        chunks = Chunks(run, TILE)
+        ends, still_open = chunks.ends, past.open
+        packed = ends.pack(x)
+        if self.pools:
+            sums = chunks.sums(self._with_one(x, real), real.to(still_open.dtype))
+            sums = torch.cat([sums[:, :1] + past.open.unsqueeze(1), sums[:, 1:]], dim=1)
+            still_open = sums[torch.arange(len(x), device=x.device), ends.counts]
+            total, number = sums[:, :-1].split([x.shape[2], 1], dim=-1)
+            packed = packed + self.down((total / number.clamp(min=1)).to(x.dtype) - packed)
+        groups = self._groups(ends.counts if not first else ends.counts.clamp(min=1))
+        y, deep, records = run_rows(self.deep, packed, ends.pack(ids), past.deep, ends, groups)
+        computed = sum(len(rows) * ends.width(ends.counts[rows]) for rows in groups)
+        y = y.to(x.dtype)
+        result = last_real(y, ends.mask, past.result)
+        return Deep(chunks.spread(past.result, y), deep, still_open, result, computed, records)
+
+    def _with_one(self, x: Tensor, real: Tensor) -> Tensor:
+        """x with a column of ones, (B, N, D + 1), zeros where it is padding."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        x = torch.cat([x.to(exact), torch.ones_like(x[..., :1], dtype=exact)], dim=-1)
+        return x * real.unsqueeze(-1)
+
+    def _groups(self, counts: Tensor) -> list[Tensor]:
+        """Rows that run together: those of the same number of tiles, or all that have anything to run."""
+        rows = counts.nonzero().squeeze(1)
+        if self.settings.execution == "batch_max":
+            return [rows]
+        tiles = -(-counts[rows] // TILE)
+        return [rows[tiles == n] for n in tiles.unique()]
+
+    def _leave(self, x: Tensor, carried: Tensor | None, since: Tensor) -> Tensor:
+        """What positions (..., D) that do not go deep give to the head. carried: (..., D), what the last one that did
+        returned, `since` (...) positions ago."""
+        if carried is not None:
+            x = x + 2 * self.up.place(self.up.expand(carried), since) * self.gate(self.gate_norm(x)).sigmoid()
+        return x + self.way_out(self.norm(x), None)[0]
+
+    def _merge(self, x: Tensor, y: Tensor, keep: Tensor, real: Tensor, since: Tensor) -> Tensor:
+        """y (B, N, D) where it was kept, the way out elsewhere, computed only there."""
+        rest = (real & ~keep).flatten().nonzero().squeeze(1)
+        if not len(rest):
+            return y
+        count, (x, flat) = len(rest), (t.flatten(0, 1) for t in (x, y))
+        rest = F.pad(rest, (0, -count % TILE), value=int(rest[0])) if x.shape[0] > 1 else rest
+        carried = flat[rest] if self.pools else None
+        shallow = self._leave(x[rest], carried, since.flatten()[rest])[:count]
+        return flat.index_copy(0, rest[:count], shallow.to(y.dtype)).view_as(y)
+
+    # ------------------------------------------------------------------------------------------------- losses
+
+    def _losses(self, windows: Windows) -> dict[str, Tensor]:
+        """ "length": the mean expected share of a window; "certainty": minus the mean entropy of its choice."""
+        number = windows.new.sum().clamp(min=1)
+        expected, entropy = windows.choices.expected / self.window, windows.choices.entropy
+        return {"length": (expected * windows.new).sum() / number, "certainty": -(entropy * windows.new).sum() / number}
+
+    def _expected_loss(self, windows: Windows, deep: Tensor, shallow: Tensor) -> TaskLoss:
+        """Expected over lengths: at each position, the deep loss as often as it is reached, else that of the way out.
+
+        Both ways learn from every position in full, however seldom they are chosen, so that a choice can be undone.
+        """
+        choices = Lengths(windows.choices.values, windows.at(windows.choices.probabilities))
+        if choices.values.dim() > 1:
+            choices = choices._replace(values=windows.at(choices.values))
+        reach = self.predictor.reach(choices, windows.offset)
+        reach = torch.where(windows.offset < self.predictor.shortest, 1.0, reach)
+
+        def loss(nats: Callable[[Tensor], Tensor]) -> Tensor:
+            a, b = nats(deep), nats(shallow)
+            return torch.lerp(b.detach(), a.detach(), reach.to(a.dtype)) + (a - a.detach()) + (b - b.detach())
+
+        return loss
+
+    def _sampled_loss(self, windows: Windows, real: Tensor, out: Tensor, shallow: Tensor) -> TaskLoss:
+        """Of the sampled lengths. A sample is worth what it gained over the way out, at the positions it reached.
+
+        The straight-through sample is 1 in value, so the loss is that of `out`; its gradient carries the gain.
+        """
+        assert windows.sample is not None
+        sample = windows.at(windows.sample)
+        even = self.settings.training != "gumbel"
+        chances = windows.at(windows.choices.probabilities) if even else sample
+        if self.pools:
+            within = sample.detach()
+            counts = real & (windows.offset >= self.predictor.shortest)
+        else:
+            within = (windows.offset.unsqueeze(-1) < windows.choices.values).to(sample.dtype)
+            counts = real
+        chosen = (chances * within).sum(-1)
+        if even:
+            chosen = chosen / within.mean(-1)
+        chosen = chosen - chosen.detach()
+
+        def loss(nats: Callable[[Tensor], Tensor]) -> Tensor:
+            a, b = nats(out), nats(shallow)
+            gain = (a - b).detach() * counts
+            if self.pools:  # only gains above the mean speak for one length against the others
+                gain = (gain - gain.sum() / counts.sum().clamp(min=1)) * counts
+            return a + chosen.to(a.dtype) * gain + SHALLOW_SHARE * (b - b.detach())
+
+        return loss
+
+    def _start(self, x: Tensor, ids: Tensor) -> LengthState:
+        """Nothing read yet."""
+        batch, width = x.shape[0], x.shape[2]
+        none = torch.zeros(batch, dtype=torch.int64, device=x.device)
+        sums = x.new_zeros(batch, width + 1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return LengthState(None, None, none, sums, none, sums, x.new_zeros(batch, width), none, none, none)
+
+
+def _flops(part: nn.Module) -> int:
+    """Of one position: two for each weight of a matrix."""
+    return 2 * sum(p.numel() for p in part.parameters() if p.dim() >= 2)
+
+
+def learned_length(config: ModelConfig, stack: Stack) -> Stack:
+    """The stack, or, where `config.length` has bins, the same layers with a learned length."""
+    return Stack([LearnedLength(config, stack)]) if config.length.bins else stack

@@ -1,0 +1,86 @@
+"""Learned length around a model that exists already."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_bk.adaptive.length import LengthRecord, learned_length
+from resnet_bk.config import ConfigError, LengthConfig, check_fields
+from resnet_bk.model import LanguageModel, ModelOutput
+
+
+@dataclass
+class AdaptiveOutput(ModelOutput):
+    """A model's output, and what was decided about lengths."""
+
+    @property
+    def length(self) -> LengthRecord:
+        record = self.records[0]
+        assert isinstance(record, LengthRecord)
+        return record
+
+
+class AdaptiveSequenceLengthWrapper(LanguageModel):
+    """A language model that can also choose, for each window of text, how long it should be.
+
+    ``AdaptiveSequenceLengthWrapper(base_model=model, max_seq_len=128, num_length_bins=8, length_penalty=0.01)``; every
+    further keyword is a field of :class:`resnet_bk.config.LengthConfig`. The base model is not changed: its modules are
+    shared, so training either trains both, and the predictor and the way out are new beside them.
+
+    ``wrapper(ids)`` is ``base_model(ids)``. ``wrapper(ids, use_adaptive_length=True)`` returns logits for every
+    position too. A prediction shorter than the input sends the positions beyond it the cheap way out; a longer one
+    changes nothing, since what padding it would take is masked. Longer inputs are windows of `max_seq_len`, each with
+    a length of its own.
+
+    Its ``state_dict`` is that of ``LanguageModel.from_config(wrapper.config)``, which is the same model with the
+    choice always on.
+
+    Raises:
+        ConfigError: settings that do not fit the base model, such as a global mean in a causal one.
+    """
+
+    def __init__(
+        self,
+        base_model: LanguageModel,
+        max_seq_len: int = 128,
+        num_length_bins: int = 8,
+        length_penalty: float = 0.01,
+        **settings: Any,
+    ):
+        nn.Module.__init__(self)
+        if base_model.config.length.bins:
+            raise ConfigError("base_model: has a learned length already (model.length.bins); give one without")
+        check_fields("model.length", LengthConfig, settings)
+        if not base_model.config.causal:
+            settings = {"pooling": "global", **settings}
+        length = LengthConfig(bins=num_length_bins, max_length=max_seq_len, penalty=length_penalty, **settings)
+        if not num_length_bins:
+            raise ConfigError("num_length_bins: got 0, allowed 1 or more lengths to choose among")
+        self.config = dataclasses.replace(base_model.config, length=length)
+        self.embed, self.norm, self.head = base_model.embed, base_model.norm, base_model.head
+        self.blocks = learned_length(self.config, base_model.blocks).to(self.embed.weight)
+        self._base = (base_model,)  # in a tuple, so that its parameters are not registered a second time
+
+    @property
+    def base_model(self) -> LanguageModel:
+        return self._base[0]
+
+    def forward(self, ids: Tensor, *, use_adaptive_length: bool = False, **others: Any) -> ModelOutput | AdaptiveOutput:
+        """others: as :meth:`LanguageModel.forward`; a state goes on in the mode that it came from."""
+        if not use_adaptive_length:
+            return self.base_model(ids, **others)
+        return AdaptiveOutput(**vars(super().forward(ids, **others)))
+
+    def parameters_added(self) -> list[nn.Parameter]:
+        """Those that the base model does not have."""
+        shared = {id(p) for p in self.base_model.parameters()}
+        return [p for p in self.parameters() if id(p) not in shared]
+
+
+def length_histogram(record: LengthRecord) -> dict[int, int]:
+    """How many windows chose each length, shortest first; windows that have not decided are not counted."""
+    lengths, counts = torch.unique(record.predicted_lengths[record.decided], return_counts=True)
+    return dict(zip(lengths.tolist(), counts.tolist(), strict=True))

@@ -1,0 +1,115 @@
+"""Training and scoring a learned length, in plain PyTorch: any optimizer, any iterable of (inputs, targets)."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnet_bk.length import AdaptiveOutput, AdaptiveSequenceLengthWrapper, length_histogram
+from resnet_bk.model import ModelOutput
+
+
+@dataclass(frozen=True)
+class LengthScores:
+    """perplexity: per token, over all positions, in the mode asked for; full_perplexity: of the same model at full
+    length. avg_speedup: seconds at full length over seconds in that mode, batch by batch in turn, both as they ran.
+    avg_predicted_length and histogram {length: windows}: of the windows that decided."""
+
+    perplexity: float
+    full_perplexity: float
+    avg_speedup: float
+    avg_predicted_length: float
+    histogram: dict[int, int]
+
+
+class LearnedSequenceLengthTrainer:
+    """Steps of ``CE + length_penalty * E[length] / max_seq_len``, with a gradient to the predictor from both.
+
+    Args:
+        model: the wrapper; its base model is trained along with the predictor and the way out.
+        optimizer: over ``model.parameters()``, or those of them that should learn.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+
+    def __init__(
+        self, model: AdaptiveSequenceLengthWrapper, optimizer: torch.optim.Optimizer, max_grad_norm: float = 1.0
+    ):
+        self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
+
+    def train_step(self, x: Tensor, y: Tensor, use_adaptive_length: bool = True) -> dict[str, float]:
+        """One update from inputs x and targets y, both (B, N) integer, -100 in y not counted.
+
+        Raises:
+            FloatingPointError: the loss is not finite; no update was made.
+        """
+        self.model.train()
+        output = self.model(x, targets=y, logits=False, use_adaptive_length=use_adaptive_length)
+        assert output.loss is not None
+        if not torch.isfinite(output.loss):
+            raise FloatingPointError(f"the loss is {output.loss.item()}; no update was made")
+        self.optimizer.zero_grad()
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        report = {"total_loss": output.loss.item(), "ce_loss": output.losses["cross_entropy"].item()}
+        if not isinstance(output, AdaptiveOutput):
+            return report | {
+                "length_cost": 0.0,
+                "avg_predicted_length": float(min(x.shape[1], self.model.config.window)),
+                "speedup_estimate": 1.0,
+            }
+        return report | {
+            "length_cost": self.model.config.length.penalty * output.losses["length"].item(),
+            "avg_predicted_length": output.length.avg_predicted_length,
+            "speedup_estimate": output.length.speedup_estimate,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]], use_adaptive_length: bool = True) -> LengthScores:
+        """Score every batch at full length and, if asked for, adaptively.
+
+        Raises:
+            ValueError: the loader is empty, or has no target to score.
+        """
+        self.model.eval()
+        nats = {False: 0.0, True: 0.0}
+        seconds = {False: 0.0, True: 0.0}
+        tokens, lengths, windows, histogram, first = 0, 0.0, 0, Counter[int](), True
+        modes = (False, True) if use_adaptive_length else (False,)
+        for x, y in loader:
+            if first:  # compiles kernels outside the clock
+                self._timed(x, y, True)
+                self._timed(x, y, False)
+            first, count = False, int((y != -100).sum())
+            tokens += count
+            for mode in modes:
+                output, elapsed = self._timed(x, y, mode)
+                seconds[mode] += elapsed
+                nats[mode] += output.losses["cross_entropy"].item() * count if count else 0.0
+                if isinstance(output, AdaptiveOutput):
+                    found = length_histogram(output.length)
+                    histogram.update(found)
+        if not tokens:
+            raise ValueError("loader: has no batch with a target to score")
+        windows = sum(histogram.values())
+        lengths = sum(length * number for length, number in histogram.items())
+        return LengthScores(
+            perplexity=math.exp(nats[use_adaptive_length] / tokens),
+            full_perplexity=math.exp(nats[False] / tokens),
+            avg_speedup=seconds[False] / seconds[use_adaptive_length],
+            avg_predicted_length=lengths / windows if windows else float(self.model.config.window),
+            histogram=dict(sorted(histogram.items())),
+        )
+
+    def _timed(self, x: Tensor, y: Tensor, adaptive: bool) -> tuple[ModelOutput, float]:
+        if x.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        output = self.model(x, targets=y, logits=False, use_adaptive_length=adaptive)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize()
+        return output, time.perf_counter() - started
