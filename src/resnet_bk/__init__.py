@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from resnet_bk.adaptive.length_predictor import SequenceLengthPredictor
     from resnet_bk.adaptive.multiscale import LearnedDownsampling, LearnedUpsampling
     from resnet_bk.adaptive.multiscale_blocks import (
         HierarchicalMultiScaleLayer,
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
     )
     from resnet_bk.config import ConfigError, ModelConfig
     from resnet_bk.model import LanguageModel, ModelOutput
+    from resnet_bk.training.length_trainer import LearnedSequenceLengthTrainer
+    from resnet_bk.wrapper import AdaptiveSequenceLengthWrapper
 
 __version__ = "0.1.0"
 
 _NAMES = {
     "resnet_bk.config": ("ConfigError", "ModelConfig"),
     "resnet_bk.model": ("LanguageModel", "ModelOutput"),
+    "resnet_bk.wrapper": ("AdaptiveSequenceLengthWrapper",),
+    "resnet_bk.training.length_trainer": ("LearnedSequenceLengthTrainer",),
+    "resnet_bk.adaptive.length_predictor": ("SequenceLengthPredictor",),
     "resnet_bk.adaptive.multiscale": ("LearnedDownsampling", "LearnedUpsampling"),
     "resnet_bk.adaptive.multiscale_blocks": (
         "HierarchicalMultiScaleLayer",
@@ -34,15 +40,18 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
+    "AdaptiveSequenceLengthWrapper",
     "ConfigError",
     "HierarchicalMultiScaleLayer",
     "LanguageModel",
     "LearnedDownsampling",
+    "LearnedSequenceLengthTrainer",
     "LearnedUpsampling",
     "ModelConfig",
     "ModelOutput",
     "MultiScaleResNetBKBlock",
     "MultiScaleResNetBKLayer",
+    "SequenceLengthPredictor",
     "__version__",
     "count_flops_multi_scale",
 ]

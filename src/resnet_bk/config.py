@@ -141,8 +141,9 @@ class LengthConfig:
     """Lengths to choose among, up to max_length; 0: every position goes through all blocks."""
     max_length: int | None = None
     """Positions of a window; each window has its own length. Default: n_seq."""
-    mode: Literal["truncate", "pool"] = "pool"
-    """Which positions go deep: the first ones of the window, or as many spread over it, each for those since the last."""
+    mode: Literal["truncate", "pool"] = "truncate"
+    """Which positions go deep: the first of the window, or about as many spread over it, each for those since the last
+    one."""
     trunk: int | None = None
     """Layers that every position goes through, the first ones. Default: a quarter of them, at least one."""
     placement: Literal["even", "geometric", "learned", "continuous"] = "even"
@@ -156,13 +157,13 @@ class LengthConfig:
     spacing: Literal["even", "words"] = "even"
     """Pooled: spread evenly, or each at the first end of a word (of bytes) in its stretch."""
     training: Literal["expected", "sampled", "gumbel"] | None = None
-    """The expected loss over all lengths, with every position computed (truncate only); or one length sampled per
-    window, and only that computed. Default: expected where it can be had."""
+    """Truncating: the expected loss over all lengths (default), or that of one Gumbel-Softmax sample per window, both
+    with every position computed; or, and always when pooling, one sample per window with only that computed."""
     temperature: float = 1.0
-    """Of the samples (Gumbel-Softmax)."""
+    """Of the Gumbel-Softmax."""
     penalty: float = 0.01
     """Weight of the mean expected length, as a share of max_length, in the loss."""
-    entropy_weight: float = 0.001
+    entropy_weight: float = 0.01
     """Weight of the bonus for undecided choices, which keeps them from collapsing to one length early."""
     execution: Literal["grouped", "batch_max"] = "grouped"
     """Sequences of a batch run in groups of equal length, or all at the longest one's. Changes time, not results."""
@@ -171,7 +172,7 @@ class LengthConfig:
         where = "model.length"
         check_integer(where, 0, 1_024, bins=self.bins)
         if self.max_length is not None:
-            check_integer(where, max(2, self.bins), 2**20, max_length=self.max_length)
+            check_integer(where, 2, 2**20, max_length=self.max_length)
         if self.trunk is not None:
             check_integer(where, 1, 1_023, trunk=self.trunk)
         check_integer(where, 1, 2, levels=self.levels)
@@ -184,25 +185,25 @@ class LengthConfig:
         check_choice(where, ("grouped", "batch_max"), execution=self.execution)
         check_range(where, 1e-3, 1e3, temperature=self.temperature)
         check_range(where, 0, 1_000, penalty=self.penalty, entropy_weight=self.entropy_weight)
-        if self.training == "expected" and self.mode == "pool":
+        if self.training in ("expected", "gumbel") and self.mode == "pool":
             raise ConfigError(
-                f"{where}.training: got 'expected' with mode = 'pool', allowed with 'truncate': pooled, each length is "
-                "a computation of its own"
-            )
-        if self.placement in ("learned", "continuous") and self.sampled:
-            raise ConfigError(
-                f"{where}.placement: got {self.placement!r} where lengths are sampled in training, allowed with "
-                "mode = 'truncate' and training = 'expected'"
+                f"{where}.training: got {self.training!r} with mode = 'pool', allowed 'sampled': pooled, each length "
+                "is a computation of its own"
             )
         if self.placement == "continuous" and self.levels == 2:
             raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no bins")
+        if self.placement in ("learned", "continuous") and self.sampled:
+            raise ConfigError(
+                f"{where}.placement: got {self.placement!r} where lengths are sampled in training, allowed with "
+                "mode = 'truncate' and another training"
+            )
         if self.levels == 2 and self.bins and self.groups == self.bins:
             raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two numbers")
 
     @property
     def sampled(self) -> bool:
         """Whether training samples lengths, and computes those only."""
-        return self.mode == "pool" or self.training in ("sampled", "gumbel")
+        return self.mode == "pool" or self.training == "sampled"
 
     @property
     def groups(self) -> int:
@@ -305,13 +306,14 @@ class ModelConfig:
         where, length = "model.length", self.length
         if self.window < max(2, length.bins):
             raise ConfigError(
-                f"{where}.bins: got {length.bins} with max_length = {self.window}, allowed at most one a position, and 2 "
-                "positions or more"
+                f"{where}.bins: got {length.bins} with max_length = {self.window}, allowed at most one a position, "
+                "of 2 or more positions"
             )
         if self.trunk >= self.outer_layers:
             what = "layers, all chunks being one of them" if self.multiscale.factors else "blocks"
             raise ConfigError(
-                f"{where}.trunk: got {self.trunk} of {self.outer_layers} {what}, allowed fewer: some must be left to skip"
+                f"{where}.trunk: got {self.trunk} of {self.outer_layers} {what}, allowed fewer: some must be left "
+                "to skip"
             )
         if self.causal == (length.pooling == "global"):
             raise ConfigError(

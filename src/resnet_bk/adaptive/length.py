@@ -28,8 +28,8 @@ from resnet_bk.layers.feedforward import TILE, SwiGLU
 from resnet_bk.layers.norm import Norm
 from resnet_bk.record import Record
 
-EXPLORATION = 0.1  # share of sampled lengths that are drawn evenly
-SHALLOW_SHARE = 1.0
+EXPLORATION = 0.2  # share of sampled lengths that are drawn evenly
+DISTILLATION = 0.3  # weight of the distance between what the way out and the deep blocks return
 REACH = 16  # distances from the last kept position that are told apart
 
 TaskLoss = Callable[[Callable[[Tensor], Tensor]], Tensor]
@@ -60,8 +60,8 @@ class LengthRecord(Record):
     predicted_lengths: (B, W) int64, of each window that the call touched; the shortest one where `decided` (B, W) is
         False: the window's prefix is not complete.
     length_probs: (B, W, K).
-    kept: (B, N) bool, the positions that went deep.
-    positions: real positions; deep_positions: those the deep blocks computed, padding included.
+    kept, real: (B, N) bool, the positions that went deep, and those that are no padding.
+    deep_positions: those the deep blocks computed, what fills up their batches included.
     costs: FLOPs of one position in the trunk, the deep blocks and the way out, two for each weight.
     """
 
@@ -69,7 +69,7 @@ class LengthRecord(Record):
     decided: Tensor = field(default_factory=torch.empty)
     length_probs: Tensor = field(default_factory=torch.empty)
     kept: Tensor = field(default_factory=torch.empty)
-    positions: int = 0
+    real: Tensor = field(default_factory=torch.empty)
     deep_positions: int = 0
     costs: tuple[int, int, int] = (0, 0, 0)
 
@@ -82,17 +82,19 @@ class LengthRecord(Record):
     @property
     def executed_flops(self) -> int:
         trunk, deep, way_out = self.costs
-        return trunk * self.positions + deep * self.deep_positions + way_out * (self.positions - int(self.kept.sum()))
+        positions = int(self.real.sum())
+        return trunk * positions + deep * self.deep_positions + way_out * (positions - int(self.kept.sum()))
 
     @property
     def speedup_estimate(self) -> float:
         """FLOPs of every position through every block, over those executed. The clock has the last word."""
-        return (self.costs[0] + self.costs[1]) * self.positions / max(1, self.executed_flops)
+        return (self.costs[0] + self.costs[1]) * int(self.real.sum()) / max(1, self.executed_flops)
 
 
 class Windows(NamedTuple):
-    """offset, window: (B, N) int64, each position's place in its window, and which window of the call that is.
-    choices: over (B, W). sample: (B, W, K) one-hot, in training. chosen: (B, W) int64. decided, new: (B, W) bool: has a length; got it in this call."""
+    """offset, window: (B, N) int64, each position's place in its window, and which one that is of the call's.
+    choices: of (B, W). sample: (B, W, K) one-hot, where lengths are sampled. chosen: (B, W) int64. decided, new: (B, W)
+    bool, whether there is a length, and whether it was chosen in this call."""
 
     offset: Tensor
     window: Tensor
@@ -165,7 +167,7 @@ class LearnedLength(nn.Module):
             decided=windows.decided[:, :touched],
             length_probs=windows.choices.probabilities[:, :touched],
             kept=keep,
-            positions=int(real.sum()),
+            real=real,
             deep_positions=deep.computed,
             costs=self.costs,
         )
@@ -225,11 +227,8 @@ class LearnedLength(nn.Module):
         return windows, end % self.window, table[row, following], chosen[row, following]
 
     def _sample(self, choices: Lengths) -> Tensor:
-        """(B, W, K) one-hot samples: drawn evenly, or by the probabilities and with the gradient of their relaxation
-        (Gumbel-Softmax, Jang et al. 2017, arXiv:1611.01144)."""
-        if self.settings.training == "gumbel":
-            return F.gumbel_softmax(choices.probabilities.log(), tau=self.settings.temperature, hard=True)
-        return F.gumbel_softmax(torch.zeros_like(choices.probabilities), hard=True)
+        """(B, W, K) one-hot samples, by the Gumbel-max trick."""
+        return F.gumbel_softmax(_explored(choices.probabilities).detach().log(), hard=True)
 
     def _ends_of_words(self, ids: Tensor, past: LengthState) -> Tensor:
         """(B, N) bool; nowhere where spacing is even."""
@@ -243,13 +242,16 @@ class LearnedLength(nn.Module):
         prefix = windows.offset < shortest
         if not self.pools:
             return prefix | (windows.offset < length)
-        # What follows the prefix is cut into `cells` stretches. Of each, the first end of a word is kept, or its end.
-        cells, span, place = length - shortest, self.window - shortest, windows.offset - shortest
+        # Prefix and rest are cut into `cells` stretches. Of each, the first end of a word is kept, or its end.
+        length = torch.where(prefix, shortest, length)
+        span = torch.where(prefix, shortest, self.window - shortest)
+        place = torch.where(prefix, windows.offset, windows.offset - shortest)
+        cells = (span * length // self.window).clamp(min=1)
         cell = place * cells // span
-        start = -(-cell * span // cells.clamp(min=1))
+        start = -(-cell * span // cells)
         is_last = (place + 1) * cells // span > cell
         since = torch.cat([since_word.unsqueeze(1), since_last(words, since_word)[:, :-1]], dim=1) + 1
-        return prefix | ((cells > 0) & (since > place - start) & (words | is_last))
+        return (since > place - start) & (words | is_last)
 
     # ------------------------------------------------------------------------------------- deep, or the way out
 
@@ -317,9 +319,14 @@ class LearnedLength(nn.Module):
     def _expected_loss(self, windows: Windows, deep: Tensor, shallow: Tensor) -> TaskLoss:
         """Expected over lengths: at each position, the deep loss as often as it is reached, else that of the way out.
 
-        Both ways learn from every position in full, however seldom they are chosen, so that a choice can be undone.
+        With "gumbel", of one hard sample, with the gradient of its relaxation (Jang et al. 2017, arXiv:1611.01144).
+        Both ways learn from every position in full, however seldom they are chosen, so that a choice can be undone; the
+        way out learns from what the deep blocks return there, too.
         """
-        choices = Lengths(windows.choices.values, windows.at(windows.choices.probabilities))
+        probabilities = windows.choices.probabilities
+        if self.settings.training == "gumbel":
+            probabilities = F.gumbel_softmax(probabilities.log(), tau=self.settings.temperature, hard=True)
+        choices = Lengths(windows.choices.values, windows.at(probabilities))
         if choices.values.dim() > 1:
             choices = choices._replace(values=windows.at(choices.values))
         reach = self.predictor.reach(choices, windows.offset)
@@ -327,36 +334,33 @@ class LearnedLength(nn.Module):
 
         def loss(nats: Callable[[Tensor], Tensor]) -> Tensor:
             a, b = nats(deep), nats(shallow)
-            return torch.lerp(b.detach(), a.detach(), reach.to(a.dtype)) + (a - a.detach()) + (b - b.detach())
+            taught = a + b + DISTILLATION * _distance(shallow, deep.detach())
+            return torch.lerp(b.detach(), a.detach(), reach.to(a.dtype)) + (taught - taught.detach())
 
         return loss
 
     def _sampled_loss(self, windows: Windows, real: Tensor, out: Tensor, shallow: Tensor) -> TaskLoss:
-        """Of the sampled lengths. A sample is worth what it gained over the way out, at the positions it reached.
+        """Of the lengths that were drawn, and computed: the loss is that of `out`.
 
-        The straight-through sample is 1 in value, so the loss is that of `out`; its gradient carries the gain.
+        Its gradient to the predictor is unbiased: what the event gained over the way out (truncate: that a position
+        is reached; pool: that a length was drawn), times the gradient of its probability, over the chance to see it.
         """
         assert windows.sample is not None
-        sample = windows.at(windows.sample)
-        even = self.settings.training != "gumbel"
-        chances = windows.at(windows.choices.probabilities) if even else sample
+        probabilities = windows.at(windows.choices.probabilities)
         if self.pools:
-            within = sample.detach()
-            counts = real & (windows.offset >= self.predictor.shortest)
+            event, counted = windows.at(windows.sample), real & (windows.offset >= self.predictor.shortest)
         else:
-            within = (windows.offset.unsqueeze(-1) < windows.choices.values).to(sample.dtype)
-            counts = real
-        chosen = (chances * within).sum(-1)
-        if even:
-            chosen = chosen / within.mean(-1)
-        chosen = chosen - chosen.detach()
+            event, counted = windows.offset.unsqueeze(-1) < windows.choices.values, real
+        chance = (probabilities * event).sum(-1)
+        weight = (chance - chance.detach()) / (_explored(probabilities) * event).sum(-1).detach()
 
         def loss(nats: Callable[[Tensor], Tensor]) -> Tensor:
             a, b = nats(out), nats(shallow)
-            gain = (a - b).detach() * counts
-            if self.pools:  # only gains above the mean speak for one length against the others
-                gain = (gain - gain.sum() / counts.sum().clamp(min=1)) * counts
-            return a + chosen.to(a.dtype) * gain + SHALLOW_SHARE * (b - b.detach())
+            cost = (a - b).detach() * counted
+            if self.pools:  # a length gains against the others, not against none
+                cost = cost - counted * cost.sum() / counted.sum().clamp(min=1)
+            taught = b if self.pools else b + DISTILLATION * _distance(shallow, out.detach())
+            return a + weight.to(a.dtype) * cost + (taught - taught.detach())
 
         return loss
 
@@ -366,6 +370,18 @@ class LearnedLength(nn.Module):
         none = torch.zeros(batch, dtype=torch.int64, device=x.device)
         sums = x.new_zeros(batch, width + 1, dtype=torch.promote_types(x.dtype, torch.float32))
         return LengthState(None, None, none, sums, none, sums, x.new_zeros(batch, width), none, none, none)
+
+
+def _explored(probabilities: Tensor) -> Tensor:
+    """What lengths are drawn from in training: with a share drawn evenly, every one of them stays in practice."""
+    even = torch.full_like(probabilities, 1 / probabilities.shape[-1])
+    return torch.lerp(probabilities, even, EXPLORATION)
+
+
+def _distance(x: Tensor, y: Tensor) -> Tensor:
+    """(B, N) mean squared distance of x and y (B, N, D) once normalised."""
+    x, y = (F.rms_norm(z, z.shape[-1:]) for z in (x, y))
+    return (x - y).square().mean(-1)
 
 
 def _flops(part: nn.Module) -> int:

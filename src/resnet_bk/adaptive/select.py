@@ -74,8 +74,8 @@ def run_rows(
 ) -> tuple[Tensor, Any, list[Record]]:
     """A layer on packed positions x (B, M, D), ids (B, M), each group of rows by itself, no longer than it needs.
 
-    groups: disjoint (R,) int64 indices of rows, at least one. Rows in none of them keep their state; without a state there must be
-    none such. What the layers report comes group by group.
+    groups: disjoint (R,) int64 indices of rows, at least one. Rows in none of them keep their state, so without a state
+    there must be none such. What the layers report comes group by group.
     """
     outputs, states, records = [], [], []
     for rows in groups:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnet_bk.length import AdaptiveOutput, AdaptiveSequenceLengthWrapper, length_histogram
 from resnet_bk.model import ModelOutput
+from resnet_bk.wrapper import AdaptiveOutput, AdaptiveSequenceLengthWrapper, length_histogram
 
 
 @dataclass(frozen=True)
