@@ -417,13 +417,13 @@ def main() -> None:
         return
     text = "# Learned length\n\n" + conditions("python benchmarks/length.py")
     text += (
-        f"\n{LAYERS} blocks, D = 128, {TRUNK} of them the trunk; windows of {WINDOW} bytes, eight lengths, a prefix of "
-        f"16. {STEPS} steps of {BATCH} windows, a third each of code-page tables (easy), ordinary modules (medium), and "
-        "certificates and keys (hard) of the standard library, AdamW 3e-3 cosine, one thread a run, two runs at a time; "
-        f"every tenth file held out. Penalties: truncate {TRUNCATE['penalty']}, pool {POOL['penalty']}. Median (least "
-        "to greatest) of three seeds.\n\n## The clock\n\nPrefill of 96 held-out windows, in turn, against the same "
-        "model with every position through every block, and against a plain model of as many blocks trained for as "
-        "many steps. Perplexity is per byte, over all positions.\n\n" + clock()
+        f"\n{LAYERS} blocks, D = 128, {TRUNK} of them the trunk; windows of {WINDOW} bytes, eight lengths, a prefix "
+        f"of 16. {STEPS} steps of {BATCH} windows, a third each of code-page tables (easy), ordinary modules (medium), "
+        "certificates and keys (hard) of the standard library, AdamW 3e-3 cosine, one thread a run, two runs at a "
+        f"time; every tenth file held out. Penalties: truncate {TRUNCATE['penalty']}, pool {POOL['penalty']}. Median "
+        "(least to greatest) of three seeds.\n\n## The clock\n\nPrefill of 96 held-out windows, in turn, against the "
+        "same model with every position through every block, and against a plain model of as many blocks trained as "
+        "long. Perplexity is per byte, over all positions.\n\n" + clock()
     )
     text += "\n## Quality\n\nEqual steps, as chosen and at full length.\n\n" + quality_table(results)
     text += "\n## Truncate and pool at equal length\n\nBits per byte.\n\n" + forced_table(results)

@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
 import torch
 
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.measure import greedy, measure
+
+TEXT = np.random.default_rng(0).integers(0, 31, 500, dtype=np.uint16)  # shorter than what is measured
 
 
 @pytest.mark.parametrize("readout", ["propagator", "diagonal"])
@@ -11,16 +14,18 @@ def test_flops_per_byte_are_those_of_the_matrices(readout):
     model = LanguageModel(259, d_model=64, n_layers=2, num_experts=1, readout=readout)
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     expected = 2 * sum(weight.numel() for weight in matrices)
-    costs = measure(model, bytes_per_token=1.0, batch=1, length=64, new=2, repeats=1)
+    costs = measure(model, TEXT, bytes_per_token=1.0, batch=1, length=64, new=2, repeats=1)
     assert costs.flops_per_byte == pytest.approx(expected, rel=0.1)
     assert costs.parameters == sum(p.numel() for p in model.parameters())
-    halved = measure(model, bytes_per_token=2.0, batch=1, length=64, new=2, repeats=1)
+    halved = measure(model, TEXT, bytes_per_token=2.0, batch=1, length=64, new=2, repeats=1)
     assert halved.flops_per_byte == pytest.approx(costs.flops_per_byte / 2)
 
 
 def test_of_several_experts_only_those_used_count():
     one, four = (
-        measure(LanguageModel(31, d_model=32, n_layers=1, num_experts=n), 1.0, batch=1, length=1024, new=2, repeats=1)
+        measure(
+            LanguageModel(31, d_model=32, n_layers=1, num_experts=n), TEXT, 1.0, batch=1, length=1024, new=2, repeats=1
+        )
         for n in (1, 4)
     )
     assert one.flops_per_byte <= four.flops_per_byte <= 1.1 * one.flops_per_byte
@@ -29,11 +34,22 @@ def test_of_several_experts_only_those_used_count():
 
 def test_rates_are_positive_and_the_model_is_left_as_it_was():
     model = LanguageModel(31, d_model=16, n_layers=1, num_experts=1).train()
-    costs = measure(model, 1.0, batch=2, length=16, new=3, repeats=1)
+    costs = measure(model, TEXT, 1.0, batch=2, length=16, new=3, repeats=1)
     assert costs.prefill > 0
     assert costs.decode > 0
     assert (costs.prefill_setting, costs.decode_setting) == ("2 x 16 tokens", "1 sequence, 3 tokens")
     assert model.training
+
+
+@torch.no_grad()
+def test_costs_are_those_of_the_text():
+    """A model whose chunks end with words computes more of them, and more FLOPs, where words are short."""
+    torch.manual_seed(0)
+    scales = {"factors": [8], "layers": [0, 3, 0], "boundaries": "whitespace"}
+    model = LanguageModel(259, d_model=32, num_experts=1, multiscale=scales)
+    short, long = (np.frombuffer(word * 200, np.uint8).astype(np.uint16) + 3 for word in (b"a ", b"abcdefghijk "))
+    costs = [measure(model, text, 1.0, batch=1, length=256, new=2, repeats=1).flops_per_byte for text in (short, long)]
+    assert costs[0] > 2 * costs[1]
 
 
 @pytest.mark.parametrize("readout", ["propagator", "diagonal"])

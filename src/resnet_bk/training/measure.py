@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,16 +32,26 @@ class Costs:
 
 @torch.no_grad()
 def measure(
-    model: LanguageModel, bytes_per_token: float, batch: int = 8, length: int = 2048, new: int = 256, repeats: int = 5
+    model: LanguageModel,
+    text: np.ndarray,
+    bytes_per_token: float,
+    batch: int = 8,
+    length: int = 2048,
+    new: int = 256,
+    repeats: int = 5,
 ) -> Costs:
-    """Prefill of `batch` x `length` tokens; greedy decoding of `new` tokens, one sequence, after a prompt of 64."""
+    """Prefill of `batch` x `length` tokens; greedy decoding of `new` tokens, one sequence, after a prompt of 64.
+
+    text: (T,) integer, T >= 1, from which the tokens come, over and over where it is short. What a model that decides
+    by content costs depends on it.
+    """
     device = model.embed.weight.device
     was_training = model.training
     model.eval()
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.from_numpy(np.resize(text[: batch * length], (batch, length)).astype(np.int64)).to(device)
     with FlopCounterMode(display=False) as counter:
-        model(ids[:1])
-    flops = counter.get_total_flops() / length
+        model(ids)
+    flops = counter.get_total_flops() / ids.numel()
     prefill = [_seconds(lambda: model(ids, logits=False), device) for _ in range(repeats + 1)][1:]
     decode = [_seconds(lambda: greedy(model, ids[:1, :64], new), device) for _ in range(repeats + 1)][1:]
     model.train(was_training)

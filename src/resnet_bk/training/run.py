@@ -257,7 +257,7 @@ def _conclude(
     scoring = EvalConfig(checkpoint=str(folder))
     scores = evaluate(model.model, val_tokens, tokenizer.eos_token_id, scoring, _words(held_out))
     console.print("measuring speed ...")
-    costs = measure(model.model, trainer.bytes_per_token)
+    costs = measure(model.model, val_tokens.ids, trainer.bytes_per_token)
     settings = GenerateConfig(str(folder), config.sample, 400, seed=config.seed)
     sample = generate_text(model, tokenizer, config.sample, settings)
     # a run shorter than log_every has logged nothing
