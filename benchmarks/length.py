@@ -36,7 +36,7 @@ TRUNCATE = {"bins": 8, "trunk": TRUNK, "penalty": 0.09}
 POOL = {"bins": 8, "trunk": TRUNK, "penalty": 0.01, "mode": "pool", "spacing": "words", "placement": "geometric"}
 KINDS = ("easy", "medium", "hard")
 MIXES = {"uniform": (1 / 3, 1 / 3, 1 / 3), "skewed-easy": (0.8, 0.1, 0.1), "skewed-hard": (0.1, 0.1, 0.8)}
-PENALTIES = (0.0, 0.01, 0.03, 0.05, 0.07, 0.09, 0.1)
+PENALTIES = (0.0, 0.03, 0.06, 0.09, 0.11, 0.13)
 
 # name -> fields of the model
 MODELS: dict[str, dict[str, Any]] = {
@@ -116,6 +116,8 @@ def drawn(ids: dict[str, tuple[np.ndarray, np.ndarray]], rng: np.random.Generato
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
     """One training run: bits per byte of each kind as it chooses, at full length and at each length forced."""
     torch.set_num_threads(1)
+    if "penalty" in spec:
+        return predictor_alone(**spec)
     name, seed = spec["model"], spec["seed"]
     torch.manual_seed(seed)
     model = LanguageModel(259, **{**SHAPE, **MODELS[name]})
@@ -141,7 +143,6 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
             result[kind] |= lengths_of(model, room, rows[kind])
         if name == "truncate":
             result["random"] = random_predictor(model, room, rows, seed)
-            sweep(model, room, ids, seed)
     return result
 
 
@@ -183,28 +184,29 @@ def record_of(model: LanguageModel, rows: Tensor) -> LengthRecord:
     return record
 
 
-def sweep(model: LanguageModel, room: LearnedLength, ids: dict[str, tuple[np.ndarray, np.ndarray]], seed: int) -> None:
-    """The trained network with predictors trained anew, each at its own penalty; they are saved.
+def predictor_alone(penalty: float, seed: int, steps: int) -> dict[str, Any]:
+    """The trained network with a predictor trained anew, at another penalty.
 
     The predictor does not shape the network (its features come detached, and both ways out learn everywhere), so
     this is what training all of it at that penalty gives, but for when the predictor learns.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for penalty in PENALTIES:
-        torch.manual_seed(seed)
-        for layer in (room.predictor.hidden, room.predictor.out):
-            layer.reset_parameters()
-        room.predictor.requires_grad_(True)
-        rng = np.random.default_rng(seed + 100)
-        model.train()
+    model, ids, rng = load("truncate", seed), texts(), np.random.default_rng(seed + 100)
+    room = room_of(model)
+    assert room is not None
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    for layer in (room.predictor.hidden, room.predictor.out):
+        layer.reset_parameters()
+    room.predictor.requires_grad_(True)
+    model.train()
 
-        def loss_of(x: Tensor, y: Tensor, penalty: float = penalty) -> Tensor:
-            losses = model(x, targets=y, logits=False).losses
-            return losses["cross_entropy"] + penalty * losses["length"] + 0.01 * losses["certainty"]
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        losses = model(x, targets=y, logits=False).losses
+        return losses["cross_entropy"] + penalty * losses["length"] + 0.01 * losses["certainty"]
 
-        train(loss_of, room.predictor, lambda rng=rng: drawn(ids, rng), steps=60)
-        save_model(room.predictor, str(saved(f"penalty {penalty:g}", seed)))
+    result = train(loss_of, room.predictor, lambda: drawn(ids, rng), steps=steps)
+    save_model(room.predictor, str(saved(f"penalty {penalty:g}", seed)))
+    return result
 
 
 def random_predictor(model: LanguageModel, room: LearnedLength, rows: dict[str, Tensor], seed: int) -> dict[str, Any]:
@@ -413,6 +415,8 @@ def main() -> None:
     plan = [(m, s) for s in SEEDS for m in EVERY_SEED] + [(m, 0) for m in MODELS if m not in EVERY_SEED]
     cells = [{"model": m, "seed": s, "steps": STEPS} for m, s in plan]
     results = run_cells(__file__, cells, workers=2, log=options.log)
+    cells = [{"penalty": p, "seed": s, "steps": 60} for s in SEEDS for p in PENALTIES]
+    run_cells(__file__, cells, workers=2, log=options.log)
     if options.train_only:
         return
     text = "# Learned length\n\n" + conditions("python benchmarks/length.py")

@@ -10,6 +10,7 @@ from resnet_bk.config import (
     DataConfig,
     EvalConfig,
     GenerateConfig,
+    LengthConfig,
     ModelConfig,
     MultiScaleConfig,
     TrainConfig,
@@ -19,7 +20,7 @@ from resnet_bk.config import (
 )
 
 MODEL, DATA, TRAIN = (ModelConfig, {}), (DataConfig, {}), (TrainConfig, {"max_steps": 1})
-SCALES = (MultiScaleConfig, {})
+SCALES, LENGTHS = (MultiScaleConfig, {}), (LengthConfig, {})
 EVAL, GENERATE = (EvalConfig, {"checkpoint": "x", "stride": 1}), (GenerateConfig, {"checkpoint": "x", "prompt": "y"})
 HUGE = 10**5000  # longer than Python prints
 
@@ -34,6 +35,10 @@ RANGES = [
     (MODEL, "conv_width", "model", 1, 64),
     (MODEL, "n_heads", "model", 1, 64),
     (MODEL, "d_ff", "model", 1, 1_048_576),
+    (LENGTHS, "bins", "model.length", 0, 1_024),
+    (LENGTHS, "max_length", "model.length", 2, 1_048_576),
+    (LENGTHS, "trunk", "model.length", 1, 1_023),
+    (LENGTHS, "levels", "model.length", 1, 2),
     (TRAIN, "batch_size", "train", 1, 1_048_576),
     (TRAIN, "accumulate", "train", 1, 1_048_576),
     (TRAIN, "save_every", "train", 1, 10**9),
@@ -50,6 +55,9 @@ RANGES = [
 REALS = [
     (MODEL, "balance_weight", "model", 0, 1_000),
     (SCALES, "ratio_weight", "model.multiscale", 0, 1_000),
+    (LENGTHS, "temperature", "model.length", 1e-3, 1e3),
+    (LENGTHS, "penalty", "model.length", 0, 1_000),
+    (LENGTHS, "entropy_weight", "model.length", 0, 1_000),
     (DATA, "val_fraction", "data", 1e-6, 0.5),
     (TRAIN, "learning_rate", "train", 1e-8, 10),
     (TRAIN, "warmup", "train", 0, 1),
@@ -64,6 +72,11 @@ REALS = [
 CHOICES = [
     (MODEL, "readout", "model"),
     (MODEL, "energy", "model"),
+    (LENGTHS, "mode", "model.length"),
+    (LENGTHS, "placement", "model.length"),
+    (LENGTHS, "pooling", "model.length"),
+    (LENGTHS, "spacing", "model.length"),
+    (LENGTHS, "execution", "model.length"),
     (TRAIN, "dtype", "train"),
     (EVAL, "context", "eval"),
 ]
@@ -322,4 +335,68 @@ def test_word_boundaries_are_refused_where_tokens_are_no_bytes():
     with pytest.raises(
         ConfigError, match=r"^model\.multiscale\.boundaries: got 'whitespace' with data\.tokenizer = 'gpt2'"
     ):
+        TrainConfig(model=model, data=DataConfig(tokenizer="gpt2"), max_steps=1)
+
+
+# ------------------------------------------------------------------------------------- learned length
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mode": "pool", "training": "expected"}, "training: got 'expected' with mode = 'pool', allowed 'sampled'"),
+        ({"mode": "pool", "training": "gumbel"}, "training: got 'gumbel' with mode = 'pool', allowed 'sampled'"),
+        ({"placement": "learned", "training": "sampled"}, "placement: got 'learned' where lengths are sampled"),
+        ({"placement": "continuous", "mode": "pool"}, "placement: got 'continuous' where lengths are sampled"),
+        ({"placement": "continuous", "levels": 2}, "levels: got 2 with placement = 'continuous', allowed 1"),
+        ({"bins": 7, "levels": 2}, "bins: got 7 with levels = 2, allowed a product of two numbers"),
+    ],
+)
+def test_lengths_that_contradict_themselves_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=rf"^model\.length\.{message}"):
+        LengthConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "message"),
+    [
+        ({"n_seq": 4}, {"bins": 8}, "bins: got 8 with max_length = 4, allowed at most one a position"),
+        ({"n_layers": 4}, {"bins": 8, "trunk": 4}, "trunk: got 4 of 4 blocks, allowed fewer"),
+        ({"n_layers": 1}, {"bins": 8}, "trunk: got 1 of 1 blocks, allowed fewer"),
+        (
+            {"multiscale": MultiScaleConfig(factors=(2,), layers=(1, 2, 0))},
+            {"bins": 8, "trunk": 2},
+            "trunk: got 2 of 2 layers, all chunks being one of them",
+        ),
+        ({}, {"bins": 8, "pooling": "global"}, "pooling: got 'global' with model.causal = True"),
+        ({"causal": False}, {"bins": 8}, "pooling: got 'prefix' with model.causal = False, allowed 'global'"),
+        ({"vocab_size": 100}, {"bins": 8, "mode": "pool", "spacing": "words"}, "spacing: got 'words' with model.vocab"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_model_are_refused(model, length, message):
+    with pytest.raises(ConfigError, match=rf"^model\.length\.{message}"):
+        ModelConfig(**model, length=LengthConfig(**length))
+
+
+def test_trunk_and_window_have_defaults():
+    for blocks, trunk in ((2, 1), (4, 1), (8, 2), (12, 3)):
+        assert ModelConfig(n_layers=blocks, length=LengthConfig(bins=8)).trunk == trunk
+    assert ModelConfig(n_seq=256, length=LengthConfig(bins=8)).window == 256
+    assert ModelConfig(n_seq=256, length=LengthConfig(bins=8, max_length=64)).window == 64
+
+
+def test_two_levels_group_lengths_evenly():
+    for bins, groups in ((4, 2), (6, 3), (8, 4), (16, 4), (15, 5)):
+        assert LengthConfig(bins=bins, levels=2).groups == groups
+
+
+def test_a_learned_length_survives_its_dictionary():
+    config = ModelConfig(length=LengthConfig(bins=4, mode="pool", levels=2, penalty=0.5))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_words_are_refused_where_tokens_are_no_bytes():
+    model = ModelConfig(length=LengthConfig(bins=4, mode="pool", spacing="words"))
+    TrainConfig(model=model, max_steps=1)
+    with pytest.raises(ConfigError, match=r"^model\.length\.spacing: got 'words' with data\.tokenizer = 'gpt2'"):
         TrainConfig(model=model, data=DataConfig(tokenizer="gpt2"), max_steps=1)

@@ -158,7 +158,8 @@ class LengthConfig:
     """Pooled: spread evenly, or each at the first end of a word (of bytes) in its stretch."""
     training: Literal["expected", "sampled", "gumbel"] | None = None
     """Truncating: the expected loss over all lengths (default), or that of one Gumbel-Softmax sample per window, both
-    with every position computed; or, and always when pooling, one sample per window with only that computed."""
+    with every position computed, so exact for sequences of one window; or, and always when pooling, one sample per
+    window with only that computed."""
     temperature: float = 1.0
     """Of the Gumbel-Softmax."""
     penalty: float = 0.01
@@ -192,6 +193,10 @@ class LengthConfig:
             )
         if self.placement == "continuous" and self.levels == 2:
             raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no bins")
+        if self.placement == "continuous" and self.training == "gumbel":
+            raise ConfigError(f"{where}.training: got 'gumbel' with placement = 'continuous', allowed 'expected'")
+        if self.spacing == "words" and self.mode == "truncate":
+            raise ConfigError(f"{where}.spacing: got 'words' with mode = 'truncate', allowed with 'pool'")
         if self.placement in ("learned", "continuous") and self.sampled:
             raise ConfigError(
                 f"{where}.placement: got {self.placement!r} where lengths are sampled in training, allowed with "
@@ -323,6 +328,11 @@ class ModelConfig:
                     if self.causal
                     else "'global': a bidirectional model may look at all of its input"
                 )
+            )
+        if length.mode == "pool" and self.multiscale.factors and self.multiscale.reads_bytes:
+            raise ConfigError(
+                f"{where}.mode: got 'pool' around multiscale.boundaries = {self.multiscale.boundaries!r}, allowed "
+                "around 'fixed' or 'learned': among the positions kept, words cannot be told"
             )
         if length.spacing == "words" and self.vocab_size < BYTE_VOCABULARY:
             raise ConfigError(
@@ -485,6 +495,11 @@ class TrainConfig:
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
         if not self.model.causal:
             raise ConfigError("model.causal: got False, allowed True: a bidirectional model has no next token to learn")
+        if self.model.length.bins and self.model.window > self.model.n_seq:
+            raise ConfigError(
+                f"model.length.max_length: got {self.model.window} with model.n_seq = {self.model.n_seq}, allowed at "
+                "most that: longer lengths would never be trained"
+            )
         if self.model.length.spacing == "words" and self.model.length.bins and self.data.tokenizer != "byte":
             raise ConfigError(
                 f"model.length.spacing: got 'words' with data.tokenizer = {shown(self.data.tokenizer)}, allowed with "

@@ -122,10 +122,11 @@ class LanguageModel(nn.Module):
         task_loss = next((r.task_loss for r in features.records if r.task_loss is not None), None)
         if task_loss is None:
             return self._nats(features.x, targets, "mean")
-        counted = (targets != -100).sum()
         if features.packing is not None:
             targets = features.packing.pack(targets).masked_fill(~features.packing.mask, -100)
-        return task_loss(lambda x: self._nats(self.norm(x), targets, "none")).sum() / counted.clamp(min=1)
+        scored = targets != -100
+        losses = task_loss(lambda x: self._nats(self.norm(x), targets, "none"), scored)
+        return losses.sum() / scored.sum().clamp(min=1)
 
     def _nats(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Nats of targets (B, N) from normed features x (B, N, D): "none" (B, N), or "mean"."""

@@ -13,11 +13,12 @@ class Record:
 
     task_loss: how a room wants its output scored in training, where the loss of the output alone would not tell it
     what its decisions were worth. It is given a function from features (B, N, D) to the nats (B, N) of each
-    position's target, 0 where there is none, and returns the loss of each position (B, N).
+    position's target, and which positions have one, (B, N) bool; nats are 0 at the others. It returns the loss of each
+    position (B, N).
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
-    task_loss: Callable[[Callable[[Tensor], Tensor]], Tensor] | None = None
+    task_loss: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None
 
 
 def mean_losses(records: list[Record]) -> dict[str, Tensor]:

@@ -54,14 +54,20 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
         if base_model.config.length.bins:
             raise ConfigError("base_model: has a learned length already (model.length.bins); give one without")
         check_fields("model.length", LengthConfig, settings)
+        for theirs, ours in (("bins", "num_length_bins"), ("max_length", "max_seq_len"), ("penalty", "length_penalty")):
+            if theirs in settings:
+                raise ConfigError(f"{theirs}: is called {ours} here; give that")
+        if num_length_bins == 0:
+            raise ConfigError("num_length_bins: got 0, allowed 1 or more lengths to choose among")
         if not base_model.config.causal:
             settings = {"pooling": "global", **settings}
         length = LengthConfig(bins=num_length_bins, max_length=max_seq_len, penalty=length_penalty, **settings)
-        if not num_length_bins:
-            raise ConfigError("num_length_bins: got 0, allowed 1 or more lengths to choose among")
         self.config = dataclasses.replace(base_model.config, length=length)
         self.embed, self.norm, self.head = base_model.embed, base_model.norm, base_model.head
-        self.blocks = learned_length(self.config, base_model.blocks).to(self.embed.weight)
+        self.blocks = learned_length(self.config, base_model.blocks)
+        for name, part in self.blocks[0].named_children():
+            if name not in ("trunk", "deep"):  # which are the base model's
+                part.to(self.embed.weight)
         self._base = (base_model,)  # in a tuple, so that its parameters are not registered a second time
 
     @property

@@ -12,6 +12,7 @@ from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer
 
 SCALES = {"factors": [2], "layers": [1, 1, 1], "ratio_weight": 0.0}  # of whole batches, not rows
+LENGTH = {"bins": 4, "max_length": 8, "penalty": 0.0, "entropy_weight": 0.0}  # of whole batches, not rows
 ROOMS = [
     pytest.param({"readout": readout, "energy": energy, "num_experts": experts}, id=f"{readout}-{energy}-{experts}")
     for readout, energy, experts in [
@@ -24,6 +25,10 @@ ROOMS = [
 ] + [
     pytest.param({"n_layers": None, "multiscale": {**SCALES, "boundaries": rule}}, id=rule)
     for rule in ("fixed", "learned")
+]
+ROOMS += [
+    pytest.param({"length": {**LENGTH, **settings}}, id="length-" + "-".join(settings.values()))
+    for settings in ({"mode": "truncate"}, {"mode": "pool"}, {"placement": "geometric", "pooling": "attention"})
 ]
 V = 31
 
@@ -94,6 +99,7 @@ def test_saving_and_loading_keeps_every_bit_and_the_tying(room, tied, tmp_path):
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
     assert loaded.config.model_config() == model.config.model_config()
+    assert torch.equal(loaded.eval()(ids(2, 20)).logits, model(ids(2, 20)).logits)
 
 
 def test_a_flipped_bit_in_the_weights_is_an_error(tmp_path):
@@ -254,7 +260,9 @@ def test_the_loss_is_the_mean_over_counted_labels(room):
     output = model(prompt, labels=labels)
     nats = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), shifted.flatten(), ignore_index=-100)
     extra = 0.0 if output.aux_loss is None else output.aux_loss
-    assert (output.aux_loss is not None) == (room.get("num_experts", 1) > 1 or "learned" in str(room))
+    assert (output.aux_loss is not None) == (
+        room.get("num_experts", 1) > 1 or any(name in str(room) for name in ("learned", "length"))
+    )
     torch.testing.assert_close(output.loss, nats + extra)
     torch.testing.assert_close(model(prompt, shift_labels=shifted).loss, output.loss)
     assert output.loss != model(prompt, labels=prompt).loss

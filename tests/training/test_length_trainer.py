@@ -34,6 +34,8 @@ def test_steps_learn_and_report(mode):
         assert 8 <= report["avg_predicted_length"] <= 32
         assert 0 < report["length_cost"] <= 0.1
         assert report["speedup_estimate"] > 0.5
+    shortest, longest = (f(reports, key=lambda r: r["avg_predicted_length"]) for f in (min, max))
+    assert shortest["speedup_estimate"] > longest["speedup_estimate"]
 
 
 def test_full_length_steps_are_the_base_models():
@@ -45,6 +47,19 @@ def test_full_length_steps_are_the_base_models():
     assert set(report) == KEYS
     assert report["length_cost"] == 0
     assert report["speedup_estimate"] == 1
+
+
+def test_only_what_the_optimizer_holds_is_trained_and_clipped():
+    wrapper, _ = pair()
+    optimizer = torch.optim.SGD(wrapper.parameters_added(), lr=0.1)
+    trainer = LearnedSequenceLengthTrainer(wrapper, optimizer, max_grad_norm=1e9)
+    before = [p.clone() for p in wrapper.base_model.parameters()]
+    gradients = []
+    for _ in range(2):
+        trainer.train_step(*batch())
+        gradients.append(wrapper.base_model.embed.weight.grad.norm().item())
+    assert all(torch.equal(p, q) for p, q in zip(before, wrapper.base_model.parameters(), strict=True))
+    assert gradients[1] == pytest.approx(gradients[0], rel=0.5)  # of one step each, not added up
 
 
 def test_no_update_is_made_of_a_loss_that_is_not_finite():

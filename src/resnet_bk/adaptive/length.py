@@ -1,17 +1,18 @@
 """Learned length: of each window of text, how many positions go through all blocks.
 
-All positions go through the first blocks, the trunk. The deep blocks run on the packed sequence of those kept: a
-window's prefix, from which its length is predicted, and beyond it either the first positions (truncate) or as many
-spread over the window, each standing for those since the last one kept (pool). The others take a cheap way out.
+All positions go through the first blocks, the trunk. The deep blocks run on the packed sequence of those kept: the
+first ones of each window (truncate), or about as many spread over it, each standing for those since the last one kept
+(pool). The others take a cheap way out. The length is predicted from the window's prefix, as long as the shortest one.
 
-Causal by what is known when: the length is chosen from the prefix, which every length computes, and decides about the
-positions after it only. Nothing about a window depends on later ones, so sequences may go on forever.
+Causal by what is known when: the length is chosen from the prefix, which is treated as the shortest one would have it,
+and decides about the positions after it only. Nothing about a window depends on later ones, so sequences may go on
+forever.
 
 Dimensions: B batch, N positions, M positions kept by the fullest row, W windows, K lengths, D model width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +21,11 @@ from torch.nn import functional as F
 
 from resnet_bk.adaptive.boundaries import ends_of_words, since_last
 from resnet_bk.adaptive.length_predictor import Lengths, SequenceLengthPredictor
-from resnet_bk.adaptive.multiscale import Chunks, LearnedUpsampling
+from resnet_bk.adaptive.multiscale import Chunks, LearnedUpsampling, MultiScale
 from resnet_bk.adaptive.select import last_real, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
-from resnet_bk.layers.feedforward import TILE, SwiGLU
+from resnet_bk.layers.feedforward import TILE, Experts, SwiGLU
 from resnet_bk.layers.norm import Norm
 from resnet_bk.record import Record
 
@@ -32,7 +33,7 @@ EXPLORATION = 0.2  # share of sampled lengths that are drawn evenly
 DISTILLATION = 0.3  # weight of the distance between what the way out and the deep blocks return
 REACH = 16  # distances from the last kept position that are told apart
 
-TaskLoss = Callable[[Callable[[Tensor], Tensor]], Tensor]
+TaskLoss = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 class LengthState(NamedTuple):
@@ -57,21 +58,21 @@ class LengthState(NamedTuple):
 class LengthRecord(Record):
     """What was decided, and what it cost.
 
-    predicted_lengths: (B, W) int64, of each window that the call touched; the shortest one where `decided` (B, W) is
-        False: the window's prefix is not complete.
+    predicted_lengths: (B, W) int64, of each window of the call; the shortest one where `decided` (B, W) is False, since
+        the window's prefix is not complete. In training by samples, the samples.
     length_probs: (B, W, K).
     kept, real: (B, N) bool, the positions that went deep, and those that are no padding.
     deep_positions: those the deep blocks computed, what fills up their batches included.
-    costs: FLOPs of one position in the trunk, the deep blocks and the way out, two for each weight.
+    costs: FLOPs of one position in the trunk, the deep blocks and the way out: two for each weight it meets.
     """
 
-    predicted_lengths: Tensor = field(default_factory=torch.empty)
-    decided: Tensor = field(default_factory=torch.empty)
-    length_probs: Tensor = field(default_factory=torch.empty)
-    kept: Tensor = field(default_factory=torch.empty)
-    real: Tensor = field(default_factory=torch.empty)
-    deep_positions: int = 0
-    costs: tuple[int, int, int] = (0, 0, 0)
+    predicted_lengths: Tensor
+    decided: Tensor
+    length_probs: Tensor
+    kept: Tensor
+    real: Tensor
+    deep_positions: int
+    costs: tuple[int, int, int]
 
     @property
     def avg_predicted_length(self) -> float:
@@ -81,14 +82,19 @@ class LengthRecord(Record):
 
     @property
     def executed_flops(self) -> int:
-        trunk, deep, way_out = self.costs
-        positions = int(self.real.sum())
-        return trunk * positions + deep * self.deep_positions + way_out * (positions - int(self.kept.sum()))
+        """Of evaluation: in training the way out is computed everywhere."""
+        return self._flops(self.deep_positions)
 
     @property
     def speedup_estimate(self) -> float:
-        """FLOPs of every position through every block, over those executed. The clock has the last word."""
-        return (self.costs[0] + self.costs[1]) * int(self.real.sum()) / max(1, self.executed_flops)
+        """FLOPs of every position through every block, over those of what was chosen. The clock has the last word."""
+        full = (self.costs[0] + self.costs[1]) * int(self.real.sum())
+        return full / max(1, self._flops(int(self.kept.sum())))
+
+    def _flops(self, deep_positions: int) -> int:
+        trunk, deep, way_out = self.costs
+        positions = int(self.real.sum())
+        return trunk * positions + deep * deep_positions + way_out * (positions - int(self.kept.sum()))
 
 
 class Windows(NamedTuple):
@@ -108,6 +114,14 @@ class Windows(NamedTuple):
         """(B, W, ...) -> (B, N, ...)."""
         rows = torch.arange(len(self.window), device=self.window.device).unsqueeze(1)
         return per_window[rows, self.window]
+
+    def mean_of_others(self, x: Tensor, counted: Tensor) -> Tensor:
+        """The mean of x (B, N) over `counted` positions of all windows but a position's own; 0 where there are none."""
+        table = torch.stack([x * counted, counted.to(x.dtype)], dim=-1)
+        sums = x.new_zeros(*self.chosen.shape, 2)
+        sums = sums.scatter_add(1, self.window.unsqueeze(-1).expand(-1, -1, 2), table)
+        total, number = (sums.sum((0, 1)) - self.at(sums)).unbind(-1)
+        return total / number.clamp(min=1)
 
 
 class Deep(NamedTuple):
@@ -135,7 +149,7 @@ class LearnedLength(nn.Module):
             self.window,
             pooling=self.settings.pooling,
             placement=self.settings.placement,
-            groups=self.settings.groups if self.settings.levels == 2 else 1,
+            levels=self.settings.levels,
         )
         self.norm, self.way_out = Norm(d), SwiGLU(replace(config, d_ff=d))
         self.pools = self.settings.mode == "pool"
@@ -212,14 +226,14 @@ class LearnedLength(nn.Module):
         where = (row.unsqueeze(1) * count + window).flatten()
         table = table.index_add(0, where, (with_one * weight.unsqueeze(-1)).flatten(0, 1)).unflatten(0, (batch, count))
         total, weights = table.split([width, 1], dim=-1)
-        choices = self.predictor((total / weights.clamp(min=1e-9)).to(x.dtype))
+        choices = self.predictor(total / torch.where(weights > 0, weights, 1.0))
         sample = self._sample(choices) if self.training and self.settings.sampled else None
         end = past.offset + real.sum(1)
         reached = end.unsqueeze(1) - self.window * torch.arange(count, device=x.device)  # positions of each window
         needed = self.predictor.shortest if self.predictor.prefix < self.window else 1
         decided, before = reached >= needed, torch.zeros_like(reached, dtype=torch.bool)
         before[:, 0] = past.offset >= needed
-        chosen = self.predictor.choose(choices if sample is None else choices._replace(probabilities=sample))
+        chosen = self.predictor.choose(choices.values, choices.log_probabilities if sample is None else sample)
         chosen = torch.where(decided, chosen, self.predictor.shortest)
         chosen = torch.where(before, past.length.unsqueeze(1), chosen)
         following = end // self.window
@@ -319,22 +333,25 @@ class LearnedLength(nn.Module):
     def _expected_loss(self, windows: Windows, deep: Tensor, shallow: Tensor) -> TaskLoss:
         """Expected over lengths: at each position, the deep loss as often as it is reached, else that of the way out.
 
+        Exact for one window of a causal model. Where several windows follow each other, the deep blocks have here seen
+        all of the earlier ones, and of bidirectional models' the later positions: "sampled" computes what will run.
+
         With "gumbel", of one hard sample, with the gradient of its relaxation (Jang et al. 2017, arXiv:1611.01144).
         Both ways learn from every position in full, however seldom they are chosen, so that a choice can be undone; the
         way out learns from what the deep blocks return there, too.
         """
-        probabilities = windows.choices.probabilities
+        values, scores = windows.choices
         if self.settings.training == "gumbel":
-            probabilities = F.gumbel_softmax(probabilities.log(), tau=self.settings.temperature, hard=True)
-        choices = Lengths(windows.choices.values, windows.at(probabilities))
-        if choices.values.dim() > 1:
-            choices = choices._replace(values=windows.at(choices.values))
-        reach = self.predictor.reach(choices, windows.offset)
+            probabilities = F.gumbel_softmax(scores, tau=self.settings.temperature, hard=True)
+        else:
+            probabilities = windows.choices.probabilities
+        values = values if values.dim() == 1 else windows.at(values)
+        reach = self.predictor.reach(values, windows.at(probabilities), windows.offset)
         reach = torch.where(windows.offset < self.predictor.shortest, 1.0, reach)
 
-        def loss(nats: Callable[[Tensor], Tensor]) -> Tensor:
+        def loss(nats: Callable[[Tensor], Tensor], scored: Tensor) -> Tensor:
             a, b = nats(deep), nats(shallow)
-            taught = a + b + DISTILLATION * _distance(shallow, deep.detach())
+            taught = a + b + DISTILLATION * scored * _distance(shallow, deep.detach())
             return torch.lerp(b.detach(), a.detach(), reach.to(a.dtype)) + (taught - taught.detach())
 
         return loss
@@ -342,8 +359,9 @@ class LearnedLength(nn.Module):
     def _sampled_loss(self, windows: Windows, real: Tensor, out: Tensor, shallow: Tensor) -> TaskLoss:
         """Of the lengths that were drawn, and computed: the loss is that of `out`.
 
-        Its gradient to the predictor is unbiased: what the event gained over the way out (truncate: that a position
-        is reached; pool: that a length was drawn), times the gradient of its probability, over the chance to see it.
+        Its gradient to the predictor is what the event gained over the way out (truncate: that a position is reached;
+        pool: that a length was drawn, against the other windows), times the gradient of its probability, over the
+        chance to see it. Unbiased for what the event changed in its own window; later windows do not count.
         """
         assert windows.sample is not None
         probabilities = windows.at(windows.choices.probabilities)
@@ -351,16 +369,18 @@ class LearnedLength(nn.Module):
             event, counted = windows.at(windows.sample), real & (windows.offset >= self.predictor.shortest)
         else:
             event, counted = windows.offset.unsqueeze(-1) < windows.choices.values, real
+        counted = counted & windows.at(windows.new)
         chance = (probabilities * event).sum(-1)
         weight = (chance - chance.detach()) / (_explored(probabilities) * event).sum(-1).detach()
 
-        def loss(nats: Callable[[Tensor], Tensor]) -> Tensor:
+        def loss(nats: Callable[[Tensor], Tensor], scored: Tensor) -> Tensor:
             a, b = nats(out), nats(shallow)
-            cost = (a - b).detach() * counted
-            if self.pools:  # a length gains against the others, not against none
-                cost = cost - counted * cost.sum() / counted.sum().clamp(min=1)
-            taught = b if self.pools else b + DISTILLATION * _distance(shallow, out.detach())
-            return a + weight.to(a.dtype) * cost + (taught - taught.detach())
+            cost, taught = (a - b).detach(), b
+            if self.pools:
+                cost = cost - windows.mean_of_others(cost, counted & scored)
+            else:
+                taught = b + DISTILLATION * scored * _distance(shallow, out.detach())
+            return a + weight.to(a.dtype) * cost * (counted & scored) + (taught - taught.detach())
 
         return loss
 
@@ -385,8 +405,14 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _flops(part: nn.Module) -> int:
-    """Of one position: two for each weight of a matrix."""
-    return 2 * sum(p.numel() for p in part.parameters() if p.dim() >= 2)
+    """Of one position: two for each weight of the matrices it meets."""
+    if isinstance(part, Experts):
+        return _flops(part.router) + 2 * part.top_k * (part.up[0].numel() + part.down[0].numel())
+    if isinstance(part, MultiScale):
+        outside = sum(_flops(child) for child in part.children() if child is not part.inner)
+        return outside + _flops(part.inner) // part.factor
+    own = 2 * part.weight.numel() if isinstance(part, nn.Linear) else 0
+    return own + sum(_flops(child) for child in part.children())
 
 
 def learned_length(config: ModelConfig, stack: Stack) -> Stack:

@@ -3,20 +3,25 @@
 Dimensions: ... any leading ones, D model width, K lengths to choose among.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_bk.config import LengthConfig, check_integer
 from resnet_bk.layers.norm import Norm
 
 
 class Lengths(NamedTuple):
-    """values: (..., K) or (K,) float, in positions; probabilities: (..., K)."""
+    """A distribution. values: (..., K) or (K,) float, in positions; log_probabilities: (..., K)."""
 
     values: Tensor
-    probabilities: Tensor
+    log_probabilities: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        return self.log_probabilities.exp()
 
     @property
     def expected(self) -> Tensor:
@@ -26,7 +31,7 @@ class Lengths(NamedTuple):
     @property
     def entropy(self) -> Tensor:
         """(...) in nats."""
-        return torch.special.entr(self.probabilities).sum(-1)
+        return -(self.probabilities * self.log_probabilities).sum(-1)
 
 
 class SequenceLengthPredictor(nn.Module):
@@ -35,11 +40,12 @@ class SequenceLengthPredictor(nn.Module):
     ``SequenceLengthPredictor(d_model, num_length_bins=8, max_seq_len=128)``: 16, 32, ..., 128. The shortest length is
     also the prefix: what a causal model may look at before it decides, since every length computes it.
 
-    The MLP runs once a window, so its cost per position is ``1 / max_seq_len`` of its size. Features come detached:
-    the predictor learns to read them, it does not shape them.
-    """
+    The MLP runs for each window, not for each position, so it costs next to nothing. The choice is hard: where two
+    lengths come within rounding of each other, two ways to compute the same text (batch shapes, devices) may differ.
 
-    lengths: Tensor
+    Raises:
+        ConfigError: settings that :class:`resnet_bk.config.LengthConfig` refuses.
+    """
 
     def __init__(
         self,
@@ -47,28 +53,30 @@ class SequenceLengthPredictor(nn.Module):
         num_length_bins: int = 8,
         max_seq_len: int = 128,
         *,
-        pooling: str = "prefix",
-        placement: str = "even",
-        groups: int = 1,
+        pooling: Literal["prefix", "attention", "global"] = "prefix",
+        placement: Literal["even", "geometric", "learned", "continuous"] = "even",
+        levels: Literal[1, 2] = 1,
     ):
-        """pooling, placement: see :class:`resnet_bk.config.LengthConfig`; groups: of two-level choices, else 1."""
+        """pooling, placement, levels: see :class:`resnet_bk.config.LengthConfig`."""
         super().__init__()
-        self.longest, self.bins, self.placement, self.groups = max_seq_len, num_length_bins, placement, groups
-        self.shortest = max(1, max_seq_len // num_length_bins)
+        check_integer("predictor", 1, max_seq_len, num_length_bins=num_length_bins)
+        settings = LengthConfig(num_length_bins, max_seq_len, pooling=pooling, placement=placement, levels=levels)
+        self.longest, self.bins, self.placement = max_seq_len, num_length_bins, placement
+        self.groups = settings.groups if levels == 2 else 1
+        self.shortest = max_seq_len // num_length_bins
         self.prefix = max_seq_len if pooling == "global" else self.shortest
-        outputs = 1 if placement == "continuous" else num_length_bins + (groups if groups > 1 else 0)
+        outputs = 1 if placement == "continuous" else num_length_bins + (self.groups if levels == 2 else 0)
         hidden = max(8, d_model // 4)
         self.norm = Norm(d_model)
         self.hidden, self.out = nn.Linear(d_model, hidden), nn.Linear(hidden, outputs)
         self.attention = nn.Linear(d_model, 1) if pooling == "attention" else None
-        if placement == "learned":
-            self.gaps = nn.Parameter(torch.zeros(max(1, num_length_bins - 1)))
-        ratio = torch.linspace(0, 1, num_length_bins).double()
-        span = torch.tensor(self.longest / self.shortest).double()
-        even = self.shortest + ratio * (self.longest - self.shortest)
-        lengths = (self.shortest * span**ratio) if placement == "geometric" else even
-        lengths = lengths.round() if num_length_bins > 1 else torch.tensor([float(max_seq_len)])
-        self.register_buffer("lengths", lengths.float(), persistent=False)
+        self.gaps = nn.Parameter(torch.zeros(self.bins - 1)) if placement == "learned" and self.bins > 2 else None
+        along = [k / max(1, self.bins - 1) for k in range(self.bins)]
+        if placement == "geometric":
+            between = [round(self.shortest * (self.longest / self.shortest) ** x) for x in along]
+        else:
+            between = [round(self.shortest + x * (self.longest - self.shortest)) for x in along]
+        self.fixed = between if self.bins > 1 else [self.longest]
 
     def weigh(self, x: Tensor) -> Tensor:
         """What each position (..., D) counts in the pooled mean, (...), positive."""
@@ -79,41 +87,44 @@ class SequenceLengthPredictor(nn.Module):
 
     def forward(self, pooled: Tensor) -> Lengths:
         """pooled: (..., D), a weighted mean of features."""
-        scores = self.out(F.silu(self.hidden(self.norm(pooled))))
+        with torch.autocast(pooled.device.type, enabled=False):
+            x = self.hidden(self.norm(pooled.to(self.hidden.weight.dtype)))
+            scores = self.out(F.silu(x))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.placement == "continuous":
             values = self.shortest + (self.longest - self.shortest) * scores.sigmoid()
-            return Lengths(values, torch.ones_like(values))
+            return Lengths(values, torch.zeros_like(values))
         if self.groups > 1:
             coarse, fine = scores.split([self.groups, self.bins], dim=-1)
             fine = fine.unflatten(-1, (self.groups, -1)).log_softmax(-1)
-            scores = (coarse.log_softmax(-1).unsqueeze(-1) + fine).flatten(-2)
-        return Lengths(self.values().to(scores.dtype), scores.softmax(-1))
+            return Lengths(self.values(scores), (coarse.log_softmax(-1).unsqueeze(-1) + fine).flatten(-2))
+        return Lengths(self.values(scores), scores.log_softmax(-1))
 
-    def values(self) -> Tensor:
-        """(K,) lengths to choose among."""
-        if self.placement != "learned" or self.bins == 1:
-            return self.lengths
-        steps = self.gaps.softmax(0).cumsum(0) * (self.longest - self.shortest)
+    def values(self, like: Tensor) -> Tensor:
+        """(K,) lengths to choose among, of the type and on the device of `like`."""
+        if self.gaps is None:
+            return torch.tensor(self.fixed, dtype=like.dtype, device=like.device)
+        steps = self.gaps.to(like.dtype).softmax(0).cumsum(0) * (self.longest - self.shortest)
         return self.shortest + F.pad(steps, (1, 0))
 
-    def choose(self, lengths: Lengths) -> Tensor:
-        """(...) int64: the likeliest length; a predicted number rounded to a multiple of the shortest one."""
+    def choose(self, values: Tensor, scores: Tensor) -> Tensor:
+        """(...) int64: the length with the highest of scores (..., K); predicted numbers in steps of the shortest."""
         if self.placement == "continuous":
-            return self.whole(lengths.values.squeeze(-1), self.shortest)
-        best = lengths.probabilities.argmax(-1)
-        return self.whole(lengths.values.expand(lengths.probabilities.shape).gather(-1, best.unsqueeze(-1)).squeeze(-1))
+            length = values.detach().squeeze(-1)
+            steps = (length / self.shortest).round().long() * self.shortest
+            return torch.where(length > self.longest - self.shortest / 2, self.longest, steps)
+        best = scores.argmax(-1, keepdim=True)
+        return values.detach().expand(scores.shape).gather(-1, best).squeeze(-1).round().long()
 
-    def whole(self, length: Tensor, multiple: int = 1) -> Tensor:
-        """(...) int64, within what is allowed."""
-        return (length.detach() / multiple).round().long().mul(multiple).clamp(self.shortest, self.longest)
+    def reach(self, values: Tensor, probabilities: Tensor, offset: Tensor) -> Tensor:
+        """The probability that position `offset` (...) of a window is within the length, (...).
 
-    def reach(self, lengths: Lengths, offset: Tensor) -> Tensor:
-        """The probability that position `offset` (...) of a window is within the length, (...); as a function of the
-        lengths too where these are learned: they then end in a ramp as long as the shortest one."""
-        offset = offset.unsqueeze(-1).to(lengths.values.dtype)
+        Lengths that are learned or predicted end in a ramp as long as the shortest one, a relaxation through which
+        they get their gradient.
+        """
+        offset = offset.unsqueeze(-1).to(values.dtype)
         if self.placement in ("learned", "continuous"):
-            within = ((lengths.values - offset) / self.shortest + 0.5).clamp(0, 1)
+            within = ((values - offset) / self.shortest + 0.5).clamp(0, 1)
         else:
-            within = (offset < lengths.values).to(lengths.values.dtype)
-        return (within * lengths.probabilities).sum(-1)
+            within = (offset < values).to(values.dtype)
+        return (within * probabilities).sum(-1)

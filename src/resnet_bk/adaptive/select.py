@@ -74,18 +74,23 @@ def run_rows(
 ) -> tuple[Tensor, Any, list[Record]]:
     """A layer on packed positions x (B, M, D), ids (B, M), each group of rows by itself, no longer than it needs.
 
-    groups: disjoint (R,) int64 indices of rows, at least one. Rows in none of them keep their state, so without a state
-    there must be none such. What the layers report comes group by group.
+    groups: disjoint ascending (R,) int64 indices of rows, at least one. Rows in none of them keep their state, so
+    without a state there must be none such. Of several groups' reports only the losses remain, averaged over positions.
     """
-    outputs, states, records = [], [], []
+    outputs, states, reports, sizes = [], [], [], []
     for rows in groups:
         width = packing.width(packing.counts[rows])
-        mask = packing.mask[rows, :width]
+        whole = len(rows) == len(x)
+        mask = packing.mask[:, :width] if whole else packing.mask[rows, :width]
+        mask = None if bool(mask.all()) else mask
+        if whole:
+            return layer(x, ids, state, mask)
         past = None if state is None else pytree.tree_map(lambda s, rows=rows: s[rows], state)
-        y, after, found = layer(x[rows, :width], ids[rows, :width], past, None if bool(mask.all()) else mask)
+        y, after, records = layer(x[rows, :width], ids[rows, :width], past, mask)
         outputs.append(F.pad(y, (0, 0, 0, x.shape[1] - width)))
         states.append(after)
-        records += found
+        reports.append(records)
+        sizes.append(packing.counts[rows].sum())
     order = torch.cat(list(groups))
     y = torch.cat(outputs)
     if state is None:
@@ -94,4 +99,18 @@ def run_rows(
     def merge(old: Tensor, *new: Tensor) -> Tensor:
         return old.index_copy(0, order, torch.cat(new).to(old.dtype))
 
+    records = reports[0] if len(reports) == 1 else _average(reports, torch.stack(sizes))
     return merge(torch.zeros_like(x), y), pytree.tree_map(merge, state, *states), records
+
+
+def _average(reports: Sequence[list[Record]], sizes: Tensor) -> list[Record]:
+    """One record for each part of a layer, of the losses its groups report, each group with its number of positions."""
+    shares = (sizes / sizes.sum().clamp(min=1)).unbind()
+    return [
+        Record(
+            losses={
+                name: sum(s * r.losses[name] for s, r in zip(shares, group, strict=True)) for name in group[0].losses
+            }
+        )
+        for group in zip(*reports, strict=True)
+    ]

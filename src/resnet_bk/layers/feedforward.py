@@ -45,7 +45,7 @@ class Experts(nn.Module):
         """Returns the output and the loss "balance": E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4)."""
         tokens = x.flatten(0, 1) if mask is None else x[mask]
         exact = torch.promote_types(x.dtype, torch.float32)
-        probabilities = self.router(whole_tiles(tokens))[: len(tokens)].softmax(-1, dtype=exact)  # (T, E)
+        probabilities = self.router(_whole_tiles(tokens))[: len(tokens)].softmax(-1, dtype=exact)  # (T, E)
         gates, chosen = probabilities.topk(self.top_k, dim=-1)  # (T, k)
         order = chosen.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
         counts = chosen.flatten().bincount(minlength=self.experts)
@@ -62,11 +62,11 @@ class Experts(nn.Module):
 
     def _expert(self, e: int, tokens: Tensor) -> Tensor:
         """One expert on its tokens, (T, D) -> (T, D)."""
-        gate, value = (whole_tiles(tokens) @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
+        gate, value = (_whole_tiles(tokens) @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
         return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[: len(tokens)]
 
 
-def whole_tiles(tokens: Tensor) -> Tensor:
+def _whole_tiles(tokens: Tensor) -> Tensor:
     """(T, D) with T rounded up. A matrix product rounds the rows of its last, partial tile differently, and a token's
     bits must not depend on how many others there are beside it."""
     return F.pad(tokens, (0, 0, 0, -len(tokens) % TILE))

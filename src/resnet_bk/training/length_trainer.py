@@ -32,7 +32,7 @@ class LearnedSequenceLengthTrainer:
     Args:
         model: the wrapper; its base model is trained along with the predictor and the way out.
         optimizer: over ``model.parameters()``, or those of them that should learn.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients of what the optimizer trains are scaled down to this norm.
     """
 
     def __init__(
@@ -44,16 +44,19 @@ class LearnedSequenceLengthTrainer:
         """One update from inputs x and targets y, both (B, N) integer, -100 in y not counted.
 
         Raises:
-            FloatingPointError: the loss is not finite; no update was made.
+            FloatingPointError: the loss or a gradient is not finite; no update was made.
         """
         self.model.train()
         output = self.model(x, targets=y, logits=False, use_adaptive_length=use_adaptive_length)
         assert output.loss is not None
         if not torch.isfinite(output.loss):
             raise FloatingPointError(f"the loss is {output.loss.item()}; no update was made")
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm.item()}; no update was made")
         self.optimizer.step()
         report = {"total_loss": output.loss.item(), "ce_loss": output.losses["cross_entropy"].item()}
         if not isinstance(output, AdaptiveOutput):
@@ -78,7 +81,7 @@ class LearnedSequenceLengthTrainer:
         self.model.eval()
         nats = {False: 0.0, True: 0.0}
         seconds = {False: 0.0, True: 0.0}
-        tokens, lengths, windows, histogram, first = 0, 0.0, 0, Counter[int](), True
+        tokens, histogram, first = 0, Counter[int](), True
         modes = (False, True) if use_adaptive_length else (False,)
         for x, y in loader:
             if first:  # compiles kernels outside the clock
@@ -91,8 +94,7 @@ class LearnedSequenceLengthTrainer:
                 seconds[mode] += elapsed
                 nats[mode] += output.losses["cross_entropy"].item() * count if count else 0.0
                 if isinstance(output, AdaptiveOutput):
-                    found = length_histogram(output.length)
-                    histogram.update(found)
+                    histogram.update(length_histogram(output.length))
         if not tokens:
             raise ValueError("loader: has no batch with a target to score")
         windows = sum(histogram.values())

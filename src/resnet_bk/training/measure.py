@@ -50,7 +50,8 @@ def measure(
     model.eval()
     ids = torch.from_numpy(np.resize(text[: batch * length], (batch, length)).astype(np.int64)).to(device)
     with FlopCounterMode(display=False) as counter:
-        model(ids)
+        for row in ids.unbind():
+            model(row.unsqueeze(0))
     flops = counter.get_total_flops() / ids.numel()
     prefill = [_seconds(lambda: model(ids, logits=False), device) for _ in range(repeats + 1)][1:]
     decode = [_seconds(lambda: greedy(model, ids[:1, :64], new), device) for _ in range(repeats + 1)][1:]

@@ -236,7 +236,8 @@ def _hub_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> ResN
 def _warm_up(model: ResNetBKForCausalLM) -> None:
     """Compile the kernels before the clock starts. Leaves no trace: no random numbers, no gradients."""
     ids = torch.ones(1, 2, dtype=torch.long)
-    output = model(ids, shift_labels=ids)
+    with torch.random.fork_rng(devices=[]):
+        output = model(ids, shift_labels=ids)
     output.loss.backward()
     model.zero_grad(set_to_none=True)
 
