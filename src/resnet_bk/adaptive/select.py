@@ -81,8 +81,8 @@ def run_rows(
     for rows in groups:
         width = packing.width(packing.counts[rows])
         whole = len(rows) == len(x)
-        mask = packing.mask[:, :width] if whole else packing.mask[rows, :width]
-        mask = None if bool(mask.all()) else mask
+        taken = packing.mask[:, :width] if whole else packing.mask[rows, :width]
+        mask = None if bool(taken.all()) else taken
         if whole:
             return layer(x, ids, state, mask)
         past = None if state is None else pytree.tree_map(lambda s, rows=rows: s[rows], state)
