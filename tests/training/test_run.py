@@ -21,7 +21,7 @@ TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    pr
 def place(tmp_path, monkeypatch):
     """A folder with a corpus of 22 files, two of them held out, and a cache that is not the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "measure", lambda model, bytes_per_token: MEASURE(model, bytes_per_token, 1, 32, 2, 1))
+    monkeypatch.setattr(module, "measure", lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1))
     (tmp_path / "corpus").mkdir()
     for i in range(22):
         (tmp_path / "corpus" / f"{i:02}.py").write_text(f"# file {i}\n" + TEXT)
