@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/learned-length-demo"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--penalty", type=float, default=0.07)
+    parser.add_argument("--penalty", type=float, default=0.1)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     console, rng, ids = Console(), np.random.default_rng(0), texts()
