@@ -111,6 +111,19 @@ def seconds_of(run: Callable[[], Any], repeats: int = 7, warmup: int = 2) -> lis
     return times
 
 
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, taken in turn so that the machine's moods fall on all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median, with the least and the greatest."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from common import arguments, conditions, publish, run_cells, spread, table, train
+from common import arguments, conditions, interleaved, publish, run_cells, spread, table, train
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -96,9 +95,10 @@ def nats(model: LanguageModel, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def full_length(model: LanguageModel, rows: Tensor, logits: bool = True) -> Any:
-    """Every position through every block: the model without its room. (B, N, V) logits, or features."""
+    """Every position through every block, whatever its length would be. (B, N, V) logits, or features."""
     room, x = room_of(model), model.embed(rows[:, :-1])
-    for part in (model.blocks,) if room is None else (room.trunk, room.deep):
+    assert room is not None
+    for part in (room.trunk, room.deep):
         x, _, _ = part(x, rows[:, :-1], None, None)
     x = model.norm(x)
     return model.head(x) if logits else x
@@ -125,18 +125,14 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     room, rng, ids = room_of(model), np.random.default_rng(seed), texts()
     if room is not None and "from the" in name:
         room.predictor.out.bias.data[-1 if name.endswith("longest") else 0] = 3.0
-    course: list[float] = []
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
-        output = model(x, targets=y, logits=False)
-        course.append(output.losses["length"].item() if room is not None else 1.0)
-        return output.loss  # type: ignore[return-value]
+        return model(x, targets=y, logits=False).loss  # type: ignore[return-value]
 
     result: dict[str, Any] = dict(train(loss_of, model, lambda: drawn(ids, rng), steps=spec["steps"]))
     model.eval()
     save_model(model, str(saved(name, seed)))
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    result["course"] = course[1 :: max(1, len(course) // 20)]
     rows = {kind: held_out(ids[kind][1], 192) for kind in KINDS}
     result |= {kind: {"bits_per_byte": bits(model, rows[kind])} for kind in KINDS}
     if room is not None:
@@ -167,8 +163,7 @@ def lengths_of(model: LanguageModel, room: LearnedLength, rows: Tensor) -> dict[
     """What is chosen for one kind of text, and what each length costs in bits per byte."""
     logits = full_length(model, rows)
     full = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:]).item() / math.log(2)
-    record = record_of(model, rows)
-    chosen = record.predicted_lengths[:, 0]
+    chosen = record_of(model, rows).predicted_lengths[:, 0]
     values, forced = room.predictor.fixed, {}
     for value in values:
         with lengths_given(room, torch.tensor(value)):
@@ -176,7 +171,6 @@ def lengths_of(model: LanguageModel, room: LearnedLength, rows: Tensor) -> dict[
     return {
         "full": full,
         "length": chosen.double().mean().item(),
-        "kept": record.kept.double().sum(1).mean().item(),
         "histogram": [(chosen == v).double().mean().item() for v in values],
         "forced": forced,
     }
@@ -217,7 +211,8 @@ def predictor_alone(penalty: float, seed: int, steps: int) -> dict[str, Any]:
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         losses = model(x, targets=y, logits=False).losses
-        return losses["cross_entropy"] + penalty * losses["length"] + 0.01 * losses["certainty"]
+        certainty = model.config.length.entropy_weight * losses["certainty"]
+        return losses["cross_entropy"] + penalty * losses["length"] + certainty
 
     result = train(loss_of, room.predictor, lambda: drawn(ids, rng), steps=steps)
     save_model(room.predictor, str(saved(f"penalty {penalty:g}", seed)))
@@ -254,14 +249,7 @@ def timed(model: LanguageModel, rows: Tensor, plain: LanguageModel, repeats: int
         "batch_max": lambda: adaptive("batch_max"),
         "plain": lambda: plain(rows[:, :-1], logits=False),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
+    times = interleaved(runs, repeats)
     room.settings = settings
     return times
 

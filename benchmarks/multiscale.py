@@ -9,7 +9,6 @@ Dimensions: B sequences, N tokens.
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from common import (
     arguments,
     batches,
     conditions,
+    interleaved,
     mean_nats,
     publish,
     run_cells,
@@ -143,19 +143,6 @@ def chunks_of(model: LanguageModel, text: bytes) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------- clock
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, taken in turn so that the machine's moods fall on all."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    return times
 
 
 def ratios(times: dict[str, list[float]], base: str) -> dict[str, str]:

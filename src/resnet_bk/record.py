@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+TaskLoss = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
 
 @dataclass(kw_only=True)
 class Record:
@@ -18,7 +20,7 @@ class Record:
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
-    task_loss: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None
+    task_loss: TaskLoss | None = None
 
 
 def mean_losses(records: list[Record]) -> dict[str, Tensor]:

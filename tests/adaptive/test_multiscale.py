@@ -5,7 +5,8 @@ import torch
 
 from resnet_bk import LanguageModel, LearnedDownsampling, LearnedUpsampling
 from resnet_bk.adaptive import multiscale
-from resnet_bk.adaptive.multiscale import ChunkRecord, Chunks, build_stack, smooth
+from resnet_bk.adaptive.multiscale import ChunkRecord, build_stack, smooth
+from resnet_bk.adaptive.select import Chunks
 from resnet_bk.config import ModelConfig, MultiScaleConfig
 
 LENGTHS = [1, 2, 3, 4, 5, 7, 12, 33]

@@ -10,6 +10,7 @@ from torch import nn
 
 from resnet_bk.adaptive import boundaries, multiscale
 from resnet_bk.adaptive.length import LearnedLength
+from resnet_bk.adaptive.select import Chunks
 from resnet_bk.layers import feedforward, mixer
 from resnet_bk.model import LanguageModel, Packing
 
@@ -199,7 +200,7 @@ def missing_shift(model: LanguageModel, monkeypatch) -> None:
         chunk = self.closed - self.closes.long() + 1
         return table.gather(1, chunk.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
 
-    monkeypatch.setattr(multiscale.Chunks, "spread", spread)
+    monkeypatch.setattr(Chunks, "spread", spread)
 
 
 def boundary_by_the_next_position(model: LanguageModel, monkeypatch) -> None:

@@ -21,19 +21,17 @@ from torch.nn import functional as F
 
 from resnet_bk.adaptive.boundaries import ends_of_words, since_last
 from resnet_bk.adaptive.length_predictor import Lengths, SequenceLengthPredictor
-from resnet_bk.adaptive.multiscale import Chunks, LearnedUpsampling, MultiScale
-from resnet_bk.adaptive.select import last_real, run_rows
+from resnet_bk.adaptive.multiscale import LearnedUpsampling, MultiScale
+from resnet_bk.adaptive.select import Chunks, last_real, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.feedforward import TILE, Experts, SwiGLU
 from resnet_bk.layers.norm import Norm
-from resnet_bk.record import Record
+from resnet_bk.record import Record, TaskLoss
 
 EXPLORATION = 0.2  # share of sampled lengths that are drawn evenly
 DISTILLATION = 0.3  # weight of the distance between what the way out and the deep blocks return
 REACH = 16  # distances from the last kept position that are told apart
-
-TaskLoss = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 class LengthState(NamedTuple):
@@ -186,7 +184,7 @@ class LearnedLength(nn.Module):
             costs=self.costs,
         )
         if self.training:
-            shallow = self._leave(x, None if not self.pools else y, since)
+            shallow = self._leave(x, y if self.pools else None, since)
             out = torch.where(keep.unsqueeze(-1), y, shallow)
             if everything:
                 record.task_loss = self._expected_loss(windows, y, shallow)
@@ -220,11 +218,12 @@ class LearnedLength(nn.Module):
         count = n // self.window + 2
         x = x.detach()
         weight = self.predictor.weigh(x) * (real & (offset < self.predictor.prefix))
-        with_one = torch.cat([x.to(weight.dtype), torch.ones_like(weight).unsqueeze(-1)], dim=-1)
         row = torch.arange(batch, device=x.device)
         table = F.pad(past.pooled.unsqueeze(1), (0, 0, 0, count - 1)).flatten(0, 1)
         where = (row.unsqueeze(1) * count + window).flatten()
-        table = table.index_add(0, where, (with_one * weight.unsqueeze(-1)).flatten(0, 1)).unflatten(0, (batch, count))
+        table = table.index_add(0, where, (self._with_one(x) * weight.unsqueeze(-1)).flatten(0, 1)).unflatten(
+            0, (batch, count)
+        )
         total, weights = table.split([width, 1], dim=-1)
         choices = self.predictor(total / torch.where(weights > 0, weights, 1.0))
         sample = self._sample(choices) if self.training and self.settings.sampled else None
@@ -269,19 +268,17 @@ class LearnedLength(nn.Module):
 
     # ------------------------------------------------------------------------------------- deep, or the way out
 
-    def _go_deep(self, x: Tensor, ids: Tensor, run: Tensor, real: Tensor, past: LengthState, first: bool) -> "Deep":
+    def _go_deep(self, x: Tensor, ids: Tensor, run: Tensor, real: Tensor, past: LengthState, first: bool) -> Deep:
         """The deep blocks on the positions `run` (B, N)."""
         if not first and not bool(run.any()):  # many steps of decoding
-            still_open = past.open + self._with_one(x, real).sum(1) if self.pools else past.open
+            still_open = past.open + (self._with_one(x) * real.unsqueeze(-1)).sum(1) if self.pools else past.open
             return Deep(past.result.unsqueeze(1).expand_as(x), past.deep, still_open, past.result, 0, [])
         chunks = Chunks(run, TILE)
         ends, still_open = chunks.ends, past.open
         packed = ends.pack(x)
         if self.pools:
-            sums = chunks.sums(self._with_one(x, real), real.to(still_open.dtype))
-            sums = torch.cat([sums[:, :1] + past.open.unsqueeze(1), sums[:, 1:]], dim=1)
-            still_open = sums[torch.arange(len(x), device=x.device), ends.counts]
-            total, number = sums[:, :-1].split([x.shape[2], 1], dim=-1)
+            sums, still_open = chunks.sums(self._with_one(x), real.to(past.open.dtype), past.open)
+            total, number = sums.split([x.shape[2], 1], dim=-1)
             packed = packed + self.down((total / number.clamp(min=1)).to(x.dtype) - packed)
         groups = self._groups(ends.counts if not first else ends.counts.clamp(min=1))
         y, deep, records = run_rows(self.deep, packed, ends.pack(ids), past.deep, ends, groups)
@@ -290,11 +287,10 @@ class LearnedLength(nn.Module):
         result = last_real(y, ends.mask, past.result)
         return Deep(chunks.spread(past.result, y), deep, still_open, result, computed, records)
 
-    def _with_one(self, x: Tensor, real: Tensor) -> Tensor:
-        """x with a column of ones, (B, N, D + 1), zeros where it is padding."""
+    def _with_one(self, x: Tensor) -> Tensor:
+        """x with a column of ones, (B, N, D + 1), float32 or float64."""
         exact = torch.promote_types(x.dtype, torch.float32)
-        x = torch.cat([x.to(exact), torch.ones_like(x[..., :1], dtype=exact)], dim=-1)
-        return x * real.unsqueeze(-1)
+        return torch.cat([x.to(exact), torch.ones_like(x[..., :1], dtype=exact)], dim=-1)
 
     def _groups(self, counts: Tensor) -> list[Tensor]:
         """Rows that run together: those of the same number of tiles, or all that have anything to run."""

@@ -15,47 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.adaptive.boundaries import BOUNDARIES, LONGEST, at_most, since_last
-from resnet_bk.adaptive.select import Packing, last_real, run_rows
+from resnet_bk.adaptive.select import Chunks, last_real, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Block, Stack
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.kernels import scan
 from resnet_bk.record import Record
-
-
-class Chunks:
-    """A row's positions in consecutive groups, each ending where `closes` says; the last may still be open.
-
-    closed: (B, N) int64, chunks closed up to and including each position.
-    ends: Packing of the closing positions; ``ends.mask`` (B, M) and ``ends.counts`` (B,) say which chunks exist.
-    """
-
-    def __init__(self, closes: Tensor, tile: int = 1):
-        self.closes, self.closed = closes, closes.cumsum(1)
-        self.ends = Packing(closes, tile)
-        self.width = self.ends.mask.shape[1]
-
-    def sums(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Sums (B, M + 1, D) of x (B, N, D) weighted by (B, N); each row's open chunk follows its closed ones."""
-        batch, length, _ = x.shape
-        rows = torch.arange(batch, device=x.device).unsqueeze(1) * (self.width + 1)
-        chunk = (rows + self.closed - self.closes.long()).flatten()
-        sizes = chunk.bincount(minlength=batch * (self.width + 1))
-        summed = F.embedding_bag(
-            torch.arange(batch * length, device=x.device),
-            x.flatten(0, 1),
-            sizes.cumsum(0) - sizes,
-            mode="sum",
-            per_sample_weights=weight.flatten(),
-        )
-        return summed.view(batch, self.width + 1, -1)
-
-    def spread(self, first: Tensor, y: Tensor) -> Tensor:
-        """(B, N, D): the last of `y` (B, M, D) closed at or before each position; `first` (B, D) where none is."""
-        table = torch.cat([first.unsqueeze(1), y], dim=1)
-        rows = torch.arange(table.shape[0], device=y.device).unsqueeze(1) * table.shape[1]
-        return table.flatten(0, 1).index_select(0, (rows + self.closed).flatten()).unflatten(0, self.closed.shape)
 
 
 class LearnedDownsampling(nn.Module):
@@ -80,11 +46,8 @@ class LearnedDownsampling(nn.Module):
         """The chunks (B, M, W) that close in x, and what the one still open holds: (B, D + 1) float32 or float64, the
         sum of its weighted positions and of their weights. past: what was open before x. Beyond the chunks of a row,
         where ``chunks.ends.mask`` is False, the first has no meaning."""
-        sums = chunks.sums(*self._weighted(x, mask))
-        if past is not None:
-            sums = torch.cat([sums[:, :1] + past.unsqueeze(1), sums[:, 1:]], dim=1)
-        still_open = sums[torch.arange(len(x), device=x.device), chunks.ends.counts]
-        positions, total = sums[:, :-1].split([x.shape[2], 1], dim=-1)
+        sums, still_open = chunks.sums(*self._weighted(x, mask), past)
+        positions, total = sums.split([x.shape[2], 1], dim=-1)
         mean = (positions / torch.where(chunks.ends.mask.unsqueeze(-1), total, 1.0)).to(x.dtype)
         return self.refine(torch.cat([chunks.ends.pack(x), mean], dim=-1)).to(x.dtype), still_open
 

@@ -54,6 +54,45 @@ class Packing:
         return table.index_copy(0, index, packed.flatten(0, 1))[:nowhere].view_as(base)
 
 
+class Chunks:
+    """A row's positions in consecutive groups, each ending where `closes` says; the last may still be open.
+
+    closed: (B, N) int64, chunks closed up to and including each position.
+    ends: Packing of the closing positions; ``ends.mask`` (B, M) and ``ends.counts`` (B,) say which chunks exist.
+    """
+
+    def __init__(self, closes: Tensor, tile: int = 1):
+        self.closes, self.closed = closes, closes.cumsum(1)
+        self.ends = Packing(closes, tile)
+        self.width = self.ends.mask.shape[1]
+
+    def sums(self, x: Tensor, weight: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sums of x (B, N, D) weighted by (B, N): of each row's closed chunks (B, M, D), and of the open one (B, D).
+
+        past: (B, D), what was open before x. Beyond a row's chunks sums have no meaning.
+        """
+        batch, length, _ = x.shape
+        row = torch.arange(batch, device=x.device)
+        chunk = (row.unsqueeze(1) * (self.width + 1) + self.closed - self.closes.long()).flatten()
+        sizes = chunk.bincount(minlength=batch * (self.width + 1))
+        summed = F.embedding_bag(
+            torch.arange(batch * length, device=x.device),
+            x.flatten(0, 1),
+            sizes.cumsum(0) - sizes,
+            mode="sum",
+            per_sample_weights=weight.flatten(),
+        ).view(batch, self.width + 1, -1)
+        if past is not None:
+            summed = torch.cat([summed[:, :1] + past.unsqueeze(1), summed[:, 1:]], dim=1)
+        return summed[:, :-1], summed[row, self.ends.counts]
+
+    def spread(self, first: Tensor, y: Tensor) -> Tensor:
+        """(B, N, D): the last of `y` (B, M, D) closed at or before each position; `first` (B, D) where none is."""
+        table = torch.cat([first.unsqueeze(1), y], dim=1)
+        rows = torch.arange(table.shape[0], device=y.device).unsqueeze(1) * table.shape[1]
+        return table.flatten(0, 1).index_select(0, (rows + self.closed).flatten()).unflatten(0, self.closed.shape)
+
+
 def last_real(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
     """The last real entry of each row of x (B, N, ...), or `before` (B, ...) in rows that have none."""
     if mask is None:

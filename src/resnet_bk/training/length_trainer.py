@@ -1,7 +1,6 @@
 """Training and scoring a learned length, in plain PyTorch: any optimizer, any iterable of (inputs, targets)."""
 
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.model import ModelOutput
+from resnet_bk.training.measure import timed
 from resnet_bk.wrapper import AdaptiveOutput, AdaptiveSequenceLengthWrapper, length_histogram
 
 
@@ -108,10 +108,4 @@ class LearnedSequenceLengthTrainer:
         )
 
     def _timed(self, x: Tensor, y: Tensor, adaptive: bool) -> tuple[ModelOutput, float]:
-        if x.device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        output = self.model(x, targets=y, logits=False, use_adaptive_length=adaptive)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize()
-        return output, time.perf_counter() - started
+        return timed(lambda: self.model(x, targets=y, logits=False, use_adaptive_length=adaptive), x.device)

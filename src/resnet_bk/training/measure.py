@@ -5,14 +5,17 @@ Dimensions: B sequences, N tokens.
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.model import LanguageModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def measure(
         for row in ids.unbind():
             model(row.unsqueeze(0))
     flops = counter.get_total_flops() / ids.numel()
-    prefill = [_seconds(lambda: model(ids, logits=False), device) for _ in range(repeats + 1)][1:]
-    decode = [_seconds(lambda: greedy(model, ids[:1, :64], new), device) for _ in range(repeats + 1)][1:]
+    prefill = [timed(lambda: model(ids, logits=False), device)[1] for _ in range(repeats + 1)][1:]
+    decode = [timed(lambda: greedy(model, ids[:1, :64], new), device)[1] for _ in range(repeats + 1)][1:]
     model.train(was_training)
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -78,11 +81,12 @@ def greedy(model: LanguageModel, ids: torch.Tensor, new: int) -> torch.Tensor:
     return torch.cat(tokens, dim=1)
 
 
-def _seconds(run: Any, device: torch.device) -> float:
+def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What `run` returns, and the seconds until the device had it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    run()
+    result = run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return result, time.perf_counter() - started

@@ -1,0 +1,72 @@
+"""What a setting may be, and the one line that says so where it is not."""
+
+import difflib
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: says which, what it got, what is allowed."""
+
+
+def shown(value: object) -> str:
+    """A value as an error message quotes it: on one line, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than some 4,300 digits
+        text = "an integer too long to print"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def unknown_field(name: object, known: list[str], where: str) -> ConfigError:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
+    return ConfigError(f"{where}: unknown field {shown(name)}; {hint}")
+
+
+def check_range(where: str, low: float, high: float, **values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed {low} to {high}")
+
+
+def check_integer(where: str, low: int, high: int, **values: int) -> None:
+    for name, value in values.items():
+        if type(value) is not int or not low <= value <= high:
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed an integer from {low} to {high}")
+
+
+def check_choice(where: str, allowed: tuple[str, ...], **values: str) -> None:
+    for name, value in values.items():
+        if value not in allowed:
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed {', '.join(map(repr, allowed))}")
+
+
+def check_boolean(where: str, **values: bool) -> None:
+    for name, value in values.items():
+        if type(value) is not bool:
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed true or false")
+
+
+def check_text(where: str, **values: str) -> None:
+    """Text that can be a file's name or a prompt: not empty, no NUL, encodable."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed text")
+        if not value:
+            raise ConfigError(f"{where}.{name}: is empty; give at least one character")
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed UTF-8 text without NUL characters")
+
+
+def check_fields(where: str, kind: type, values: Any) -> None:
+    """Are `values` a mapping whose keys are fields of the dataclass `kind`, nested ones included?"""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: got {shown(values)}, allowed a mapping of fields to values")
+    known = {f.name: f.type for f in fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            raise unknown_field(name, list(known), where)
+        inner = known[name]
+        if isinstance(inner, type) and is_dataclass(inner) and not isinstance(value, inner):
+            check_fields(f"{where}.{name}", inner, value)

@@ -1,0 +1,175 @@
+"""The settings of each command."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from resnet_bk.config.checks import (
+    ConfigError,
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_range,
+    check_text,
+    shown,
+)
+from resnet_bk.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes tokens."""
+
+    source: str = "stdlib"
+    """'stdlib' (the running Python's own library), a file, a folder, or a hub dataset 'owner/name[:config]'."""
+    val_source: str | None = None
+    """Held-out text: a file or folder. Default: a part of the source, see val_fraction."""
+    val_fraction: float = 0.05
+    """Share held out: every (1 / val_fraction)-th file in sorted order; of a single file, its end."""
+    tokenizer: str = "byte"
+    """'byte', a folder with a Hugging Face tokenizer, or a hub name."""
+    cache: str | None = None
+    """Folder for token files. Default: $XDG_CACHE_HOME/resnet-bk, or ~/.cache/resnet-bk."""
+
+    def __post_init__(self) -> None:
+        check_range("data", 1e-6, 0.5, val_fraction=self.val_fraction)
+        check_text("data", source=self.source, tokenizer=self.tokenizer)
+        for name in ("val_source", "cache"):
+            if getattr(self, name) is not None:
+                check_text("data", **{name: getattr(self, name)})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `resnet-bk train`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output_dir: str = "runs/train"
+    """Folder for checkpoints, metrics.jsonl and report.html."""
+    resume: bool = False
+    """Continue the unfinished run in output_dir. Beside a finished one a new run starts, in output_dir-2, -3, ...
+    Without it a run that exists is an error. Nothing is ever overwritten."""
+    batch_size: int = 12
+    """Sequences a step, of model.n_seq tokens each."""
+    accumulate: int = 1
+    """Batches whose gradients are added before each update."""
+    max_steps: int | None = None
+    """Stop after so many updates."""
+    max_seconds: float | None = None
+    """Stop after so many seconds of training; the learning rate then follows the clock."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices."""
+    beta2: float = 0.99
+    """AdamW's second-moment decay."""
+    warmup: float = 0.05
+    """Share of the run in which the learning rate rises."""
+    final_learning_rate: float = 0.05
+    """Share of the peak learning rate left at the end of the cosine."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Autocast type of matrix products; the recurrence stays in float32. bfloat16 pays where the machine has it."""
+    seed: int = 0
+    """Seeds initialisation and data order."""
+    save_every: int = 200
+    """Steps between checkpoints to resume from; the last two are kept."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    report_to: str = "none"
+    """Trackers of transformers' Trainer beside metrics.jsonl, comma-separated: tensorboard, wandb, trackio, ..."""
+    sample: str = "def "
+    """Prompt of the sample shown at the end."""
+
+    def __post_init__(self) -> None:
+        where = "train"
+        check_integer(where, 1, 1_048_576, batch_size=self.batch_size, accumulate=self.accumulate)
+        check_integer(where, 1, 10**9, save_every=self.save_every, log_every=self.log_every)
+        check_integer(where, 0, 2**31 - 1, seed=self.seed)
+        check_range(where, 1e-8, 10, learning_rate=self.learning_rate)
+        check_range(where, 0, 1, warmup=self.warmup, final_learning_rate=self.final_learning_rate)
+        check_range(where, 0, 0.999999, beta2=self.beta2)
+        check_range(where, 0, 10, weight_decay=self.weight_decay)
+        check_range(where, 1e-6, 1e6, max_grad_norm=self.max_grad_norm)
+        check_choice(where, ("float32", "bfloat16"), dtype=self.dtype)
+        check_boolean(where, resume=self.resume)
+        check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
+        if not self.model.causal:
+            raise ConfigError("model.causal: got False, allowed True: a bidirectional model has no next token to learn")
+        if self.model.length.bins and self.model.window > self.model.n_seq:
+            raise ConfigError(
+                f"model.length.max_length: got {self.model.window} with model.n_seq = {self.model.n_seq}, allowed at "
+                "most that: longer lengths would never be trained"
+            )
+        if self.model.length.spacing == "words" and self.model.length.bins and self.data.tokenizer != "byte":
+            raise ConfigError(
+                f"model.length.spacing: got 'words' with data.tokenizer = {shown(self.data.tokenizer)}, allowed with "
+                "'byte'; else 'even'"
+            )
+        if self.model.multiscale.reads_bytes and self.data.tokenizer != "byte":
+            raise ConfigError(
+                f"model.multiscale.boundaries: got {self.model.multiscale.boundaries!r} with data.tokenizer = "
+                f"{shown(self.data.tokenizer)}, allowed with 'byte'; else 'fixed' or 'learned'"
+            )
+        if self.max_steps is None and self.max_seconds is None:
+            raise ConfigError("train: neither max_steps nor max_seconds is set; give one, so that training ends")
+        if self.max_steps is not None:
+            check_integer(where, 1, 10**9, max_steps=self.max_steps)
+        if self.max_seconds is not None:
+            check_range(where, 1, 10**8, max_seconds=self.max_seconds)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of `resnet-bk eval`."""
+
+    checkpoint: str
+    """Folder of a run, or of a model."""
+    source: str | None = None
+    """Text to score: 'stdlib', a file, a folder, a hub dataset. Default: what the run held out of its own data."""
+    context: Literal["document", "sliding"] = "document"
+    """What each token is predicted from: all of its document before it, or a sliding window."""
+    window: int = 1024
+    """Sliding: tokens in the window. Document: tokens computed at a time, which changes nothing but memory."""
+    stride: int = 512
+    """Sliding: tokens each window scores, its last ones."""
+    batch_size: int = 16
+    """Documents or windows side by side."""
+    max_bytes: int | None = None
+    """Score only whole documents up to about so many bytes."""
+
+    def __post_init__(self) -> None:
+        check_text("eval", checkpoint=self.checkpoint)
+        if self.source is not None:
+            check_text("eval", source=self.source)
+        check_choice("eval", ("document", "sliding"), context=self.context)
+        check_integer("eval", 1, 2**24, window=self.window, batch_size=self.batch_size)
+        check_integer("eval", 1, self.window, stride=self.stride)
+        if self.max_bytes is not None:
+            check_integer("eval", 1, 2**62, max_bytes=self.max_bytes)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of `resnet-bk generate`."""
+
+    checkpoint: str
+    """Folder of a run, or of a model."""
+    prompt: str
+    """Text to continue; '-' reads standard input."""
+    max_new_tokens: int = 200
+    """Tokens to add at most."""
+    temperature: float = 0.7
+    """Sharpness of sampling; 0 takes the likeliest token each time."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability. Below 1, runs of spaces may never end."""
+    seed: int = 0
+    """Seeds sampling."""
+
+    def __post_init__(self) -> None:
+        check_text("generate", checkpoint=self.checkpoint, prompt=self.prompt)
+        check_integer("generate", 1, 2**24, max_new_tokens=self.max_new_tokens)
+        check_integer("generate", 0, 2**31 - 1, seed=self.seed)
+        check_range("generate", 0, 100, temperature=self.temperature)
+        check_range("generate", 1e-6, 1, top_p=self.top_p)
