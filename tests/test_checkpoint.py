@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, seal, verify
+from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, seal, verify, write_whole
 
 
 @pytest.fixture
@@ -338,3 +338,16 @@ def test_without_a_valid_checkpoint_there_is_none(tmp_path):
     assert newest_valid(tmp_path, said.append) is None
     assert len(said) == 2
     assert newest_valid(tmp_path / "nowhere", said.append) is None
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_whole(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: 1 / 0)  # a kill before all of the text is on the disk
+        with pytest.raises(ZeroDivisionError):
+            write_whole(path, "new")
+    assert path.read_text() == "old"
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]

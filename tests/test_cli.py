@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import shutil
 import string
 import subprocess
@@ -79,12 +80,13 @@ def model(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command; commands: train, eval, generate"),
+        ([], "no command; commands: train, eval, generate, tune"),
         (["trian"], "unknown command 'trian'; did you mean train?"),
-        (["zzz"], "unknown command 'zzz'; commands: train, eval, generate"),
-        ([""], "unknown command ''; commands: train, eval, generate"),
+        (["zzz"], "unknown command 'zzz'; commands: train, eval, generate, tune"),
+        ([""], "unknown command ''; commands: train, eval, generate, tune"),
         (["--versoin"], "command line: unknown option '--versoin'; did you mean --version?"),
         (["eval"], "eval.checkpoint: missing; usage: resnet-bk eval CHECKPOINT"),
+        (["tune"], "tune.base: missing; usage: resnet-bk tune BASE"),
         (["generate", "x"], "generate.prompt: missing; usage: resnet-bk generate CHECKPOINT PROMPT"),
         (["eval", "--checkpoint", "x"], "eval: checkpoint is given without its name: resnet-bk eval CHECKPOINT"),
         (["train", "x"], "train: unexpected argument 'x'; settings are given as --name value"),
@@ -111,11 +113,12 @@ def test_commands_that_are_none(refused, arguments, message):
         ("train", "--confg", "--config"),
         ("eval", "--sourc", "--source"),
         ("generate", "--temprature", "--temperature"),
+        ("tune", "--objectvie", "--objective"),
     ],
 )
 @pytest.mark.parametrize("form", ["{} 3", "{}=3", "{}"])
 def test_an_unknown_option_names_the_nearest(refused, command, wrong, right, form):
-    positional = {"train": [], "eval": ["x"], "generate": ["x", "y"]}[command]
+    positional = {"train": [], "eval": ["x"], "generate": ["x", "y"], "tune": ["x"]}[command]
     if wrong == "--sourc":
         wrong = "--souce"  # what begins an option is taken for it
     message = refused(command, *positional, *form.format(wrong).split())
@@ -287,6 +290,10 @@ def test_no_value_imports_or_runs_anything(monkeypatch, tmp_path, value):
         settings = {section: {field: value}} if section else {field: value}
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
         main(["train", "--max_steps", "1", "--config", "c.yaml"])
+    for setting in cli._settings("tune"):
+        main(["tune", "x", f"--{setting}={value}"])
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({setting: value}))
+        main(["tune", "x", "--config", "c.yaml"])
     assert "evil" not in sys.modules
     assert not (tmp_path / "canary").exists()
 
@@ -536,7 +543,9 @@ def test_a_bug_is_not_hidden(monkeypatch):
 # ------------------------------------------------------------------------------------------- help, fuzz
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "-h"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["eval", "-h"], ["generate", "--help"], ["tune", "-h"]]
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         main(arguments)
@@ -545,6 +554,9 @@ def test_help(arguments, capsys):
     assert said.startswith("usage: resnet-bk")
     if arguments[0] == "train":
         assert "Width of the residual stream." in said
+    if arguments[0] == "tune":
+        for name in cli._settings("tune"):
+            assert re.search(rf"^  (--)?{name}\b", said, re.MULTILINE), name
 
 
 def test_version(capsys):
@@ -565,7 +577,7 @@ def test_the_printed_configuration_can_be_read_again(capsys, tmp_path, parsed):
 def test_help_does_not_wait_for_torch():
     code = (
         "import sys\nfrom resnet_bk.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'numba', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'numba', 'matplotlib', 'optuna'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -14,6 +14,7 @@ from resnet_bk.config import (
     ModelConfig,
     MultiScaleConfig,
     TrainConfig,
+    TuneConfig,
     check_fields,
     shown,
     unknown_field,
@@ -22,6 +23,7 @@ from resnet_bk.config import (
 MODEL, DATA, TRAIN = (ModelConfig, {}), (DataConfig, {}), (TrainConfig, {"max_steps": 1})
 SCALES, LENGTHS = (MultiScaleConfig, {}), (LengthConfig, {})
 EVAL, GENERATE = (EvalConfig, {"checkpoint": "x", "stride": 1}), (GenerateConfig, {"checkpoint": "x", "prompt": "y"})
+TUNE = (TuneConfig, {"base": "x"})
 HUGE = 10**5000  # longer than Python prints
 
 # (class and its required fields), field, name in the message, lowest and highest allowed value
@@ -51,6 +53,8 @@ RANGES = [
     (EVAL, "max_bytes", "eval", 1, 2**62),
     (GENERATE, "max_new_tokens", "generate", 1, 2**24),
     (GENERATE, "seed", "generate", 0, 2**31 - 1),
+    (TUNE, "trials", "tune", 1, 10**6),
+    (TUNE, "seed", "tune", 0, 2**31 - 1),
 ]
 REALS = [
     (MODEL, "balance_weight", "model", 0, 1_000),
@@ -68,6 +72,7 @@ REALS = [
     (TRAIN, "max_seconds", "train", 1, 10**8),
     (GENERATE, "temperature", "generate", 0, 100),
     (GENERATE, "top_p", "generate", 1e-6, 1),
+    (TUNE, "max_loss", "tune", 0, 1_000),
 ]
 CHOICES = [
     (MODEL, "readout", "model"),
@@ -79,8 +84,10 @@ CHOICES = [
     (LENGTHS, "execution", "model.length"),
     (TRAIN, "dtype", "train"),
     (EVAL, "context", "eval"),
+    (TUNE, "objective", "tune"),
 ]
 BOOLEANS = [(MODEL, "tie_word_embeddings", "model"), (MODEL, "causal", "model"), (TRAIN, "resume", "train")]
+BOOLEANS += [(TUNE, "prune", "tune")]
 TEXTS = [
     (DATA, "source", "data"),
     (DATA, "val_source", "data"),
@@ -93,6 +100,8 @@ TEXTS = [
     (EVAL, "source", "eval"),
     (GENERATE, "checkpoint", "generate"),
     (GENERATE, "prompt", "generate"),
+    (TUNE, "base", "tune"),
+    (TUNE, "output_dir", "tune"),
 ]
 
 

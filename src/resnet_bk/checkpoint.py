@@ -124,6 +124,14 @@ def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     return expected
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one rename: whatever happens, it is the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    _fsync(partial)
+    partial.replace(path)
+
+
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A scratch folder that becomes `folder`, sealed, in one rename, when the block ends well; else it is removed."""

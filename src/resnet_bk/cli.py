@@ -1,26 +1,37 @@
-"""The command line: ``resnet-bk train | eval | generate``. Heavy imports wait until a command runs."""
+"""The command line: ``resnet-bk train | eval | generate | tune``. Heavy imports wait until a command runs."""
 
 import dataclasses
 import difflib
 import functools
 import re
 import sys
-import types
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from resnet_bk import __version__
-from resnet_bk.config import ConfigError, EvalConfig, GenerateConfig, TrainConfig, check_fields, shown
+from resnet_bk.config import (
+    ConfigError,
+    EvalConfig,
+    GenerateConfig,
+    TrainConfig,
+    TuneConfig,
+    all_fields,
+    check_fields,
+    in_words,
+    is_section,
+    shown,
+)
 
 _COMMANDS = {
     "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
     "eval": (EvalConfig, "Score a checkpoint: bits per byte and perplexities."),
     "generate": (GenerateConfig, "Continue a prompt."),
+    "tune": (TuneConfig, "Search settings for the trade between held-out bits per byte and measured time."),
 }
 _LARGEST_CONFIG, _DEEPEST_CONFIG = 1 << 20, 10  # bytes, levels
 
@@ -56,59 +67,46 @@ def _config_files(arguments: Sequence[str]) -> Iterator[str]:
                 yield arguments[i + 1]
 
 
-def _check_config_file(name: str, kind: type) -> None:
+def _check_config_file(name: str, kind: type, given_as: str = "--config") -> None:
     """One clear line for whatever can be wrong with a configuration file as such; values are checked later."""
     path = Path(name)
     try:
         if not path.is_file():
-            raise ConfigError(f"--config: {shown(name)} is no file; give a YAML file")
+            raise ConfigError(f"{given_as}: {shown(name)} is no file; give a YAML file")
         if (size := path.stat().st_size) > _LARGEST_CONFIG:
-            raise ConfigError(f"--config: {name} has {size} bytes, allowed at most {_LARGEST_CONFIG}")
+            raise ConfigError(f"{given_as}: {name} has {size} bytes, allowed at most {_LARGEST_CONFIG}")
         text = path.read_bytes().decode()
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for gigabytes
-                raise ConfigError(f"--config: {name} has a YAML alias (*name), not allowed; write the value out")
+                raise ConfigError(f"{given_as}: {name} has a YAML alias (*name), not allowed; write the value out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST_CONFIG:
-                raise ConfigError(f"--config: {name} nests deeper than the {_DEEPEST_CONFIG} levels allowed")
+                raise ConfigError(f"{given_as}: {name} nests deeper than the {_DEEPEST_CONFIG} levels allowed")
         values = yaml.safe_load(text)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config: {name} is not UTF-8 at byte {error.start}; give a YAML file") from error
+        raise ConfigError(f"{given_as}: {name} is not UTF-8 at byte {error.start}; give a YAML file") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"--config: {name} is not plain YAML{at}: {problem}; correct it there") from error
+        raise ConfigError(f"{given_as}: {name} is not plain YAML{at}: {problem}; correct it there") from error
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"--config: {shown(name)} cannot be read as YAML ({error})") from error
+        raise ConfigError(f"{given_as}: {shown(name)} cannot be read as YAML ({error})") from error
     if values is None:
-        raise ConfigError(f"--config: {name} is empty; write settings as 'name: value', or leave --config out")
+        hint = "write settings as 'name: value'" + (", or leave --config out" if given_as == "--config" else "")
+        raise ConfigError(f"{given_as}: {name} is empty; {hint}")
     check_fields(name, kind, values)
-
-
-def _all_fields(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> type of every setting, sections and what is in them."""
-    found: dict[str, Any] = {}
-    for f in fields(kind):
-        found[prefix + f.name] = f.type
-        if _is_section(f.type):
-            found |= _all_fields(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
-    return found
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and is_dataclass(kind)
 
 
 def _check_no_whole_section(arguments: Sequence[str], kind: type) -> None:
     """``--model X`` is refused: the parser would take X for a file or a class, and import the module it names."""
-    settings = _all_fields(kind)
+    settings = all_fields(kind)
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
-        if argument.startswith("--") and _is_section(settings.get(name)):
+        if argument.startswith("--") and is_section(settings.get(name)):
             raise ConfigError(f"{name}: give its fields one by one, as --{name}.FIELD VALUE, or in a --config file")
 
 
@@ -117,18 +115,7 @@ def _check_no_whole_section(arguments: Sequence[str], kind: type) -> None:
 
 def _settings(command: str | None) -> dict[str, str]:
     """Dotted name of each setting of a command -> what it allows, in words."""
-
-    def words(kind: Any) -> str:
-        if get_origin(kind) is Literal:
-            return " or ".join(map(repr, get_args(kind)))
-        if get_origin(kind) is tuple:
-            return "a list of integers, as [4] or [2, 2]"
-        if isinstance(kind, types.UnionType):
-            return " or ".join(map(words, get_args(kind)))
-        named = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-        return named.get(kind, "a mapping of its fields")
-
-    return {name: words(kind) for name, kind in _all_fields(_COMMANDS[command][0]).items()} if command else {}
+    return {name: in_words(kind) for name, kind in all_fields(_COMMANDS[command][0]).items()} if command else {}
 
 
 def _positional(command: str | None) -> list[str]:
@@ -193,29 +180,36 @@ def _fail(message: Exception | str, code: int) -> int:
 # ----------------------------------------------------------------------------------------- commands
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Bad input: one line on standard error, code 2."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, Any]:
+    """Command and configuration. Whatever is wrong: a ConfigError of one line. given_as: how messages call a file."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     command = command if command in _COMMANDS else None
     try:
         if command:
             _check_no_whole_section(arguments, _COMMANDS[command][0])
             for name in _config_files(arguments):
-                _check_config_file(name, _COMMANDS[command][0])
+                _check_config_file(name, _COMMANDS[command][0], given_as)
         parser = _parser()
         parsed = parser.parse_args(arguments)
         values = dict(vars(parser.instantiate(parsed)[parsed.command]))
         values.pop("config", None)
-        config = _COMMANDS[parsed.command][0](**values)
+        return parsed.command, _COMMANDS[parsed.command][0](**values)
+    except ConfigError:
+        raise
+    except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:  # its own errors, and its loaders'
+        raise ConfigError(_explain(error, command)) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Bad input: one line on standard error, code 2."""
+    try:
+        command, config = _parse(list(sys.argv[1:] if arguments is None else arguments))
     except ConfigError as error:
         return _fail(error, 2)
-    except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:  # its own errors, and its loaders'
-        return _fail(_explain(error, command), 2)
-    return _run(parsed.command, config)
+    return _run(command, config)
 
 
-def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig) -> int:
+def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig | TuneConfig) -> int:
     from rich.console import Console
 
     from resnet_bk.checkpoint import CheckpointError
@@ -223,7 +217,7 @@ def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig) -> int
     from resnet_bk.training.guard import LeakError
     from resnet_bk.training.trainer import NonFiniteError
 
-    function = {"train": run.train, "eval": run.evaluate_checkpoint, "generate": run.generate}[command]
+    function = {"train": run.train, "eval": run.evaluate_checkpoint, "generate": run.generate, "tune": _tune}[command]
     try:
         function(config, Console())  # type: ignore[operator]
     except run.StoppedError as stopped:
@@ -240,6 +234,13 @@ def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig) -> int
             raise
         return _fail(f"{command}: out of memory; lower batch_size, model.n_seq or model.d_model ({error})", 1)
     return 0
+
+
+def _tune(config: TuneConfig, console: Any) -> None:
+    from resnet_bk.training.tune import tune
+
+    _, recipe = _parse(["train", f"--config={config.base}"], "tune.base")
+    tune(config, recipe, console)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_bk.adaptive.length import learned_length
-from resnet_bk.adaptive.multiscale import build_stack
+from resnet_bk.adaptive.compose import build
 from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.norm import Norm
@@ -62,7 +61,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config = ModelConfig.from_dict({"vocab_size": vocab_size, **fields})
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = learned_length(config, build_stack(config))
+        self.blocks = build(config, self.read)
         self.norm = Norm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(config.d_model))
@@ -114,6 +113,10 @@ class LanguageModel(nn.Module):
         x = self.norm(x)
         return Features(x if packing is None else packing.merge(x), after, records, packing)
 
+    def read(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of features (..., D) that have not been normed: what is known after any block."""
+        return self.head(self.norm(x))
+
     def cross_entropy(self, features: Features, targets: Tensor) -> Tensor:
         """Mean nats of targets (B, N); -100 is not counted. Large vocabularies in pieces.
 
@@ -149,6 +152,7 @@ class LanguageModel(nn.Module):
             "ratio": config.multiscale.ratio_weight,
             "length": config.length.penalty,
             "certainty": config.length.entropy_weight,
+            "ponder": config.depth.penalty,
         }
         return sum((weights[name] * loss for name, loss in losses.items()), 0.0)
 

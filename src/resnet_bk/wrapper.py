@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_bk.adaptive.length import LengthRecord, learned_length
+from resnet_bk.adaptive.compose import learned_length
+from resnet_bk.adaptive.length import LengthRecord
 from resnet_bk.config import ConfigError, LengthConfig, check_fields
 from resnet_bk.model import LanguageModel, ModelOutput
 
@@ -53,6 +54,8 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
         nn.Module.__init__(self)
         if base_model.config.length.bins:
             raise ConfigError("base_model: has a learned length already (model.length.bins); give one without")
+        if base_model.config.depth.policy != "none":
+            raise ConfigError("base_model: has adaptive depth (model.depth.policy); give LanguageModel both settings")
         check_fields("model.length", LengthConfig, settings)
         for theirs, ours in (("bins", "num_length_bins"), ("max_length", "max_seq_len"), ("penalty", "length_penalty")):
             if theirs in settings:
@@ -64,7 +67,7 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
         length = LengthConfig(bins=num_length_bins, max_length=max_seq_len, penalty=length_penalty, **settings)
         self.config = dataclasses.replace(base_model.config, length=length)
         self.embed, self.norm, self.head = base_model.embed, base_model.norm, base_model.head
-        self.blocks = learned_length(self.config, base_model.blocks)
+        self.blocks = learned_length(self.config, base_model.blocks, base_model.read)
         for name, part in self.blocks[0].named_children():
             if name not in ("trunk", "deep"):  # which are the base model's
                 part.to(self.embed.weight)

@@ -6,6 +6,7 @@ Dimensions: B batch, N positions.
 import torch
 from torch import Tensor
 
+from resnet_bk.layers.score import Score
 from resnet_bk.model import LanguageModel
 
 
@@ -18,6 +19,10 @@ def build(**fields) -> LanguageModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+        for module in model.modules():
+            if isinstance(module, Score):  # decisions start one-sided; here they go both ways
+                module.bias.zero_()
+                module.weight.normal_()
     return model
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_bk.adaptive import boundaries, multiscale
+from resnet_bk.adaptive import boundaries, depth, multiscale
+from resnet_bk.adaptive.depth import Halting, Skipping
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.select import Chunks
 from resnet_bk.layers import feedforward, mixer
+from resnet_bk.layers.score import Score
 from resnet_bk.model import LanguageModel, Packing
 
 LENGTH = {"bins": 4, "max_length": 16, "trunk": 1}
@@ -59,6 +61,21 @@ ROOMS = {
         "length": {**LENGTH, "mode": "pool", "pooling": "attention"},
         "multiscale": {"factors": [2], "layers": [1, 1, 0]},
     },
+    "act": {"n_layers": 4, "depth": {"policy": "act"}},
+    "act-experts": {"n_layers": 3, "d_model": 64, "num_experts": 4, "depth": {"policy": "act"}},
+    "act-diagonal": {"n_layers": 4, "readout": "diagonal", "depth": {"policy": "act", "first": 2, "threshold": 0.9}},
+    "skip": {"n_layers": 4, "depth": {"policy": "skip"}},
+    "skip-pairs": {"n_layers": 5, "depth": {"policy": "skip", "every": 2, "last": 0}},
+    "exit": {"n_layers": 4, "depth": {"policy": "exit", "threshold": 0.17}},
+    "exit-entropy": {"n_layers": 3, "depth": {"policy": "exit", "threshold": 0.15, "confidence": "entropy"}},
+    "act-in-length": {"n_layers": 4, "length": {**LENGTH, "mode": "truncate"}, "depth": {"policy": "act"}},
+    "skip-in-length": {"n_layers": 4, "length": {**LENGTH, "mode": "pool"}, "depth": {"policy": "skip", "last": 0}},
+    "act-in-words": {
+        "vocab_size": 259,
+        "multiscale": {"factors": [4], "layers": [1, 3, 1], "boundaries": "whitespace"},
+        "depth": {"policy": "act"},
+    },
+    "skip-in-chunks": {"multiscale": {"factors": [2], "layers": [1, 3, 1]}, "depth": {"policy": "skip"}},
 }
 CONTRACTS = [
     checks.causal,
@@ -76,9 +93,28 @@ def test_contract(room, contract):
     contract(checks.build(**ROOMS[room]))
 
 
+DEEP = [room for room, fields in ROOMS.items() if "depth" in fields]
+
+
+@pytest.mark.parametrize("room", DEEP)
+@torch.no_grad()
+def test_depth_varies_in_the_models_under_contract(room):
+    """Else their contracts would say nothing about decisions."""
+    model = checks.build(**ROOMS[room])
+    records = []
+    for module in model.modules():
+        if isinstance(module, Halting | Skipping):
+            module.register_forward_hook(lambda m, i, output: records.append(output[2][0]))
+    model(checks.tokens(model, 8, 65))
+    blocks = torch.cat([record.blocks.flatten() for record in records])
+    _, counts = blocks[blocks > 0].unique(return_counts=True)
+    assert len(counts) > 1
+    assert counts.max() < 0.9 * counts.sum()
+
+
 @pytest.mark.parametrize(
     "room",
-    ["propagator-real", "diagonal-complex", "experts-top2", "stride-4", "words", "learned-chunks", "length-pool"],
+    ["act", "skip", "exit", "propagator-real", "diagonal-complex", "experts-top2", "stride-4", "words", "learned-chunks", "length-pool"],
 )
 def test_float32_keeps_the_contracts_within_1e_5(room, monkeypatch):
     model = checks.build(**ROOMS[room]).float()
@@ -307,11 +343,79 @@ def gain_does_not_reach_the_predictor(model: LanguageModel, monkeypatch) -> None
         monkeypatch.setattr(LearnedLength, name, lambda self, windows, a, b, c=None: None)
 
 
+def halted_token_still_mixes(model: LanguageModel, monkeypatch) -> None:
+    """Positions that have stopped change no more, but stay in the chains of the later blocks."""
+
+    class Everyone(Packing):
+        def __init__(self, keep, tile=1):
+            super().__init__(keep if keep.shape[1] == 1 else torch.ones_like(keep), tile)
+
+    monkeypatch.setattr(depth, "Packing", Everyone)
+
+
+def depth_by_top_k_over_the_sequence(model: LanguageModel, monkeypatch) -> None:
+    """As mixture of depths chooses in training: the highest scores of the sequence go on."""
+    score = Score.forward
+
+    def ranked(self, x):
+        s = score(self, x)
+        return s - s.quantile(0.5, dim=1, keepdim=True)
+
+    monkeypatch.setattr(Score, "forward", ranked)
+
+
+def as_deep_as_the_deepest(model: LanguageModel, monkeypatch) -> None:
+    """Where any row of the batch goes on, all do."""
+
+    class Together(Packing):
+        def __init__(self, keep, tile=1):
+            super().__init__(keep.any(0, keepdim=True).expand_as(keep), tile)
+
+    monkeypatch.setattr(depth, "Packing", Together)
+
+
+def stopped_rows_step(model: LanguageModel, monkeypatch) -> None:
+    """In decoding, the later blocks of a row step as soon as those of any row do."""
+
+    def together(segment, x, ids, state, packing):
+        y, state, records = segment(x, ids, state, None)
+        return y, state, records, y.shape[0] * y.shape[1]
+
+    monkeypatch.setattr(depth, "run_packed", together)
+
+
+def confident_about_the_next_position(model: LanguageModel, monkeypatch) -> None:
+    """A position stops where the following one is sure."""
+    halt = Halting._halt
+
+    def peeking(self, i, x, leavers):
+        return halt(self, i, torch.cat([x[:, 1:], x[:, -1:]], dim=1), leavers)
+
+    monkeypatch.setattr(Halting, "_halt", peeking)
+
+
+def halting_does_not_weigh(model: LanguageModel, monkeypatch) -> None:
+    """Probabilities decide who stops, but not what comes out: only the ponder cost trains them."""
+    halt = Halting._halt
+    monkeypatch.setattr(Halting, "_halt", lambda self, i, x, leavers: halt(self, i, x, leavers).detach())
+
+
 def room_of(model: LanguageModel) -> multiscale.MultiScale:
     return next(layer for layer in model.blocks if isinstance(layer, multiscale.MultiScale))
 
 
 BUGS = [
+    (halted_token_still_mixes, "act", checks.step_equals_forward),
+    (halted_token_still_mixes, "exit", checks.step_equals_forward),
+    (halted_token_still_mixes, "skip", checks.step_equals_forward),
+    (depth_by_top_k_over_the_sequence, "act", checks.causal),
+    (depth_by_top_k_over_the_sequence, "skip", checks.causal),
+    (as_deep_as_the_deepest, "act", checks.batch_mates_and_padding),
+    (as_deep_as_the_deepest, "exit", checks.batch_mates_and_padding),
+    (stopped_rows_step, "act", checks.padding_across_pieces),
+    (stopped_rows_step, "skip", checks.padding_across_pieces),
+    (confident_about_the_next_position, "exit", checks.causal),
+    (halting_does_not_weigh, "act", checks.everything_learns),
     (global_mean_in_a_causal_model, "length-truncate", checks.causal),
     (global_mean_in_a_causal_model, "length-pool", checks.causal),
     (batch_max_changes_the_output, "length-pool-words", checks.batch_mates_and_padding),

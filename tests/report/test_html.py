@@ -94,3 +94,14 @@ def test_importing_the_report_leaves_the_plotting_backend_alone():
     program = "import resnet_bk.report.html, sys; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_trade_off_shows_all_points_the_front_and_the_chosen_one():
+    points = [(2.0, 9.0), (2.5, 4.0), (2.6, 8.0), (3.0, 1.0)]
+    (axes,) = html.trade_off(points, [3, 1, 0], 1, "prefill, ms per kB").axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("prefill, ms per kB", "held-out bits per byte")
+    assert [tuple(xy) for xy in axes.collections[0].get_offsets()] == [(time, bits) for bits, time in points]
+    front, chosen = axes.lines
+    assert [tuple(xy) for xy in front.get_xydata()] == [(1.0, 3.0), (4.0, 2.5), (9.0, 2.0)]
+    assert [tuple(xy) for xy in chosen.get_xydata()] == [(4.0, 2.5)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["trials", "Pareto front", "chosen"]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from resnet_bk.adaptive.boundaries import ends_of_words, since_last
 from resnet_bk.adaptive.length_predictor import Lengths, SequenceLengthPredictor
 from resnet_bk.adaptive.multiscale import LearnedUpsampling, MultiScale
-from resnet_bk.adaptive.select import Chunks, last_real, run_rows
+from resnet_bk.adaptive.select import Chunks, equal_tiles, last_real, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.feedforward import TILE, Experts, SwiGLU
@@ -137,10 +137,10 @@ class Deep(NamedTuple):
 class LearnedLength(nn.Module):
     """A stack whose later layers run on as many positions of each window as the predictor says."""
 
-    def __init__(self, config: ModelConfig, stack: Stack):
+    def __init__(self, config: ModelConfig, trunk: Stack, deep: Stack):
         super().__init__()
         self.settings, self.window, d = config.length, config.window, config.d_model
-        self.trunk, self.deep = stack[: config.trunk], stack[config.trunk :]
+        self.trunk, self.deep = trunk, deep
         self.predictor = SequenceLengthPredictor(
             d,
             self.settings.bins,
@@ -294,11 +294,9 @@ class LearnedLength(nn.Module):
 
     def _groups(self, counts: Tensor) -> list[Tensor]:
         """Rows that run together: those of the same number of tiles, or all that have anything to run."""
-        rows = counts.nonzero().squeeze(1)
         if self.settings.execution == "batch_max":
-            return [rows]
-        tiles = -(-counts[rows] // TILE)
-        return [rows[tiles == n] for n in tiles.unique()]
+            return [counts.nonzero().squeeze(1)]
+        return equal_tiles(counts, TILE)
 
     def _leave(self, x: Tensor, carried: Tensor | None, since: Tensor) -> Tensor:
         """What positions (..., D) that do not go deep give to the head. carried: (..., D), what the last one that did
@@ -409,8 +407,3 @@ def _flops(part: nn.Module) -> int:
         return outside + _flops(part.inner) // part.factor
     own = 2 * part.weight.numel() if isinstance(part, nn.Linear) else 0
     return own + sum(_flops(child) for child in part.children())
-
-
-def learned_length(config: ModelConfig, stack: Stack) -> Stack:
-    """The stack, or, where `config.length` has bins, the same layers with a learned length."""
-    return Stack([LearnedLength(config, stack)]) if config.length.bins else stack

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from resnet_bk.adaptive.boundaries import BOUNDARIES, LONGEST, at_most, since_last
 from resnet_bk.adaptive.select import Chunks, last_real, run_rows
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.block import Block, Stack
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.kernels import scan
@@ -209,11 +208,3 @@ class MultiScale(nn.Module):
         share, mean = ((p * real).sum() / real.sum().clamp(min=1) for p in (closes.to(probability.dtype), probability))
         k = self.factor
         return {"ratio": k / (k - 1) * ((k - 1) * share * mean + (1 - share) * (1 - mean))}
-
-
-def build_stack(config: ModelConfig) -> Stack:
-    """The blocks of a model: all in a row, or, level by level inward, some before and some after a coarser stack."""
-    before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
-    if not config.multiscale.factors:
-        return Stack(before)
-    return Stack([*before, MultiScale(config, build_stack(config.inside)), *after])

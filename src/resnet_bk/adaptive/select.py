@@ -103,6 +103,13 @@ def last_real(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
     return table[torch.arange(len(x), device=x.device), mask.sum(1)]
 
 
+def equal_tiles(counts: Tensor, tile: int) -> list[Tensor]:
+    """Indices of the rows that have as many tiles as each other, (B,) counts of positions; none of empty rows."""
+    rows = counts.nonzero().squeeze(1)
+    tiles = -(-counts[rows] // tile)
+    return [rows[tiles == n] for n in tiles.unique()]
+
+
 def run_rows(
     layer: Callable[..., tuple[Tensor, Any, list[Record]]],
     x: Tensor,

@@ -2,24 +2,27 @@
 
 from resnet_bk.config.checks import (
     ConfigError,
+    all_fields,
     check_boolean,
     check_choice,
     check_fields,
     check_integer,
     check_range,
     check_text,
+    in_words,
+    is_section,
+    number_kind,
     shown,
     unknown_field,
 )
-from resnet_bk.config.commands import DataConfig, EvalConfig, GenerateConfig, TrainConfig
+from resnet_bk.config.commands import DataConfig, EvalConfig, GenerateConfig, TrainConfig, TuneConfig
 from resnet_bk.config.model import (
     BYTE_OFFSET,
     BYTE_VOCABULARY,
     END_OF_DOCUMENT,
-    LengthConfig,
     ModelConfig,
-    MultiScaleConfig,
 )
+from resnet_bk.config.rooms import DepthConfig, LengthConfig, MultiScaleConfig
 
 __all__ = [
     "BYTE_OFFSET",
@@ -27,18 +30,24 @@ __all__ = [
     "END_OF_DOCUMENT",
     "ConfigError",
     "DataConfig",
+    "DepthConfig",
     "EvalConfig",
     "GenerateConfig",
     "LengthConfig",
     "ModelConfig",
     "MultiScaleConfig",
     "TrainConfig",
+    "TuneConfig",
+    "all_fields",
     "check_boolean",
     "check_choice",
     "check_fields",
     "check_integer",
     "check_range",
     "check_text",
+    "in_words",
+    "is_section",
+    "number_kind",
     "shown",
     "unknown_field",
 ]

@@ -1,8 +1,9 @@
 """What a setting may be, and the one line that says so where it is not."""
 
 import difflib
+import types
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -70,3 +71,38 @@ def check_fields(where: str, kind: type, values: Any) -> None:
         inner = known[name]
         if isinstance(inner, type) and is_dataclass(inner) and not isinstance(value, inner):
             check_fields(f"{where}.{name}", inner, value)
+
+
+def is_section(kind: Any) -> bool:
+    """Is a setting of this type a mapping of settings?"""
+    return isinstance(kind, type) and is_dataclass(kind)
+
+
+def all_fields(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every setting, sections and what is in them."""
+    found: dict[str, Any] = {}
+    for f in fields(kind):
+        found[prefix + f.name] = f.type
+        if is_section(f.type):
+            found |= all_fields(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+    return found
+
+
+def in_words(kind: Any) -> str:
+    """What a setting of this type allows."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of integers, as [4] or [2, 2]"
+    if get_origin(kind) is dict:
+        return "a mapping of settings to [low, high], as {learning_rate: [0.001, 0.01]}"
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(in_words, get_args(kind)))
+    named = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return named.get(kind, "a mapping of its fields")
+
+
+def number_kind(kind: Any) -> type | None:
+    """int or float where a setting of this type is a number, perhaps null; else None."""
+    kinds = set(get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) - {type(None)}
+    return float if kinds == {float} else int if kinds == {int} else None

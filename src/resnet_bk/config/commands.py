@@ -1,15 +1,19 @@
 """The settings of each command."""
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
 from resnet_bk.config.checks import (
     ConfigError,
+    all_fields,
     check_boolean,
     check_choice,
     check_integer,
     check_range,
     check_text,
+    in_words,
+    number_kind,
     shown,
 )
 from resnet_bk.config.model import ModelConfig
@@ -173,3 +177,62 @@ class GenerateConfig:
         check_integer("generate", 0, 2**31 - 1, seed=self.seed)
         check_range("generate", 0, 100, temperature=self.temperature)
         check_range("generate", 1e-6, 1, top_p=self.top_p)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Settings of `resnet-bk tune`."""
+
+    base: str
+    """YAML file with settings of `resnet-bk train`: the recipe that every trial starts from."""
+    space: dict[str, list[float]] | None = None
+    """Which settings of the recipe to search, and where: {model.depth.penalty: [0.01, 1.0]}. Any number can be
+    searched; integers stay integers; where high is at least 10 times low > 0, on a log scale. Default:
+    model.depth.threshold in [0.5, 0.99] and, where model.depth.policy reads it, model.depth.penalty in [0.01, 1.0]."""
+    output_dir: str = "runs/tune"
+    """Folder for the study and the run of each trial. A study that is there already goes on."""
+    trials: int = 20
+    """Trials to finish, those of earlier calls included."""
+    objective: Literal["prefill", "decode"] = "prefill"
+    """The measured time: reading text, or writing it one token at a time."""
+    seed: int = 0
+    """Seeds the search. Each trial trains with the recipe's own seed."""
+    prune: bool = True
+    """Stop trials, a quarter or half of the way through training, that are far worse than all finished ones were."""
+    max_loss: float = 0.05
+    """Chosen is the fastest trial whose perplexity per byte is at most this share above the best one's."""
+
+    def __post_init__(self) -> None:
+        where = "tune"
+        check_text(where, base=self.base, output_dir=self.output_dir)
+        check_integer(where, 1, 10**6, trials=self.trials)
+        check_choice(where, ("prefill", "decode"), objective=self.objective)
+        check_integer(where, 0, 2**31 - 1, seed=self.seed)
+        check_boolean(where, prune=self.prune)
+        check_range(where, 0, 1_000, max_loss=self.max_loss)
+        if self.space is not None:
+            if not isinstance(self.space, dict) or not self.space:
+                raise ConfigError(f"{where}.space: got {shown(self.space)}, allowed {in_words(dict[str, list[float]])}")
+            space = {name: _checked_range(name, bounds) for name, bounds in self.space.items()}
+            object.__setattr__(self, "space", space)
+
+
+def _checked_range(name: str, bounds: list[float]) -> list[float]:
+    """[low, high] of a setting to be searched, as integers where it is one; ConfigError where it cannot be searched."""
+    known, where = all_fields(TrainConfig), "tune.space"
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see resnet-bk train --help"
+        raise ConfigError(f"{where}: unknown setting {shown(name)}; {hint}")
+    kind = number_kind(known[name])
+    if kind is None:
+        raise ConfigError(f"{where}: {name} is no number but {in_words(known[name])}; only numbers are searched")
+    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+        raise ConfigError(f"{where}.{name}: got {shown(bounds)}, allowed two numbers, [low, high]")
+    check_range(where, -1e12, 1e12, **{name: bounds[0]})
+    check_range(where, -1e12, 1e12, **{name: bounds[1]})
+    if kind is int and any(bound != int(bound) for bound in bounds):
+        raise ConfigError(f"{where}.{name}: got {shown(bounds)}, allowed two integers, [low, high]")
+    if not bounds[0] < bounds[1]:
+        raise ConfigError(f"{where}.{name}: got {shown(bounds)}, allowed low < high")
+    return [kind(bound) for bound in bounds]

@@ -1,4 +1,4 @@
-"""The shape of a model: one section for each technique."""
+"""The shape of a model."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,149 +13,10 @@ from resnet_bk.config.checks import (
     check_range,
     shown,
 )
+from resnet_bk.config.rooms import DepthConfig, LengthConfig, MultiScaleConfig
 
 # The byte tokenizer: byte b is id b + 3, after three special ids, of which one ends documents.
 BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT = 3, 259, 1
-
-
-@dataclass(frozen=True)
-class MultiScaleConfig:
-    """Stacks that run on chunks of neighbouring positions instead of on all of them."""
-
-    factors: tuple[int, ...] = ()
-    """Positions a chunk, level by level inward: [4], or [2, 2] for N, N/2, N/4. Empty: all blocks see all positions."""
-    layers: tuple[int, ...] = ()
-    """Blocks: outer before, ..., innermost, ..., outer after, as [1, 1, 4, 1, 1] for two factors. Default: one block
-    before and one after each level, the rest of n_layers innermost."""
-    widths: tuple[int, ...] = ()
-    """Model width of each inner level. Default: d_model."""
-    hidden: tuple[int, ...] = ()
-    """Hidden width of each inner level's feed-forwards. Default: in proportion to d_ff, or its default."""
-    boundaries: Literal["fixed", "whitespace", "learned", "learned-words"] = "fixed"
-    """Where chunks end: every `factor` positions; after words and lines of bytes; where a trained router says, `factor`
-    positions apart on average; where a router says that starts as whitespace. No chunk is longer than twice its
-    factor."""
-    ratio_weight: float = 0.1
-    """Weight of the loss that holds learned boundaries to their factor."""
-
-    def __post_init__(self) -> None:
-        where = "model.multiscale"
-        for name, low, high in (
-            ("factors", 2, 65_536),
-            ("layers", 0, 1_024),
-            ("widths", 1, 65_536),
-            ("hidden", 1, 2**20),
-        ):
-            values = getattr(self, name)
-            if not isinstance(values, list | tuple):
-                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed a list of integers")
-            check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
-            object.__setattr__(self, name, tuple(values))
-        check_choice(where, ("fixed", "whitespace", "learned", "learned-words"), boundaries=self.boundaries)
-        check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
-        levels = len(self.factors)
-        if levels > 8:
-            raise ConfigError(f"{where}.factors: got {levels} levels, allowed at most 8")
-        if self.layers and len(self.layers) != 2 * levels + 1:
-            raise ConfigError(
-                f"{where}.layers: got {len(self.layers)} numbers for {levels} factors, allowed {2 * levels + 1}: "
-                "outer before, ..., innermost, ..., outer after"
-            )
-        if self.layers and self.layers[levels] < 1:
-            raise ConfigError(f"{where}.layers: got no block innermost, allowed at least 1")
-        for name in ("widths", "hidden"):
-            if (given := len(getattr(self, name))) not in (0, levels):
-                raise ConfigError(f"{where}.{name}: got {given} numbers for {levels} factors, allowed one for each")
-        if self.reads_bytes and levels > 1:
-            raise ConfigError(f"{where}.boundaries: got {self.boundaries!r} for {levels} factors, allowed for one only")
-
-    @property
-    def reads_bytes(self) -> bool:
-        """Whether boundaries depend on which bytes the tokens are."""
-        return self.boundaries in ("whitespace", "learned-words")
-
-
-@dataclass(frozen=True)
-class LengthConfig:
-    """Learned sequence length: in each window of text, how many positions go through all blocks."""
-
-    bins: int = 0
-    """Lengths to choose among, up to max_length; 0: every position goes through all blocks."""
-    max_length: int | None = None
-    """Positions of a window; each window has its own length. Default: n_seq."""
-    mode: Literal["truncate", "pool"] = "truncate"
-    """Which positions go deep: the first of the window, or about as many spread over it, each for those since the last
-    one."""
-    trunk: int | None = None
-    """Layers that every position goes through, the first ones. Default: a quarter of them, at least one."""
-    placement: Literal["even", "geometric", "learned", "continuous"] = "even"
-    """Lengths: evenly spaced, geometrically spaced, evenly at first and then learned, or a number predicted directly
-    and rounded."""
-    levels: Literal[1, 2] = 1
-    """2: a coarse choice among groups of lengths, then a fine one in the group."""
-    pooling: Literal["prefix", "attention", "global"] = "prefix"
-    """What the choice is made from: the mean over the shortest length's positions, a mean weighted by content, or, in
-    bidirectional models, the mean over the whole window."""
-    spacing: Literal["even", "words"] = "even"
-    """Pooled: spread evenly, or each at the first end of a word (of bytes) in its stretch."""
-    training: Literal["expected", "sampled", "gumbel"] | None = None
-    """Truncating: the expected loss over all lengths (default), or that of one Gumbel-Softmax sample per window, both
-    with every position computed, so exact for sequences of one window; or, and always when pooling, one sample per
-    window with only that computed."""
-    temperature: float = 1.0
-    """Of the Gumbel-Softmax."""
-    penalty: float = 0.01
-    """Weight of the mean expected length, as a share of max_length, in the loss."""
-    entropy_weight: float = 0.01
-    """Weight of the bonus for undecided choices, which keeps them from collapsing to one length early."""
-    execution: Literal["grouped", "batch_max"] = "grouped"
-    """Sequences of a batch run in groups of equal length, or all at the longest one's. Changes time, not results."""
-
-    def __post_init__(self) -> None:
-        where = "model.length"
-        check_integer(where, 0, 1_024, bins=self.bins)
-        if self.max_length is not None:
-            check_integer(where, 2, 2**20, max_length=self.max_length)
-        if self.trunk is not None:
-            check_integer(where, 1, 1_023, trunk=self.trunk)
-        check_integer(where, 1, 2, levels=self.levels)
-        check_choice(where, ("truncate", "pool"), mode=self.mode)
-        check_choice(where, ("even", "geometric", "learned", "continuous"), placement=self.placement)
-        check_choice(where, ("prefix", "attention", "global"), pooling=self.pooling)
-        check_choice(where, ("even", "words"), spacing=self.spacing)
-        if self.training is not None:
-            check_choice(where, ("expected", "sampled", "gumbel"), training=self.training)
-        check_choice(where, ("grouped", "batch_max"), execution=self.execution)
-        check_range(where, 1e-3, 1e3, temperature=self.temperature)
-        check_range(where, 0, 1_000, penalty=self.penalty, entropy_weight=self.entropy_weight)
-        if self.training in ("expected", "gumbel") and self.mode == "pool":
-            raise ConfigError(
-                f"{where}.training: got {self.training!r} with mode = 'pool', allowed 'sampled': pooled, each length "
-                "is a computation of its own"
-            )
-        if self.placement == "continuous" and self.levels == 2:
-            raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no bins")
-        if self.placement == "continuous" and self.training == "gumbel":
-            raise ConfigError(f"{where}.training: got 'gumbel' with placement = 'continuous', allowed 'expected'")
-        if self.spacing == "words" and self.mode == "truncate":
-            raise ConfigError(f"{where}.spacing: got 'words' with mode = 'truncate', allowed with 'pool'")
-        if self.placement in ("learned", "continuous") and self.sampled:
-            raise ConfigError(
-                f"{where}.placement: got {self.placement!r} where lengths are sampled in training, allowed with "
-                "mode = 'truncate' and another training"
-            )
-        if self.levels == 2 and self.bins and self.groups == self.bins:
-            raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two numbers")
-
-    @property
-    def sampled(self) -> bool:
-        """Whether training samples lengths, and computes those only."""
-        return self.mode == "pool" or self.training == "sampled"
-
-    @property
-    def groups(self) -> int:
-        """Of two levels, how many the first chooses among: the least divisor of bins that is at least its root."""
-        return next(g for g in range(1, self.bins + 1) if g * g >= self.bins and self.bins % g == 0)
 
 
 @dataclass(frozen=True)
@@ -192,6 +53,7 @@ class ModelConfig:
     """Weight of the experts' load-balancing loss."""
     multiscale: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
 
     def __post_init__(self) -> None:
         where = "model"
@@ -220,6 +82,8 @@ class ModelConfig:
         self._check_multiscale()
         if self.length.bins:
             self._check_length()
+        if self.depth.policy != "none":
+            self._check_depth()
 
     def _check_multiscale(self) -> None:
         where, scales = "model.multiscale", self.multiscale
@@ -281,6 +145,37 @@ class ModelConfig:
                 f"{where}.spacing: got 'words' with model.vocab_size = {self.vocab_size}, allowed with the byte "
                 f"tokenizer's {BYTE_VOCABULARY} ids"
             )
+
+    def _check_depth(self) -> None:
+        where, depth, blocks = "model.depth", self.depth, self.deciding
+        needed = depth.first + (depth.last if depth.policy == "skip" else 0)
+        if needed > blocks:
+            raise ConfigError(
+                f"{where}.first: {needed} blocks for every position, of {blocks} that depth can decide about; lower "
+                "first or last, or raise the number of blocks"
+            )
+        if depth.policy == "exit" and not self.causal:
+            raise ConfigError(
+                f"{where}.policy: got 'exit' with model.causal = False, allowed 'act' or 'skip': a bidirectional model "
+                "has no next token to be confident about"
+            )
+        if depth.policy == "exit" and self.multiscale.factors:
+            raise ConfigError(
+                f"{where}.policy: got 'exit' with model.multiscale, allowed 'act' or 'skip': chunks have no next token "
+                "to be confident about"
+            )
+        if depth.policy == "exit" and self.length.bins:
+            raise ConfigError(
+                f"{where}.policy: got 'exit' with model.length, allowed 'act' or 'skip': both would say how the output "
+                "is scored in training"
+            )
+
+    @property
+    def deciding(self) -> int:
+        """Blocks of the stack that adaptive depth drives: those after the trunk of learned length, or the innermost."""
+        if self.multiscale.factors:
+            return self.inside.deciding
+        return self.blocks - (self.trunk if self.length.bins else 0)
 
     @property
     def window(self) -> int:
@@ -349,7 +244,7 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         check_fields("model", cls, values)
         rooms: dict[str, Any] = {}
-        for name, kind in (("multiscale", MultiScaleConfig), ("length", LengthConfig)):
+        for name, kind in (("multiscale", MultiScaleConfig), ("length", LengthConfig), ("depth", DepthConfig)):
             given = values.get(name, {})
             rooms[name] = kind(**given) if isinstance(given, dict) else given
         return cls(**{**values, **rooms})

@@ -42,6 +42,22 @@ def training_curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def trade_off(points: Sequence[tuple[float, float]], front: Sequence[int], chosen: int, time_label: str) -> Figure:
+    """Quality against time. points: (bits per byte, time); front, chosen: indices of points."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    axes.scatter([time for _, time in points], [bits for bits, _ in points], s=18, color="#999999", label="trials")
+    line = sorted((points[i][1], points[i][0]) for i in front)
+    axes.plot(*zip(*line, strict=True), color="#1f5fa8", linewidth=1.2, marker="o", markersize=4, label="Pareto front")
+    bits, time = points[chosen]
+    axes.plot([time], [bits], "*", color="#b3541e", markersize=14, label="chosen")
+    axes.set(xlabel=time_label, ylabel="held-out bits per byte")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def page(
     title: str, rows: Sequence[tuple[str, str]], figures: Sequence[Figure], sample: str, footer: Sequence[str]
 ) -> str:

@@ -17,13 +17,13 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from resnet_bk import __version__
-from resnet_bk.checkpoint import CheckpointError, newest_valid, replacing, verify
+from resnet_bk.checkpoint import CheckpointError, newest_valid, replacing, verify, write_whole
 from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig, check_fields, check_text
 from resnet_bk.data import corpus, tokens
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer, load_tokenizer
 from resnet_bk.training.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
 from resnet_bk.training.measure import Costs, measure
-from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Windows, quiet_transformers
+from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Watch, Windows, quiet_transformers
 
 CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
     "config.yaml",
@@ -39,10 +39,10 @@ CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
 class StoppedError(RuntimeError):
     """The run was interrupted by a signal after a checkpoint was saved."""
 
-    def __init__(self, number: int, folder: Path):
-        go_on = f"resnet-bk train --config {folder / CONFIG} --resume true"
+    def __init__(self, number: int, go_on: str):
+        """go_on: the command that continues."""
         super().__init__(f"stopped by signal {number}; saved. Go on with: {go_on}")
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -118,8 +118,11 @@ def token_file(
 # ---------------------------------------------------------------------------------------------- train
 
 
-def train(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Train, evaluate, measure, report. Returns what results.json holds."""
+def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> dict[str, Any]:
+    """Train, evaluate, measure, report. Returns what results.json holds.
+
+    watch: called at each log line; what it raises ends the training.
+    """
     quiet_transformers()
     folder = run_folder(config, console)
     config = dataclasses.replace(config, output_dir=str(folder))
@@ -150,7 +153,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     except ValueError as error:  # of all settings, only a tracker's name is checked there and not here
         raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
     trainer.add_callback(Budget(trainer))
-    recorder = Recorder(trainer, folder / METRICS, console)
+    recorder = Recorder(trainer, folder / METRICS, console, watch)
     trainer.add_callback(recorder)
     checkpoint = newest_valid(folder / CHECKPOINTS, console.print)
     (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
@@ -160,7 +163,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     finally:
         recorder.close()
     if trainer.stopped_by is not None:
-        raise StoppedError(trainer.stopped_by, folder)
+        raise StoppedError(trainer.stopped_by, f"resnet-bk train --config {folder / CONFIG} --resume true")
     with replacing(folder / MODEL) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -186,11 +189,11 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
     if not (folder / CONFIG).exists():
         return
     try:
-        saved = _flat(yaml.safe_load((folder / CONFIG).read_text()))
+        saved = flat(yaml.safe_load((folder / CONFIG).read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         kind = type(error).__name__
         raise ConfigError(f"{folder / CONFIG}: cannot be read ({kind}); choose another output_dir") from error
-    for name, value in _flat(dataclasses.asdict(config)).items():
+    for name, value in flat(dataclasses.asdict(config)).items():
         if name not in _FREE and name in saved and saved[name] != value:
             raise ConfigError(
                 f"train.{name}: got {value!r}, the run in {folder} was started with {saved[name]!r}; "
@@ -207,13 +210,13 @@ def _check_same_text(source: str, train_hash: str, folder: Path) -> None:
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"model": {"d_model": 64}} as {"model.d_model": 64}; tuples as lists, which is how YAML gives them back."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         value = list(value) if isinstance(value, tuple) else value
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
@@ -282,7 +285,7 @@ def _conclude(
     print_table(console, f"Run {folder}", rows)
     console.print("\n[bold]Sample[/bold]")
     console.print(sample, markup=False, highlight=False)
-    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     from resnet_bk.report import html  # matplotlib takes a second to import
 
     footer = [f"{name} {version}" for name, version in versions().items()]

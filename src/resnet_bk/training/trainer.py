@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from resnet_bk.hf.modeling import ResNetBKForCausalLM
 NO_STEP_LIMIT = 10**9
 KEPT_CHECKPOINTS = 2
 _ELAPSED = "elapsed.json"
+Watch = Callable[[float, float], None]  # of progress, 0 to 1, and training bits per byte since the last log line
 
 
 class NonFiniteError(RuntimeError):
@@ -263,8 +264,8 @@ class Budget(TrainerCallback):
 class Recorder(TrainerCallback):
     """metrics.jsonl, one line a log, and the progress bar: bits per byte, bytes per second, time left."""
 
-    def __init__(self, trainer: BKTrainer, path: Path, console: Console):
-        self.trainer, self.path = trainer, path
+    def __init__(self, trainer: BKTrainer, path: Path, console: Console, watch: Watch | None = None):
+        self.trainer, self.path, self.watch = trainer, path, watch
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self.bar = Progress(*columns, *times, console=console)
@@ -299,6 +300,8 @@ class Recorder(TrainerCallback):
         if self.task is not None:
             text = f"step {state.global_step}  {logs['bits_per_byte']:.3f} bits/byte  {rate / 1000:.1f} kB/s"
             self.bar.update(self.task, description=text)
+        if self.watch is not None:
+            self.watch(self.trainer.progress, logs["bits_per_byte"])
 
     def close(self) -> None:
         self.bar.stop()

@@ -1,0 +1,39 @@
+"""How the rooms nest: learned length around multi-scale around adaptive depth around blocks."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from resnet_bk.adaptive.depth import adaptive_depth
+from resnet_bk.adaptive.length import LearnedLength
+from resnet_bk.adaptive.multiscale import MultiScale
+from resnet_bk.config import ModelConfig
+from resnet_bk.layers.block import Block, Stack
+
+Read = Callable[[Tensor], Tensor]  # from features (..., D) to logits (..., V)
+
+
+def build(config: ModelConfig, read: Read) -> Stack:
+    """All layers of a model."""
+    return learned_length(config, layers(config, read), read)
+
+
+def layers(config: ModelConfig, read: Read) -> Stack:
+    """The blocks in a row, or, level by level inward, some before and some after a coarser stack."""
+    before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
+    if not config.multiscale.factors:
+        return Stack(before)
+    inside = driven(config.inside, layers(config.inside, read), read)
+    return Stack([*before, MultiScale(config, inside), *after])
+
+
+def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
+    """The stack as it is, or with a learned length. Without chunks, depth decides about its layers, or the deep ones."""
+    if config.length.bins:
+        deep = driven(config, stack[config.trunk :], read)
+        return Stack([LearnedLength(config, stack[: config.trunk], deep)])
+    return driven(config, stack, read)
+
+
+def driven(config: ModelConfig, stack: Stack, read: Read) -> Stack:
+    return stack if config.multiscale.factors else adaptive_depth(config, stack, read)

@@ -1,0 +1,191 @@
+"""The adaptive techniques' settings, one section each."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from resnet_bk.config.checks import ConfigError, check_choice, check_integer, check_range, shown
+
+
+@dataclass(frozen=True)
+class MultiScaleConfig:
+    """Stacks that run on chunks of neighbouring positions instead of on all of them."""
+
+    factors: tuple[int, ...] = ()
+    """Positions a chunk, level by level inward: [4], or [2, 2] for N, N/2, N/4. Empty: all blocks see all positions."""
+    layers: tuple[int, ...] = ()
+    """Blocks: outer before, ..., innermost, ..., outer after, as [1, 1, 4, 1, 1] for two factors. Default: one block
+    before and one after each level, the rest of n_layers innermost."""
+    widths: tuple[int, ...] = ()
+    """Model width of each inner level. Default: d_model."""
+    hidden: tuple[int, ...] = ()
+    """Hidden width of each inner level's feed-forwards. Default: in proportion to d_ff, or its default."""
+    boundaries: Literal["fixed", "whitespace", "learned", "learned-words"] = "fixed"
+    """Where chunks end: every `factor` positions; after words and lines of bytes; where a trained router says, `factor`
+    positions apart on average; where a router says that starts as whitespace. No chunk is longer than twice its
+    factor."""
+    ratio_weight: float = 0.1
+    """Weight of the loss that holds learned boundaries to their factor."""
+
+    def __post_init__(self) -> None:
+        where = "model.multiscale"
+        for name, low, high in (
+            ("factors", 2, 65_536),
+            ("layers", 0, 1_024),
+            ("widths", 1, 65_536),
+            ("hidden", 1, 2**20),
+        ):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple):
+                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed a list of integers")
+            check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
+            object.__setattr__(self, name, tuple(values))
+        check_choice(where, ("fixed", "whitespace", "learned", "learned-words"), boundaries=self.boundaries)
+        check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
+        levels = len(self.factors)
+        if levels > 8:
+            raise ConfigError(f"{where}.factors: got {levels} levels, allowed at most 8")
+        if self.layers and len(self.layers) != 2 * levels + 1:
+            raise ConfigError(
+                f"{where}.layers: got {len(self.layers)} numbers for {levels} factors, allowed {2 * levels + 1}: "
+                "outer before, ..., innermost, ..., outer after"
+            )
+        if self.layers and self.layers[levels] < 1:
+            raise ConfigError(f"{where}.layers: got no block innermost, allowed at least 1")
+        for name in ("widths", "hidden"):
+            if (given := len(getattr(self, name))) not in (0, levels):
+                raise ConfigError(f"{where}.{name}: got {given} numbers for {levels} factors, allowed one for each")
+        if self.reads_bytes and levels > 1:
+            raise ConfigError(f"{where}.boundaries: got {self.boundaries!r} for {levels} factors, allowed for one only")
+
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether boundaries depend on which bytes the tokens are."""
+        return self.boundaries in ("whitespace", "learned-words")
+
+
+@dataclass(frozen=True)
+class LengthConfig:
+    """Learned sequence length: in each window of text, how many positions go through all blocks."""
+
+    bins: int = 0
+    """Lengths to choose among, up to max_length; 0: every position goes through all blocks."""
+    max_length: int | None = None
+    """Positions of a window; each window has its own length. Default: n_seq."""
+    mode: Literal["truncate", "pool"] = "truncate"
+    """Which positions go deep: the first of the window, or about as many spread over it, each for those since the last
+    one."""
+    trunk: int | None = None
+    """Layers that every position goes through, the first ones. Default: a quarter of them, at least one."""
+    placement: Literal["even", "geometric", "learned", "continuous"] = "even"
+    """Lengths: evenly spaced, geometrically spaced, evenly at first and then learned, or a number predicted directly
+    and rounded."""
+    levels: Literal[1, 2] = 1
+    """2: a coarse choice among groups of lengths, then a fine one in the group."""
+    pooling: Literal["prefix", "attention", "global"] = "prefix"
+    """What the choice is made from: the mean over the shortest length's positions, a mean weighted by content, or, in
+    bidirectional models, the mean over the whole window."""
+    spacing: Literal["even", "words"] = "even"
+    """Pooled: spread evenly, or each at the first end of a word (of bytes) in its stretch."""
+    training: Literal["expected", "sampled", "gumbel"] | None = None
+    """Truncating: the expected loss over all lengths (default), or that of one Gumbel-Softmax sample per window, both
+    with every position computed, so exact for sequences of one window; or, and always when pooling, one sample per
+    window with only that computed."""
+    temperature: float = 1.0
+    """Of the Gumbel-Softmax."""
+    penalty: float = 0.01
+    """Weight of the mean expected length, as a share of max_length, in the loss."""
+    entropy_weight: float = 0.01
+    """Weight of the bonus for undecided choices, which keeps them from collapsing to one length early."""
+    execution: Literal["grouped", "batch_max"] = "grouped"
+    """Sequences of a batch run in groups of equal length, or all at the longest one's. Changes time, not results."""
+
+    def __post_init__(self) -> None:
+        where = "model.length"
+        check_integer(where, 0, 1_024, bins=self.bins)
+        if self.max_length is not None:
+            check_integer(where, 2, 2**20, max_length=self.max_length)
+        if self.trunk is not None:
+            check_integer(where, 1, 1_023, trunk=self.trunk)
+        check_integer(where, 1, 2, levels=self.levels)
+        check_choice(where, ("truncate", "pool"), mode=self.mode)
+        check_choice(where, ("even", "geometric", "learned", "continuous"), placement=self.placement)
+        check_choice(where, ("prefix", "attention", "global"), pooling=self.pooling)
+        check_choice(where, ("even", "words"), spacing=self.spacing)
+        if self.training is not None:
+            check_choice(where, ("expected", "sampled", "gumbel"), training=self.training)
+        check_choice(where, ("grouped", "batch_max"), execution=self.execution)
+        check_range(where, 1e-3, 1e3, temperature=self.temperature)
+        check_range(where, 0, 1_000, penalty=self.penalty, entropy_weight=self.entropy_weight)
+        if self.training in ("expected", "gumbel") and self.mode == "pool":
+            raise ConfigError(
+                f"{where}.training: got {self.training!r} with mode = 'pool', allowed 'sampled': pooled, each length "
+                "is a computation of its own"
+            )
+        if self.placement == "continuous" and self.levels == 2:
+            raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no bins")
+        if self.placement == "continuous" and self.training == "gumbel":
+            raise ConfigError(f"{where}.training: got 'gumbel' with placement = 'continuous', allowed 'expected'")
+        if self.spacing == "words" and self.mode == "truncate":
+            raise ConfigError(f"{where}.spacing: got 'words' with mode = 'truncate', allowed with 'pool'")
+        if self.placement in ("learned", "continuous") and self.sampled:
+            raise ConfigError(
+                f"{where}.placement: got {self.placement!r} where lengths are sampled in training, allowed with "
+                "mode = 'truncate' and another training"
+            )
+        if self.levels == 2 and self.bins and self.groups == self.bins:
+            raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two numbers")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether training samples lengths, and computes those only."""
+        return self.mode == "pool" or self.training == "sampled"
+
+    @property
+    def groups(self) -> int:
+        """Of two levels, how many the first chooses among: the least divisor of bins that is at least its root."""
+        return next(g for g in range(1, self.bins + 1) if g * g >= self.bins and self.bins % g == 0)
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """Adaptive depth: how many blocks each position goes through."""
+
+    policy: Literal["none", "act", "skip", "exit"] = "none"
+    """Which positions a block runs on: all; those whose halting probabilities do not add up to the threshold yet
+    (adaptive computation time); those its router lets in, the others go past it (mixture of depths); those about whose
+    next token the model's head is not confident yet (early exit)."""
+    first: int = 1
+    """Blocks before the first decision, which every position goes through."""
+    last: int = 1
+    """Skip: blocks after the last decision, which every position goes through."""
+    every: int = 1
+    """Blocks between decisions."""
+    threshold: float | None = None
+    """act: the sum of halting probabilities at which a position stops, default 0.99. skip: the probability from which
+    it goes in, default 0.5. exit: the confidence from which it stops, default 0.9; 1 never stops it."""
+    penalty: float = 0.1
+    """act, skip: weight of the expected number of blocks, as a share of all that depth decides about, in the loss."""
+    target: float = 0.5
+    """act, skip: share of the blocks at which the penalty ends. Keeps positions from stopping ever earlier."""
+    confidence: Literal["probability", "entropy"] = "probability"
+    """exit: the likeliest token's probability, or one minus the entropy as a share of the greatest possible."""
+    exit_weight: float = 0.3
+    """exit: weight of the mean loss of the exits."""
+    full_depth: float = 0.5
+    """exit: share of training sequences that go through all blocks; of the others, positions stop as they will."""
+
+    def __post_init__(self) -> None:
+        where = "model.depth"
+        check_choice(where, ("none", "act", "skip", "exit"), policy=self.policy)
+        check_choice(where, ("probability", "entropy"), confidence=self.confidence)
+        check_integer(where, 1, 1_024, first=self.first, every=self.every)
+        check_integer(where, 0, 1_024, last=self.last)
+        check_range(where, 0, 1_000, penalty=self.penalty, exit_weight=self.exit_weight)
+        check_range(where, 0, 1, target=self.target, full_depth=self.full_depth)
+        if self.threshold is not None:
+            check_range(where, 0, 1, threshold=self.threshold)
+
+    @property
+    def stops_at(self) -> float:
+        """The threshold, or the policy's default."""
+        return {"act": 0.99, "skip": 0.5}.get(self.policy, 0.9) if self.threshold is None else self.threshold

@@ -1,0 +1,273 @@
+"""Adaptive depth against loops that follow the definition, what trains it, and what is not computed."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resnet_bk import LanguageModel
+from resnet_bk.adaptive import depth
+from resnet_bk.adaptive.depth import DepthRecord, Halting, Skipping, confidence
+from resnet_bk.layers.score import Score
+
+POLICIES = ["act", "skip", "exit"]
+
+
+def model(policy, n_layers=4, vocab=31, **settings) -> LanguageModel:
+    """float64, eval, with decisions that go both ways."""
+    torch.manual_seed(0)
+    settings = {"policy": policy, **({"threshold": 0.15} if policy == "exit" else {}), **settings}
+    net = LanguageModel(vocab, d_model=16, n_layers=n_layers, num_experts=1, n_heads=2, depth=settings).double().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        for module in net.modules():
+            if isinstance(module, Score):
+                module.bias.zero_()
+                module.weight.normal_()
+    return net
+
+
+def room_of(net):
+    return net.blocks[0]
+
+
+def plain(net) -> LanguageModel:
+    """The same blocks without decisions."""
+    blocks = [block for segment in room_of(net).segments for block in segment]
+    other = LanguageModel(net.config.vocab_size, d_model=16, n_layers=len(blocks), num_experts=1, n_heads=2)
+    other.double().eval()
+    other.embed, other.norm, other.head = net.embed, net.norm, net.head
+    for i, block in enumerate(blocks):
+        other.blocks[i] = block
+    return other
+
+
+def tokens(batch, length, vocab=31):
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def by_definition(net, ids):
+    """One sequence, position by position: the output (N, D), the blocks each went through, and the expected number."""
+    room, x = room_of(net), net.embed(ids)[0]
+    n, threshold = len(x), room.threshold
+    going, left, out = list(range(n)), [1.0] * n, [torch.zeros_like(x[0])] * n
+    blocks, expected = [0] * n, 0.0
+    for i, segment in enumerate(room.segments):
+        if isinstance(room, Skipping) and 0 < i < len(room.segments) - 1:
+            going = [t for t in range(n) if room.routers[i - 1](x[t : t + 1])[0].sigmoid() >= threshold]
+        elif isinstance(room, Skipping):
+            going = list(range(n))
+        y = segment(x[going].unsqueeze(0), ids, None, None)[0][0] if going else x[:0]
+        x = x.clone()
+        x[going] = y
+        on = []
+        for t in going:
+            blocks[t] += len(segment)
+            expected = expected + len(segment) * left[t]
+            if isinstance(room, Skipping):
+                continue
+            last = i == len(room.segments) - 1
+            if hasattr(room, "units"):
+                halt = 1.0 if last else room.units[i](x[t : t + 1])[0].sigmoid()
+                stops = left[t] - halt <= 1 - threshold
+                weight = left[t] if stops or last else halt
+            else:
+                stops = bool(net.read(x[t]).softmax(-1).max() >= threshold)
+                weight = left[t] if stops or last else 0.0
+            out[t] = out[t] + weight * x[t]
+            left[t] = left[t] - weight
+            if not (stops or last):
+                on.append(t)
+        going = on if isinstance(room, Halting) else going
+    return (x if isinstance(room, Skipping) else torch.stack(out)), blocks, expected
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 33])
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        ("act", {}),
+        ("act", {"first": 2, "threshold": 0.6}),
+        ("act", {"every": 2}),
+        ("exit", {}),
+        ("exit", {"every": 2}),
+        ("skip", {}),
+        ("skip", {"last": 0, "threshold": 0.4}),
+    ],
+)
+def test_outputs_gradients_and_blocks_are_those_of_the_definition(policy, settings, length):
+    net = model(policy, **settings)
+    ids = tokens(3, length)
+    output = net(ids)
+    output.logits.square().sum().backward()
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    record = output.records[0]
+    assert isinstance(record, DepthRecord)
+    total = 0.0
+    for row in range(3):
+        x, blocks, _ = by_definition(net, ids[row : row + 1])
+        logits = net.head(net.norm(x))
+        torch.testing.assert_close(output.logits[row], logits, rtol=1e-10, atol=1e-10)
+        assert record.blocks[row].tolist() == blocks
+        total = total + logits.square().sum()
+    total.backward()
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.4, 1.0])
+def test_ponder_is_the_expected_share_of_blocks_and_pulls_towards_the_target(target):
+    net = model("act", target=target)
+    ids = tokens(2, 19)
+    output = net(ids, targets=ids)
+    expected = sum(by_definition(net, ids[row : row + 1])[2] for row in range(2)) / (2 * 19 * 4)
+    executed = output.records[0].mean_blocks / 4
+    sign = 1 if executed > target else -1
+    torch.testing.assert_close(output.losses["ponder"], sign * (expected - target))
+    output.losses["ponder"].backward()
+    pull = room_of(net).units[0].bias.grad
+    assert pull * sign < 0  # a larger halting probability means fewer blocks
+    added = output.loss - output.losses["cross_entropy"]
+    torch.testing.assert_close(added, net.config.depth.penalty * output.losses["ponder"])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_without_decisions_it_is_bit_for_bit_the_plain_model(policy):
+    settings = {"first": 4, "last": 0} if policy == "skip" else {"first": 4}
+    net, ids = model(policy, **settings), tokens(3, 21)
+    assert torch.equal(net(ids).logits, plain(net)(ids).logits)
+    assert (net(ids).records[0].blocks == 4).all()
+
+
+def test_a_confidence_of_one_is_never_reached():
+    net, ids = model("exit", threshold=1.0), tokens(3, 21)
+    net.head.weight = torch.nn.Parameter(1e3 * net.head.weight.detach())  # certain of everything
+    assert torch.equal(net(ids).logits, plain(net)(ids).logits)
+    assert (net(ids).records[0].blocks == 4).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_what_has_stopped_is_not_computed(policy):
+    net, ids = model(policy), tokens(4, 100)
+    positions = []
+    for segment in room_of(net).segments:
+        segment.register_forward_hook(lambda m, arguments, output: positions.append(output[0][..., 0].numel()))
+    record = net(ids).records[0]
+    assert sum(positions) == record.computed
+    assert int(record.blocks.sum()) <= record.computed
+    assert record.computed < 0.95 * 4 * ids.numel()
+    assert record.available == 4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_a_decoding_step_runs_only_the_blocks_it_needs(policy):
+    net, ids = model(policy), tokens(1, 60)
+    state = net(ids[:, :1]).state
+    for t in range(1, 60):
+        calls = []
+        hooks = [
+            segment.register_forward_hook(lambda m, i, o, n=len(segment): calls.append(n))
+            for segment in room_of(net).segments
+        ]
+        output = net(ids[:, t : t + 1], state=state)
+        state = output.state
+        for hook in hooks:
+            hook.remove()
+        assert sum(calls) == int(output.records[0].blocks)
+
+
+@torch.no_grad()
+def test_padding_goes_through_no_block():
+    for policy in POLICIES:
+        net, ids = model(policy), tokens(2, 30)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[0, 10:] = False
+        blocks = net(ids, mask=mask).records[0].blocks
+        assert (blocks[0, 10:] == 0).all()
+        assert (blocks[0, :10] > 0).all()
+        assert (blocks[1] > 0).all()
+
+
+def test_exits_are_scored_in_training():
+    net, ids = model("exit", full_depth=1.0), tokens(2, 15)
+    output = net.train()(ids[:, :-1], targets=ids[:, 1:])
+    x, losses = net.embed(ids[:, :-1]), []
+    for segment in room_of(net).segments:
+        x = segment(x, ids, None, None)[0]
+        losses.append(F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:]))
+    weight = net.config.depth.exit_weight
+    expected = losses[-1] + weight * torch.stack(losses[:-1]).mean()
+    torch.testing.assert_close(output.losses["cross_entropy"], expected)
+
+
+@pytest.mark.parametrize("full_depth", [0.0, 1.0])
+def test_a_share_of_training_sequences_goes_through_all_blocks(full_depth):
+    net, ids = model("exit", full_depth=full_depth), tokens(6, 40)
+    with torch.no_grad():
+        trained = net.train()(ids).records[0].blocks
+        evaluated = net.eval()(ids).records[0].blocks
+    assert torch.equal(trained, torch.full_like(trained, 4) if full_depth else evaluated)
+    assert not (evaluated == 4).all()
+
+
+@pytest.mark.parametrize("kind", ["probability", "entropy"])
+def test_confidence_is_between_even_and_certain(kind):
+    even, certain = torch.zeros(7), torch.tensor([0.0, 50.0, 0, 0, 0, 0, 0])
+    torch.testing.assert_close(confidence(even, kind), torch.tensor(1 / 7 if kind == "probability" else 0.0))
+    torch.testing.assert_close(confidence(certain, kind), torch.tensor(1.0))
+    p = torch.tensor([0.5, 0.25, 0.25])
+    expected = 0.5 if kind == "probability" else 1 - 1.5 * math.log(2) / math.log(3)
+    assert confidence(p.log() + 3, kind).item() == pytest.approx(expected)
+
+
+def test_a_copy_reads_with_its_own_head():
+    net = model("exit")
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        net.norm.weight.zero_()
+    ids = tokens(2, 30)
+    assert room_of(other).read.__self__ is other
+    assert not torch.equal(other(ids).records[0].blocks, net(ids).records[0].blocks)
+
+
+@pytest.mark.parametrize("policy", ["act", "skip"])
+def test_depth_follows_the_text(policy):
+    """The same model and settings, trained on an easy stream and on a hard one. Easy: one byte over and over. Hard: two
+    steps of composed look-ups, which a single block cannot do."""
+
+    def stream(kind, generator):
+        if kind == "easy":
+            return torch.full((16, 33), 3)
+        x = torch.randint(4, 30, (16, 33), generator=generator)
+        x[:, 1::2] = (x[:, ::2][:, : x[:, 1::2].shape[1]] * 7 + 3) % 26 + 4  # every other byte follows from the last
+        return x
+
+    means = {}
+    for kind in ("easy", "hard"):
+        torch.manual_seed(0)
+        settings = {"policy": policy, "penalty": 0.05, "target": 0.0}
+        net = LanguageModel(31, d_model=32, n_layers=4, num_experts=1, depth=settings)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(60):
+            ids = stream(kind, generator)
+            net(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            means[kind] = net.eval()(stream(kind, generator)).records[0].mean_blocks
+    assert means["easy"] + 0.5 < means["hard"]
+
+
+def test_segments_are_those_of_the_settings():
+    assert room_of(model("act", 7, first=2, every=2)).sizes == [2, 2, 2, 1]
+    assert room_of(model("skip", 7, first=2, every=2, last=1)).sizes == [2, 2, 2, 1]
+    assert room_of(model("skip", 4, first=1, every=1, last=0)).sizes == [1, 1, 1, 1, 0]
+    assert depth.Halting(model("act").config, room_of(model("act")).segments[0], None).sizes == [1]
