@@ -7,15 +7,16 @@ on batch-mates. Where nothing goes on in decoding, the blocks do not run at all 
 Dimensions: B batch, N positions, M positions of the fullest row that are still going, D model width.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resnet_bk.adaptive.select import Packing, equal_tiles, run_rows
+from resnet_bk.adaptive.select import Packing, rows_alike, run_rows
 from resnet_bk.config import DepthConfig, ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.feedforward import TILE
@@ -46,13 +47,34 @@ class Decided(nn.Module):
         self.settings, self.threshold = settings, settings.stops_at
         self.segments = nn.ModuleList(segments)
         self.sizes = [len(segment) for segment in segments]
+        self.available = sum(self.sizes)
 
     def ponder(self, expected: Tensor, executed: Tensor, real: int) -> dict[str, Tensor]:
         """ "ponder": how far the expected share of the blocks that a position goes through is from the target, from
         sums over `real` positions. Which way it pulls follows the share executed, which is what costs time."""
-        scale = 1 / (sum(self.sizes) * max(1, real))
+        scale = 1 / (self.available * max(1, real))
         target = self.settings.target
         return {"ponder": torch.where(executed * scale > target, 1, -1) * (expected * scale - target)}
+
+
+@contextlib.contextmanager
+def measured_depth(model: nn.Module) -> Iterator[Callable[[], float | None]]:
+    """Inside, counts what every position goes through; call what it yields for the mean number of blocks among those
+    that depth decides about, None where a model has no adaptive depth."""
+    sums: list[tuple[int, int]] = []
+
+    def count(module: nn.Module, arguments: Any, output: tuple[Tensor, Any, list[Record]]) -> None:
+        record = output[2][0]
+        assert isinstance(record, DepthRecord)
+        sums.append((int(record.blocks.sum()), int((record.blocks > 0).sum())))
+
+    rooms = [module for module in model.modules() if isinstance(module, Decided)]
+    hooks = [room.register_forward_hook(count) for room in rooms]
+    try:
+        yield lambda: sum(b for b, _ in sums) / max(1, sum(n for _, n in sums)) if rooms else None
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_packed(
@@ -61,7 +83,7 @@ def run_packed(
     """A segment on packed positions x (B, M, D), ids (B, M); also how many it computed. Rows without any do not run,
     except where there is no state yet."""
     counts = packing.counts if state is not None else packing.counts.clamp(min=1)
-    groups = equal_tiles(counts, TILE)
+    groups = rows_alike(counts, TILE)
     y, state, records = run_rows(segment, x, ids, state, packing, groups)
     return y, state, records, sum(len(rows) * packing.width(counts[rows]) for rows in groups)
 
@@ -81,15 +103,18 @@ class Halting(Decided):
     def __init__(self, config: ModelConfig, stack: Stack, read: Callable[[Tensor], Tensor]):
         """read: from features (..., D) to logits (..., V), the model's own."""
         settings = config.depth
-        starts = [0, *range(settings.first, len(stack), settings.every), len(stack)]
+        end = len(stack) - (settings.last if settings.policy == "act" else 0)
+        starts = [0, *range(settings.first, end, settings.every), end]
         super().__init__(settings, [stack[a:b] for a, b in zip(starts, starts[1:], strict=False) if a < b])
-        self.read = read
+        self.read, self.rest = read, stack[end:]
+        self.available = len(stack)
         if settings.policy == "act":
             self.units = nn.ModuleList(Score(config.d_model, START) for _ in self.segments[1:])
 
     def forward(
         self, x: Tensor, ids: Tensor, state: Sequence[Any] | None, mask: Tensor | None
     ) -> tuple[Tensor, list[Any], list[Record]]:
+        ids_all = ids
         present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         real = int(present.sum())
         left = present.to(torch.promote_types(x.dtype, torch.float32))  # of each position's probability 1
@@ -124,7 +149,7 @@ class Halting(Decided):
                 exits.append((len(levels), x, present))
             going = int(goes.sum())
             if going == 0 and state is not None:  # most steps of decoding
-                after += state[i + 1 :]
+                after += state[i + 1 : len(self.segments)]
                 break
             if going == goes.numel() and goes.shape[1] % (TILE if goes.shape[1] > 1 else 1) == 0:
                 continue
@@ -135,7 +160,14 @@ class Halting(Decided):
             left = packing.pack(left) * present
         for level, (outer, wide, counts) in reversed(list(enumerate(levels))):
             out, blocks = outer.merge(out, wide), outer.merge(blocks, counts)
-        record = DepthRecord(blocks=blocks, computed=computed, available=sum(self.sizes))
+        if self.rest:
+            out, rest_state, reports = self.rest(out, ids_all, None if state is None else state[-1], mask)
+            after.append(rest_state)
+            records += reports
+            computed += len(self.rest) * ids_all.numel()
+            blocks = blocks + len(self.rest) * (blocks > 0)
+            expected = expected + len(self.rest) * real
+        record = DepthRecord(blocks=blocks, computed=computed, available=sum(self.sizes) + len(self.rest))
         if hasattr(self, "units"):
             record.losses = self.ponder(expected, blocks.sum(), real)
         elif self.training:

@@ -103,11 +103,15 @@ def last_real(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
     return table[torch.arange(len(x), device=x.device), mask.sum(1)]
 
 
-def equal_tiles(counts: Tensor, tile: int) -> list[Tensor]:
-    """Indices of the rows that have as many tiles as each other, (B,) counts of positions; none of empty rows."""
+def rows_alike(counts: Tensor, tile: int) -> list[Tensor]:
+    """Indices of the rows to run together, (B,) counts of positions: at most eight groups, in each of which no row is
+    shorter than the longest by more than an eighth of the longest of all. Empty rows are in none."""
     rows = counts.nonzero().squeeze(1)
-    tiles = -(-counts[rows] // tile)
-    return [rows[tiles == n] for n in tiles.unique()]
+    if len(rows) < 2:
+        return [rows] if len(rows) else []
+    step = -(-int(counts.max()) // (8 * tile)) * tile
+    groups = -(-counts[rows] // step)
+    return [rows[groups == n] for n in groups.unique()]
 
 
 def run_rows(

@@ -142,6 +142,8 @@ class EvalConfig:
     """Documents or windows side by side."""
     max_bytes: int | None = None
     """Score only whole documents up to about so many bytes."""
+    depth_threshold: float | None = None
+    """Instead of model.depth.threshold as trained: where positions stop. 1 sends those of early exit all the way."""
 
     def __post_init__(self) -> None:
         check_text("eval", checkpoint=self.checkpoint)
@@ -152,6 +154,8 @@ class EvalConfig:
         check_integer("eval", 1, self.window, stride=self.stride)
         if self.max_bytes is not None:
             check_integer("eval", 1, 2**62, max_bytes=self.max_bytes)
+        if self.depth_threshold is not None:
+            check_range("eval", 0, 1, depth_threshold=self.depth_threshold)
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,11 @@ class GenerateConfig:
     """Sample among the likeliest tokens that together have this probability. Below 1, runs of spaces may never end."""
     seed: int = 0
     """Seeds sampling."""
+    depth_threshold: float | None = None
+    """Instead of model.depth.threshold as trained: where positions stop. 1 sends those of early exit all the way."""
+    speculate: int = 0
+    """Tokens that a model with early exit drafts by its first blocks before all of them verify; the text is that of
+    full depth. Needs temperature 0. 0: no drafts."""
 
     def __post_init__(self) -> None:
         check_text("generate", checkpoint=self.checkpoint, prompt=self.prompt)
@@ -177,6 +186,14 @@ class GenerateConfig:
         check_integer("generate", 0, 2**31 - 1, seed=self.seed)
         check_range("generate", 0, 100, temperature=self.temperature)
         check_range("generate", 1e-6, 1, top_p=self.top_p)
+        if self.depth_threshold is not None:
+            check_range("generate", 0, 1, depth_threshold=self.depth_threshold)
+        check_integer("generate", 0, 1_024, speculate=self.speculate)
+        if self.speculate and self.temperature:
+            raise ConfigError(
+                f"generate.speculate: got {self.speculate} with temperature = {self.temperature}, allowed with "
+                "temperature 0: drafts are of the likeliest tokens"
+            )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from resnet_bk.adaptive.depth import measured_depth
 from resnet_bk.config import ConfigError, EvalConfig
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.model import LanguageModel
@@ -23,7 +24,8 @@ from resnet_bk.training.guard import check_causal
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one text. `words`: whitespace-separated words and line ends, as WikiText's perplexity counts them."""
+    """Scores of one text. `words`: whitespace-separated words and line ends, as WikiText's perplexity counts them.
+    `blocks`: those a token went through on average, of those that adaptive depth decides about, where there is any."""
 
     context: str
     documents: int
@@ -32,6 +34,7 @@ class Scores:
     words: int
     nats: float
     seconds: float
+    blocks: float | None = None
 
     @property
     def bits_per_byte(self) -> float:
@@ -74,7 +77,7 @@ def evaluate(model: LanguageModel, tokens: TokenFile, end: int, config: EvalConf
     started = time.perf_counter()
     scored = _document_scores if config.context == "document" else _sliding_scores
     total, count = 0.0, 0
-    with torch.no_grad():
+    with torch.no_grad(), measured_depth(model) as blocks:
         for losses, counted in scored(model, tokens, chosen, end, config):
             total += float(losses)
             count += counted
@@ -91,6 +94,7 @@ def evaluate(model: LanguageModel, tokens: TokenFile, end: int, config: EvalConf
         words=words,
         nats=total,
         seconds=time.perf_counter() - started,
+        blocks=blocks(),
     )
 
 

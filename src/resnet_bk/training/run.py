@@ -17,10 +17,12 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from resnet_bk import __version__
+from resnet_bk.adaptive.depth import Decided
 from resnet_bk.checkpoint import CheckpointError, newest_valid, replacing, verify, write_whole
 from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig, check_fields, check_text
 from resnet_bk.data import corpus, tokens
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer, load_tokenizer
+from resnet_bk.speculative import speculate
 from resnet_bk.training.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
 from resnet_bk.training.measure import Costs, measure
 from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Watch, Windows, quiet_transformers
@@ -84,7 +86,8 @@ def model_folder(path: str) -> Path:
     return folder
 
 
-def load(path: str) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerBase]:
+def load(path: str, threshold: float | None = None) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerBase]:
+    """The model and its tokenizer. threshold: of its adaptive depth, instead of that it was trained with."""
     folder = model_folder(path)
     try:
         model = ResNetBKForCausalLM.from_pretrained(folder)
@@ -93,6 +96,12 @@ def load(path: str) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerBase]:
     except Exception as error:  # transformers and safetensors raise whatever they find
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder}: cannot be loaded as a ResNet-BK model ({reason})") from error
+    if threshold is not None:
+        rooms = [module for module in model.modules() if isinstance(module, Decided)]
+        if not rooms:
+            raise ConfigError(f"depth_threshold: got {threshold}, but {folder} has no adaptive depth; leave it out")
+        for room in rooms:
+            room.threshold = threshold
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), load_tokenizer(str(folder))
 
@@ -335,6 +344,8 @@ def table_rows(
         ("held-out text", f"{scores.bytes:,} bytes in {scores.documents} documents"),
         ("context", scores.context),
     ]
+    if scores.blocks is not None:
+        rows.append(("blocks a token", f"{scores.blocks:.2f}"))
     if costs is not None:
         rows += [
             ("training", f"{steps:,} steps in {seconds:.0f} s, {speed or 0:,.0f} bytes/s"),
@@ -369,7 +380,7 @@ def _saved_data(path: Path) -> DataConfig:
 def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
     """Score a checkpoint on held-out text; prints a table, returns its values."""
     quiet_transformers()
-    model, tokenizer = load(config.checkpoint)
+    model, tokenizer = load(config.checkpoint, config.depth_threshold)
     saved = Path(config.checkpoint) / CONFIG
     data = _saved_data(saved) if saved.exists() else DataConfig()
     if config.source is not None:
@@ -396,6 +407,14 @@ def generate_text(
     if not prompt:
         raise ConfigError("generate.prompt: is empty; give at least one character")
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if config.speculate:
+        try:
+            drafts = speculate(model.model, encoded["input_ids"], config.max_new_tokens, config.speculate)
+        except ValueError as error:
+            raise ConfigError(f"generate.speculate: {error}") from error
+        ids = torch.cat([encoded["input_ids"], drafts.tokens], dim=1)[0].tolist()
+        end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+        return str(tokenizer.decode(ids[:end], skip_special_tokens=True))
     set_seed(config.seed)
     sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     output = model.generate(  # type: ignore[misc]
@@ -407,7 +426,7 @@ def generate_text(
 def generate(config: GenerateConfig, console: Console) -> str:
     """Continue a prompt; prints prompt and continuation."""
     quiet_transformers()
-    model, tokenizer = load(config.checkpoint)
+    model, tokenizer = load(config.checkpoint, config.depth_threshold)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     check_text("generate", prompt=prompt)
     text = generate_text(model, tokenizer, prompt, config)
