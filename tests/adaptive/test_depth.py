@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from resnet_bk import LanguageModel
-from resnet_bk.adaptive import depth
 from resnet_bk.adaptive.depth import DepthRecord, Halting, Skipping, confidence
 from resnet_bk.layers.score import Score
 
@@ -34,9 +33,14 @@ def room_of(net):
     return net.blocks[0]
 
 
+def parts(net):
+    room = room_of(net)
+    return [room.first, *room.segments, room.last]
+
+
 def plain(net) -> LanguageModel:
     """The same blocks without decisions."""
-    blocks = [block for segment in room_of(net).segments for block in segment]
+    blocks = [block for part in parts(net) for block in part]
     other = LanguageModel(net.config.vocab_size, d_model=16, n_layers=len(blocks), num_experts=1, n_heads=2)
     other.double().eval()
     other.embed, other.norm, other.head = net.embed, net.norm, net.head
@@ -51,38 +55,38 @@ def tokens(batch, length, vocab=31):
 
 def by_definition(net, ids):
     """One sequence, position by position: the output (N, D), the blocks each went through, and the expected number."""
-    room, x = room_of(net), net.embed(ids)[0]
-    n, threshold = len(x), room.threshold
+    room = room_of(net)
+    x = room.first(net.embed(ids), ids, None, None)[0][0]
+    n, for_all = len(x), len(room.first) + len(room.last)
     going, left, out = list(range(n)), [1.0] * n, [torch.zeros_like(x[0])] * n
-    blocks, expected = [0] * n, 0.0
+    blocks, expected = [for_all] * n, for_all * n
     for i, segment in enumerate(room.segments):
-        if isinstance(room, Skipping) and 0 < i < len(room.segments) - 1:
-            going = [t for t in range(n) if room.routers[i - 1](x[t : t + 1])[0].sigmoid() >= threshold]
-        elif isinstance(room, Skipping):
-            going = list(range(n))
-        y = segment(x[going].unsqueeze(0), ids, None, None)[0][0] if going else x[:0]
-        x = x.clone()
-        x[going] = y
-        on = []
+        if isinstance(room, Skipping):
+            probability = [room.routers[i](x[t : t + 1])[0].sigmoid() for t in range(n)]
+            expected = expected + len(segment) * sum(probability)
+            going = [t for t in range(n) if probability[t] >= room.threshold]
+        else:
+            on = []
+            for t in going:
+                if room.exits:
+                    halt = float(net.read(x[t]).softmax(-1).max() >= room.threshold)
+                    stops = halt == 1.0
+                else:
+                    halt = room.units[i](x[t : t + 1])[0].sigmoid()
+                    stops = left[t] - halt <= 1 - room.threshold
+                weight = left[t] if stops else halt
+                out[t], left[t] = out[t] + weight * x[t], left[t] - weight
+                if not stops:
+                    on.append(t)
+                    expected = expected + len(segment) * left[t]
+            going = on
         for t in going:
             blocks[t] += len(segment)
-            expected = expected + len(segment) * left[t]
-            if isinstance(room, Skipping):
-                continue
-            last = i == len(room.segments) - 1
-            if hasattr(room, "units"):
-                halt = 1.0 if last else room.units[i](x[t : t + 1])[0].sigmoid()
-                stops = left[t] - halt <= 1 - threshold
-                weight = left[t] if stops or last else halt
-            else:
-                stops = bool(net.read(x[t]).softmax(-1).max() >= threshold)
-                weight = left[t] if stops or last else 0.0
-            out[t] = out[t] + weight * x[t]
-            left[t] = left[t] - weight
-            if not (stops or last):
-                on.append(t)
-        going = on if isinstance(room, Halting) else going
-    return (x if isinstance(room, Skipping) else torch.stack(out)), blocks, expected
+        if going:
+            x = x.index_copy(0, torch.tensor(going), segment(x[going].unsqueeze(0), ids, None, None)[0][0])
+    if isinstance(room, Halting):
+        x = torch.stack([out[t] + left[t] * x[t] for t in range(n)])
+    return room.last(x.unsqueeze(0), ids, None, None)[0][0], blocks, expected
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 33])
@@ -91,7 +95,7 @@ def by_definition(net, ids):
     [
         ("act", {}),
         ("act", {"first": 2, "threshold": 0.6}),
-        ("act", {"every": 2}),
+        ("act", {"every": 2, "last": 0}),
         ("exit", {}),
         ("exit", {"every": 2}),
         ("skip", {}),
@@ -138,8 +142,7 @@ def test_ponder_is_the_expected_share_of_blocks_and_pulls_towards_the_target(tar
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_without_decisions_it_is_bit_for_bit_the_plain_model(policy):
-    settings = {"first": 4, "last": 0} if policy == "skip" else {"first": 4}
-    net, ids = model(policy, **settings), tokens(3, 21)
+    net, ids = model(policy, first=4, last=0), tokens(3, 21)
     assert torch.equal(net(ids).logits, plain(net)(ids).logits)
     assert (net(ids).records[0].blocks == 4).all()
 
@@ -154,10 +157,10 @@ def test_a_confidence_of_one_is_never_reached():
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
 def test_what_has_stopped_is_not_computed(policy):
-    net, ids = model(policy), tokens(4, 100)
+    net, ids = model(policy, last=1), tokens(4, 100)
     positions = []
-    for segment in room_of(net).segments:
-        segment.register_forward_hook(lambda m, arguments, output: positions.append(output[0][..., 0].numel()))
+    for part in parts(net):
+        part.register_forward_hook(lambda m, i, output: positions.append(len(m) * output[0][..., 0].numel()))
     record = net(ids).records[0]
     assert sum(positions) == record.computed
     assert int(record.blocks.sum()) <= record.computed
@@ -173,8 +176,7 @@ def test_a_decoding_step_runs_only_the_blocks_it_needs(policy):
     for t in range(1, 60):
         calls = []
         hooks = [
-            segment.register_forward_hook(lambda m, i, o, n=len(segment): calls.append(n))
-            for segment in room_of(net).segments
+            part.register_forward_hook(lambda m, i, o, n=len(part): calls.append(n)) for part in parts(net)
         ]
         output = net(ids[:, t : t + 1], state=state)
         state = output.state
@@ -199,8 +201,9 @@ def test_exits_are_scored_in_training():
     net, ids = model("exit", full_depth=1.0), tokens(2, 15)
     output = net.train()(ids[:, :-1], targets=ids[:, 1:])
     x, losses = net.embed(ids[:, :-1]), []
-    for segment in room_of(net).segments:
-        x = segment(x, ids, None, None)[0]
+    room = room_of(net)
+    for part in (room.first, *room.segments):
+        x = part(x, ids, None, None)[0]
         losses.append(F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:]))
     weight = net.config.depth.exit_weight
     expected = losses[-1] + weight * torch.stack(losses[:-1]).mean()
@@ -266,8 +269,11 @@ def test_depth_follows_the_text(policy):
     assert means["easy"] + 0.5 < means["hard"]
 
 
-def test_segments_are_those_of_the_settings():
-    assert room_of(model("act", 7, first=2, every=2)).sizes == [2, 2, 2, 1]
-    assert room_of(model("skip", 7, first=2, every=2, last=1)).sizes == [2, 2, 2, 1]
-    assert room_of(model("skip", 4, first=1, every=1, last=0)).sizes == [1, 1, 1, 1, 0]
-    assert depth.Halting(model("act").config, room_of(model("act")).segments[0], None).sizes == [1]
+def test_parts_are_those_of_the_settings():
+    def sizes(policy, n_layers, **settings):
+        return [len(part) for part in parts(model(policy, n_layers, **settings))]
+
+    assert sizes("act", 7, first=2, every=2, last=1) == [2, 2, 2, 1]
+    assert sizes("act", 7, first=2, every=3, last=0) == [2, 3, 2, 0]
+    assert sizes("skip", 7, first=1, every=5, last=1) == [1, 5, 1]
+    assert sizes("exit", 4, last=1) == [1, 1, 1, 1, 0]

@@ -63,7 +63,7 @@ ROOMS = {
     },
     "act": {"n_layers": 4, "depth": {"policy": "act"}},
     "act-experts": {"n_layers": 3, "d_model": 64, "num_experts": 4, "depth": {"policy": "act"}},
-    "act-diagonal": {"n_layers": 4, "readout": "diagonal", "depth": {"policy": "act", "first": 2, "threshold": 0.9}},
+    "act-diagonal": {"n_layers": 4, "readout": "diagonal", "depth": {"policy": "act", "first": 2, "last": 0, "threshold": 0.9}},
     "skip": {"n_layers": 4, "depth": {"policy": "skip"}},
     "skip-pairs": {"n_layers": 5, "depth": {"policy": "skip", "every": 2, "last": 0}},
     "exit": {"n_layers": 4, "depth": {"policy": "exit", "threshold": 0.17}},
@@ -377,11 +377,7 @@ def as_deep_as_the_deepest(model: LanguageModel, monkeypatch) -> None:
 def stopped_rows_step(model: LanguageModel, monkeypatch) -> None:
     """In decoding, the later blocks of a row step as soon as those of any row do."""
 
-    def together(segment, x, ids, state, packing):
-        y, state, records = segment(x, ids, state, None)
-        return y, state, records, y.shape[0] * y.shape[1]
-
-    monkeypatch.setattr(depth, "run_packed", together)
+    monkeypatch.setattr(depth, "run_rows", lambda segment, x, ids, state, *others: segment(x, ids, state, None))
 
 
 def confident_about_the_next_position(model: LanguageModel, monkeypatch) -> None:

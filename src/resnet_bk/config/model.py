@@ -148,7 +148,7 @@ class ModelConfig:
 
     def _check_depth(self) -> None:
         where, depth, blocks = "model.depth", self.depth, self.deciding
-        needed = depth.first + (depth.last if depth.policy == "skip" else 0)
+        needed = depth.first + depth.after
         if needed > blocks:
             raise ConfigError(
                 f"{where}.first: {needed} blocks for every position, of {blocks} that depth can decide about; lower "

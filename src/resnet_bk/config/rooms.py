@@ -157,7 +157,7 @@ class DepthConfig:
     first: int = 1
     """Blocks before the first decision, which every position goes through."""
     last: int = 1
-    """Skip: blocks after the last decision, which every position goes through."""
+    """act, skip: blocks after the last decision, which every position goes through."""
     every: int = 1
     """Blocks between decisions."""
     threshold: float | None = None
@@ -186,6 +186,11 @@ class DepthConfig:
             check_range(where, 0, 1, threshold=self.threshold)
 
     @property
+    def after(self) -> int:
+        """Blocks that every position goes through at the end: what exits goes straight to the head."""
+        return 0 if self.policy == "exit" else self.last
+
+    @property
     def stops_at(self) -> float:
         """The threshold, or the policy's default."""
-        return {"act": 0.99, "skip": 0.5}.get(self.policy, 0.9) if self.threshold is None else self.threshold
+        return {"act": 0.5, "skip": 0.5}.get(self.policy, 0.9) if self.threshold is None else self.threshold

@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from resnet_bk import __version__
-from resnet_bk.adaptive.depth import Decided
+from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.checkpoint import CheckpointError, newest_valid, replacing, verify, write_whole
 from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig, check_fields, check_text
 from resnet_bk.data import corpus, tokens
@@ -97,7 +97,7 @@ def load(path: str, threshold: float | None = None) -> tuple[ResNetBKForCausalLM
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder}: cannot be loaded as a ResNet-BK model ({reason})") from error
     if threshold is not None:
-        rooms = [module for module in model.modules() if isinstance(module, Decided)]
+        rooms = [module for module in model.modules() if isinstance(module, AdaptiveDepth)]
         if not rooms:
             raise ConfigError(f"depth_threshold: got {threshold}, but {folder} has no adaptive depth; leave it out")
         for room in rooms:
