@@ -130,7 +130,10 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: Path) -> list[dict[str, Any]]:
-    """Each cell in a process of its own (``script --cell JSON``), `workers` at a time; those in `log` are done."""
+    """Each cell in a process of its own (``script --cell JSON``), `workers` at a time; those in `log` are done.
+
+    One thread a cell, from the start: teams of idle threads that wait for each other cost more than half of the time.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -139,7 +142,8 @@ def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: P
             if result["cell"] == cell:
                 return result
         command = [sys.executable, script, "--cell", json.dumps(cell)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=one_thread).stdout
         result = {"cell": cell, **json.loads(output.splitlines()[-1])}
         with log.open("a") as file:
             file.write(json.dumps(result) + "\n")

@@ -2,8 +2,8 @@
 
     python examples/act_demo.py [--steps 400] [--target 0.5]
 
-Trains a small byte model on modules of the Python standard library, with blocks from which bytes may stop early, then
-shows held-out text: dark where one block was enough, bright where the model went on.
+Trains two small byte models on modules of the Python standard library: one whose bytes all go through eight blocks, one
+whose bytes may stop early. Shows held-out text: dark where few blocks were enough, bright where the model went on.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from resnet_bk import LanguageModel
+from resnet_bk.adaptive.depth import DepthRecord
 
 LENGTH, BATCH = 256, 12
 COLORS = ("grey35", "blue", "cyan", "green", "yellow", "orange1", "red", "bright_magenta")
@@ -52,9 +53,10 @@ def fit(model: LanguageModel, text: np.ndarray, steps: int, console: Console) ->
         optimizer.zero_grad()
         schedule.step()
         if step % 25 == 0 or step == steps - 1:
-            loss, blocks = output.losses["cross_entropy"].item(), output.records[0].mean_blocks
-            seconds = time.perf_counter() - started
-            console.print(f"step {step:4d}  {seconds:4.0f} s  loss {loss:.3f}  {blocks:.2f} blocks a byte")
+            loss, seconds = output.losses["cross_entropy"].item(), time.perf_counter() - started
+            record = output.records[0]
+            blocks = f"{record.mean_blocks:.2f} blocks a byte" if isinstance(record, DepthRecord) else ""
+            console.print(f"step {step:4d}  {seconds:4.0f} s  loss {loss:.3f}  {blocks}")
 
 
 def colored(ids: torch.Tensor, blocks: torch.Tensor, available: int) -> Text:
@@ -75,21 +77,20 @@ def legend(available: int) -> Text:
 
 @torch.no_grad()
 def report(model: LanguageModel, held_out: np.ndarray, console: Console) -> None:
-    """Loss, blocks and time on held-out windows, then one of them in color."""
+    """Perplexity, blocks and time on held-out windows, then one of them in color."""
     x, y = windows(held_out, 64, np.random.default_rng(1))
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
         output = model(x, targets=y)
         seconds.append(time.perf_counter() - started)
-    record = output.records[0]
     perplexity = output.losses["cross_entropy"].exp().item()
     console.print(
-        f"held out: perplexity per byte {perplexity:.3f}, {record.mean_blocks:.2f} of {record.available} blocks a byte, "
-        f"{1000 * min(seconds):.0f} ms for {x.numel():,} bytes"
+        f"held out: perplexity per byte {perplexity:.3f}, {1000 * min(seconds):.0f} ms for {x.numel():,} bytes"
     )
-    console.print(legend(record.available))
-    console.print(colored(x[0], record.blocks[0], record.available))
+    if isinstance(record := output.records[0], DepthRecord):
+        console.print(f"{record.mean_blocks:.2f} of {record.available} blocks a byte:", legend(record.available))
+        console.print(colored(x[0], record.blocks[0], record.available))
 
 
 def main() -> None:
@@ -99,9 +100,12 @@ def main() -> None:
     options = parser.parse_args()
     console, (train, held_out) = Console(), stdlib()
     for depth in ({"policy": "none"}, {"policy": "act", "target": options.target}):
+        console.print(f"\ndepth: {depth}", style="bold")
         torch.manual_seed(0)
         model = LanguageModel(259, d_model=64, n_layers=8, num_experts=1, n_seq=LENGTH, depth=depth)
         fit(model, train, options.steps, console)
+        model.eval()
+        report(model, held_out, console)
 
 
 if __name__ == "__main__":

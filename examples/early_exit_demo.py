@@ -2,9 +2,9 @@
 
     python examples/early_exit_demo.py [--steps 400] [--threshold 0.9]
 
-Trains a small byte model on modules of the Python standard library. Shows held-out text colored by the block after which
-each byte stopped, decoding speed and perplexity by threshold, and self-speculative decoding: the same text as at full
-depth, in fewer runs of the later blocks.
+Trains a small byte model on modules of the Python standard library. Shows held-out text colored by the block after
+which each byte stopped, decoding speed and perplexity by threshold, and self-speculative decoding: the same text as at
+full depth, in fewer runs of the later blocks.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Self-speculative greedy decoding: the first blocks draft, all of them verify (Elhoushi et al. 2024, arXiv:2404.16710).
+"""Self-speculative greedy decoding: the first blocks draft, all verify (Elhoushi et al. 2024, arXiv:2404.16710).
 
 States are never changed in place, so going back to an earlier one is free. The later blocks read all drafted positions
 at once; where a draft was wrong, they read the right ones again together with the next draft.

@@ -175,9 +175,7 @@ def test_a_decoding_step_runs_only_the_blocks_it_needs(policy):
     state = net(ids[:, :1]).state
     for t in range(1, 60):
         calls = []
-        hooks = [
-            part.register_forward_hook(lambda m, i, o, n=len(part): calls.append(n)) for part in parts(net)
-        ]
+        hooks = [part.register_forward_hook(lambda m, i, o, calls=calls: calls.append(len(m))) for part in parts(net)]
         output = net(ids[:, t : t + 1], state=state)
         state = output.state
         for hook in hooks:
@@ -210,14 +208,25 @@ def test_exits_are_scored_in_training():
     torch.testing.assert_close(output.losses["cross_entropy"], expected)
 
 
-@pytest.mark.parametrize("full_depth", [0.0, 1.0])
-def test_a_share_of_training_sequences_goes_through_all_blocks(full_depth):
-    net, ids = model("exit", full_depth=full_depth), tokens(6, 40)
+@pytest.mark.parametrize("full_depth", [0.0, 0.25, 1.0])
+def test_each_training_sequence_stops_at_a_confidence_of_its_own(full_depth):
+    net = model("exit", full_depth=full_depth).train()
+    drawn = room_of(net)._sure_from(torch.zeros(4000, 1, 16))
+    everywhere = drawn > 1
+    assert drawn.shape == (4000, 1)
+    assert everywhere.double().mean().item() == pytest.approx(full_depth, abs=0.03)
+    assert ((drawn[~everywhere] >= 0.5) & (drawn[~everywhere] <= 1)).all()
+    if full_depth < 1:
+        assert drawn[~everywhere].mean().item() == pytest.approx(0.75, abs=0.02)
     with torch.no_grad():
-        trained = net.train()(ids).records[0].blocks
-        evaluated = net.eval()(ids).records[0].blocks
-    assert torch.equal(trained, torch.full_like(trained, 4) if full_depth else evaluated)
-    assert not (evaluated == 4).all()
+        blocks = net(tokens(6, 40)).records[0].blocks
+        assert torch.equal(net.eval()(tokens(6, 40)).records[0].blocks, by_threshold(net, 0.15))
+    assert full_depth < 1 or (blocks == 4).all()
+
+
+def by_threshold(net, threshold):
+    room_of(net).threshold = threshold
+    return torch.tensor([by_definition(net, ids.unsqueeze(0))[1] for ids in tokens(6, 40)])
 
 
 @pytest.mark.parametrize("kind", ["probability", "entropy"])

@@ -117,7 +117,7 @@ def test_without_factors_the_model_is_the_plain_one():
 
 def test_a_stack_has_the_layers_and_widths_of_its_configuration():
     scales = MultiScaleConfig(factors=(2, 3), layers=(1, 2, 4, 0, 3), widths=(24, 40))
-    stack = layers(ModelConfig(d_model=16, num_experts=1, multiscale=scales), nn.Identity())
+    stack = layers(ModelConfig(d_model=16, num_experts=1, multiscale=scales), torch.nn.Identity())
     assert len(stack) == 1 + 1 + 3
     middle = stack[1].inner
     assert len(middle) == 2 + 1 + 0

@@ -63,7 +63,11 @@ ROOMS = {
     },
     "act": {"n_layers": 4, "depth": {"policy": "act"}},
     "act-experts": {"n_layers": 3, "d_model": 64, "num_experts": 4, "depth": {"policy": "act"}},
-    "act-diagonal": {"n_layers": 4, "readout": "diagonal", "depth": {"policy": "act", "first": 2, "last": 0, "threshold": 0.9}},
+    "act-diagonal": {
+        "n_layers": 4,
+        "readout": "diagonal",
+        "depth": {"policy": "act", "first": 2, "last": 0, "threshold": 0.9},
+    },
     "skip": {"n_layers": 4, "depth": {"policy": "skip"}},
     "skip-pairs": {"n_layers": 5, "depth": {"policy": "skip", "every": 2, "last": 0}},
     "exit": {"n_layers": 4, "depth": {"policy": "exit", "threshold": 0.17}},
@@ -114,7 +118,18 @@ def test_depth_varies_in_the_models_under_contract(room):
 
 @pytest.mark.parametrize(
     "room",
-    ["act", "skip", "exit", "propagator-real", "diagonal-complex", "experts-top2", "stride-4", "words", "learned-chunks", "length-pool"],
+    [
+        "act",
+        "skip",
+        "exit",
+        "propagator-real",
+        "diagonal-complex",
+        "experts-top2",
+        "stride-4",
+        "words",
+        "learned-chunks",
+        "length-pool",
+    ],
 )
 def test_float32_keeps_the_contracts_within_1e_5(room, monkeypatch):
     model = checks.build(**ROOMS[room]).float()
@@ -384,8 +399,8 @@ def confident_about_the_next_position(model: LanguageModel, monkeypatch) -> None
     """A position stops where the following one is sure."""
     halt = Halting._halt
 
-    def peeking(self, i, x, leavers):
-        return halt(self, i, torch.cat([x[:, 1:], x[:, -1:]], dim=1), leavers)
+    def peeking(self, i, x, sure_from):
+        return halt(self, i, torch.cat([x[:, 1:], x[:, -1:]], dim=1), sure_from)
 
     monkeypatch.setattr(Halting, "_halt", peeking)
 
@@ -393,7 +408,7 @@ def confident_about_the_next_position(model: LanguageModel, monkeypatch) -> None
 def halting_does_not_weigh(model: LanguageModel, monkeypatch) -> None:
     """Probabilities decide who stops, but not what comes out: only the ponder cost trains them."""
     halt = Halting._halt
-    monkeypatch.setattr(Halting, "_halt", lambda self, i, x, leavers: halt(self, i, x, leavers).detach())
+    monkeypatch.setattr(Halting, "_halt", lambda self, i, x, sure_from: halt(self, i, x, sure_from).detach())
 
 
 def room_of(model: LanguageModel) -> multiscale.MultiScale:

@@ -28,7 +28,7 @@ def layers(config: ModelConfig, read: Read) -> Stack:
 
 
 def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
-    """The stack as it is, or with a learned length. Without chunks, depth decides about its layers, or the deep ones."""
+    """The stack, or one with a learned length. Where there are no chunks, adaptive depth is of its deep layers."""
     if config.length.bins:
         deep = driven(config, stack[config.trunk :], read)
         return Stack([LearnedLength(config, stack[: config.trunk], deep)])

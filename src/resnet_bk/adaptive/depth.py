@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_bk.adaptive.select import Packing, rows_alike, run_rows
-from resnet_bk.config import DepthConfig, ModelConfig
+from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.layers.score import Score
@@ -27,8 +27,8 @@ from resnet_bk.record import Record, TaskLoss
 
 @dataclass(kw_only=True)
 class DepthRecord(Record):
-    """blocks: (B, N) int64, those that each position went through; 0 for padding. computed: blocks times positions, what
-    fills up batches included. available: blocks there are."""
+    """blocks: (B, N) int64, those that each position went through; 0 for padding. computed: blocks times positions,
+    what fills up batches included. available: blocks there are."""
 
     blocks: Tensor
     computed: int
@@ -41,6 +41,8 @@ class DepthRecord(Record):
 
 
 STOP = -3.0  # halting scores before learning: nearly every position reaches the last segment
+
+LEAST_SURE = 0.5  # of the confidences at which positions exit in training
 
 
 @dataclass
@@ -103,9 +105,7 @@ class AdaptiveDepth(nn.Module):
         """The segments, each on the positions that go into it. x: (B, N, D) -> (B, N, D)."""
         raise NotImplementedError
 
-    def _run_packed(
-        self, segment: Stack, x: Tensor, ids: Tensor, state: Any, packing: Packing, spent: Spent
-    ) -> Tensor:
+    def _run_packed(self, segment: Stack, x: Tensor, ids: Tensor, state: Any, packing: Packing, spent: Spent) -> Tensor:
         """A segment on packed positions x (B, M, D), ids (B, M). Rows without any do not run, except where there is no
         state yet."""
         counts = packing.counts if state is not None else packing.counts.clamp(min=1)
@@ -133,18 +133,21 @@ class Halting(AdaptiveDepth):
     expected number of blocks, a sum over segments of the probability to reach them.
 
     exit: a position stops where the model's head is confident about the next token. In training each exit is scored,
-    and a share of the sequences runs as in evaluation: the later blocks learn on chains from which others have left.
+    and positions of a share of the sequences stop, at a confidence drawn for each sequence: the later blocks learn on
+    chains from which others have left, few or many.
     """
 
     def __init__(self, config: ModelConfig, stack: Stack, read: Callable[[Tensor], Tensor]):
         """read: from features (..., D) to logits (..., V), the model's own."""
         super().__init__(config, stack)
         self.read, self.exits = read, config.depth.policy == "exit"
-        self.units = nn.ModuleList() if self.exits else nn.ModuleList(Score(config.d_model, STOP) for _ in self.segments)
+        self.units = (
+            nn.ModuleList() if self.exits else nn.ModuleList(Score(config.d_model, STOP) for _ in self.segments)
+        )
 
     def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
         left = real.to(spent.expected.dtype)  # of each position's probability 1
-        stoppable = self._stoppable(x)
+        sure_from = self._sure_from(x)
         present, blocks, out = real, torch.zeros_like(ids), torch.zeros_like(x)
         packings: list[Packing] = []
         waiting: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge the later ones into
@@ -152,7 +155,7 @@ class Halting(AdaptiveDepth):
         for i, segment in enumerate(self.segments):
             if self.exits and self.training:
                 exits.append((len(packings), x, present))
-            halt = self._halt(i, x, stoppable)
+            halt = self._halt(i, x, sure_from)
             stops = left - halt <= 1 - self.threshold if not self.exits else halt > 0
             weight = torch.where(stops, left, halt)
             out = torch.addcmul(out, weight.unsqueeze(-1).to(x.dtype), x)
@@ -181,22 +184,20 @@ class Halting(AdaptiveDepth):
             spent.task_loss = self._exit_loss(out, exits, packings)
         return out
 
-    def _stoppable(self, x: Tensor) -> Tensor | None:
-        """(B, 1) bool, the sequences of which positions may exit in training; None for all."""
+    def _sure_from(self, x: Tensor) -> Tensor:
+        """(B, 1) or (): the confidence from which positions exit; above 1 they never do."""
         if not (self.exits and self.training):
-            return None
-        return torch.rand(len(x), 1, device=x.device) >= self.settings.full_depth
+            return x.new_tensor(self.threshold if self.threshold < 1 else 2.0)
+        everywhere, drawn = torch.rand(2, len(x), 1, device=x.device).unbind()
+        return torch.where(everywhere < self.settings.full_depth, 2.0, LEAST_SURE + (1 - LEAST_SURE) * drawn)
 
-    def _halt(self, i: int, x: Tensor, stoppable: Tensor | None) -> Tensor:
+    def _halt(self, i: int, x: Tensor, sure_from: Tensor) -> Tensor:
         """(B, M): the probability to stop before segment i."""
         if not self.exits:
             return self.units[i](x).sigmoid()
-        if self.threshold >= 1:
-            sure = torch.zeros_like(x[..., 0], dtype=torch.bool)
-        else:
-            with torch.no_grad():
-                sure = confidence(self.read(x), self.settings.confidence) >= self.threshold
-        return (sure if stoppable is None else sure & stoppable).to(torch.promote_types(x.dtype, torch.float32))
+        with torch.no_grad():
+            sure = confidence(self.read(x), self.settings.confidence) >= sure_from
+        return sure.to(torch.promote_types(x.dtype, torch.float32))
 
     def _exit_loss(self, out: Tensor, exits: list[tuple[int, Tensor, Tensor]], packings: list[Packing]) -> TaskLoss:
         """The loss of the output, and the weighted mean of those of the exits, each over the positions it saw."""
@@ -261,7 +262,6 @@ class Skipping(AdaptiveDepth):
             x = packing.merge(y, x)
             spent.blocks = spent.blocks + len(segment) * goes
         return x
-
 
 
 @contextlib.contextmanager

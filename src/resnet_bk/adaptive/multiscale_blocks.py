@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_bk.adaptive.compose import layers
 from resnet_bk.config import ModelConfig, MultiScaleConfig
 from resnet_bk.layers.block import Block
 

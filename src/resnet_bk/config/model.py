@@ -11,7 +11,6 @@ from resnet_bk.config.checks import (
     check_fields,
     check_integer,
     check_range,
-    shown,
 )
 from resnet_bk.config.rooms import DepthConfig, LengthConfig, MultiScaleConfig
 

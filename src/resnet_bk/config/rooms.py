@@ -169,10 +169,11 @@ class DepthConfig:
     """act, skip: share of the blocks at which the penalty ends. Keeps positions from stopping ever earlier."""
     confidence: Literal["probability", "entropy"] = "probability"
     """exit: the likeliest token's probability, or one minus the entropy as a share of the greatest possible."""
-    exit_weight: float = 0.3
+    exit_weight: float = 0.5
     """exit: weight of the mean loss of the exits."""
-    full_depth: float = 0.5
-    """exit: share of training sequences that go through all blocks; of the others, positions stop as they will."""
+    full_depth: float = 0.25
+    """exit: share of training sequences that go through all blocks; positions of the others stop at a confidence drawn
+    from 0.5 to 1, so that any threshold there can be chosen later."""
 
     def __post_init__(self) -> None:
         where = "model.depth"

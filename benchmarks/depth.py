@@ -1,0 +1,376 @@
+"""Adaptive depth: blocks, perplexity and the clock, of ACT, of mixture of depths, and of early exit.
+
+``python benchmarks/depth.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
+(two single-thread processes at a time), then the timings on the then quiet machine.
+
+Dimensions: B sequences, N tokens.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from common import (
+    arguments,
+    batches,
+    conditions,
+    interleaved,
+    publish,
+    run_cells,
+    spread,
+    stdlib_ids,
+    table,
+    train,
+)
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import profile
+
+from resnet_bk.adaptive.depth import AdaptiveDepth
+from resnet_bk.model import LanguageModel
+from resnet_bk.speculative import speculate
+from resnet_bk.training.measure import greedy
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SEEDS, BATCH, STEPS, LAYERS = (0, 1, 2), 12, 600, 8
+SHAPE = {"d_model": 64, "n_seq": 256, "num_experts": 1}
+HELD_OUT, WINDOW = 2**18, 1024  # bytes scored, and at a time
+THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # of early exit
+DRAFTS = (4, 8, 16)
+
+# name -> fields of the model
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {"n_layers": LAYERS},
+    "plain, 4 blocks": {"n_layers": 4},
+    "act": {"n_layers": LAYERS, "depth": {"policy": "act", "target": 0.6}},
+    "skip": {"n_layers": LAYERS, "depth": {"policy": "skip", "target": 0.6}},
+    "exit": {"n_layers": LAYERS, "depth": {"policy": "exit", "first": 2, "every": 2}},
+}
+ADAPTIVE = ("act", "skip", "exit")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def cell(spec: dict[str, Any]) -> dict[str, Any]:
+    """One training run."""
+    torch.set_num_threads(1)
+    name, seed = spec["model"], spec["seed"]
+    torch.manual_seed(seed)
+    model = LanguageModel(259, **{**SHAPE, **MODELS[name]})
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return model(x, targets=y, logits=False).loss  # type: ignore[return-value]
+
+    ids, _ = stdlib_ids()
+    result: dict[str, Any] = dict(train(loss_of, model, batches(ids, BATCH, SHAPE["n_seq"], seed), steps=spec["steps"]))
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    save_model(model, str(saved(name, seed)))
+    return result
+
+
+def saved(name: str, seed: int) -> Path:
+    folder = Path("runs/benchmarks/depth")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.safetensors"
+
+
+def load(name: str, seed: int) -> LanguageModel:
+    model = LanguageModel(259, **{**SHAPE, **MODELS[name]})
+    load_model(model, str(saved(name, seed)))
+    return model.eval()
+
+
+def room_of(model: LanguageModel) -> AdaptiveDepth | None:
+    room = model.blocks[0]
+    return room if isinstance(room, AdaptiveDepth) else None
+
+
+def held_out() -> Tensor:
+    """(B, N + 1) ids, end to end."""
+    _, ids = stdlib_ids()
+    count = min(HELD_OUT, len(ids) - 1) // WINDOW
+    return torch.from_numpy(np.stack([ids[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(count)]).astype(np.int64))
+
+
+@torch.no_grad()
+def scored(model: LanguageModel, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats (B, N) of every token, and the blocks (B, N) each went through."""
+    nats, blocks = [], []
+    for x in rows.split(16):
+        output = model(x[:, :-1])
+        nats.append(F.cross_entropy(output.logits.transpose(1, 2), x[:, 1:], reduction="none"))
+        depth = torch.full_like(x[:, 1:], model.config.blocks)
+        blocks.append(depth if room_of(model) is None else output.records[0].blocks)
+    return torch.cat(nats), torch.cat(blocks)
+
+
+def bits(nats: Tensor) -> float:
+    return nats.mean().item() / math.log(2)
+
+
+def worse(bpb: float, reference: float) -> float:
+    """Perplexity per byte, % above that of the reference."""
+    return 100 * (2 ** (bpb - reference) - 1)
+
+
+# ----------------------------------------------------------------------------------------------- quality
+
+
+def quality(results: list[dict[str, Any]], rows: Tensor, scores: dict[tuple[str, int], tuple[Tensor, Tensor]]) -> str:
+    """Equal steps: bits per byte and blocks, against the plain model of the same seed and against full depth."""
+    lines = []
+    for name in MODELS:
+        bpb, full, blocks, seconds = [], [], [], []
+        for seed in SEEDS:
+            nats, depth = scores[name, seed]
+            bpb.append(bits(nats))
+            blocks.append(depth.double().mean().item())
+            seconds += [r["seconds"] / r["steps"] for r in results if r["cell"]["model"] == name]
+            if name in ADAPTIVE:
+                full.append(bits(scored(everywhere(load(name, seed)), rows)[0]))
+        plain = [bits(scores["plain", seed][0]) for seed in SEEDS]
+        parameters = next(r["parameters"] for r in results if r["cell"]["model"] == name)
+        lines.append(
+            [
+                name,
+                f"{parameters:,}",
+                spread(blocks, 2),
+                spread(bpb, 3),
+                spread([worse(a, b) for a, b in zip(bpb, plain, strict=True)], 1),
+                spread(full, 3) if full else "",
+                spread([worse(a, b) for a, b in zip(bpb, full, strict=True)], 1) if full else "",
+                spread(seconds, 2),
+            ]
+        )
+    header = ["model", "parameters", "blocks a byte", "bits per byte", "perplexity worse than plain's, %"]
+    header += [
+        "same network, no position stops: bits per byte",
+        "perplexity worse than that, %",
+        "s a step, beside another",
+    ]
+    return table(header, lines)
+
+
+def everywhere(model: LanguageModel) -> LanguageModel:
+    """Every position through every block: none stops, none is passed by."""
+    room = room_of(model)
+    assert room is not None
+    room.threshold = 0.0 if room.settings.policy == "skip" else 1.0
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- clock
+
+
+def clock(rows: Tensor) -> str:
+    """Prefill of 8 x 2,048 held-out bytes and training steps of 12 x 256, in turn with the plain model's."""
+    long = rows[:16, :WINDOW].reshape(8, 2 * WINDOW)
+    short = rows[:BATCH, : SHAPE["n_seq"] + 1]
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in MODELS}
+    for seed in SEEDS:
+        models = {name: load(name, seed) for name in MODELS}
+
+        def prefill(model: LanguageModel) -> None:
+            with torch.no_grad():
+                model(long, logits=False)
+
+        def step(model: LanguageModel) -> None:
+            model.train()(short[:, :-1], targets=short[:, 1:], logits=False).loss.backward()
+            model.zero_grad()
+
+        for what, run in (("prefill", prefill), ("training", step)):
+            runs = {name: (lambda m=model, r=run: r(m)) for name, model in models.items()}
+            times = interleaved(runs, 7)
+            for name, seconds in times.items():
+                found[name][what] += [p / s for p, s in zip(times["plain"], seconds, strict=True)]
+                found[name][f"{what} ms"].append(1000 * statistics.median(seconds))
+        for name, model in models.items():
+            with torch.no_grad():
+                records = model.eval()(long, logits=False).records
+            room = room_of(model)
+            share = records[0].mean_blocks / LAYERS if room is not None else model.config.blocks / LAYERS
+            found[name]["count"].append(1 / share)
+    lines = [
+        [
+            name,
+            spread(f["count"], 2),
+            spread(f["prefill"], 2),
+            spread(f["prefill ms"], 0),
+            spread(f["training"], 2),
+            spread(f["training ms"], 0),
+        ]
+        for name, f in found.items()
+    ]
+    header = ["model", "fewer blocks, x", "prefill, x faster", "prefill, ms", "training step, x faster", "ms"]
+    return table(header, lines)
+
+
+def where_time_goes(rows: Tensor) -> str:
+    """Prefill of 8 x 2,048 bytes by what is computed, plain and adaptive, milliseconds of the profiler."""
+    long = rows[:16, :WINDOW].reshape(8, 2 * WINDOW)
+    kinds = {
+        "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+        "core and convolution": ("resnet_bk::",),
+        "normalisation, activations, arithmetic": ("aten::native_layer_norm", "aten::silu", "aten::mul", "aten::add"),
+        "packing and merging": ("aten::index", "aten::gather", "aten::scatter", "aten::constant_pad", "aten::cumsum"),
+    }
+    columns, names = [], [*kinds, "rest"]
+    for name in ("plain", *ADAPTIVE):
+        model = load(name, 0)
+        with torch.no_grad():
+            model(long, logits=False)
+            with profile() as profiler:
+                model(long, logits=False)
+        spent = dict.fromkeys(names, 0.0)
+        for event in profiler.key_averages():
+            kind = next((k for k, starts in kinds.items() if event.key.startswith(starts)), "rest")
+            spent[kind] += event.self_cpu_time_total / 1000
+        columns.append(spent)
+    lines = [[kind, *(f"{spent[kind]:.0f}" for spent in columns)] for kind in names]
+    lines.append(["together", *(f"{sum(spent.values()):.0f}" for spent in columns)])
+    return table(["", "plain", *ADAPTIVE], lines)
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+def decode(rows: Tensor) -> str:
+    """Early exit by threshold: quality on all held-out text, and steps through 256 bytes of it, one sequence."""
+    found: dict[float, dict[str, list[float]]] = {t: defaultdict(list) for t in THRESHOLDS}
+    text = rows[3:4, :320]
+    for seed in SEEDS:
+        models = {t: load("exit", seed) for t in THRESHOLDS}
+        for threshold, model in models.items():
+            room_of(model).threshold = threshold  # type: ignore[union-attr]
+
+        def steps(model: LanguageModel) -> float:
+            with torch.no_grad():
+                output = model(text[:, :64])
+                for t in range(64, text.shape[1]):
+                    output = model(text[:, t : t + 1], state=output.state)
+            return 0.0
+
+        times = interleaved({str(t): (lambda m=m: steps(m)) for t, m in models.items()}, 5)
+        for threshold, model in models.items():
+            nats, blocks = scored(model, rows)
+            f = found[threshold]
+            f["bpb"].append(bits(nats))
+            f["blocks"].append(blocks.double().mean().item())
+            f["x"] += [a / b for a, b in zip(times["1.0"], times[str(threshold)], strict=True)]
+            f["ms"].append(1000 * statistics.median(times[str(threshold)]) / 256)
+    lines = []
+    for threshold in THRESHOLDS:
+        f = found[threshold]
+        loss = [worse(a, b) for a, b in zip(f["bpb"], found[1.0]["bpb"], strict=True)]
+        values = (spread(f["blocks"], 2), spread(f["bpb"], 3), spread(loss, 1), spread(f["ms"], 2), spread(f["x"], 2))
+        lines.append([threshold, *values])
+    header = ["threshold", "mean exit block", "bits per byte", "perplexity worse than at full depth, %", "ms a byte"]
+    return table([*header, "x faster"], lines)
+
+
+def speculation(rows: Tensor) -> str:
+    """Greedy continuations of four held-out prompts by 200 bytes, at full depth and with drafts by the first blocks."""
+    prompts = [rows[i : i + 1, :64] for i in (2, 60, 120, 180)]
+    found: dict[int, dict[str, list[float]]] = {k: defaultdict(list) for k in DRAFTS}
+    for seed in SEEDS:
+        model = everywhere(load("exit", seed))
+        for prompt in prompts:
+            full = greedy(model, prompt, 200)
+            runs: dict[str, Any] = {"full": lambda m=model, p=prompt: greedy(m, p, 200)}
+            runs |= {str(k): (lambda m=model, p=prompt, k=k: speculate(m, p, 200, k)) for k in DRAFTS}
+            times = interleaved(runs, 3)
+            for k in DRAFTS:
+                drafts = speculate(model, prompt, 200, k)
+                found[k]["same"].append(float(torch.equal(drafts.tokens, full)))
+                found[k]["accepted"].append(drafts.accepted / drafts.drafted)
+                found[k]["a round"].append(200 / drafts.rounds)
+                found[k]["x"] += [a / b for a, b in zip(times["full"], times[str(k)], strict=True)]
+    lines = [
+        [
+            k,
+            f"{int(sum(f['same']))} of {len(f['same'])}",
+            spread(f["accepted"], 2),
+            spread(f["a round"], 1),
+            spread(f["x"], 2),
+        ]
+        for k, f in found.items()
+    ]
+    return table(["drafts at most", "same text", "accepted", "bytes a round", "x faster than full depth"], lines)
+
+
+# -------------------------------------------------------------------------------------------- difficulty
+
+
+def difficulty(scores: dict[tuple[str, int], tuple[Tensor, Tensor]], out: Path | None) -> str:
+    """Mean blocks of the tokens in each tenth by the plain model's loss."""
+    lines, figure, axes = [], *plt.subplots(figsize=(6, 4))
+    for name in ADAPTIVE:
+        curves, correlations = [], []
+        for seed in SEEDS:
+            loss, blocks = scores["plain", seed][0].flatten(), scores[name, seed][1].flatten().double()
+            tenths = blocks[loss.argsort()].tensor_split(10)
+            curves.append([tenth.mean().item() for tenth in tenths])
+            ranks = torch.stack([loss.argsort().argsort().double(), blocks.argsort(stable=True).argsort().double()])
+            correlations.append(torch.corrcoef(ranks)[0, 1].item())
+        middle = [statistics.median(values) for values in zip(*curves, strict=True)]
+        lines.append([name, *(f"{value:.2f}" for value in middle), spread(correlations, 2)])
+        axes.plot(range(1, 11), middle, marker="o", label=name)
+        axes.fill_between(range(1, 11), *(list(map(f, zip(*curves, strict=True))) for f in (min, max)), alpha=0.2)
+    axes.set(xlabel="tenth of held-out bytes by the plain model's loss", ylabel="mean blocks", xticks=range(1, 11))
+    axes.legend(frameon=False)
+    if out is not None:
+        figure.savefig(out.with_suffix(".svg"), bbox_inches="tight")
+    return table(["policy", *(f"{i}" for i in range(1, 11)), "rank correlation"], lines)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
+    parser.add_argument("--log", type=Path, default=Path("runs/benchmarks/depth.jsonl"))
+    parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the timings")
+    options = parser.parse_args()
+    if options.cell is not None:
+        print(json.dumps(cell(options.cell)))
+        return
+    cells = [
+        {"model": name, "fields": {**SHAPE, **fields}, "seed": seed, "steps": STEPS}
+        for seed in SEEDS
+        for name, fields in reversed(MODELS.items())
+    ]
+    results = run_cells(__file__, cells, workers=2, log=options.log)
+    if options.train_only:
+        return
+    rows = held_out()
+    text = "# Adaptive depth\n\n" + conditions("python benchmarks/depth.py")
+    text += (
+        f"\n{LAYERS} blocks, D = {SHAPE['d_model']}, the default corpus, {STEPS} steps of {BATCH} x {SHAPE['n_seq']} "
+        f"bytes, AdamW 3e-3 cosine, one thread a run, two runs at a time; {rows[:, 1:].numel():,} held-out bytes in "
+        f"windows of {WINDOW:,}. Median (least to greatest) of three seeds. act and skip: the first and the last block "
+        "for all, a decision before each of the other six, target 0.6. exit: exits after blocks 2, 4 and 6, threshold "
+        "0.9.\n\n## The clock\n\nBoth cores, in turn with the plain model of eight blocks, seven times each seed. "
+        "Prefill: 8 x 2,048 held-out bytes. Training: forward and backward, 12 x 256.\n\n" + clock(rows)
+    )
+    text += "\n## Where prefill's time goes\n\nMilliseconds by the profiler, one seed.\n\n" + where_time_goes(rows)
+    text += "\n## Early exit in decoding\n\nSteps through 256 bytes, one sequence, five times each seed.\n\n" + decode(
+        rows
+    )
+    text += "\n## Self-speculation\n\nFour prompts a seed, three times each.\n\n" + speculation(rows)
+    scores = {(name, seed): scored(load(name, seed), rows) for name in MODELS for seed in SEEDS}
+    text += "\n## Quality at equal steps\n\n" + quality(results, rows, scores)
+    text += "\n## Who goes deep\n\nMean blocks of the held-out bytes in each tenth by the plain model's loss.\n\n"
+    text += difficulty(scores, options.out)
+    publish(text, options.out)
+
+
+if __name__ == "__main__":
+    main()
