@@ -387,6 +387,28 @@ def test_an_intact_model_is_read(model, capsys):
     assert said.err == ""
 
 
+def test_settings_of_depth_need_a_model_that_has_it(refused, model):
+    message = "depth_threshold: got 0.5, but model has no adaptive depth; leave it out"
+    assert refused("eval", "model", "--source", "stdlib", "--depth_threshold", "0.5") == message
+    assert refused("generate", "model", "x", "--depth_threshold", "0.5") == message
+    greedy = ("generate", "model", "x", "--temperature", "0", "--speculate", "4")
+    assert refused(*greedy).startswith("generate.speculate: model: has no early exit to draft with")
+
+
+def test_drafts_do_not_change_the_text(tmp_path, capsys):
+    depth = {"policy": "exit", "threshold": 0.1}
+    ResNetBKForCausalLM(ResNetBKConfig(d_model=8, n_layers=3, num_experts=1, depth=depth)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    seal(tmp_path)
+    greedy = ["generate", str(tmp_path), "def ", "--max_new_tokens", "20", "--temperature", "0"]
+    said = []
+    for others in (["--depth_threshold", "1"], ["--speculate", "3"]):
+        assert main([*greedy, *others]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].startswith("def ")
+
+
 def test_a_checkpoint_that_does_not_exist(refused, reader):
     assert refused(*reader) == "model: no such checkpoint folder"
 

@@ -8,6 +8,7 @@ import pytest
 from resnet_bk.config import (
     ConfigError,
     DataConfig,
+    DepthConfig,
     EvalConfig,
     GenerateConfig,
     LengthConfig,
@@ -409,3 +410,67 @@ def test_words_are_refused_where_tokens_are_no_bytes():
     TrainConfig(model=model, max_steps=1)
     with pytest.raises(ConfigError, match=r"^model\.length\.spacing: got 'words' with data\.tokenizer = 'gpt2'"):
         TrainConfig(model=model, data=DataConfig(tokenizer="gpt2"), max_steps=1)
+
+
+# ------------------------------------------------------------------------------------- adaptive depth
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"policy": "halt"}, "policy: got 'halt', allowed 'none', 'act', 'skip', 'exit'"),
+        ({"first": 0}, "first: got 0, allowed an integer from 1"),
+        ({"every": 0}, "every: got 0, allowed an integer from 1"),
+        ({"last": -1}, "last: got -1, allowed an integer from 0"),
+        ({"threshold": 1.5}, "threshold: got 1.5, allowed 0 to 1"),
+        ({"target": -0.1}, "target: got -0.1, allowed 0 to 1"),
+        ({"penalty": -1.0}, "penalty: got -1.0, allowed 0 to 1000"),
+        ({"exit_weight": -1.0}, "exit_weight: got -1.0, allowed 0 to 1000"),
+        ({"full_depth": 2.0}, "full_depth: got 2.0, allowed 0 to 1"),
+        ({"confidence": "margin"}, "confidence: got 'margin', allowed 'probability', 'entropy'"),
+    ],
+)
+def test_bad_depths_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=rf"^model\.depth\.{message}"):
+        DepthConfig(**fields)
+
+
+CHUNKS = {"multiscale": MultiScaleConfig(factors=(2,), layers=(1, 2, 1))}
+
+
+@pytest.mark.parametrize(
+    ("model", "depth", "message"),
+    [
+        ({"n_layers": 2}, {"policy": "act", "first": 2}, "first: 3 blocks for every position, of 2 that depth can"),
+        ({"n_layers": 2}, {"policy": "exit", "first": 3}, "first: 3 blocks for every position, of 2 that depth can"),
+        (
+            {"n_layers": 4, "length": LengthConfig(bins=4, trunk=2)},
+            {"policy": "act", "first": 2},
+            "first: 3 blocks for every position, of 2 that depth can",
+        ),
+        (
+            {"causal": False},
+            {"policy": "exit"},
+            "policy: got 'exit' with model.causal = False, allowed 'act' or 'skip'",
+        ),
+        (CHUNKS, {"policy": "exit"}, "policy: got 'exit' with model.multiscale, allowed 'act' or 'skip'"),
+        ({"length": LengthConfig(bins=4)}, {"policy": "exit"}, "policy: got 'exit' with model.length, allowed 'act'"),
+    ],
+)
+def test_depths_that_do_not_fit_the_model_are_refused(model, depth, message):
+    with pytest.raises(ConfigError, match=rf"^model\.depth\.{message}"):
+        ModelConfig(**model, depth=DepthConfig(**depth))
+
+
+def test_depth_has_defaults_by_policy_and_survives_its_dictionary():
+    assert [DepthConfig(policy=p).stops_at for p in ("act", "skip", "exit")] == [0.5, 0.5, 0.9]
+    assert DepthConfig(policy="act", threshold=0.99).stops_at == 0.99
+    assert [DepthConfig(policy=p).after for p in ("act", "skip", "exit")] == [1, 1, 0]
+    config = ModelConfig(n_layers=6, depth=DepthConfig(policy="skip", every=2, target=0.25))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_drafts_are_refused_where_sampling_is_asked_for():
+    with pytest.raises(ConfigError, match=r"^generate\.speculate: got 4 with temperature = 0.7, allowed with"):
+        GenerateConfig("run", "x", speculate=4)
+    GenerateConfig("run", "x", speculate=4, temperature=0)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from resnet_bk import LanguageModel
+from resnet_bk.adaptive import depth
 from resnet_bk.adaptive.depth import DepthRecord, Halting, Skipping, confidence
 from resnet_bk.layers.score import Score
 
@@ -124,18 +125,20 @@ def test_outputs_gradients_and_blocks_are_those_of_the_definition(policy, settin
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("target", [0.0, 0.4, 1.0])
-def test_ponder_is_the_expected_share_of_blocks_and_pulls_towards_the_target(target):
-    net = model("act", target=target)
+@pytest.mark.parametrize(("target", "price"), [(0.0, 1.0), (1.0, -1.0), (None, 0.3), (None, -0.6)])
+@pytest.mark.parametrize("policy", ["act", "skip"])
+def test_ponder_is_the_expected_share_of_blocks_at_a_price_that_holds_the_target(policy, target, price):
     ids = tokens(2, 19)
+    executed = model(policy)(ids).records[0].mean_blocks / 4
+    target = executed - price * depth.BAND if target is None else target
+    net = model(policy, target=target)
     output = net(ids, targets=ids)
     expected = sum(by_definition(net, ids[row : row + 1])[2] for row in range(2)) / (2 * 19 * 4)
-    executed = output.records[0].mean_blocks / 4
-    sign = 1 if executed > target else -1
-    torch.testing.assert_close(output.losses["ponder"], sign * (expected - target))
+    torch.testing.assert_close(output.losses["ponder"], price * expected)
     output.losses["ponder"].backward()
-    pull = room_of(net).units[0].bias.grad
-    assert pull * sign < 0  # a larger halting probability means fewer blocks
+    room = room_of(net)
+    pull = room.units[0].bias.grad if policy == "act" else -room.routers[0].bias.grad
+    assert pull * price < 0  # to stop sooner where it costs, later where there is room
     added = output.loss - output.losses["cross_entropy"]
     torch.testing.assert_close(added, net.config.depth.penalty * output.losses["ponder"])
 

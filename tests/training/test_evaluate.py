@@ -136,3 +136,12 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_an_error():
     check_vocabulary(tiny(), 259, "byte", "0" * 64)
     with pytest.raises(ConfigError, match=r"has 260 ids .* the model 259"):
         check_vocabulary(tiny(), 260, "big", "0" * 64)
+
+
+def test_scores_say_how_many_blocks_a_token_took(corpus):
+    assert score(tiny(), corpus).blocks is None
+    deciding = LanguageModel(259, d_model=16, n_layers=4, num_experts=1, depth={"policy": "act"}).double()
+    assert score(deciding, corpus).blocks == 4  # before learning none stops
+    with torch.no_grad():
+        deciding.blocks[0].units[1].bias.fill_(100.0)
+    assert score(deciding, corpus).blocks == 3  # the first, the one before that decision, the last

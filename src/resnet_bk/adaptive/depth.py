@@ -42,6 +42,7 @@ class DepthRecord(Record):
 
 STOP = -3.0  # halting scores before learning: nearly every position reaches the last segment
 
+BAND = 0.1  # shares of blocks around the target in which the price rises from -1 to 1
 LEAST_SURE = 0.5  # of the confidences at which positions exit in training
 
 
@@ -117,11 +118,12 @@ class AdaptiveDepth(nn.Module):
         return y
 
     def _ponder(self, spent: Spent, number: Tensor) -> Tensor:
-        """How far the expected share of the blocks is from the target. Which way it pulls follows the share that ran,
-        which is what costs time."""
-        scale = 1 / (self.available * number.clamp(min=1))
-        target = self.settings.target
-        return torch.where(spent.blocks.sum() * scale > target, 1, -1) * (spent.expected * scale - target)
+        """The expected share of the blocks, times the price: 1 where the share that ran, which is what costs time, is
+        above the target by BAND or more, in proportion where it is closer, negative where it is below. A price that
+        jumped between two values would drown in the units what one token is worth beside another."""
+        scale = 1 / (self.available * number.clamp(min=1).to(spent.expected.dtype))
+        above = spent.blocks.sum() * scale - self.settings.target
+        return (above / BAND).clamp(-1, 1) * spent.expected * scale
 
 
 class Halting(AdaptiveDepth):
@@ -220,9 +222,6 @@ def confidence(logits: Tensor, kind: str) -> Tensor:
         return (logits.amax(-1) - logits.logsumexp(-1)).exp()
     log_p = logits.log_softmax(-1)
     return 1 + (log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])
-
-
-START = -3.0  # halting scores: nearly every position reaches the last block before learning
 
 
 class Skipping(AdaptiveDepth):
