@@ -31,7 +31,7 @@ from common import (
 )
 
 from resnet_bk.adaptive.boundaries import LONGEST, at_most, ends_of_words
-from resnet_bk.adaptive.compose import layers
+from resnet_bk.adaptive.compose import build_stack
 from resnet_bk.adaptive.multiscale import ChunkRecord
 from resnet_bk.config import ModelConfig
 from resnet_bk.data.corpus import split
@@ -154,7 +154,7 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, str]:
 def inner_stack_ratio(repeats: int = 7) -> str:
     """Six blocks on 2,048 positions against the same six on 512, forward and backward."""
     torch.manual_seed(0)
-    stack = layers(ModelConfig(d_model=160, n_layers=6, num_experts=1), torch.nn.Identity())
+    stack = build_stack(ModelConfig(d_model=160, n_layers=6, num_experts=1), torch.nn.Identity())
 
     def step(n: int) -> Callable[[], None]:
         x = torch.randn(4, n, 160, requires_grad=True)

@@ -43,7 +43,7 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
         raise ValueError(f"ids: expected one sequence, got {len(ids)}; sequences accept different numbers of drafts")
     if new < 1 or draft < 1:
         raise ValueError(f"new, draft: expected 1 or more tokens, got {new} and {draft}")
-    first, later = room.first, Stack(block for segment in room.segments for block in segment)
+    first, later = room.first, Stack(block for segment in room.stacks for block in segment)
     x, early, _ = first(model.embed(ids), ids, None, None)
     x, late, _ = later(x, ids, None, None)
     tokens = [model.read(x[:, -1:]).argmax(-1)]

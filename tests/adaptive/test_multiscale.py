@@ -5,7 +5,7 @@ import torch
 
 from resnet_bk import LanguageModel, LearnedDownsampling, LearnedUpsampling
 from resnet_bk.adaptive import multiscale
-from resnet_bk.adaptive.compose import layers
+from resnet_bk.adaptive.compose import build_stack
 from resnet_bk.adaptive.multiscale import ChunkRecord, smooth
 from resnet_bk.adaptive.select import Chunks
 from resnet_bk.config import ModelConfig, MultiScaleConfig
@@ -117,7 +117,7 @@ def test_without_factors_the_model_is_the_plain_one():
 
 def test_a_stack_has_the_layers_and_widths_of_its_configuration():
     scales = MultiScaleConfig(factors=(2, 3), layers=(1, 2, 4, 0, 3), widths=(24, 40))
-    stack = layers(ModelConfig(d_model=16, num_experts=1, multiscale=scales), torch.nn.Identity())
+    stack = build_stack(ModelConfig(d_model=16, num_experts=1, multiscale=scales), torch.nn.Identity())
     assert len(stack) == 1 + 1 + 3
     middle = stack[1].inner
     assert len(middle) == 2 + 1 + 0

@@ -15,23 +15,23 @@ Read = Callable[[Tensor], Tensor]  # from features (..., D) to logits (..., V)
 
 def build(config: ModelConfig, read: Read) -> Stack:
     """All layers of a model."""
-    return learned_length(config, layers(config, read), read)
+    return learned_length(config, build_stack(config, read), read)
 
 
-def layers(config: ModelConfig, read: Read) -> Stack:
+def build_stack(config: ModelConfig, read: Read) -> Stack:
     """The blocks in a row, or, level by level inward, some before and some after a coarser stack."""
     before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
     if not config.multiscale.factors:
         return Stack(before)
-    inside = driven(config.inside, layers(config.inside, read), read)
+    inside = driven(config.inside, build_stack(config.inside, read), read)
     return Stack([*before, MultiScale(config, inside), *after])
 
 
 def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
     """The stack, or one with a learned length. Where there are no chunks, adaptive depth is of its deep layers."""
     if config.length.bins:
-        deep = driven(config, stack[config.trunk :], read)
-        return Stack([LearnedLength(config, stack[: config.trunk], deep)])
+        deep = driven(config, stack.part(config.trunk), read)
+        return Stack([LearnedLength(config, stack.part(0, config.trunk), deep)])
     return driven(config, stack, read)
 
 

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,8 @@ class AdaptiveDepth(nn.Module):
         super().__init__()
         self.settings, self.threshold, self.available = config.depth, config.depth.stops_at, len(stack)
         begin, end, every = self.settings.first, len(stack) - self.settings.after, self.settings.every
-        self.first, self.last = stack[:begin], stack[end:]
-        self.segments = nn.ModuleList(stack[i : min(i + every, end)] for i in range(begin, end, every))
+        self.first, self.last = stack.part(0, begin), stack.part(end)
+        self.segments = nn.ModuleList(stack.part(i, min(i + every, end)) for i in range(begin, end, every))
 
     def forward(
         self, x: Tensor, ids: Tensor, state: Sequence[Any] | None, mask: Tensor | None
@@ -95,6 +95,11 @@ class AdaptiveDepth(nn.Module):
             available=self.available,
         )
         return x, spent.states, [record, *spent.records]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The segments."""
+        return cast(list[Stack], list(self.segments))
 
     def _run(self, stack: Stack, x: Tensor, ids: Tensor, state: Any, mask: Tensor | None, spent: Spent) -> Tensor:
         x, state, records = stack(x, ids, state, mask)
@@ -154,7 +159,7 @@ class Halting(AdaptiveDepth):
         packings: list[Packing] = []
         waiting: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge the later ones into
         exits: list[tuple[int, Tensor, Tensor]] = []
-        for i, segment in enumerate(self.segments):
+        for i, segment in enumerate(self.stacks):
             if self.exits and self.training:
                 exits.append((len(packings), x, present))
             halt = self._halt(i, x, sure_from)
@@ -236,13 +241,13 @@ class Skipping(AdaptiveDepth):
 
     def __init__(self, config: ModelConfig, stack: Stack):
         super().__init__(config, stack)
-        decided = sum(map(len, self.segments))
+        decided = sum(map(len, self.stacks))
         share = (self.settings.target * self.available - self.available + decided) / max(1, decided)
         share = min(max(share, 0.1), 0.9)  # of positions that go in at first: what meets the target
         self.routers = nn.ModuleList(Score(config.d_model, math.log(share / (1 - share)), 1.0) for _ in self.segments)
 
     def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
-        for router, segment, state in zip(self.routers, self.segments, past, strict=True):
+        for router, segment, state in zip(self.routers, self.stacks, past, strict=True):
             score = router(x)
             probability, gate = score.sigmoid(), None
             if self.training:

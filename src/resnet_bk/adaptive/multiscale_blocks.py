@@ -1,6 +1,6 @@
 """Multi-scale layers to use on their own, and what they cost.
 
-Each is one of :func:`resnet_bk.adaptive.compose.layers`'s stacks. As those, they are causal; ``layer.stack``
+Each is one of :func:`resnet_bk.adaptive.compose.build_stack`'s stacks. As those, they are causal; ``layer.stack``
 takes token ids, state and mask and returns state and records.
 
 Dimensions: B batch, N positions, D model width.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnet_bk.adaptive.compose import build_stack
 from resnet_bk.config import ModelConfig, MultiScaleConfig
 from resnet_bk.layers.block import Block
 
@@ -23,7 +24,7 @@ class _Layer(nn.Module):
     def __init__(self, factors: tuple[int, ...], layers: tuple[int, ...], **fields: Any):
         super().__init__()
         self.config = ModelConfig(multiscale=MultiScaleConfig(factors, layers), **fields)
-        self.stack = layers(self.config, nn.Identity())
+        self.stack = build_stack(self.config, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D), any N >= 1."""

@@ -43,6 +43,10 @@ class Stack(nn.ModuleList):
     def __init__(self, layers: Iterable[nn.Module]):
         super().__init__(layers)
 
+    def part(self, begin: int, end: int | None = None) -> "Stack":
+        """Some of the layers, the same modules."""
+        return Stack(list(self)[begin:end])
+
     def forward(
         self, x: Tensor, ids: Tensor | None, state: Sequence[Any] | None, mask: Tensor | None
     ) -> tuple[Tensor, list[Any], list[Record]]:

@@ -417,7 +417,7 @@ def generate_text(
         return str(tokenizer.decode(ids[:end], skip_special_tokens=True))
     set_seed(config.seed)
     sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    output = model.generate(  # type: ignore[misc]
+    output = model.generate(
         **encoded, max_new_tokens=config.max_new_tokens, **(sampling if config.temperature else {"do_sample": False})
     )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
