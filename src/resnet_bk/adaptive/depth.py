@@ -37,7 +37,7 @@ class DepthRecord(Record):
     @property
     def mean_blocks(self) -> float:
         """Of a position that is no padding."""
-        return float(self.blocks.sum() / (self.blocks > 0).sum().clamp(min=1))
+        return int(self.blocks.sum()) / max(1, int((self.blocks > 0).sum()))
 
 
 STOP = -3.0  # halting scores before learning: nearly every position reaches the last segment
@@ -243,7 +243,7 @@ class Skipping(AdaptiveDepth):
         super().__init__(config, stack)
         decided = sum(map(len, self.stacks))
         share = (self.settings.target * self.available - self.available + decided) / max(1, decided)
-        share = min(max(share, 0.1), 0.9)  # of positions that go in at first: what meets the target
+        share = min(max(share, 0.5), 0.9)  # of positions that go in at first: what meets the target, at least half
         self.routers = nn.ModuleList(Score(config.d_model, math.log(share / (1 - share)), 1.0) for _ in self.segments)
 
     def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
