@@ -61,7 +61,7 @@ ROOMS = {
         "length": {**LENGTH, "mode": "pool", "pooling": "attention"},
         "multiscale": {"factors": [2], "layers": [1, 1, 0]},
     },
-    "act": {"n_layers": 4, "depth": {"policy": "act"}},
+    "act": {"n_layers": 4, "depth": {"policy": "act", "threshold": 0.8}},
     "act-experts": {"n_layers": 3, "d_model": 64, "num_experts": 4, "depth": {"policy": "act"}},
     "act-diagonal": {
         "n_layers": 4,
