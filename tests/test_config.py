@@ -427,7 +427,7 @@ def test_words_are_refused_where_tokens_are_no_bytes():
         ({"penalty": -1.0}, "penalty: got -1.0, allowed 0 to 1000"),
         ({"exit_weight": -1.0}, "exit_weight: got -1.0, allowed 0 to 1000"),
         ({"full_depth": 2.0}, "full_depth: got 2.0, allowed 0 to 1"),
-        ({"confidence": "margin"}, "confidence: got 'margin', allowed 'probability', 'entropy'"),
+        ({"confidence": "margin"}, "confidence: got 'margin', allowed 'gain', 'probability', 'entropy'"),
     ],
 )
 def test_bad_depths_are_refused(fields, message):
@@ -463,7 +463,8 @@ def test_depths_that_do_not_fit_the_model_are_refused(model, depth, message):
 
 
 def test_depth_has_defaults_by_policy_and_survives_its_dictionary():
-    assert [DepthConfig(policy=p).stops_at for p in ("act", "skip", "exit")] == [0.5, 0.5, 0.9]
+    assert [DepthConfig(policy=p).stops_at for p in ("act", "skip", "exit")] == [0.5, 0.5, 0.95]
+    assert DepthConfig(policy="exit", confidence="entropy").stops_at == 0.9
     assert DepthConfig(policy="act", threshold=0.99).stops_at == 0.99
     assert [DepthConfig(policy=p).after for p in ("act", "skip", "exit")] == [1, 1, 0]
     config = ModelConfig(n_layers=6, depth=DepthConfig(policy="skip", every=2, target=0.25))

@@ -12,7 +12,7 @@ from resnet_bk.training.measure import greedy
 
 def model(seed=0, n_layers=4, **depth) -> LanguageModel:
     torch.manual_seed(seed)
-    settings = {"policy": "exit", "threshold": 1.0, **depth}
+    settings = {"policy": "exit", "confidence": "probability", "threshold": 1.0, **depth}
     net = LanguageModel(31, d_model=16, n_layers=n_layers, num_experts=1, n_heads=2, depth=settings).double().eval()
     with torch.no_grad():
         for parameter in net.parameters():

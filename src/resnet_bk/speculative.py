@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnet_bk.adaptive.depth import Halting, confidence
+from resnet_bk.adaptive.early_exit import EarlyExit, confidence
 from resnet_bk.layers.block import Stack
 from resnet_bk.model import LanguageModel
 
@@ -36,7 +36,7 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
         ValueError: the model has no exits (model.depth.policy 'exit'), or ids are not of one sequence.
     """
     room = model.blocks[0]
-    if not isinstance(room, Halting) or not room.exits or not len(room.segments):
+    if not isinstance(room, EarlyExit) or not len(room.segments):
         raise ValueError("model: has no early exit to draft with; train it with model.depth.policy 'exit'")
     model.check(ids, None, None)
     if len(ids) != 1:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from resnet_bk import LanguageModel
 from resnet_bk.adaptive import depth
-from resnet_bk.adaptive.depth import DepthRecord, Halting, Skipping, confidence
+from resnet_bk.adaptive.depth import DepthRecord, Skipping, Stopping
+from resnet_bk.adaptive.early_exit import LEAST_SURE, NEVER, EarlyExit, confidence
 from resnet_bk.layers.score import Score
 
 POLICIES = ["act", "skip", "exit"]
@@ -18,7 +19,10 @@ POLICIES = ["act", "skip", "exit"]
 def model(policy, n_layers=4, vocab=31, **settings) -> LanguageModel:
     """float64, eval, with decisions that go both ways."""
     torch.manual_seed(0)
-    settings = {"policy": policy, **({"threshold": 0.15} if policy == "exit" else {}), **settings}
+    if policy == "exit":  # thresholds that some positions of an untrained model reach
+        thresholds = {"gain": 0.9, "probability": 0.15, "entropy": 0.1}
+        settings = {"threshold": thresholds[settings.get("confidence", "gain")], **settings}
+    settings = {"policy": policy, **settings}
     net = LanguageModel(vocab, d_model=16, n_layers=n_layers, num_experts=1, n_heads=2, depth=settings).double().eval()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -69,8 +73,14 @@ def by_definition(net, ids):
         else:
             on = []
             for t in going:
-                if room.exits:
-                    halt = float(net.read(x[t]).softmax(-1).max() >= room.threshold)
+                if isinstance(room, EarlyExit):
+                    p = net.read(x[t]).softmax(-1)
+                    sure = {
+                        "gain": lambda t=t, i=i, x=x: (-room.units[i](x[t : t + 1])[0]).exp(),
+                        "probability": lambda p=p: p.max(),
+                        "entropy": lambda p=p: 1 + (p * p.log()).sum() / math.log(len(p)),
+                    }[room.kind]()
+                    halt = float(sure >= room.threshold)
                     stops = halt == 1.0
                 else:
                     halt = room.units[i](x[t : t + 1])[0].sigmoid()
@@ -85,7 +95,7 @@ def by_definition(net, ids):
             blocks[t] += len(segment)
         if going:
             x = x.index_copy(0, torch.tensor(going), segment(x[going].unsqueeze(0), ids, None, None)[0][0])
-    if isinstance(room, Halting):
+    if isinstance(room, Stopping):
         x = torch.stack([out[t] + left[t] * x[t] for t in range(n)])
     return room.last(x.unsqueeze(0), ids, None, None)[0][0], blocks, expected
 
@@ -99,6 +109,8 @@ def by_definition(net, ids):
         ("act", {"every": 2, "last": 0}),
         ("exit", {}),
         ("exit", {"every": 2}),
+        ("exit", {"confidence": "probability"}),
+        ("exit", {"confidence": "entropy"}),
         ("skip", {}),
         ("skip", {"last": 0, "threshold": 0.4}),
     ],
@@ -150,9 +162,13 @@ def test_without_decisions_it_is_bit_for_bit_the_plain_model(policy):
     assert (net(ids).records[0].blocks == 4).all()
 
 
-def test_a_confidence_of_one_is_never_reached():
-    net, ids = model("exit", threshold=1.0), tokens(3, 21)
+@pytest.mark.parametrize("kind", LEAST_SURE)
+def test_a_confidence_of_one_is_never_reached(kind):
+    net, ids = model("exit", threshold=1.0, confidence=kind), tokens(3, 32)
     net.head.weight = torch.nn.Parameter(1e3 * net.head.weight.detach())  # certain of everything
+    with torch.no_grad():
+        for unit in room_of(net).units:
+            unit.bias.fill_(-100.0)
     assert torch.equal(net(ids).logits, plain(net)(ids).logits)
     assert (net(ids).records[0].blocks == 4).all()
 
@@ -198,38 +214,43 @@ def test_padding_goes_through_no_block():
         assert (blocks[1] > 0).all()
 
 
-def test_exits_are_scored_in_training():
-    net, ids = model("exit", full_depth=1.0), tokens(2, 15)
+@pytest.mark.parametrize("kind", LEAST_SURE)
+def test_exits_are_scored_in_training_and_units_learn_what_going_on_gains(kind):
+    net, ids = model("exit", full_depth=1.0, confidence=kind), tokens(2, 15)
     output = net.train()(ids[:, :-1], targets=ids[:, 1:])
-    x, losses = net.embed(ids[:, :-1]), []
-    room = room_of(net)
-    for part in (room.first, *room.segments):
-        x = part(x, ids, None, None)[0]
-        losses.append(F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:]))
-    weight = net.config.depth.exit_weight
-    expected = losses[-1] + weight * torch.stack(losses[:-1]).mean()
-    torch.testing.assert_close(output.losses["cross_entropy"], expected)
+    room, losses, units = room_of(net), [], []
+    x = room.first(net.embed(ids[:, :-1]), ids, None, None)[0]
+    for i, segment in enumerate(room.segments):
+        losses.append(F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:], reduction="none"))
+        units.append(room.units[i](x) if kind == "gain" else None)
+        x = segment(x, ids, None, None)[0]
+    final = F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:], reduction="none")
+    expected = final + net.config.depth.exit_weight * torch.stack(losses).mean(0)
+    if kind == "gain":
+        expected = expected + sum((u - (here - final)) ** 2 for u, here in zip(units, losses, strict=True))
+    torch.testing.assert_close(output.losses["cross_entropy"], expected.mean())
 
 
+def test_units_learn_from_sequences_that_nothing_has_left():
+    net, ids = model("exit", full_depth=0.0), tokens(4, 15)
+    net.train()(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
+    for unit in room_of(net).units:
+        assert (unit.weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", LEAST_SURE)
 @pytest.mark.parametrize("full_depth", [0.0, 0.25, 1.0])
-def test_each_training_sequence_stops_at_a_confidence_of_its_own(full_depth):
-    net = model("exit", full_depth=full_depth).train()
-    drawn = room_of(net)._sure_from(torch.zeros(4000, 1, 16))
-    everywhere = drawn > 1
+def test_each_training_sequence_stops_at_a_confidence_of_its_own(full_depth, kind):
+    net = model("exit", full_depth=full_depth, confidence=kind).train()
+    drawn = room_of(net)._draw(torch.zeros(4000, 1, 16))
+    everywhere = drawn == NEVER
     assert drawn.shape == (4000, 1)
     assert everywhere.double().mean().item() == pytest.approx(full_depth, abs=0.03)
-    assert ((drawn[~everywhere] >= 0.5) & (drawn[~everywhere] <= 1)).all()
+    least = LEAST_SURE[kind]
+    assert ((drawn[~everywhere] >= least) & (drawn[~everywhere] <= 1)).all()
     if full_depth < 1:
-        assert drawn[~everywhere].mean().item() == pytest.approx(0.75, abs=0.02)
-    with torch.no_grad():
-        blocks = net(tokens(6, 40)).records[0].blocks
-        assert torch.equal(net.eval()(tokens(6, 40)).records[0].blocks, by_threshold(net, 0.15))
-    assert full_depth < 1 or (blocks == 4).all()
-
-
-def by_threshold(net, threshold):
-    room_of(net).threshold = threshold
-    return torch.tensor([by_definition(net, ids.unsqueeze(0))[1] for ids in tokens(6, 40)])
+        assert drawn[~everywhere].mean().item() == pytest.approx((1 + least) / 2, abs=0.02)
+    assert full_depth < 1 or (net(tokens(6, 40)).records[0].blocks == 4).all()
 
 
 @pytest.mark.parametrize("kind", ["probability", "entropy"])
@@ -243,7 +264,7 @@ def test_confidence_is_between_even_and_certain(kind):
 
 
 def test_a_copy_reads_with_its_own_head():
-    net = model("exit")
+    net = model("exit", confidence="probability")
     other = copy.deepcopy(net)
     with torch.no_grad():
         net.norm.weight.zero_()

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from resnet_bk.adaptive import boundaries, depth, multiscale
-from resnet_bk.adaptive.depth import Halting, Skipping
+from resnet_bk.adaptive.depth import AdaptiveDepth, Halting
+from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.select import Chunks
 from resnet_bk.layers import feedforward, mixer
@@ -70,7 +71,11 @@ ROOMS = {
     },
     "skip": {"n_layers": 4, "depth": {"policy": "skip"}},
     "skip-pairs": {"n_layers": 5, "depth": {"policy": "skip", "every": 2, "last": 0}},
-    "exit": {"n_layers": 4, "depth": {"policy": "exit", "threshold": 0.17}},
+    "exit": {"n_layers": 4, "depth": {"policy": "exit", "threshold": 0.7}},
+    "exit-probability": {
+        "n_layers": 4,
+        "depth": {"policy": "exit", "threshold": 0.17, "confidence": "probability"},
+    },
     "exit-entropy": {"n_layers": 3, "depth": {"policy": "exit", "threshold": 0.15, "confidence": "entropy"}},
     "act-in-length": {"n_layers": 4, "length": {**LENGTH, "mode": "truncate"}, "depth": {"policy": "act"}},
     "skip-in-length": {"n_layers": 4, "length": {**LENGTH, "mode": "pool"}, "depth": {"policy": "skip", "last": 0}},
@@ -107,7 +112,7 @@ def test_depth_varies_in_the_models_under_contract(room):
     model = checks.build(**ROOMS[room])
     records = []
     for module in model.modules():
-        if isinstance(module, Halting | Skipping):
+        if isinstance(module, AdaptiveDepth):
             module.register_forward_hook(lambda m, i, output: records.append(output[2][0]))
     model(checks.tokens(model, 8, 65))
     blocks = torch.cat([record.blocks.flatten() for record in records])
@@ -397,18 +402,25 @@ def stopped_rows_step(model: LanguageModel, monkeypatch) -> None:
 
 def confident_about_the_next_position(model: LanguageModel, monkeypatch) -> None:
     """A position stops where the following one is sure."""
-    halt = Halting._halt
+    halt = EarlyExit._halt
 
-    def peeking(self, i, x, sure_from):
-        return halt(self, i, torch.cat([x[:, 1:], x[:, -1:]], dim=1), sure_from)
+    def peeking(self, i, x, drawn):
+        return halt(self, i, torch.cat([x[:, 1:], x[:, -1:]], dim=1), drawn)
 
-    monkeypatch.setattr(Halting, "_halt", peeking)
+    monkeypatch.setattr(EarlyExit, "_halt", peeking)
 
 
 def halting_does_not_weigh(model: LanguageModel, monkeypatch) -> None:
     """Probabilities decide who stops, but not what comes out: only the ponder cost trains them."""
     halt = Halting._halt
-    monkeypatch.setattr(Halting, "_halt", lambda self, i, x, sure_from: halt(self, i, x, sure_from).detach())
+    monkeypatch.setattr(Halting, "_halt", lambda self, i, x, drawn: halt(self, i, x, drawn).detach())
+
+
+def units_do_not_learn(model: LanguageModel, monkeypatch) -> None:
+    """Exits are scored, but what going on gained is not told to the units."""
+    monkeypatch.setattr("resnet_bk.adaptive.early_exit.NEVER", 3.0)  # no sequence counts as one at full depth
+    draw = EarlyExit._draw
+    monkeypatch.setattr(EarlyExit, "_draw", lambda self, x: draw(self, x).clamp(max=2.0))
 
 
 def room_of(model: LanguageModel) -> multiscale.MultiScale:
@@ -426,6 +438,8 @@ BUGS = [
     (stopped_rows_step, "act", checks.padding_across_pieces),
     (stopped_rows_step, "skip", checks.padding_across_pieces),
     (confident_about_the_next_position, "exit", checks.causal),
+    (confident_about_the_next_position, "exit-probability", checks.causal),
+    (units_do_not_learn, "exit", checks.everything_learns),
     (halting_does_not_weigh, "act", checks.everything_learns),
     (global_mean_in_a_causal_model, "length-truncate", checks.causal),
     (global_mean_in_a_causal_model, "length-pool", checks.causal),

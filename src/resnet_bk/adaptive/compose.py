@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from resnet_bk.adaptive.depth import adaptive_depth
+from resnet_bk.adaptive.depth import Halting, Skipping
+from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.config import ModelConfig
@@ -36,4 +37,9 @@ def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
 
 
 def driven(config: ModelConfig, stack: Stack, read: Read) -> Stack:
-    return stack if config.multiscale.factors else adaptive_depth(config, stack, read)
+    """The stack, or, where depth has a policy and there are no chunks inside, the same blocks with adaptive depth."""
+    if config.multiscale.factors or config.depth.policy == "none":
+        return stack
+    if config.depth.policy == "exit":
+        return Stack([EarlyExit(config, stack, read)])
+    return Stack([{"act": Halting, "skip": Skipping}[config.depth.policy](config, stack)])

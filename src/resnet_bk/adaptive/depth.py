@@ -43,7 +43,6 @@ class DepthRecord(Record):
 STOP = -3.0  # halting scores before learning: nearly every position reaches the last segment
 
 BAND = 0.1  # shares of blocks around the target in which the price rises from -1 to 1
-LEAST_SURE = 0.5  # of the confidences at which positions exit in training
 
 
 @dataclass
@@ -61,6 +60,8 @@ class Spent:
 
 class AdaptiveDepth(nn.Module):
     """Blocks that all positions go through, segments of blocks with a decision before each, blocks for all again."""
+
+    priced = True  # whether the loss has a price on blocks
 
     def __init__(self, config: ModelConfig, stack: Stack):
         super().__init__()
@@ -86,7 +87,7 @@ class AdaptiveDepth(nn.Module):
         x = self._run(self.first, x, ids, past[0], mask, spent)
         x = self._decide(x, ids, past[1:-1], real, spent)
         x = self._run(self.last, x, ids, past[-1], mask, spent)
-        losses = {} if self.settings.policy == "exit" else {"ponder": self._ponder(spent, number)}
+        losses = {"ponder": self._ponder(spent, number)} if self.priced else {}
         record = DepthRecord(
             losses=losses,
             task_loss=spent.task_loss,
@@ -131,39 +132,45 @@ class AdaptiveDepth(nn.Module):
         return (above / BAND).clamp(-1, 1) * spent.expected * scale
 
 
-class Halting(AdaptiveDepth):
-    """Positions stop before a segment, for good.
+@dataclass
+class Seen:
+    """Before a segment: how many packings there were, the states x (B, M, D), which of them exist (B, M)."""
 
-    act: before each segment a unit gives the probability to stop there. A position stops where these add up to the
-    threshold, the last probability being what is left of 1; it becomes the mean of its states under these
-    probabilities (Graves 2016, arXiv:1603.08983, eqs. 5 to 13). So the task trains the units. The ponder cost is the
-    expected number of blocks, a sum over segments of the probability to reach them.
+    packings: int
+    x: Tensor
+    present: Tensor
 
-    exit: a position stops where the model's head is confident about the next token. In training each exit is scored,
-    and positions of a share of the sequences stop, at a confidence drawn for each sequence: the later blocks learn on
-    chains from which others have left, few or many.
-    """
 
-    def __init__(self, config: ModelConfig, stack: Stack, read: Callable[[Tensor], Tensor]):
-        """read: from features (..., D) to logits (..., V), the model's own."""
-        super().__init__(config, stack)
-        self.read, self.exits = read, config.depth.policy == "exit"
-        self.units = (
-            nn.ModuleList() if self.exits else nn.ModuleList(Score(config.d_model, STOP) for _ in self.segments)
-        )
+class Stopping(AdaptiveDepth):
+    """Positions stop before a segment, for good, and become the mean of their states under the probabilities to stop at
+    each; of a policy that is certain, the state at which they stop."""
+
+    def _draw(self, x: Tensor) -> Any:
+        """What a call draws once, for all decisions about x (B, N, D)."""
+        return None
+
+    def _halt(self, i: int, x: Tensor, drawn: Any) -> Tensor:
+        """(B, M) float32 or float64: the probability to stop before segment i; 0 or 1 of a policy that is certain."""
+        raise NotImplementedError
+
+    def _stops(self, halt: Tensor, left: Tensor) -> Tensor:
+        """(B, M) bool: who stops. left: of each position's probability 1, before this decision."""
+        raise NotImplementedError
+
+    def _task_loss(self, out: Tensor, seen: list[Seen], packings: list[Packing], drawn: Any) -> TaskLoss | None:
+        """See :class:`resnet_bk.record.Record`. out: (B, N, D). seen: one entry for each decision."""
+        return None
 
     def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
-        left = real.to(spent.expected.dtype)  # of each position's probability 1
-        sure_from = self._sure_from(x)
+        drawn, left = self._draw(x), real.to(spent.expected.dtype)
         present, blocks, out = real, torch.zeros_like(ids), torch.zeros_like(x)
         packings: list[Packing] = []
         waiting: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge the later ones into
-        exits: list[tuple[int, Tensor, Tensor]] = []
+        seen: list[Seen] = []
         for i, segment in enumerate(self.stacks):
-            if self.exits and self.training:
-                exits.append((len(packings), x, present))
-            halt = self._halt(i, x, sure_from)
-            stops = left - halt <= 1 - self.threshold if not self.exits else halt > 0
+            seen.append(Seen(len(packings), x, present))
+            halt = self._halt(i, x, drawn)
+            stops = self._stops(halt, left)
             weight = torch.where(stops, left, halt)
             out = torch.addcmul(out, weight.unsqueeze(-1).to(x.dtype), x)
             left, goes = left - weight, present & ~stops
@@ -171,9 +178,8 @@ class Halting(AdaptiveDepth):
             if going == 0 and past[i] is not None:  # most steps of decoding
                 spent.states += past[i:]
                 break
-            whole = going == goes.numel() and (goes.shape[1] == 1 or goes.shape[1] % TILE == 0)
             packing = Packing(goes, TILE)
-            if not whole:
+            if going < goes.numel() or goes.shape[1] % packing.tile:
                 packings.append(packing)
                 waiting.append((out, blocks))
                 x, ids, out, blocks = (packing.pack(t) for t in (x, ids, out, blocks))
@@ -187,46 +193,28 @@ class Halting(AdaptiveDepth):
         for packing, (wide, counts) in zip(reversed(packings), reversed(waiting), strict=True):
             out, blocks = packing.merge(out, wide), packing.merge(blocks, counts)
         spent.blocks = spent.blocks + blocks
-        if exits:
-            spent.task_loss = self._exit_loss(out, exits, packings)
+        if self.training:
+            spent.task_loss = self._task_loss(out, seen, packings, drawn)
         return out
 
-    def _sure_from(self, x: Tensor) -> Tensor:
-        """(B, 1) or (): the confidence from which positions exit; above 1 they never do."""
-        if not (self.exits and self.training):
-            return x.new_tensor(self.threshold if self.threshold < 1 else 2.0)
-        everywhere, drawn = torch.rand(2, len(x), 1, device=x.device).unbind()
-        return torch.where(everywhere < self.settings.full_depth, 2.0, LEAST_SURE + (1 - LEAST_SURE) * drawn)
 
-    def _halt(self, i: int, x: Tensor, sure_from: Tensor) -> Tensor:
-        """(B, M): the probability to stop before segment i."""
-        if not self.exits:
-            return self.units[i](x).sigmoid()
-        with torch.no_grad():
-            sure = confidence(self.read(x), self.settings.confidence) >= sure_from
-        return sure.to(torch.promote_types(x.dtype, torch.float32))
+class Halting(Stopping):
+    """Adaptive computation time (Graves 2016, arXiv:1603.08983, eqs. 5 to 13).
 
-    def _exit_loss(self, out: Tensor, exits: list[tuple[int, Tensor, Tensor]], packings: list[Packing]) -> TaskLoss:
-        """The loss of the output, and the weighted mean of those of the exits, each over the positions it saw."""
+    Before each segment a unit gives the probability to stop. A position stops where these add up to the threshold, the
+    last one being what is left of 1; it becomes the mean of its states, so the task trains the units. The ponder cost
+    is the expected number of blocks, a sum over segments of the probability to reach them.
+    """
 
-        def loss(nats: Callable[[Tensor], Tensor], scored: Tensor) -> Tensor:
-            total = nats(out)
-            for level, x, present in exits:
-                for packing in reversed(packings[:level]):
-                    x, present = packing.merge(x), packing.merge(present)
-                total = total + self.settings.exit_weight / len(exits) * nats(x) * present
-            return total
+    def __init__(self, config: ModelConfig, stack: Stack):
+        super().__init__(config, stack)
+        self.units = nn.ModuleList(Score(config.d_model, STOP) for _ in self.segments)
 
-        return loss
+    def _halt(self, i: int, x: Tensor, drawn: None) -> Tensor:
+        return self.units[i](x).sigmoid()
 
-
-def confidence(logits: Tensor, kind: str) -> Tensor:
-    """(..., V) -> (...), 0 to 1: the likeliest token's probability, or 1 - entropy / log V."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if kind == "probability":
-        return (logits.amax(-1) - logits.logsumexp(-1)).exp()
-    log_p = logits.log_softmax(-1)
-    return 1 + (log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])
+    def _stops(self, halt: Tensor, left: Tensor) -> Tensor:
+        return left - halt <= 1 - self.threshold
 
 
 class Skipping(AdaptiveDepth):
@@ -286,10 +274,3 @@ def measured_depth(model: nn.Module) -> Iterator[Callable[[], float | None]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def adaptive_depth(config: ModelConfig, stack: Stack, read: Callable[[Tensor], Tensor]) -> Stack:
-    """The stack, or, where `config.depth` has a policy, the same blocks with adaptive depth."""
-    if config.depth.policy == "none":
-        return stack
-    return Stack([Skipping(config, stack) if config.depth.policy == "skip" else Halting(config, stack, read)])

@@ -152,8 +152,8 @@ class DepthConfig:
 
     policy: Literal["none", "act", "skip", "exit"] = "none"
     """Which positions a block runs on: all; those whose halting probabilities do not add up to the threshold yet
-    (adaptive computation time); those its router lets in, the others go past it (mixture of depths); those about whose
-    next token the model's head is not confident yet (early exit)."""
+    (adaptive computation time); those its router lets in, the others go past it (mixture of depths); those that the
+    later blocks would still help with their next token (early exit)."""
     first: int = 1
     """Blocks before the first decision, which every position goes through."""
     last: int = 1
@@ -161,24 +161,26 @@ class DepthConfig:
     every: int = 1
     """Blocks between decisions."""
     threshold: float | None = None
-    """act: the sum of halting probabilities at which a position stops, default 0.99. skip: the probability from which
-    it goes in, default 0.5. exit: the confidence from which it stops, default 0.9; 1 never stops it."""
-    penalty: float = 0.1
-    """act, skip: weight of the expected number of blocks, as a share of all that depth decides about, in the loss."""
+    """act: the sum of halting probabilities at which a position stops, default 0.5. skip: the probability from which
+    it goes in, default 0.5. exit: the confidence from which it stops, default 0.95 of gain, else 0.9; 1 never does."""
+    penalty: float = 0.3
+    """act, skip: weight of the expected number of blocks, as a share of all there are, in the loss."""
     target: float = 0.5
-    """act, skip: share of the blocks at which the penalty ends. Keeps positions from stopping ever earlier."""
-    confidence: Literal["probability", "entropy"] = "probability"
-    """exit: the likeliest token's probability, or one minus the entropy as a share of the greatest possible."""
+    """act, skip: share of the blocks to aim at. The penalty counts in full above it, vanishes there, and turns round
+    below it, so that depth collapses neither to the first blocks nor to all. 0: always the penalty in full."""
+    confidence: Literal["gain", "probability", "entropy"] = "gain"
+    """exit: the share of its perplexity that a position keeps if it stops, predicted by a unit that learns what the
+    later blocks gain; the likeliest token's probability; or one minus the entropy as a share of the greatest one."""
     exit_weight: float = 0.5
     """exit: weight of the mean loss of the exits."""
-    full_depth: float = 0.25
-    """exit: share of training sequences that go through all blocks; positions of the others stop at a confidence drawn
-    from 0.5 to 1, so that any threshold there can be chosen later."""
+    full_depth: float = 0.5
+    """exit: share of training sequences that go through all blocks. Positions of the others stop at a confidence drawn
+    for each, from 0.8 (of gain) or 0.5 to 1, so that any threshold there can be chosen later."""
 
     def __post_init__(self) -> None:
         where = "model.depth"
         check_choice(where, ("none", "act", "skip", "exit"), policy=self.policy)
-        check_choice(where, ("probability", "entropy"), confidence=self.confidence)
+        check_choice(where, ("gain", "probability", "entropy"), confidence=self.confidence)
         check_integer(where, 1, 1_024, first=self.first, every=self.every)
         check_integer(where, 0, 1_024, last=self.last)
         check_range(where, 0, 1_000, penalty=self.penalty, exit_weight=self.exit_weight)
@@ -194,4 +196,6 @@ class DepthConfig:
     @property
     def stops_at(self) -> float:
         """The threshold, or the policy's default."""
-        return {"act": 0.5, "skip": 0.5}.get(self.policy, 0.9) if self.threshold is None else self.threshold
+        if self.threshold is not None:
+            return self.threshold
+        return 0.5 if self.policy in ("act", "skip") else 0.95 if self.confidence == "gain" else 0.9
