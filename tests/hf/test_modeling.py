@@ -10,6 +10,7 @@ from resnet_bk.checkpoint import MANIFEST, CheckpointError
 from resnet_bk.config import ConfigError
 from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer
+from resnet_bk.layers.score import Score
 
 SCALES = {"factors": [2], "layers": [1, 1, 1], "ratio_weight": 0.0}  # of whole batches, not rows
 LENGTH = {"bins": 4, "max_length": 8, "penalty": 0.0, "entropy_weight": 0.0}  # of whole batches, not rows
@@ -30,6 +31,10 @@ ROOMS += [
     pytest.param({"length": {**LENGTH, **settings}}, id="length-" + "-".join(settings.values()))
     for settings in ({"mode": "truncate"}, {"mode": "pool"}, {"placement": "geometric", "pooling": "attention"})
 ]
+ROOMS += [
+    pytest.param({"n_layers": 4, "depth": {**depth, "penalty": 0.0}}, id="depth-" + depth["policy"])
+    for depth in ({"policy": "act"}, {"policy": "skip"}, {"policy": "exit", "threshold": 0.9, "confidence": "gain"})
+]
 V = 31
 
 
@@ -42,6 +47,9 @@ def tiny(dtype=torch.float64, **fields):
         for module in model.modules():
             if isinstance(module, PropagatorMixer | DiagonalMixer):
                 module.out_proj.weight *= 8
+            if isinstance(module, Score):  # decisions that go both ways
+                module.bias.zero_()
+                module.weight.normal_()
     return model.to(dtype).eval()
 
 
@@ -58,7 +66,7 @@ def argmax_loop(model, prompt, new):
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return [p.grad.clone() for p in model.parameters()]
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
 # ------------------------------------------------------------------------------------- saving and loading
@@ -218,8 +226,8 @@ def test_the_cache_does_not_grow(room):
 
     def size(new):
         output = model.generate(ids(1, 5), max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
-        leaves = torch.utils._pytree.tree_leaves(output.past_key_values.state)
-        assert output.past_key_values.get_seq_length() == 5 + new - 1
+        leaves = torch.utils._pytree.tree_leaves(output.cache.state)
+        assert output.cache.get_seq_length() == 5 + new - 1
         return sum(leaf.numel() for leaf in leaves), sum(leaf.untyped_storage().nbytes() for leaf in leaves)
 
     assert size(10) == size(100)
@@ -231,7 +239,7 @@ def test_a_conversation_goes_on_from_the_cache_of_its_last_turn():
     longer = torch.cat([first.sequences, ids(1, 4, seed=3)], dim=1)
     settings = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(
-        model.generate(longer, past_key_values=first.past_key_values, **settings), model.generate(longer, **settings)
+        model.generate(longer, cache=first.cache, **settings), model.generate(longer, **settings)
     )
 
 
@@ -261,7 +269,7 @@ def test_the_loss_is_the_mean_over_counted_labels(room):
     nats = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), shifted.flatten(), ignore_index=-100)
     extra = 0.0 if output.aux_loss is None else output.aux_loss
     assert (output.aux_loss is not None) == (
-        room.get("num_experts", 1) > 1 or any(name in str(room) for name in ("learned", "length"))
+        room.get("num_experts", 1) > 1 or any(name in str(room) for name in ("learned", "length", "act", "skip"))
     )
     torch.testing.assert_close(output.loss, nats + extra)
     torch.testing.assert_close(model(prompt, shift_labels=shifted).loss, output.loss)

@@ -17,7 +17,7 @@ from resnet_bk.layers.score import Score
 from resnet_bk.record import TaskLoss
 
 # In training the confidences at which positions stop are drawn from here to 1.
-LEAST_SURE = {"gain": 0.8, "probability": 0.5, "entropy": 0.5}
+LEAST_SURE = {"gain": 0.9, "probability": 0.5, "entropy": 0.5}
 EXPECTED_GAIN = 0.3  # nats, before learning
 NEVER = 2.0  # a confidence that nothing reaches
 

@@ -171,11 +171,11 @@ class DepthConfig:
     confidence: Literal["gain", "probability", "entropy"] = "gain"
     """exit: the share of its perplexity that a position keeps if it stops, predicted by a unit that learns what the
     later blocks gain; the likeliest token's probability; or one minus the entropy as a share of the greatest one."""
-    exit_weight: float = 0.5
+    exit_weight: float = 0.3
     """exit: weight of the mean loss of the exits."""
     full_depth: float = 0.5
     """exit: share of training sequences that go through all blocks. Positions of the others stop at a confidence drawn
-    for each, from 0.8 (of gain) or 0.5 to 1, so that any threshold there can be chosen later."""
+    for each, from 0.9 (of gain) or 0.5 to 1, so that any threshold there can be chosen later."""
 
     def __post_init__(self) -> None:
         where = "model.depth"

@@ -48,7 +48,7 @@ class CausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: RecurrentCache | None = None
+    cache: RecurrentCache | None = None
     aux_loss: Tensor | None = None
 
 
@@ -123,7 +123,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -146,14 +146,14 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         """
         length = input_ids.shape[1]
         mask = None
-        if attention_mask is not None and not (past_key_values is not None and length == 1):
+        if attention_mask is not None and not (cache is not None and length == 1):
             mask = attention_mask[:, -length:].bool()
         if labels is not None and shift_labels is None:
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             if mask is not None:  # the last padding before a text does not predict its first token
                 shift_labels = shift_labels.masked_fill(~mask, -100)
         self.model.check(input_ids, shift_labels, mask)
-        state = None if past_key_values is None else past_key_values.state
+        state = None if cache is None else cache.state
         features = self.model.features(input_ids, mask, state)
         output = CausalLMOutput()
         if shift_labels is not None:
@@ -170,7 +170,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output.logits = self.model.head(features.x[:, kept])
         if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
-            seen = length if past_key_values is None else past_key_values.seen + length
-            output.past_key_values = RecurrentCache(features.state, seen)
+            seen = length if cache is None else cache.seen + length
+            output.cache = RecurrentCache(features.state, seen)
         wants_dict = return_dict if return_dict is not None else True
         return output if wants_dict else output.to_tuple()
