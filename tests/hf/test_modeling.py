@@ -238,9 +238,7 @@ def test_a_conversation_goes_on_from_the_cache_of_its_last_turn():
     first = model.generate(ids(1, 6), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, ids(1, 4, seed=3)], dim=1)
     settings = {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(
-        model.generate(longer, cache=first.cache, **settings), model.generate(longer, **settings)
-    )
+    assert torch.equal(model.generate(longer, cache=first.cache, **settings), model.generate(longer, **settings))
 
 
 def test_assisted_decoding_says_that_it_cannot():

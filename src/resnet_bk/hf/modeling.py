@@ -25,6 +25,7 @@ class RecurrentCache:
 
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)  # so that generate() passes on only the positions that the cache has not seen
 
     def __init__(self, state: list[Any], seen: int):
         self.state, self.seen = state, seen
