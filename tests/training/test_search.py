@@ -77,9 +77,12 @@ def test_a_trial_is_stopped_where_it_is_a_tenth_worse_than_the_worst_of_four(bit
 
 
 def test_the_default_space_is_what_the_policy_reads():
-    assert default_space(recipe("act")) == {"model.depth.threshold": [0.5, 0.99], "model.depth.penalty": [0.01, 1.0]}
+    space = default_space(recipe("act"))
+    assert space["model.depth.threshold"] == [0.5, 0.99]
+    assert space.keys() == {f"model.depth.{name}" for name in ("threshold", "penalty", "target")}
     assert default_space(recipe("skip")) == default_space(recipe("act"))
-    assert default_space(recipe("exit")) == {"model.depth.threshold": [0.5, 0.99]}
+    assert default_space(recipe("exit")) == {"model.depth.threshold": [0.9, 0.99]}
+    assert default_space(recipe("exit", confidence="entropy")) == {"model.depth.threshold": [0.5, 0.99]}
     with pytest.raises(ConfigError, match=r"tune\.space: missing, .* model\.depth\.policy = 'none'; give --space"):
         default_space(recipe("none"))
 
@@ -100,7 +103,7 @@ def test_settings_are_checked_together():
         with_settings(recipe(), {"model.top_k": 3})
 
 
-@pytest.mark.parametrize(("policy", "threshold"), [("act", 0.99), ("skip", 0.5), ("exit", 0.9)])
+@pytest.mark.parametrize(("policy", "threshold"), [("act", 0.5), ("skip", 0.5), ("exit", 0.95)])
 def test_the_recipe_is_a_point_of_the_space_with_its_default_threshold(policy, threshold):
     found = recipe_settings(recipe(policy), {"model.depth.threshold": [0.5, 0.99], "learning_rate": [0.001, 0.01]})
     assert found == {"model.depth.threshold": threshold, "learning_rate": 3e-3}
@@ -111,8 +114,8 @@ def test_the_recipe_is_a_point_of_the_space_with_its_default_threshold(policy, t
 @pytest.mark.parametrize(
     "space",
     [
-        {"model.depth.threshold": [0.5, 0.9]},
-        {"learning_rate": [0.001, 0.01], "model.depth.penalty": [0.2, 1.0]},
+        {"model.depth.threshold": [0.6, 0.9]},
+        {"learning_rate": [0.001, 0.01], "model.depth.penalty": [0.4, 1.0]},
         {"model.d_ff": [8, 64]},
     ],
 )

@@ -462,7 +462,7 @@ def test_the_default_space_begins_with_the_recipe(made_up):
     base = TrainConfig(model=ModelConfig(depth=DepthConfig("act")), max_steps=6)
     tune.tune(TuneConfig("base.yaml", output_dir="out", trials=2), base, Console(quiet=True))
     first, second = (config.model.depth for config in made_up)
-    assert (first.threshold, first.penalty) == (0.99, 0.1)
+    assert (first.threshold, first.penalty, first.target) == (0.5, 0.3, 0.5)
     assert 0.5 <= second.threshold <= 0.99
     assert 0.01 <= second.penalty <= 1
-    assert (second.threshold, second.penalty) != (0.99, 0.1)
+    assert (second.threshold, second.penalty) != (0.5, 0.3)

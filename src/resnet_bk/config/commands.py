@@ -205,7 +205,7 @@ class TuneConfig:
     space: dict[str, list[float]] | None = None
     """Which settings of the recipe to search, and where: {model.depth.penalty: [0.01, 1.0]}. Any number can be
     searched; integers stay integers; where high is at least 10 times low > 0, on a log scale. Default:
-    model.depth.threshold in [0.5, 0.99] and, where model.depth.policy reads it, model.depth.penalty in [0.01, 1.0]."""
+    threshold, penalty and target of model.depth; of policy 'exit', which reads no others, threshold."""
     output_dir: str = "runs/tune"
     """Folder for the study and the run of each trial. A study that is there already goes on."""
     trials: int = 20

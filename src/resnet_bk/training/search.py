@@ -63,8 +63,13 @@ def default_space(recipe: TrainConfig) -> dict[str, list[float]]:
             "tune.space: missing, and the default, settings of adaptive depth, means nothing with model.depth.policy = "
             "'none'; give --space '{learning_rate: [0.001, 0.01]}'"
         )
-    space = {"model.depth.threshold": [0.5, 0.99], "model.depth.penalty": [0.01, 1.0]}
-    return {name: space[name] for name in space if policy != "exit" or name == "model.depth.threshold"}
+    if policy == "exit":
+        return {"model.depth.threshold": [0.9 if recipe.model.depth.confidence == "gain" else 0.5, 0.99]}
+    return {
+        "model.depth.threshold": [0.5, 0.99],
+        "model.depth.penalty": [0.01, 1.0],
+        "model.depth.target": [0.3, 0.9],
+    }
 
 
 def with_settings(recipe: Any, settings: dict[str, Any]) -> Any:
