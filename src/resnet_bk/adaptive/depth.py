@@ -41,7 +41,6 @@ class DepthRecord(Record):
 
 
 STOP = -3.0  # halting scores before learning: nearly every position reaches the last segment
-
 BAND = 0.1  # shares of blocks around the target in which the price rises from -1 to 1
 
 
@@ -125,8 +124,8 @@ class AdaptiveDepth(nn.Module):
 
     def _ponder(self, spent: Spent, number: Tensor) -> Tensor:
         """The expected share of the blocks, times the price: 1 where the share that ran, which is what costs time, is
-        above the target by BAND or more, in proportion where it is closer, negative where it is below. A price that
-        jumped between two values would drown in the units what one token is worth beside another."""
+        above the target by BAND or more, in proportion where it is closer, negative where it is below: it settles at
+        what holds the target."""
         scale = 1 / (self.available * number.clamp(min=1).to(spent.expected.dtype))
         above = spent.blocks.sum() * scale - self.settings.target
         return (above / BAND).clamp(-1, 1) * spent.expected * scale
@@ -168,7 +167,8 @@ class Stopping(AdaptiveDepth):
         waiting: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge the later ones into
         seen: list[Seen] = []
         for i, segment in enumerate(self.stacks):
-            seen.append(Seen(len(packings), x, present))
+            if self.training:
+                seen.append(Seen(len(packings), x, present))
             halt = self._halt(i, x, drawn)
             stops = self._stops(halt, left)
             weight = torch.where(stops, left, halt)
