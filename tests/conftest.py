@@ -5,6 +5,7 @@ from pathlib import Path
 
 # Small tensors: a second thread would cost more than it brings. Before torch is imported; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
