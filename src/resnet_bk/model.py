@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.adaptive.compose import build
-from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.norm import Norm
+from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record, mean_losses
 
 LOGITS_AT_ONCE = 2**24  # entries; beyond that the loss is computed in pieces
@@ -153,6 +153,8 @@ class LanguageModel(nn.Module):
             "length": config.length.penalty,
             "certainty": config.length.entropy_weight,
             "ponder": config.depth.penalty,
+            "sparsity": config.sparsity.penalty,
+            "cost": config.experts.cost_weight,
         }
         return sum((weights[name] * loss for name, loss in losses.items()), 0.0)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from resnet_bk.adaptive.select import Packing, run_rows
+from resnet_bk.adaptive.select import run_rows
+from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record
 
 

@@ -15,7 +15,8 @@ from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.select import Chunks
 from resnet_bk.layers import feedforward, mixer
 from resnet_bk.layers.score import Score
-from resnet_bk.model import LanguageModel, Packing
+from resnet_bk.model import LanguageModel
+from resnet_bk.ops.packing import Packing
 
 LENGTH = {"bins": 4, "max_length": 16, "trunk": 1}
 

@@ -17,11 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from resnet_bk.adaptive.select import Packing, rows_alike, run_rows
+from resnet_bk.adaptive.select import rows_alike, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.layers.score import Score
+from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record, TaskLoss
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from resnet_bk.adaptive.depth import Seen, Stopping
-from resnet_bk.adaptive.select import Packing
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.score import Score
+from resnet_bk.ops.packing import Packing
 from resnet_bk.record import TaskLoss
 
 # In training the confidences at which positions stop are drawn from here to 1.

@@ -399,9 +399,9 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _flops(part: nn.Module) -> int:
-    """Of one position: two for each weight of the matrices it meets."""
+    """Of one position: two for each weight of the matrices it meets, all the experts it may use."""
     if isinstance(part, Experts):
-        return _flops(part.router) + 2 * part.top_k * (part.up[0].numel() + part.down[0].numel())
+        return _flops(part.router) + 2 * part.most * (part.up[0].numel() + part.down[0].numel())
     if isinstance(part, MultiScale):
         outside = sum(_flops(child) for child in part.children() if child is not part.inner)
         return outside + _flops(part.inner) // part.factor

@@ -22,7 +22,7 @@ from resnet_bk.config.model import (
     END_OF_DOCUMENT,
     ModelConfig,
 )
-from resnet_bk.config.rooms import DepthConfig, LengthConfig, MultiScaleConfig
+from resnet_bk.config.rooms import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
 
 __all__ = [
     "BYTE_OFFSET",
@@ -32,10 +32,12 @@ __all__ = [
     "DataConfig",
     "DepthConfig",
     "EvalConfig",
+    "ExpertsConfig",
     "GenerateConfig",
     "LengthConfig",
     "ModelConfig",
     "MultiScaleConfig",
+    "SparsityConfig",
     "TrainConfig",
     "TuneConfig",
     "all_fields",

@@ -12,10 +12,20 @@ from resnet_bk.config.checks import (
     check_integer,
     check_range,
 )
-from resnet_bk.config.rooms import DepthConfig, LengthConfig, MultiScaleConfig
+from resnet_bk.config.rooms import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
 
 # The byte tokenizer: byte b is id b + 3, after three special ids, of which one ends documents.
 BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT = 3, 259, 1
+
+
+# The sections of a model's settings, one for each adaptive technique.
+ROOMS = {
+    "multiscale": MultiScaleConfig,
+    "length": LengthConfig,
+    "depth": DepthConfig,
+    "sparsity": SparsityConfig,
+    "experts": ExpertsConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class ModelConfig:
     multiscale: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     def __post_init__(self) -> None:
         where = "model"
@@ -83,6 +95,8 @@ class ModelConfig:
             self._check_length()
         if self.depth.policy != "none":
             self._check_depth()
+        if self.num_experts == 1 and self.experts != ExpertsConfig():
+            raise ConfigError("model.experts: no experts to apply this to; raise model.num_experts or leave it out")
 
     def _check_multiscale(self) -> None:
         where, scales = "model.multiscale", self.multiscale
@@ -243,7 +257,7 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         check_fields("model", cls, values)
         rooms: dict[str, Any] = {}
-        for name, kind in (("multiscale", MultiScaleConfig), ("length", LengthConfig), ("depth", DepthConfig)):
+        for name, kind in ROOMS.items():
             given = values.get(name, {})
             rooms[name] = kind(**given) if isinstance(given, dict) else given
         return cls(**{**values, **rooms})

@@ -199,3 +199,64 @@ class DepthConfig:
         if self.threshold is not None:
             return self.threshold
         return 0.5 if self.policy in ("act", "skip") else 0.95 if self.confidence == "gain" else 0.9
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Learned sparsity in the mixers: which sites of their chains are computed, in all heads alike."""
+
+    target: float = 0.0
+    """Share of sites to leave out; 0: none."""
+    sampling: Literal["threshold", "gumbel"] = "threshold"
+    """Sites kept in training: those whose importance is above 0, as always outside it; or a Gumbel-sigmoid sample."""
+    penalty: float = 0.3
+    """Weight of the loss that holds each mixer's sparsity at the target: of the mean probability to be kept, in full
+    where more sites are kept, vanishing at the target, negative below it."""
+    warmup: float = 0.3
+    """Share of training over which the target rises from 0."""
+
+    def __post_init__(self) -> None:
+        where = "model.sparsity"
+        check_range(where, 0, 0.99, target=self.target)
+        check_choice(where, ("threshold", "gumbel"), sampling=self.sampling)
+        check_range(where, 0, 1_000, penalty=self.penalty)
+        check_range(where, 0, 1, warmup=self.warmup)
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Conditional experts: how many of them a token uses, and what they cost."""
+
+    policy: Literal["top_k", "top_p"] = "top_k"
+    """The top_k likeliest ones; or as many of the likeliest as make up a probability of top_p: an easy token's router
+    is sure of one, a hard one's is not."""
+    top_p: float = 0.5
+    """top_p: the probability to make up."""
+    least: int = 1
+    """top_p: experts a token uses at least, those without computation included."""
+    most: int = 4
+    """top_p: experts a token uses at most, but no more than there are."""
+    target: float = 1.5
+    """top_p: computing experts a token to aim at on average. The cost counts in full above it, vanishes there, and
+    turns round below it. 0: always the cost in full."""
+    cost_weight: float = 0.1
+    """top_p: weight of the cost, which is the router's entropy as a share of the greatest one, plus the probability of
+    experts that compute."""
+    identity: int = 0
+    """Experts that return what they are given, and compute nothing."""
+    zero: int = 0
+    """Experts that return nothing, and compute nothing."""
+    balance: Literal["auxiliary", "bias"] = "auxiliary"
+    """What keeps computing experts equally busy: a loss on the router, or a bias in choosing that follows the load and
+    that gates do not contain."""
+
+    def __post_init__(self) -> None:
+        where = "model.experts"
+        check_choice(where, ("top_k", "top_p"), policy=self.policy)
+        check_choice(where, ("auxiliary", "bias"), balance=self.balance)
+        check_range(where, 0, 1, top_p=self.top_p)
+        check_integer(where, 1, 1_024, most=self.most)
+        check_integer(where, 1, self.most, least=self.least)
+        check_integer(where, 0, 1_024, identity=self.identity, zero=self.zero)
+        check_range(where, 0, 1_024, target=self.target)
+        check_range(where, 0, 1_000, cost_weight=self.cost_weight)

@@ -6,7 +6,15 @@ from typing import Any, ClassVar, Self
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from resnet_bk.config import DepthConfig, LengthConfig, ModelConfig, MultiScaleConfig, unknown_field
+from resnet_bk.config import (
+    DepthConfig,
+    ExpertsConfig,
+    LengthConfig,
+    ModelConfig,
+    MultiScaleConfig,
+    SparsityConfig,
+    unknown_field,
+)
 
 # Names of ModelConfig's fields here. `top_k` would be taken for sampling's top_k by every generate().
 _NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
@@ -51,6 +59,8 @@ class ResNetBKConfig(PreTrainedConfig):
     multiscale: dict = field(default_factory=lambda: asdict(MultiScaleConfig()))
     length: dict = field(default_factory=lambda: asdict(LengthConfig()))
     depth: dict = field(default_factory=lambda: asdict(DepthConfig()))
+    sparsity: dict = field(default_factory=lambda: asdict(SparsityConfig()))
+    experts: dict = field(default_factory=lambda: asdict(ExpertsConfig()))
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1

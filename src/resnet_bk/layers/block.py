@@ -31,10 +31,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, ids: Tensor | None, state: MixerState | None, mask: Tensor | None
     ) -> tuple[Tensor, MixerState, list[Record]]:
-        y, state = self.mixer(self.mixer_norm(x), state, mask)
+        y, state, records = self.mixer(self.mixer_norm(x), state, mask)
         x = x + y
-        y, losses = self.feed_forward(self.ff_norm(x), mask)
-        return x + y, state, [Record(losses=losses)]
+        y, more = self.feed_forward(self.ff_norm(x), mask)
+        return x + y, state, [*records, *more]
 
 
 class Stack(nn.ModuleList):

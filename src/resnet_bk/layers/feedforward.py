@@ -1,17 +1,36 @@
 """Feed-forwards: SwiGLU, and a dropless mixture of them.
 
-Dimensions: B batch, N positions, D model width, F hidden width, E experts, T tokens (real positions of the batch).
+Dimensions: B batch, N positions, D model width, F hidden width, E experts that compute, A all experts, T tokens (real
+positions of the batch), K the most experts a token may use, P pairs of a token and an expert it uses.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
+from resnet_bk.record import Record
 
 TILE = 16  # rows of a matrix product that are rounded alike
+BAND = 0.25  # experts a token around the target in which the price rises from -1 to 1
+
+
+@dataclass(kw_only=True)
+class ExpertsRecord(Record):
+    """used: (B, N) int64, computing experts each position went through; 0 for padding. load: (E,) int64, tokens that
+    each of them had. tokens: how many there were, without padding."""
+
+    used: Tensor
+    load: Tensor
+    tokens: int
+
+    @property
+    def mean_used(self) -> float:
+        """Computing experts a token."""
+        return int(self.load.sum()) / max(1, self.tokens)
 
 
 class SwiGLU(nn.Module):
@@ -22,43 +41,89 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(config.d_model, 2 * config.d_hidden, bias=False)
         self.down = nn.Linear(config.d_hidden, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
         gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value), {}
+        return self.down(F.silu(gate) * value), []
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts; every token goes to its `top_k` likeliest ones and none is dropped, (B, N, D) -> (B, N, D).
+    """Some SwiGLU experts for each token, and none is dropped, (B, N, D) -> (B, N, D).
 
-    Outputs are scaled by the router's probabilities, so the task loss trains the router. Routing looks at one token at
-    a time: no capacity, no top-k over the sequence, hence causal and indifferent to batch-mates.
+    A token uses its `top_k` likeliest experts, or as many of the likeliest as make up a probability of `top_p` (Huang
+    et al. 2024, arXiv:2403.07652): one where the router is sure, several where it is not. Some experts may compute
+    nothing: they return the token or zero (Jin et al. 2024, arXiv:2410.07348). Outputs are scaled by the router's
+    probabilities, so the task loss trains the router. Routing looks at one token at a time: no capacity, no top-k over
+    the sequence, hence causal and indifferent to batch-mates.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d, f, self.experts, self.top_k = config.d_model, config.d_hidden, config.num_experts, config.top_k
-        self.router = nn.Linear(d, self.experts, bias=False)
+        d, f, self.experts, self.settings = config.d_model, config.d_hidden, config.num_experts, config.experts
+        self.all = self.experts + self.settings.identity + self.settings.zero
+        self.most = config.top_k if self.settings.policy == "top_k" else min(self.settings.most, self.all)
+        self.router = nn.Linear(d, self.all, bias=False)
         self.up = nn.Parameter(torch.empty(self.experts, d, 2 * f).uniform_(-1, 1) / math.sqrt(d))
         self.down = nn.Parameter(torch.empty(self.experts, f, d).uniform_(-1, 1) / math.sqrt(f))
+        # Not trained by the task: it falls while an expert has more than its share of tokens, and rises otherwise.
+        self.load_bias = nn.Parameter(torch.zeros(self.experts)) if self.settings.balance == "bias" else None
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the output and the loss "balance": E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4)."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
         tokens = x.flatten(0, 1) if mask is None else x[mask]
         exact = torch.promote_types(x.dtype, torch.float32)
-        probabilities = self.router(_whole_tiles(tokens))[: len(tokens)].softmax(-1, dtype=exact)  # (T, E)
-        gates, chosen = probabilities.topk(self.top_k, dim=-1)  # (T, k)
-        order = chosen.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
-        counts = chosen.flatten().bincount(minlength=self.experts)
-        source = order // self.top_k
-        groups = tokens[source].split(counts.tolist())
-        results = [self._expert(e, group) for e, group in enumerate(groups)]
-        scaled = torch.cat(results) * gates.flatten()[order].unsqueeze(-1).to(x.dtype)
-        y = torch.zeros_like(tokens).index_add(0, source, scaled)
-        share = counts.to(probabilities.dtype) / max(1, chosen.numel())
-        balance = self.experts * (share * probabilities.sum(0)).sum() / max(1, len(tokens))
-        if mask is None:
-            return y.view_as(x), {"balance": balance}
-        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), y), {"balance": balance}
+        logits = self.router(_whole_tiles(tokens))[: len(tokens)].to(exact)
+        probabilities = logits.softmax(-1)  # (T, A)
+        chosen, takes = self._choose(logits, probabilities)  # (T, K)
+        source, rank = takes.nonzero(as_tuple=True)  # (P,)
+        expert, order = chosen[source, rank].sort(stable=True)
+        source = source[order]
+        counts = expert.bincount(minlength=self.all)
+        sizes = counts.tolist()
+        working = sum(sizes[: self.experts + self.settings.identity])  # the others return zero
+        source, expert = source[:working], expert[:working]
+        groups = tokens[source].split([*sizes[: self.experts], working - sum(sizes[: self.experts])])
+        results = [self._expert(e, group) for e, group in enumerate(groups[:-1])]
+        gates = probabilities[source, expert].unsqueeze(-1).to(x.dtype)
+        y = torch.zeros_like(tokens).index_add(0, source, torch.cat([*results, groups[-1]]) * gates)
+        used = (takes & (chosen < self.experts)).sum(-1)
+        losses = self._losses(probabilities, counts[: self.experts], used)
+        if mask is not None:
+            y = torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), y)
+            used = torch.zeros_like(mask, dtype=used.dtype).masked_scatter(mask, used)
+        record = ExpertsRecord(
+            losses=losses, used=used.view(x.shape[:2]), load=counts[: self.experts], tokens=len(tokens)
+        )
+        return y.view_as(x), [record]
+
+    def _choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """The K likeliest experts of each token (T, K), and which of them it uses, (T, K) bool."""
+        likely = probabilities
+        if self.load_bias is not None:
+            likely = (logits + F.pad(self.load_bias, (0, self.all - self.experts))).softmax(-1)
+        likely, chosen = likely.topk(self.most, dim=-1)
+        if self.settings.policy == "top_k":
+            return chosen, torch.ones_like(chosen, dtype=torch.bool)
+        takes = likely.cumsum(-1) - likely < self.settings.top_p
+        takes[:, : self.settings.least] = True
+        return chosen, takes
+
+    def _losses(self, probabilities: Tensor, counts: Tensor, used: Tensor) -> dict[str, Tensor]:
+        """Of computing experts "balance", E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4), 1 where all are
+        equally busy; balanced by bias, that value with the gradient of the bias alone (Wang et al. 2024,
+        arXiv:2408.15664). And "cost", of top_p: see :class:`resnet_bk.config.ExpertsConfig`."""
+        number = max(1, len(probabilities))
+        share = counts / counts.sum().clamp(min=1)
+        computing = probabilities[:, : self.experts]
+        balance = self.experts * (share * computing.sum(0)).sum() / computing.sum().clamp(min=1e-9)
+        if self.load_bias is not None:
+            moved = (self.load_bias * (share - 1 / self.experts).sign()).sum()
+            balance = balance.detach() + moved - moved.detach()
+        losses = {"balance": balance}
+        if self.settings.policy == "top_p":
+            above = used.sum() / number - self.settings.target
+            price = (above / BAND).clamp(-1, 1) if self.settings.target else 1.0
+            entropy = torch.special.entr(probabilities).sum() / math.log(max(2, self.all))
+            losses["cost"] = price * (entropy + computing.sum()) / number
+        return losses
 
     def _expert(self, e: int, tokens: Tensor) -> Tensor:
         """One expert on its tokens, (T, D) -> (T, D)."""

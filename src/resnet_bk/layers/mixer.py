@@ -12,19 +12,21 @@ from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.norm import Norm
-from resnet_bk.ops import PropagatorState, left_green, propagate, resolvent_diagonal
+from resnet_bk.layers.sparse import SparseBKCore
+from resnet_bk.ops import PropagatorState, SparseState, Sparsity, left_green, propagate, resolvent_diagonal
 from resnet_bk.ops.conv import short_conv
+from resnet_bk.record import Record
 
 
 class MixerState(NamedTuple):
     """All that a mixer remembers of the past; its size does not depend on how long that was.
 
     conv: (B, W - 1, C), the last inputs of the short convolution.
-    core: g of the last site (B, H) for the diagonal readout, a PropagatorState for the propagator.
+    core: g of the last site (B, H) for the diagonal readout, a PropagatorState or SparseState for the propagator.
     """
 
     conv: Tensor
-    core: Tensor | PropagatorState
+    core: Tensor | PropagatorState | SparseState
 
 
 class ShortConv(nn.Module):
@@ -109,17 +111,31 @@ class PropagatorMixer(nn.Module):
         self.conv = ShortConv(3 * d, config.conv_width, config.causal)
         self.norm = Norm(self.width)
         self.out_proj = nn.Linear(d, d, bias=False)
+        self.sparse = SparseBKCore(config, self.heads) if config.sparsity.target else None
 
-    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState]:
+    def forward(
+        self, x: Tensor, state: MixerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, MixerState, list[Record]]:
         past = state or MixerState(None, None)  # type: ignore[arg-type]
+        sparsity, records = _decide(self.sparse, x, mask)
         a, z = self.energies(x)
         qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
         qkv, conv = self.conv(qkv, past.conv, mask)
         q, k, v = F.silu(qkv).to(a.dtype).unflatten(-1, (3, self.heads, self.width)).unbind(2)
         q = q / math.sqrt(self.width)
-        y, core = propagate(q, k, v, a, z, state=past.core, mask=mask, causal=self.causal)  # type: ignore[arg-type]
+        y, core = propagate(
+            q,
+            k,
+            v,
+            a,
+            z,
+            state=past.core,  # type: ignore[arg-type]
+            mask=mask,
+            causal=self.causal,
+            sparsity=sparsity,
+        )
         y = self.norm(y.to(x.dtype)).flatten(-2) * F.silu(gate)
-        return self.out_proj(y), MixerState(conv, core)
+        return self.out_proj(y), MixerState(conv, core), records
 
 
 class DiagonalMixer(nn.Module):
@@ -138,21 +154,32 @@ class DiagonalMixer(nn.Module):
         self.norm = Norm(features)
         self.read = nn.Linear(features, d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
+        self.sparse = SparseBKCore(config, heads) if config.sparsity.target else None
 
-    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState]:
+    def forward(
+        self, x: Tensor, state: MixerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, MixerState, list[Record]]:
         past = state or MixerState(None, None)  # type: ignore[arg-type]
+        sparsity, records = _decide(self.sparse, x, mask)
         u, gate = self.in_proj(x).chunk(2, dim=-1)
         u, conv = self.conv(u, past.conv, mask)
         u = F.silu(u)
         a, z = self.energies(u)
         if self.causal:
-            g, core = left_green(a, z, state=past.core, mask=mask)  # type: ignore[arg-type]
+            g, core = left_green(a, z, state=past.core, mask=mask, sparsity=sparsity)  # type: ignore[arg-type]
         else:
-            g = resolvent_diagonal(a, z, mask=mask)
+            g = resolvent_diagonal(a, z, mask=mask, sparsity=sparsity)
             core = g[:, -1]
         features = torch.view_as_real(g).flatten(-2) if g.is_complex() else g
         y = self.read(self.norm(features.to(x.dtype))) + u
-        return self.out_proj(y * F.silu(gate)), MixerState(conv, core)
+        return self.out_proj(y * F.silu(gate)), MixerState(conv, core), records
+
+
+def _decide(sparse: SparseBKCore | None, x: Tensor, mask: Tensor | None) -> tuple[Sparsity | None, list[Record]]:
+    if sparse is None:
+        return None, []
+    sparsity, record = sparse(x, mask)
+    return sparsity, [record]
 
 
 MIXERS = {"propagator": PropagatorMixer, "diagonal": DiagonalMixer}

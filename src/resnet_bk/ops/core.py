@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.ops.kernels import green, scan
+from resnet_bk.ops.sparse import sparse_scan
 
 
 class PropagatorState(NamedTuple):
@@ -20,6 +21,28 @@ class PropagatorState(NamedTuple):
 
     g: Tensor
     s: Tensor
+
+
+class SparseState(NamedTuple):
+    """As :class:`PropagatorState`, and r (B, H, V) float: what the last kept site passes on to those left out after
+    it."""
+
+    g: Tensor
+    s: Tensor
+    r: Tensor
+
+
+class Sparsity(NamedTuple):
+    """Which sites of a chain :func:`propagate` computes, and what stands in for the others.
+
+    gate: (B, N), 0 to 1. Where it is 0 nothing is written to the chain's state and nothing is read from it: the output
+      is that of the last kept site, faded, plus what the site reads of itself. What passes the site decays there as
+      ever: it is eliminated exactly (a Schur complement). Between 0 and 1: a mixture. A gate of 0 gets no gradient.
+    fill: (B, N, H), fading at each site left out in turn, beside the chain's own decay there.
+    """
+
+    gate: Tensor
+    fill: Tensor
 
 
 def _chain(
@@ -60,6 +83,7 @@ def left_green(
     *,
     state: Tensor | None = None,
     mask: Tensor | None = None,
+    sparsity: Sparsity | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Left Green's function ``g_t = 1 / (a_t - z - hop_t^2 g_{t-1})``. Causal: g_t depends on sites <= t only.
 
@@ -70,6 +94,8 @@ def left_green(
         hop: hopping between sites t - 1 and t, (B, N, H) like a; ``hop[:, 0]`` links to the state. Default 1.
         state: g of the site before the first, (B, H), as returned; default: nothing before.
         mask: (B, N) bool, False for padding: such a site is not part of the chain, the state passes it unchanged.
+        sparsity: kept sites are a chain of their own; one left out takes the value it would have as its last site,
+            `fill` weakening the link. Default: all are kept.
 
     Returns:
         g (B, N, H) and the state after the last site (B, H); complex if z is.
@@ -78,20 +104,44 @@ def left_green(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
     """
     d, w, state = _chain(a, z, hop, state, mask)
-    g = green(d, w, state, mask)
-    return g, g[:, -1]
+    g = green(d, w, state, _kept(mask, sparsity))
+    if sparsity is None:
+        return g, g[:, -1]
+    before = torch.cat([state.unsqueeze(1), g[:, :-1]], dim=1)
+    return _filled(g, 1 / (d - sparsity.fill * w * before), sparsity), g[:, -1]
+
+
+def _kept(mask: Tensor | None, sparsity: Sparsity | None) -> Tensor | None:
+    """(B, N) bool, or None where all are: the sites of the chain that is left."""
+    if sparsity is None:
+        return mask
+    return sparsity.gate > 0 if mask is None else mask & (sparsity.gate > 0)
+
+
+def _filled(kept: Tensor, stand_in: Tensor, sparsity: Sparsity) -> Tensor:
+    """The values of kept sites mixed with those that stand in for sites left out, (B, N, H)."""
+    gate = sparsity.gate.unsqueeze(-1)
+    return torch.where(gate == 0, stand_in, gate * kept + (1 - gate) * stand_in)
 
 
 def resolvent_diagonal(
-    a: Tensor, z: Tensor | complex, hop: Tensor | None = None, *, mask: Tensor | None = None
+    a: Tensor,
+    z: Tensor | complex,
+    hop: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    sparsity: Sparsity | None = None,
 ) -> Tensor:
     """Diagonal of the resolvent ``G_tt = [(H - z)^-1]_tt``, (B, N, H). Sees the future: for bidirectional models only.
 
     Arguments as in :func:`left_green`. Masked positions hold a finite value without meaning.
     """
     d, w, nothing = _chain(a, z, hop, None, mask)
-    from_left, from_right = _both_sides(d, w, nothing, mask)
-    return 1 / (d - from_left - from_right)
+    from_left, from_right = _both_sides(d, w, nothing, _kept(mask, sparsity))
+    diagonal = 1 / (d - from_left - from_right)
+    if sparsity is None:
+        return diagonal
+    return _filled(diagonal, 1 / (d - sparsity.fill * (from_left + from_right)), sparsity)
 
 
 def _both_sides(d: Tensor, w: Tensor, nothing: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,10 +175,11 @@ def propagate(
     z: Tensor | complex,
     hop: Tensor | None = None,
     *,
-    state: PropagatorState | None = None,
+    state: PropagatorState | SparseState | None = None,
     mask: Tensor | None = None,
     causal: bool = True,
-) -> tuple[Tensor, PropagatorState]:
+    sparsity: Sparsity | None = None,
+) -> tuple[Tensor, PropagatorState | SparseState]:
     """The propagator applied to q, k, v: ``y_t = Re sum_s P_ts <q_t, k_s> v_s``.
 
     Causal (default): ``P_ts = [(H_{1..t} - z)^-1]_ts`` for s <= t, which is 1-semiseparable:
@@ -140,9 +191,10 @@ def propagate(
         v: (B, N, H, V).
         a, z, hop, mask: as in :func:`left_green`.
         state: of the sites before the first, as returned; default: nothing before.
+        sparsity: which sites are left out, and how the others stand in for them. Default: none.
 
     Returns:
-        y (B, N, H, V), zero at masked positions, and the state after the last site.
+        y (B, N, H, V), zero at masked positions, and the state after the last site, a SparseState of sparse chains.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
@@ -157,28 +209,33 @@ def propagate(
     d, w, g0 = _chain(a, z, hop, None if state is None else state.g, mask)
     if d.is_complex() and q.shape[-1] % 2:
         raise ValueError(f"q: a complex chain pairs key channels, so K must be even, got {q.shape[-1]}")
+    if sparsity is not None and (sparsity.gate.shape, sparsity.fill.shape) != (a.shape[:2], a.shape):
+        got = f"{tuple(sparsity.gate.shape)} and {tuple(sparsity.fill.shape)}"
+        raise ValueError(f"sparsity: expected a gate {tuple(a.shape[:2])} and a fill {tuple(a.shape)}, got {got}")
     if state is not None and state.s.shape != (q.shape[0], q.shape[2], q.shape[3], v.shape[3]):
         expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         raise ValueError(f"state.s: expected shape {expected}, got {tuple(state.s.shape)}")
     s0 = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[3]) if state is None else state.s
     links = torch.ones_like(a) if hop is None else hop
     if causal:
+        r0 = state.r if isinstance(state, SparseState) else v.new_zeros(v.shape[0], *v.shape[2:])
         g = green(d, w, g0, mask)
-        y, s = _semiseparable(q, k, v, -links * g, g, s0, mask)
+        y, s, r = _semiseparable(q, k, v, -links * g, g, s0, mask, sparsity=sparsity, r0=r0)
         if mask is not None:
             y = y.masked_fill(~mask[:, :, None, None], 0)
-        return y, PropagatorState(g[:, -1], s)
+        return y, PropagatorState(g[:, -1], s) if sparsity is None else SparseState(g[:, -1], s, r)
     if state is not None:
         raise ValueError("state: a bidirectional propagator has none; pass causal=True or no state")
     # G_ts = G_tt prod (-hop_{j+1} gL_j) over s <= j < t, and its mirror image: one sweep from each side, with the
     # diagonal, in both, taken off once.
     from_left, from_right = _both_sides(d, w, g0, mask)
     diagonal = 1 / (d - from_left - from_right)
-    left = _semiseparable(q, k, v, _ratio(from_left, links), None, s0, mask, diagonal)[0]
+    left = _semiseparable(q, k, v, _ratio(from_left, links), None, s0, mask, diagonal, sparsity)[0]
     back_mask = None if mask is None else mask.flip(1)
     ratio = _ratio(from_right.flip(1), _links_from_the_right(links, mask))
-    back_q, back_k, back_v = (x.flip(1) for x in (q, k, v))
-    right = _semiseparable(back_q, back_k, back_v, ratio, None, s0, back_mask, diagonal.flip(1))[0].flip(1)
+    back_q, back_k, back_v, back_diagonal = (x.flip(1) for x in (q, k, v, diagonal))
+    back_sparsity = None if sparsity is None else Sparsity(*(x.flip(1) for x in sparsity))
+    right = _semiseparable(back_q, back_k, back_v, ratio, None, s0, back_mask, back_diagonal, back_sparsity)[0].flip(1)
     qk = (q * _turn(k, diagonal.angle()) if d.is_complex() else q * k).sum(-1)
     y = left + right - (_magnitude(diagonal) * qk).unsqueeze(-1) * v
     if mask is not None:
@@ -200,8 +257,10 @@ def _semiseparable(
     s0: Tensor,
     mask: Tensor | None,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``y_t = Re scale_t sum_{s<=t} (prod_{s<j<=t} alpha_j) beta_s <q_t, k_s> v_s`` and the last state.
+    sparsity: Sparsity | None = None,
+    r0: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y_t = Re scale_t sum_{s<=t} (prod_{s<j<=t} alpha_j) beta_s <q_t, k_s> v_s``, the last state, and the last r.
 
     A complex chain becomes a real one by turning q and k by the cumulated angle (double precision, modulo a turn, so
     that a million sites lose nothing); the state is turned back, so that it does not depend on where the chain began.
@@ -213,17 +272,36 @@ def _semiseparable(
         beta = torch.where(site, beta, 0.0)
         k = torch.where(site.unsqueeze(-1), k, 0.0)  # so that a NaN in padding stays there
         v = torch.where(site.unsqueeze(-1), v, 0.0)
+        if sparsity is not None:
+            sparsity = Sparsity(sparsity.gate.masked_fill(~mask, 0), torch.where(site, sparsity.fill, 1.0))
+    r0 = v.new_zeros(v.shape[0], *v.shape[2:]) if r0 is None else r0
     if not alpha.is_complex():
-        y, s = scan(q, k, v, alpha, beta, s0)
-        return (y if scale is None else y * scale.unsqueeze(-1)), s
+        y, s, r = _scan(q, k, v, alpha, beta, s0, sparsity, r0)
+        return (y if scale is None else y * scale.unsqueeze(-1)), s, r
     alpha, decay = _without_zeros(alpha)
     theta = torch.remainder(alpha.angle().double().cumsum(1), 2 * torch.pi).to(q.dtype)
     q = _turn(q, -theta if scale is None else -theta - scale.angle())
     beta, weight = _without_zeros(beta)
     k = _turn(k, beta.angle() - theta)
-    y, s = scan(q, k, v, decay, weight, s0)
+    y, s, r = _scan(q, k, v, decay, weight, s0, sparsity, r0)
     s = _turn(s.mT, theta[:, -1].unsqueeze(-1)).mT
-    return (y if scale is None else y * scale.abs().unsqueeze(-1)), s
+    return (y if scale is None else y * scale.abs().unsqueeze(-1)), s, r
+
+
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    s0: Tensor,
+    sparsity: Sparsity | None,
+    r0: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan, dense or sparse: y, the last S, the last r."""
+    if sparsity is None:
+        return *scan(q, k, v, alpha, beta, s0), r0
+    return sparse_scan(q, k, v, alpha, beta, sparsity.fill * alpha, sparsity.gate, s0, r0)
 
 
 def _without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:

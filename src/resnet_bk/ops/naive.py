@@ -60,3 +60,34 @@ def propagate(
     if p.is_complex():
         q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
     return ((q.conj() @ k.mT) * p).real @ v_NV.double()
+
+
+def sparse_propagate(
+    q_NK: Tensor,
+    k_NK: Tensor,
+    v_NV: Tensor,
+    a_N: Tensor,
+    z: Tensor | complex,
+    hop_N: Tensor,
+    keep_N: Tensor,
+    fill_N: Tensor,
+) -> Tensor:
+    """:func:`propagate`, causal, reading from kept sites only, (N, V): the sum over s runs over those and t itself.
+
+    Sites left out do not read: what the last kept site reads, times fill and ``-hop g`` (its magnitude in a complex
+    chain) of each site since, stands in for it.
+    """
+    p = propagator(a_N, z, hop_N)
+    q, k = q_NK.double(), k_NK.double()
+    if p.is_complex():
+        q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
+    weights = ((q.conj() @ k.mT) * p).real
+    own = weights.diagonal().unsqueeze(-1) * v_NV.double()
+    read = (weights * keep_N) @ v_NV.double()
+    step = -hop_N * p.diagonal()
+    fade = fill_N * (step.abs() if p.is_complex() else step)
+    r, out = torch.zeros_like(read[0]), []
+    for t, kept in enumerate(keep_N.tolist()):
+        r = read[t] if kept else fade[t] * r
+        out.append(r if kept else r + own[t])
+    return torch.stack(out)

@@ -13,6 +13,18 @@ from numba import njit, prange
 from torch import Tensor
 
 from resnet_bk.ops.chunked import SCAN_CHUNK
+from resnet_bk.ops.numba_sparse import sparse_scan_backward, sparse_scan_forward
+
+__all__ = [
+    "conv_backward",
+    "conv_forward",
+    "green_backward",
+    "green_forward",
+    "scan_backward",
+    "scan_forward",
+    "sparse_scan_backward",
+    "sparse_scan_forward",
+]
 
 LANES = 64  # chains one task carries through time together
 # Vectorised reductions and fused multiply-add; NaN, infinity and division stay IEEE.

@@ -34,6 +34,7 @@ from resnet_bk.checkpoint import replacing
 from resnet_bk.config import TrainConfig
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.hf.modeling import ResNetBKForCausalLM
+from resnet_bk.layers.sparse import anneal
 
 NO_STEP_LIMIT = 10**9
 KEPT_CHECKPOINTS = 2
@@ -162,6 +163,7 @@ class BKTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        anneal(self.network, self.progress)
         output = model(**inputs)
         extra = 0.0 if output.aux_loss is None else output.aux_loss.detach()
         self.cross_entropy.append(output.loss.detach() - extra)

@@ -1,0 +1,74 @@
+"""Learned sparsity in the BK core: which sites of a mixer's chain are computed.
+
+Dimensions: B batch, N positions, D model width, H heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from resnet_bk.config import ModelConfig
+from resnet_bk.ops import Sparsity
+from resnet_bk.record import Record
+
+BAND = 0.02  # shares of sites around the goal in which the price rises from -1 to 1
+START = 2.0  # importance before learning: nearly every site is kept
+
+
+@dataclass(kw_only=True)
+class SparsityRecord(Record):
+    """kept: (B, N) bool, sites that the core computed; False for padding. sites: how many there are, padding not
+    counted."""
+
+    kept: Tensor
+    sites: Tensor
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the sites that were left out."""
+        return 1 - int(self.kept.sum()) / max(1, int(self.sites))
+
+
+class SparseBKCore(nn.Module):
+    """An importance predictor for the sites of one mixer: those above 0 are kept, in all heads alike.
+
+    It also predicts how what the last kept site read fades at each site left out. Decisions are hard and have the
+    gradient of a log-sigmoid (straight-through): kept sites tell what they are worth to the task, the price pushes all
+    of them towards the target. A decision reads its own position, so it is causal, and indifferent to batch-mates.
+    """
+
+    def __init__(self, config: ModelConfig, heads: int):
+        super().__init__()
+        self.settings = config.sparsity
+        self.scores = nn.Linear(config.d_model, 1 + heads)
+        nn.init.constant_(self.scores.bias, START)
+        self.progress = 1.0  # of training, 0 to 1: see `anneal`
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Sparsity, SparsityRecord]:
+        """x: (B, N, D). The record's loss "sparsity" is the mean probability to be kept times its price: 1 where more
+        sites are kept than the goal by BAND or more, in proportion where the share is closer, negative below."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        importance, fill = self.scores(x).to(exact).split([1, self.scores.out_features - 1], dim=-1)
+        importance = importance.squeeze(-1)
+        probability = importance.sigmoid()
+        if self.training and self.settings.sampling == "gumbel":  # logistic noise: the difference of two Gumbel's
+            importance = importance + torch.rand_like(importance).logit(1e-6)
+        kept = importance > 0
+        real = torch.ones_like(kept) if mask is None else mask
+        soft = importance.sigmoid()
+        gate = torch.where(kept, soft / soft.detach(), 0)  # exactly 1 or 0
+        number = real.sum().clamp(min=1)
+        goal = 1 - self.settings.target * min(1.0, self.progress / max(1e-9, self.settings.warmup))
+        above = (kept & real).sum() / number - goal
+        price = (above / BAND).clamp(-1, 1)
+        loss = price * (probability * real).sum() / number
+        record = SparsityRecord(losses={"sparsity": loss}, kept=kept & real, sites=real.sum())
+        return Sparsity(gate, fill.sigmoid()), record
+
+
+def anneal(model: nn.Module, progress: float) -> None:
+    """Tell the parts whose goals follow a schedule how much of training is done, 0 to 1. Without it: all."""
+    for module in model.modules():
+        if isinstance(module, SparseBKCore):
+            module.progress = progress

@@ -1,0 +1,194 @@
+"""Sparse chains against the definition; gradients, state, padding, FLOPs, both backends.
+
+Dimensions: B batch, N sites, H chains, K key width, V value width.
+"""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_bk.ops import (
+    Sparsity,
+    available_backends,
+    left_green,
+    naive,
+    propagate,
+    resolvent_diagonal,
+    use_backend,
+)
+from resnet_bk.ops.sparse import sparse_scan, sparse_scan_op
+
+REGIMES = {"complex": 0.3 + 0.2j, "real": 0.1}
+
+
+def chain(regime, n, batch=2, heads=2):
+    hop = torch.rand(batch, n, heads, dtype=torch.float64) * 0.8 + 0.2
+    a = -2 - torch.rand_like(hop) if regime == "real" else torch.rand_like(hop) * 6 - 3
+    q, k = torch.randn(2, batch, n, heads, 4, dtype=torch.float64)
+    return q, k, torch.randn(batch, n, heads, 3, dtype=torch.float64), a, hop
+
+
+def sparsity(n, batch=2, heads=2, soft=False):
+    gate = (torch.rand(batch, n) < 0.5).double()
+    if soft:
+        gate = torch.where(torch.rand(batch, n) < 0.5, torch.rand(batch, n), gate).double()
+    return Sparsity(gate, torch.rand(batch, n, heads, dtype=torch.float64))
+
+
+def scan_inputs(n=37, batch=2, heads=3, k=3, v=5):
+    q, key = torch.randn(2, batch, n, heads, k, dtype=torch.float64)
+    alpha, beta, fill = torch.rand(3, batch, n, heads, dtype=torch.float64)
+    state = torch.randn(batch, heads, k, v, dtype=torch.float64), torch.randn(batch, heads, v, dtype=torch.float64)
+    values = torch.randn(batch, n, heads, v, dtype=torch.float64)
+    gate = sparsity(n, batch, soft=True).gate
+    return tuple(x.requires_grad_() for x in (q, key, values, alpha, beta, fill, gate, *state))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_length_equals_the_definition(backend, regime):
+    for n in [*range(1, 41), 65, 100]:
+        q, k, v, a, hop = (x[:1, :, :1] for x in chain(regime, n))
+        kept = sparsity(n, 1, 1)
+        y, _ = propagate(q, k, v, a, REGIMES[regime], hop, sparsity=kept)
+        row = (q[0, :, 0], k[0, :, 0], v[0, :, 0], a[0, :, 0], REGIMES[regime], hop[0, :, 0])
+        expected = naive.sparse_propagate(*row, kept.gate[0] > 0, kept.fill[0, :, 0])
+        torch.testing.assert_close(y[0, :, 0], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_kept_everywhere_is_the_dense_chain(backend, regime, causal):
+    inputs = chain(regime, 45)
+    z = REGIMES[regime]
+    kept = Sparsity(torch.ones(2, 45, dtype=torch.float64), torch.rand(2, 45, 2, dtype=torch.float64))
+    q, k, v, a, hop = inputs
+    for options in ({}, {"mask": torch.rand(2, 45) < 0.7}):
+        y, _ = propagate(q, k, v, a, z, hop, causal=causal, sparsity=kept, **options)
+        expected, _ = propagate(q, k, v, a, z, hop, causal=causal, **options)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(left_green(a, z, hop, sparsity=kept), left_green(a, z, hop))
+    torch.testing.assert_close(resolvent_diagonal(a, z, hop, sparsity=kept), resolvent_diagonal(a, z, hop))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_kept_sites_of_a_bidirectional_chain_read_the_whole_resolvent(backend, regime):
+    n = 23
+    q, k, v, a, hop = (x[:1, :, :1] for x in chain(regime, n))
+    kept = sparsity(n, 1, 1)
+    y, _ = propagate(q, k, v, a, REGIMES[regime], hop, causal=False, sparsity=kept)
+    keep = kept.gate[0] > 0
+    silent = torch.where(keep[None, :, None, None], v, 0)  # those left out say nothing
+    row = (q[0, :, 0], k[0, :, 0], silent[0, :, 0], a[0, :, 0], REGIMES[regime], hop[0, :, 0])
+    expected = naive.propagate(*row, causal=False)
+    torch.testing.assert_close(y[0, keep, 0], expected[keep], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_sites_left_out_of_a_diagonal_hang_on_the_chain_that_is_left(regime):
+    n = 17
+    *_, a, hop = (x[:1, :, :1] for x in chain(regime, n))
+    hop = torch.ones_like(hop)
+    a = a if regime == "complex" else a - 0.1
+    gate = torch.ones(1, n, dtype=torch.float64)
+    gate[0, 5] = gate[0, 6] = 0
+    whole = Sparsity(gate, torch.ones_like(a))
+    keep = gate[0] > 0
+    z = REGIMES[regime]
+    g, _ = left_green(a, z, hop, sparsity=whole)
+    torch.testing.assert_close(g[:, keep], left_green(a[:, keep], z)[0], rtol=1e-12, atol=1e-12)
+    alone = torch.cat([a[:, :5], a[:, 6:7]], dim=1)  # the second one takes the first one's place
+    torch.testing.assert_close(g[:, 6], left_green(alone, z)[0][:, -1], rtol=1e-12, atol=1e-12)
+    both = resolvent_diagonal(a, z, hop, sparsity=whole)
+    torch.testing.assert_close(both[:, keep], resolvent_diagonal(a[:, keep], z), rtol=1e-12, atol=1e-12)
+    between = torch.cat([a[:, :5], a[:, 6:]], dim=1)
+    torch.testing.assert_close(both[:, 6], resolvent_diagonal(between, z)[:, 5], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_gradients_are_exact(backend, n):
+    inputs = tuple(x.detach().requires_grad_() for x in scan_inputs(n, batch=1, heads=2, k=2, v=2))
+    inputs[6].data.clamp_(min=0.05)  # at 0 a gate has a gradient of one side only, and is given none
+
+    assert gradcheck(sparse_scan, inputs)
+    if n <= 2:
+        assert gradgradcheck(sparse_scan, inputs)
+
+
+def test_a_gate_of_zero_gets_no_gradient(backend):
+    inputs = scan_inputs()
+    y, s, r = sparse_scan(*inputs)
+    (grad,) = torch.autograd.grad(y.square().sum() + s.square().sum() + r.square().sum(), inputs[6])
+    out = inputs[6] == 0
+    assert out.any()
+    assert (grad[out] == 0).all()
+    assert (grad[~out] != 0).all()
+
+
+@pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")
+@pytest.mark.parametrize("n", [2, 31, 32, 33, 100])
+def test_backends_agree_on_outputs_and_gradients(n):
+    results = []
+    for name in ("chunked", "numba"):
+        torch.manual_seed(1)
+        inputs = scan_inputs(n)
+        inputs[6].data[0, 5:70] = 0  # whole chunks without a kept site
+        with use_backend(name):
+            out = sparse_scan(*inputs)
+            results.append([*out, *torch.autograd.grad(sum(x.square().sum() for x in out), inputs)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")
+def test_the_operator_passes_opcheck():
+    opcheck(sparse_scan_op, scan_inputs())
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("readout", ["propagator", "diagonal"])
+def test_state_and_padding(backend, regime, readout):
+    """In two pieces, the second with padding in it, as in one go."""
+    q, k, v, a, hop = chain(regime, 50)
+    whole = sparsity(50)
+    z = REGIMES[regime]
+
+    def run(rows, state, kept, mask=None):
+        q, k, v, a, hop = rows
+        if readout == "diagonal":
+            return left_green(a, z, hop, state=state, mask=mask, sparsity=kept)
+        return propagate(q, k, v, a, z, hop, state=state, mask=mask, sparsity=kept)
+
+    expected, last = run((q, k, v, a, hop), None, whole)
+    first, state = run([x[:, :21] for x in (q, k, v, a, hop)], None, Sparsity(*(x[:, :21] for x in whole)))
+    mask = torch.ones(2, 34, dtype=torch.bool)
+    mask[:, [0, 7, 8, 9, 33]] = False
+    place = mask[0].nonzero().squeeze(1)
+
+    def padded(x):
+        out = torch.randn(2, 34, *x.shape[2:], dtype=x.dtype)
+        out[:, place] = x[:, 21:]
+        return out
+
+    kept = Sparsity(padded(whole.gate).clamp(0, 1), padded(whole.fill).abs())
+    second, after = run([padded(x) for x in (q, k, v, a, hop)], state, kept, mask)
+    torch.testing.assert_close(torch.cat([first, second[:, place]], dim=1), expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(tuple(after), tuple(last), rtol=1e-10, atol=1e-11)
+
+
+def test_flops_count_kept_sites():
+    inputs = scan_inputs(n=10)
+    kept = int((inputs[6] > 0).sum())
+    with FlopCounterMode(display=False) as counter:
+        y, _, _ = sparse_scan_op(*inputs)[:3]
+        y.sum().backward()
+    heads, keys, values = 3, 3, 5
+    everywhere = 2 * 10 * heads * (8 * keys + 13 * values)
+    assert counter.get_total_flops() == 19 * keys * values * heads * kept + everywhere
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q, k, v, a, hop = chain("real", 5)
+    with pytest.raises(ValueError, match=r"sparsity: expected a gate \(2, 5\) and a fill \(2, 5, 2\)"):
+        propagate(q, k, v, a, 0.1, hop, sparsity=Sparsity(torch.ones(2, 5, 2), torch.ones(2, 5, 2)))
