@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_bk.data import corpus, tokens
+from resnet_bk.layers.sparse import anneal
 from resnet_bk.training.trainer import learning_rate_factor
 
 SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -77,6 +78,7 @@ def train(
             return {"steps": done, "seconds": elapsed, "first_gradient_norm": first_norm}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * learning_rate_factor(progress, warmup, final)
+        anneal(model, progress)
         x, y = draw()
         loss_of(x, y).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()

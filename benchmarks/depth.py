@@ -6,32 +6,17 @@
 Dimensions: B sequences, N tokens.
 """
 
-import json
-import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
-from common import (
-    arguments,
-    batches,
-    conditions,
-    interleaved,
-    publish,
-    run_cells,
-    spread,
-    stdlib_ids,
-    table,
-    train,
-)
-from safetensors.torch import load_model, save_model
+from common import arguments, conditions, interleaved, publish, spread, table
 from torch import Tensor
-from torch.nn import functional as F
 from torch.profiler import profile
+from trained import WINDOW, Trained, bits, by_tenth, held_out, middle, scored, worse
 
 from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.model import LanguageModel
@@ -43,7 +28,6 @@ from matplotlib import pyplot as plt
 
 SEEDS, BATCH, STEPS, LAYERS = (0, 1, 2), 12, 600, 8
 SHAPE = {"d_model": 64, "n_seq": 256, "num_experts": 1}
-HELD_OUT, WINDOW = 2**18, 1024  # bytes scored, and at a time
 THRESHOLDS = (1.0, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9)  # of early exit
 DRAFTS = (4, 8, 16)
 
@@ -58,36 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
 ADAPTIVE = ("act", "exit", "skip")
 
 
-# ------------------------------------------------------------------------------------------------ training
-
-
-def cell(spec: dict[str, Any]) -> dict[str, Any]:
-    """One training run."""
-    torch.set_num_threads(1)
-    name, seed = spec["model"], spec["seed"]
-    torch.manual_seed(seed)
-    model = LanguageModel(259, **{**SHAPE, **MODELS[name]})
-
-    def loss_of(x: Tensor, y: Tensor) -> Tensor:
-        return model(x, targets=y, logits=False).loss  # type: ignore[return-value]
-
-    ids, _ = stdlib_ids()
-    result: dict[str, Any] = dict(train(loss_of, model, batches(ids, BATCH, SHAPE["n_seq"], seed), steps=spec["steps"]))
-    result["parameters"] = sum(p.numel() for p in model.parameters())
-    save_model(model, str(saved(name, seed)))
-    return result
-
-
-def saved(name: str, seed: int) -> Path:
-    folder = Path("runs/benchmarks/depth")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.safetensors"
-
-
-def load(name: str, seed: int) -> LanguageModel:
-    model = LanguageModel(259, **{**SHAPE, **MODELS[name]})
-    load_model(model, str(saved(name, seed)))
-    return model.eval()
+TRAINED = Trained("depth", SHAPE, MODELS, batch=BATCH, steps=STEPS, seeds=SEEDS)
+load = TRAINED.load
 
 
 def room_of(model: LanguageModel) -> AdaptiveDepth | None:
@@ -95,32 +51,12 @@ def room_of(model: LanguageModel) -> AdaptiveDepth | None:
     return room if isinstance(room, AdaptiveDepth) else None
 
 
-def held_out() -> Tensor:
-    """(B, N + 1) ids, end to end."""
-    _, ids = stdlib_ids()
-    count = min(HELD_OUT, len(ids) - 1) // WINDOW
-    return torch.from_numpy(np.stack([ids[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(count)]).astype(np.int64))
-
-
-@torch.no_grad()
-def scored(model: LanguageModel, rows: Tensor) -> tuple[Tensor, Tensor]:
+def nats_and_blocks(model: LanguageModel, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Nats (B, N) of every token, and the blocks (B, N) each went through."""
-    nats, blocks = [], []
-    for x in rows.split(16):
-        output = model(x[:, :-1])
-        nats.append(F.cross_entropy(output.logits.transpose(1, 2), x[:, 1:], reduction="none"))
-        depth = torch.full_like(x[:, 1:], model.config.blocks)
-        blocks.append(depth if room_of(model) is None else output.records[0].blocks)
-    return torch.cat(nats), torch.cat(blocks)
-
-
-def bits(nats: Tensor) -> float:
-    return nats.mean().item() / math.log(2)
-
-
-def worse(bpb: float, reference: float) -> float:
-    """Perplexity per byte, % above that of the reference."""
-    return 100 * (2 ** (bpb - reference) - 1)
+    nats, outputs = scored(model, rows)
+    if room_of(model) is None:
+        return nats, torch.full(nats.shape, model.config.blocks)
+    return nats, torch.cat([output.records[0].blocks for output in outputs])
 
 
 # ----------------------------------------------------------------------------------------------- quality
@@ -137,7 +73,7 @@ def quality(results: list[dict[str, Any]], rows: Tensor, scores: dict[tuple[str,
             blocks.append(depth.double().mean().item())
             seconds += [r["seconds"] / r["steps"] for r in results if r["cell"]["model"] == name]
             if name in ADAPTIVE:
-                full.append(bits(scored(everywhere(load(name, seed)), rows)[0]))
+                full.append(bits(nats_and_blocks(everywhere(load(name, seed)), rows)[0]))
         plain = [bits(scores["plain", seed][0]) for seed in SEEDS]
         parameters = next(r["parameters"] for r in results if r["cell"]["model"] == name)
         lines.append(
@@ -262,7 +198,7 @@ def decode(rows: Tensor) -> str:
 
         times = interleaved({str(t): (lambda m=m: steps(m)) for t, m in models.items()}, 5)
         for threshold, model in models.items():
-            nats, blocks = scored(model, rows)
+            nats, blocks = nats_and_blocks(model, rows)
             f = found[threshold]
             f["bpb"].append(bits(nats))
             f["blocks"].append(blocks.double().mean().item())
@@ -317,14 +253,12 @@ def difficulty(scores: dict[tuple[str, int], tuple[Tensor, Tensor]], out: Path |
     for name in ADAPTIVE:
         curves, correlations = [], []
         for seed in SEEDS:
-            loss, blocks = scores["plain", seed][0].flatten(), scores[name, seed][1].flatten().double()
-            tenths = blocks[loss.argsort()].tensor_split(10)
-            curves.append([tenth.mean().item() for tenth in tenths])
-            ranks = torch.stack([loss.argsort().argsort().double(), blocks.argsort(stable=True).argsort().double()])
-            correlations.append(torch.corrcoef(ranks)[0, 1].item())
-        middle = [statistics.median(values) for values in zip(*curves, strict=True)]
-        lines.append([name, *(f"{value:.2f}" for value in middle), spread(correlations, 2)])
-        axes.plot(range(1, 11), middle, marker="o", label=name)
+            tenths, correlation = by_tenth(scores["plain", seed][0], scores[name, seed][1])
+            curves.append(tenths)
+            correlations.append(correlation)
+        median = middle(curves)
+        lines.append([name, *(f"{value:.2f}" for value in median), spread(correlations, 2)])
+        axes.plot(range(1, 11), median, marker="o", label=name)
         axes.fill_between(range(1, 11), *(list(map(f, zip(*curves, strict=True))) for f in (min, max)), alpha=0.2)
     axes.set(xlabel="tenth of held-out bytes by the plain model's loss", ylabel="mean blocks", xticks=range(1, 11))
     axes.legend(frameon=False)
@@ -335,27 +269,15 @@ def difficulty(scores: dict[tuple[str, int], tuple[Tensor, Tensor]], out: Path |
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
-    parser.add_argument("--log", type=Path, default=Path("runs/benchmarks/depth.jsonl"))
-    parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the timings")
+    TRAINED.arguments(parser)
     options = parser.parse_args()
-    if options.cell is not None:
-        print(json.dumps(cell(options.cell)))
-        return
-    cells = [
-        {"model": name, "fields": {**SHAPE, **fields}, "seed": seed, "steps": STEPS}
-        for name, fields in MODELS.items()
-        for seed in SEEDS
-    ]
-    results = run_cells(__file__, cells, workers=2, log=options.log)
-    if options.train_only:
+    results = TRAINED.run(__file__, options)
+    if results is None:
         return
     rows = held_out()
     text = "# Adaptive depth\n\n" + conditions("python benchmarks/depth.py")
     text += (
-        f"\n{LAYERS} blocks, D = {SHAPE['d_model']}, the default corpus, {STEPS} steps of {BATCH} x {SHAPE['n_seq']} "
-        f"bytes, AdamW 3e-3 cosine, one thread a run, two runs at a time; {rows[:, 1:].numel():,} held-out bytes in "
-        f"windows of {WINDOW:,}. Median (least to greatest) of three seeds. act and skip: the first and the last block "
+        f"\n{LAYERS} blocks, {TRAINED.conditions()} act and skip: the first and the last block "
         "for all, a decision before each of the other six, target 0.6. exit: exits after blocks 2, 4 and 6, confidence "
         "by gain, threshold 0.95.\n\n## The clock\n\nBoth cores, in turn with the plain model of eight blocks, seven "
         "times each seed. Prefill: 8 x 2,048 held-out bytes. Training: forward and backward, 12 x 256.\n\n"
@@ -366,7 +288,7 @@ def main() -> None:
         rows
     )
     text += "\n## Self-speculation\n\nFour prompts a seed, three times each.\n\n" + speculation(rows)
-    scores = {(name, seed): scored(load(name, seed), rows) for name in MODELS for seed in SEEDS}
+    scores = {(name, seed): nats_and_blocks(load(name, seed), rows) for name in MODELS for seed in SEEDS}
     text += "\n## Quality at equal steps\n\n" + quality(results, rows, scores)
     text += "\n## Who goes deep\n\nMean blocks of the held-out bytes in each tenth by the plain model's loss.\n\n"
     text += difficulty(scores, options.out)

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from act_demo import LENGTH, fit, report, stdlib
+from act_demo import blocks as blocks_of
+from act_demo import report
+from coloring import LENGTH, fit, stdlib
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +44,7 @@ def main() -> None:
     torch.manual_seed(0)
     depth = {"policy": "exit", "first": 2, "every": 2, "threshold": options.threshold}
     model = LanguageModel(259, d_model=64, n_layers=8, num_experts=1, n_seq=LENGTH, depth=depth)
-    fit(model, train, options.steps, console)
+    fit(model, train, options.steps, console, blocks_of)
     model.eval()
     prompt = torch.tensor([[byte + 3 for byte in PROMPT]])
     table = Table("decoding", "ms a byte", "blocks a byte", title=f"{NEW} bytes, greedy")

@@ -10,10 +10,12 @@ from resnet_bk.config import (
     DataConfig,
     DepthConfig,
     EvalConfig,
+    ExpertsConfig,
     GenerateConfig,
     LengthConfig,
     ModelConfig,
     MultiScaleConfig,
+    SparsityConfig,
     TrainConfig,
     TuneConfig,
     check_fields,
@@ -468,6 +470,47 @@ def test_depth_has_defaults_by_policy_and_survives_its_dictionary():
     assert DepthConfig(policy="act", threshold=0.99).stops_at == 0.99
     assert [DepthConfig(policy=p).after for p in ("act", "skip", "exit")] == [1, 1, 0]
     config = ModelConfig(n_layers=6, depth=DepthConfig(policy="skip", every=2, target=0.25))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+# -------------------------------------------------------------------------- sparsity and experts
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target": 1.0}, "target: got 1.0, allowed 0 to 0.99"),
+        ({"sampling": "topk"}, "sampling: got 'topk', allowed 'threshold', 'gumbel'"),
+        ({"penalty": -1.0}, "penalty: got -1.0, allowed 0 to 1000"),
+        ({"warmup": 2.0}, "warmup: got 2.0, allowed 0 to 1"),
+    ],
+)
+def test_bad_sparsity_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=rf"^model\.sparsity\.{message}"):
+        SparsityConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"policy": "top_q"}, "policy: got 'top_q', allowed 'top_k', 'top_p'"),
+        ({"top_p": 1.5}, "top_p: got 1.5, allowed 0 to 1"),
+        ({"least": 3, "most": 2}, "least: got 3, allowed an integer from 1 to 2"),
+        ({"most": 0}, "most: got 0, allowed an integer from 1"),
+        ({"zero": -1}, "zero: got -1, allowed an integer from 0"),
+        ({"balance": "luck"}, "balance: got 'luck', allowed 'auxiliary', 'bias'"),
+        ({"cost_weight": -1.0}, "cost_weight: got -1.0, allowed 0 to 1000"),
+    ],
+)
+def test_bad_experts_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=rf"^model\.experts\.{message}"):
+        ExpertsConfig(**fields)
+
+
+def test_settings_of_experts_need_experts():
+    with pytest.raises(ConfigError, match=r"^model\.experts: no experts to apply this to; raise model\.num_experts"):
+        ModelConfig(num_experts=1, experts=ExpertsConfig(policy="top_p"))
+    config = ModelConfig(experts=ExpertsConfig(zero=2), sparsity=SparsityConfig(target=0.25))
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         count_flops_multi_scale,
     )
     from resnet_bk.config import ConfigError, ModelConfig
+    from resnet_bk.layers.sparse import SparseBKCore
     from resnet_bk.model import LanguageModel, ModelOutput
     from resnet_bk.training.length_trainer import LearnedSequenceLengthTrainer
     from resnet_bk.wrapper import AdaptiveSequenceLengthWrapper
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "resnet_bk.config": ("ConfigError", "ModelConfig"),
+    "resnet_bk.layers.sparse": ("SparseBKCore",),
     "resnet_bk.model": ("LanguageModel", "ModelOutput"),
     "resnet_bk.wrapper": ("AdaptiveSequenceLengthWrapper",),
     "resnet_bk.training.length_trainer": ("LearnedSequenceLengthTrainer",),
@@ -52,6 +54,7 @@ __all__ = [
     "MultiScaleResNetBKBlock",
     "MultiScaleResNetBKLayer",
     "SequenceLengthPredictor",
+    "SparseBKCore",
     "__version__",
     "count_flops_multi_scale",
 ]

@@ -5,8 +5,11 @@ Dimensions: B batch, N positions.
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
 from resnet_bk.layers.score import Score
+from resnet_bk.layers.sparse import SparseBKCore, SparsityRecord
 from resnet_bk.model import LanguageModel
 
 
@@ -23,6 +26,8 @@ def build(**fields) -> LanguageModel:
             if isinstance(module, Score):  # decisions start one-sided; here they go both ways
                 module.bias.zero_()
                 module.weight.normal_()
+            if isinstance(module, SparseBKCore):
+                module.importance.bias.zero_()
     return model
 
 
@@ -143,9 +148,48 @@ def everything_learns(model: LanguageModel) -> None:
     output = model.train()(ids[:, :-1], targets=ids[:, 1:])
     output.losses["cross_entropy"].backward()
     for name, parameter in model.named_parameters():
+        if name.endswith("load_bias"):
+            continue  # follows the load
         assert parameter.grad is not None, f"{name} gets no gradient from the task"
         assert parameter.grad.abs().max() > 0, f"{name} gets a zero gradient from the task"
     model.zero_grad()
+
+
+@torch.no_grad()
+def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
+    """The FLOPs that ran in sparse cores and in experts are those that the records report."""
+    with FlopCounterMode(display=False) as counter:
+        records = model(tokens(model, 2, 64)).records
+    flops = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    sparse = [r for r in records if isinstance(r, SparsityRecord)]
+    heads, width = model.config.heads, model.config.d_model // model.config.heads
+    if sparse and model.config.readout == "propagator":
+        kept = sum(int(r.kept.sum()) for r in sparse)
+        sites = sum(int(r.sites) for r in sparse)
+        assert 0.2 < kept / sites < 0.8
+        expected = heads * (5 * width**2 * kept + 6 * width * sites)
+        assert flops.get("resnet_bk.sparse_scan", 0) == expected
+        assert "resnet_bk.scan" not in flops
+    experts = [m for m in model.modules() if isinstance(m, Experts)]
+    reports = [r for r in records if isinstance(r, ExpertsRecord)]
+    for report in reports:
+        assert report.load.sum() == report.used.sum()
+        assert report.tokens == 128
+    if experts:
+        each = 6 * model.config.d_model * model.config.d_hidden
+        router = sum(2 * 128 * r.weight.numel() for r in (m.router for m in experts))
+        dense = _dense_flops(model) + router
+        ran = flops["aten.mm"] - dense
+        load = [int(n) for r in reports for n in r.load]
+        assert ran == each * sum(-(-n // TILE) * TILE for n in load), "experts ran on other rows than they report"
+
+
+def _dense_flops(model: LanguageModel) -> int:
+    """Of the matrices that every one of 2 x 64 tokens meets."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    routers = [m.router for m in model.modules() if isinstance(m, Experts)]
+    biased = [m for m in layers if m.bias is not None]  # these are counted as addmm
+    return sum(2 * 128 * m.weight.numel() for m in layers if m not in routers and m not in biased)
 
 
 def close(x: Tensor, y: Tensor, what: str) -> None:

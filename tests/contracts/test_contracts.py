@@ -15,6 +15,7 @@ from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.select import Chunks
 from resnet_bk.layers import feedforward, mixer
 from resnet_bk.layers.score import Score
+from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.model import LanguageModel
 from resnet_bk.ops.packing import Packing
 
@@ -85,6 +86,32 @@ ROOMS = {
         "multiscale": {"factors": [4], "layers": [1, 3, 1], "boundaries": "whitespace"},
         "depth": {"policy": "act"},
     },
+    "sparse": {"sparsity": {"target": 0.5}},
+    "sparse-complex": {"energy": "complex", "sparsity": {"target": 0.5}},
+    "sparse-diagonal": {"readout": "diagonal", "sparsity": {"target": 0.5}},
+    "sparse-diagonal-complex": {"readout": "diagonal", "energy": "complex", "sparsity": {"target": 0.5}},
+    "sparse-gumbel": {"sparsity": {"target": 0.5, "sampling": "gumbel"}},
+    "sparse-act": {"n_layers": 4, "depth": {"policy": "act", "threshold": 0.8}, "sparsity": {"target": 0.5}},
+    "sparse-in-words": {
+        "vocab_size": 259,
+        "multiscale": {"factors": [4], "layers": [1, 1, 1], "boundaries": "whitespace"},
+        "sparsity": {"target": 0.5},
+    },
+    "sparse-length": {"n_layers": 3, "length": {**LENGTH, "mode": "pool"}, "sparsity": {"target": 0.5}},
+    "experts-top-p": {"num_experts": 4, "experts": {"policy": "top_p"}},
+    "experts-null": {
+        "d_model": 64,
+        "num_experts": 4,
+        "experts": {"policy": "top_p", "top_p": 0.4, "identity": 1, "zero": 1},
+    },
+    "experts-null-top2": {"num_experts": 3, "top_k": 2, "experts": {"identity": 1, "zero": 1}},
+    "experts-bias": {"num_experts": 4, "experts": {"policy": "top_p", "balance": "bias"}},
+    "sparse-experts": {
+        "d_model": 64,
+        "num_experts": 4,
+        "experts": {"policy": "top_p"},
+        "sparsity": {"target": 0.5},
+    },
     "skip-in-chunks": {"multiscale": {"factors": [2], "layers": [1, 3, 1]}, "depth": {"policy": "skip"}},
 }
 CONTRACTS = [
@@ -101,6 +128,23 @@ CONTRACTS = [
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda f: f.__name__)
 def test_contract(room, contract):
     contract(checks.build(**ROOMS[room]))
+
+
+SPARSE = ["sparse", "sparse-complex", "sparse-gumbel"]
+CONDITIONAL = ["experts-top-p", "experts-null", "experts-null-top2", "experts-bias", "sparse-experts"]
+
+
+@pytest.mark.parametrize("room", [*SPARSE, *CONDITIONAL])
+def test_what_is_left_out_is_not_computed(room):
+    checks.what_is_left_out_is_not_computed(checks.build(**ROOMS[room]))
+
+
+@pytest.mark.parametrize("room", [name for name, fields in ROOMS.items() if "experts" in fields])
+@torch.no_grad()
+def test_experts_used_vary_in_the_models_under_contract(room):
+    model = checks.build(**ROOMS[room])
+    used = [r.used for r in model(checks.tokens(model, 8, 65)).records if isinstance(r, feedforward.ExpertsRecord)]
+    assert len(torch.cat(used).unique()) > 1
 
 
 DEEP = [room for room, fields in ROOMS.items() if "depth" in fields]
@@ -135,6 +179,8 @@ def test_depth_varies_in_the_models_under_contract(room):
         "words",
         "learned-chunks",
         "length-pool",
+        "sparse",
+        "experts-null",
     ],
 )
 def test_float32_keeps_the_contracts_within_1e_5(room, monkeypatch):
@@ -177,7 +223,7 @@ def top_k_over_the_sequence(model: LanguageModel, monkeypatch) -> None:
         share = torch.zeros_like(weights)
         kept = weights.topk(max(1, x.shape[1] // 2), dim=1).indices
         share = share.scatter(1, kept, weights.gather(1, kept))
-        return x * share.sum(-1, keepdim=True), {}
+        return x * share.sum(-1, keepdim=True), []
 
     monkeypatch.setattr(feedforward.Experts, "forward", forward)
 
@@ -424,11 +470,84 @@ def units_do_not_learn(model: LanguageModel, monkeypatch) -> None:
     monkeypatch.setattr(EarlyExit, "_draw", lambda self, x: draw(self, x).clamp(max=2.0))
 
 
+def interpolation_from_the_right(model: LanguageModel, monkeypatch) -> None:
+    """Sites that are left out take the next kept site's value."""
+    propagate = mixer.propagate
+
+    def peeking(*args, sparsity=None, **kwargs):
+        y, state = propagate(*args, sparsity=sparsity, **kwargs)
+        following = torch.cat([y[:, 1:], y[:, -1:]], dim=1)
+        return torch.where((sparsity.gate > 0)[..., None, None], y, following), state
+
+    monkeypatch.setattr(mixer, "propagate", peeking)
+
+
+def importance_by_rank(model: LanguageModel, monkeypatch) -> None:
+    """The most important half of the sequence is kept."""
+    for module in model.modules():
+        if isinstance(module, SparseBKCore):
+            module.importance.register_forward_hook(lambda m, i, y: y - y.quantile(0.5, dim=1, keepdim=True))
+
+
+def mask_multiplies(model: LanguageModel, monkeypatch) -> None:
+    """Every site is computed, and what is left out is multiplied by zero."""
+    propagate = mixer.propagate
+
+    def dense(q, k, v, *args, sparsity=None, state=None, **kwargs):
+        gate = sparsity.gate[..., None, None]
+        y, _ = propagate(q, k * gate, v, *args, state=None, **kwargs)
+        _, state = propagate(q, k, v, *args, state=state, sparsity=sparsity._replace(gate=0 * sparsity.gate), **kwargs)
+        return y * gate, state
+
+    monkeypatch.setattr(mixer, "propagate", dense)
+
+
+def every_expert_runs(model: LanguageModel, monkeypatch) -> None:
+    """Each expert computes all tokens, and those that are not its own are thrown away."""
+    expert = feedforward.Experts._expert
+
+    def wasteful(self, e, tokens):
+        return expert(self, e, torch.cat([tokens, torch.zeros_like(tokens[:1]).expand(200, -1)]))[: len(tokens)]
+
+    monkeypatch.setattr(feedforward.Experts, "_expert", wasteful)
+
+
+def fill_forgotten(model: LanguageModel, monkeypatch) -> None:
+    propagate = mixer.propagate
+
+    def forgetful(*args, state=None, **kwargs):
+        state = None if state is None else state._replace(r=torch.zeros_like(state.r))
+        return propagate(*args, state=state, **kwargs)
+
+    monkeypatch.setattr(mixer, "propagate", forgetful)
+
+
+def mask_without_a_gradient(model: LanguageModel, monkeypatch) -> None:
+    """Sites are chosen, but what a kept one is worth does not reach the predictor."""
+    propagate = mixer.propagate
+
+    def detached(*args, sparsity=None, **kwargs):
+        return propagate(*args, sparsity=sparsity._replace(gate=sparsity.gate.detach()), **kwargs)
+
+    monkeypatch.setattr(mixer, "propagate", detached)
+
+
 def room_of(model: LanguageModel) -> multiscale.MultiScale:
     return next(layer for layer in model.blocks if isinstance(layer, multiscale.MultiScale))
 
 
 BUGS = [
+    (interpolation_from_the_right, "sparse", checks.causal),
+    (importance_by_rank, "sparse", checks.causal),
+    (importance_by_rank, "sparse-diagonal", checks.causal),
+    (mask_without_a_gradient, "sparse", checks.everything_learns),
+    (mask_multiplies, "sparse", checks.what_is_left_out_is_not_computed),
+    (every_expert_runs, "experts-top-p", checks.what_is_left_out_is_not_computed),
+    (fill_forgotten, "sparse", checks.step_equals_forward),
+    (fill_forgotten, "sparse-complex", checks.padding_across_pieces),
+    (capacity_drop, "experts-top-p", checks.batch_mates_and_padding),
+    (mean_pool_router, "experts-null", checks.causal),
+    (gates_do_not_scale, "experts-top-p", checks.everything_learns),
     (halted_token_still_mixes, "act", checks.step_equals_forward),
     (halted_token_still_mixes, "exit", checks.step_equals_forward),
     (halted_token_still_mixes, "skip", checks.step_equals_forward),

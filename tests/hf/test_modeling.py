@@ -11,6 +11,7 @@ from resnet_bk.config import ConfigError
 from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer
 from resnet_bk.layers.score import Score
+from resnet_bk.layers.sparse import SparseBKCore
 
 SCALES = {"factors": [2], "layers": [1, 1, 1], "ratio_weight": 0.0}  # of whole batches, not rows
 LENGTH = {"bins": 4, "max_length": 8, "penalty": 0.0, "entropy_weight": 0.0}  # of whole batches, not rows
@@ -35,6 +36,13 @@ ROOMS += [
     pytest.param({"n_layers": 4, "depth": {**depth, "penalty": 0.0}}, id="depth-" + depth["policy"])
     for depth in ({"policy": "act"}, {"policy": "skip"}, {"policy": "exit", "threshold": 0.9, "confidence": "gain"})
 ]
+ROOMS += [
+    pytest.param({"sparsity": {"target": 0.5, "penalty": 0.0}}, id="sparse"),
+    pytest.param(
+        {"num_experts": 3, "experts": {"policy": "top_p", "zero": 1, "identity": 1, "cost_weight": 0.0}},
+        id="experts-null",
+    ),
+]
 V = 31
 
 
@@ -50,6 +58,8 @@ def tiny(dtype=torch.float64, **fields):
             if isinstance(module, Score):  # decisions that go both ways
                 module.bias.zero_()
                 module.weight.normal_()
+            if isinstance(module, SparseBKCore):
+                module.importance.bias.zero_()
     return model.to(dtype).eval()
 
 
@@ -267,7 +277,8 @@ def test_the_loss_is_the_mean_over_counted_labels(room):
     nats = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), shifted.flatten(), ignore_index=-100)
     extra = 0.0 if output.aux_loss is None else output.aux_loss
     assert (output.aux_loss is not None) == (
-        room.get("num_experts", 1) > 1 or any(name in str(room) for name in ("learned", "length", "'act'", "'skip'"))
+        room.get("num_experts", 1) > 1
+        or any(name in str(room) for name in ("learned", "length", "'act'", "'skip'", "sparsity"))
     )
     torch.testing.assert_close(output.loss, nats + extra)
     torch.testing.assert_close(model(prompt, shift_labels=shifted).loss, output.loss)

@@ -10,9 +10,10 @@ from transformers import PrinterCallback, TrainerCallback
 
 from resnet_bk import checkpoint
 from resnet_bk.checkpoint import newest_valid, verify
-from resnet_bk.config import ModelConfig, TrainConfig
+from resnet_bk.config import ModelConfig, SparsityConfig, TrainConfig
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.training import trainer as module
 from resnet_bk.training.trainer import (
     BKTrainer,
@@ -330,3 +331,17 @@ def test_windows_cover_the_text_once_and_targets_are_the_next_tokens():
     targets = np.concatenate([data[i]["shift_labels"] for i in range(14)])
     assert np.array_equal(inputs, data.ids[:-1])
     assert np.array_equal(targets, data.ids[1:])
+
+
+def test_goals_follow_the_run(tmp_path):
+    """A schedule of the model's own goes by the share of the run that is done."""
+    sparse = ModelConfig(
+        vocab_size=40, d_model=16, n_layers=1, n_seq=8, num_experts=1, sparsity=SparsityConfig(target=0.5)
+    )
+    trainer = build(tmp_path, model=sparse, max_steps=4)
+    room = next(m for m in trainer.network.modules() if isinstance(m, SparseBKCore))
+    assert room.progress == 1.0
+    seen = []
+    room.register_forward_hook(lambda module, inputs, output: seen.append(module.progress))
+    trainer.run_training(None)
+    assert seen == [0.0, 0.25, 0.5, 0.75]

@@ -13,7 +13,7 @@ from resnet_bk.ops import Sparsity
 from resnet_bk.record import Record
 
 BAND = 0.02  # shares of sites around the goal in which the price rises from -1 to 1
-START = 2.0  # importance before learning: nearly every site is kept
+START = 2.0  # before learning nearly every site is kept, and what it read fades little
 
 
 @dataclass(kw_only=True)
@@ -41,30 +41,30 @@ class SparseBKCore(nn.Module):
     def __init__(self, config: ModelConfig, heads: int):
         super().__init__()
         self.settings = config.sparsity
-        self.scores = nn.Linear(config.d_model, 1 + heads)
-        nn.init.constant_(self.scores.bias, START)
+        self.importance, self.fill = nn.Linear(config.d_model, 1), nn.Linear(config.d_model, heads)
+        for layer in (self.importance, self.fill):
+            nn.init.constant_(layer.bias, START)
         self.progress = 1.0  # of training, 0 to 1: see `anneal`
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Sparsity, SparsityRecord]:
         """x: (B, N, D). The record's loss "sparsity" is the mean probability to be kept times its price: 1 where more
         sites are kept than the goal by BAND or more, in proportion where the share is closer, negative below."""
         exact = torch.promote_types(x.dtype, torch.float32)
-        importance, fill = self.scores(x).to(exact).split([1, self.scores.out_features - 1], dim=-1)
-        importance = importance.squeeze(-1)
-        probability = importance.sigmoid()
+        importance, fill = self.importance(x).squeeze(-1).to(exact), self.fill(x).to(exact).sigmoid()
+        real = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
+        pushed = (importance.sigmoid() * real).sum()
         if self.training and self.settings.sampling == "gumbel":  # logistic noise: the difference of two Gumbel's
             importance = importance + torch.rand_like(importance).logit(1e-6)
         kept = importance > 0
-        real = torch.ones_like(kept) if mask is None else mask
         soft = importance.sigmoid()
         gate = torch.where(kept, soft / soft.detach(), 0)  # exactly 1 or 0
         number = real.sum().clamp(min=1)
         goal = 1 - self.settings.target * min(1.0, self.progress / max(1e-9, self.settings.warmup))
         above = (kept & real).sum() / number - goal
         price = (above / BAND).clamp(-1, 1)
-        loss = price * (probability * real).sum() / number
+        loss = price * pushed / number
         record = SparsityRecord(losses={"sparsity": loss}, kept=kept & real, sites=real.sum())
-        return Sparsity(gate, fill.sigmoid()), record
+        return Sparsity(gate, fill), record
 
 
 def anneal(model: nn.Module, progress: float) -> None:

@@ -1,0 +1,189 @@
+"""Learned sparsity in the core: the clock of sparse chains, and what leaving sites out costs a trained model.
+
+``python benchmarks/sparsity.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
+(two single-thread processes at a time), then the timings on the then quiet machine.
+
+Dimensions: B sequences, N sites, D model width, H heads.
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from common import arguments, conditions, interleaved, publish, spread, table
+from torch import Tensor
+from trained import Trained, bits, by_tenth, held_out, middle, scored, worse
+
+from resnet_bk.config import ModelConfig, SparsityConfig
+from resnet_bk.layers.mixer import MIXERS
+from resnet_bk.layers.sparse import SparsityRecord
+from resnet_bk.model import LanguageModel
+from resnet_bk.ops import left_green, propagate
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SHAPE = {"d_model": 128, "n_layers": 4, "n_seq": 256, "num_experts": 1}
+LENGTHS = (2_048, 8_192, 65_536)
+TARGETS = (0.25, 0.5, 0.75)
+
+# name -> fields of the model
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    **{f"sparse {target}": {"sparsity": {"target": target}} for target in TARGETS},
+    "diagonal": {"readout": "diagonal"},
+    "diagonal, sparse 0.5": {"readout": "diagonal", "sparsity": {"target": 0.5}},
+}
+TRAINED = Trained("sparsity", SHAPE, MODELS, batch=12, steps=300, seeds=(0, 1, 2))
+
+
+def dense_of(name: str) -> str:
+    return "diagonal" if name.startswith("diagonal") else "dense"
+
+
+# ------------------------------------------------------------------------------------------------- clock
+
+
+def core_steps(readout: str, width: int, length: int, target: float) -> dict[str, Callable[[], None]]:
+    """Forward and backward of a core, and of the whole mixer around it, dense and at exactly `target` sparsity."""
+    shape = {"d_model": 4 * width, "readout": readout, "n_heads": 4 if readout == "propagator" else None}
+    mixers = {}
+    for name, sparsity in (("dense", SparsityConfig()), ("sparse", SparsityConfig(target=target))):
+        torch.manual_seed(0)
+        mixers[name] = MIXERS[readout](ModelConfig(**shape, sparsity=sparsity))  # type: ignore[arg-type]
+    batch = max(1, 16_384 // length)
+    x = torch.randn(batch, length, 4 * width, requires_grad=True)
+    with torch.no_grad():
+        sparse = mixers["sparse"].sparse
+        sparse.importance.bias -= sparse.importance(x).flatten().quantile(target)
+        a, z = mixers["dense"].energies(x)
+    a.requires_grad_()
+    qkv = [torch.randn(*a.shape, width, requires_grad=True) for _ in range(3)]
+
+    def core(name: str) -> None:
+        sparsity = None if name == "dense" else sparse(x, None)[0]
+        if readout == "diagonal":
+            y, _ = left_green(a, z, sparsity=sparsity)
+        else:
+            y, _ = propagate(*qkv, a, z, sparsity=sparsity)
+        y.backward(torch.ones_like(y))
+        for leaf in (x, a, *qkv, *sparse.parameters()):
+            leaf.grad = None
+
+    def layer(name: str) -> None:
+        y, _, _ = mixers[name](x, None, None)
+        y.backward(torch.ones_like(y))
+        x.grad = None
+        mixers[name].zero_grad()
+
+    runs = {"core": core, "layer": layer}
+    return {f"{what} {name}": (lambda r=run, n=name: r(n)) for what, run in runs.items() for name in mixers}
+
+
+def clock() -> str:
+    lines = []
+    for readout, width in (("propagator", 32), ("propagator", 64), ("diagonal", 32)):
+        for length in LENGTHS:
+            times = interleaved(core_steps(readout, width, length, 0.5), 9)
+            row: list[Any] = [readout, width if readout == "propagator" else "", 4 * width, f"{length:,}"]
+            for what in ("core", "layer"):
+                dense, sparse = times[f"{what} dense"], times[f"{what} sparse"]
+                row += [f"{1000 * statistics.median(dense):.1f}", f"{1000 * statistics.median(sparse):.1f}"]
+                row.append(spread([d / s for d, s in zip(dense, sparse, strict=True)], 2))
+            lines.append(row)
+    header = ["readout", "head width", "D", "N", "core dense, ms", "sparse, ms", "x faster"]
+    return table([*header, "mixer dense, ms", "sparse, ms", "x faster"], lines)
+
+
+def whole_models(rows: Tensor) -> str:
+    """Prefill of 8 x 2,048 held-out bytes and training steps of 12 x 256, in turn with the dense model's."""
+    long, short = rows[:16, :1024].reshape(8, 2048), rows[:12, :257]
+
+    def prefill(model: LanguageModel) -> None:
+        with torch.no_grad():
+            model.eval()(long, logits=False)
+
+    def step(model: LanguageModel) -> None:
+        model.train()(short[:, :-1], targets=short[:, 1:], logits=False).loss.backward()
+        model.zero_grad()
+
+    found: dict[str, list[list[float]]] = {name: [[], []] for name in MODELS}
+    for seed in TRAINED.seeds:
+        models = {name: TRAINED.load(name, seed) for name in MODELS}
+        for i, run in enumerate((prefill, step)):
+            times = interleaved({name: (lambda m=model, r=run: r(m)) for name, model in models.items()}, 7)
+            for name, seconds in times.items():
+                found[name][i] += [d / s for d, s in zip(times[dense_of(name)], seconds, strict=True)]
+    lines = [[name, *(spread(ratios, 2) for ratios in both)] for name, both in found.items()]
+    return table(["model", "prefill, x faster than dense", "training step, x faster than dense"], lines)
+
+
+# ----------------------------------------------------------------------------------------------- quality
+
+
+def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
+    """Bits per byte and sparsity, and who is kept: by tenths of the dense model's loss."""
+    lines, curves = [], {}
+    dense: dict[tuple[str, int], Tensor] = {}
+    for name in MODELS:
+        bpb, against, sparsity, tenths, correlation = [], [], [], [], []
+        for seed in TRAINED.seeds:
+            nats, outputs = scored(TRAINED.load(name, seed), rows)
+            dense.setdefault((dense_of(name), seed), nats)
+            reference = dense[dense_of(name), seed]
+            bpb.append(bits(nats))
+            against.append(worse(bits(nats), bits(reference)))
+            if name != dense_of(name):
+                kept = torch.cat([_kept(output.records) for output in outputs])
+                sparsity.append(1 - kept.mean().item())
+                curve, rank = by_tenth(reference, kept)
+                tenths.append(curve)
+                correlation.append(rank)
+        runs = [r for r in results if r["cell"]["model"] == name]
+        row = [name, f"{runs[0]['parameters']:,}", spread(bpb, 3), spread(against, 1)]
+        row.append(spread(sparsity, 3) if sparsity else "")
+        row.append(spread(correlation, 2) if sparsity else "")
+        lines.append([*row, spread([r["seconds"] / r["steps"] for r in runs], 2)])
+        if tenths:
+            curves[name] = tenths
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, tenths in curves.items():
+        axes.plot(range(1, 11), middle(tenths), marker="o", label=name)
+    axes.set(xlabel="tenth of held-out bytes by the dense model's loss", ylabel="share of sites kept", ylim=(0, 1))
+    axes.legend(frameon=False)
+    if out is not None:
+        figure.savefig(out.with_suffix(".svg"), bbox_inches="tight")
+    header = ["model", "parameters", "bits per byte", "perplexity worse than dense, %", "sparsity"]
+    return table([*header, "rank correlation of sites kept and loss", "s a step, beside another"], lines)
+
+
+def _kept(records: list[Any]) -> Tensor:
+    """(B, N), the share of mixers in which each position is kept."""
+    return torch.stack([r.kept.double() for r in records if isinstance(r, SparsityRecord)]).mean(0)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    TRAINED.arguments(parser)
+    options = parser.parse_args()
+    results = TRAINED.run(__file__, options)
+    if results is None:
+        return
+    rows = held_out()
+    text = "# Learned sparsity in the core\n\n" + conditions("python benchmarks/sparsity.py")
+    text += (
+        "\n## The clock\n\nForward and backward, both cores, dense and sparse in turn, nine times, 16,384 sites or "
+        "one sequence; half of the sites left out by the predictor. Core: predictor, Green's function, scan, filling. "
+        "Mixer: projections, convolution, norm and gate as well.\n\n"
+    )
+    text += clock()
+    text += "\nWhole trained models, seven times each seed, 8 x 2,048 bytes and 12 x 256.\n\n" + whole_models(rows)
+    text += f"\n## Quality at equal steps\n\n4 blocks, {TRAINED.conditions()}\n\n" + quality(results, rows, options.out)
+    publish(text, options.out)
+
+
+if __name__ == "__main__":
+    main()
