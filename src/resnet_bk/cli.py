@@ -1,11 +1,11 @@
-"""The command line: ``resnet-bk train | eval | generate | tune``. Heavy imports wait until a command runs."""
+"""The command line: ``resnet-bk train | eval | generate | inspect | tune``. Heavy imports wait until a command runs."""
 
 import dataclasses
 import difflib
 import functools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from resnet_bk.config import (
     ConfigError,
     EvalConfig,
     GenerateConfig,
+    InspectConfig,
     TrainConfig,
     TuneConfig,
     all_fields,
@@ -31,6 +32,7 @@ _COMMANDS = {
     "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
     "eval": (EvalConfig, "Score a checkpoint: bits per byte and perplexities."),
     "generate": (GenerateConfig, "Continue a prompt."),
+    "inspect": (InspectConfig, "Show what a checkpoint spends on a text, byte by byte, as colors."),
     "tune": (TuneConfig, "Search settings for the trade between held-out bits per byte and measured time."),
 }
 _LARGEST_CONFIG, _DEEPEST_CONFIG = 1 << 20, 10  # bytes, levels
@@ -209,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(command, config)
 
 
-def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig | TuneConfig) -> int:
+def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig | InspectConfig | TuneConfig) -> int:
     from rich.console import Console
 
     from resnet_bk.checkpoint import CheckpointError
@@ -217,9 +219,15 @@ def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig | TuneC
     from resnet_bk.training.guard import LeakError
     from resnet_bk.training.trainer import NonFiniteError
 
-    function = {"train": run.train, "eval": run.evaluate_checkpoint, "generate": run.generate, "tune": _tune}[command]
+    functions: dict[str, Callable[[Any, Console], Any]] = {
+        "train": run.train,
+        "eval": run.evaluate_checkpoint,
+        "generate": run.generate,
+        "inspect": _inspect,
+        "tune": _tune,
+    }
     try:
-        function(config, Console())  # type: ignore[operator]
+        functions[command](config, Console())
     except run.StoppedError as stopped:
         print(f"resnet-bk: {stopped}", file=sys.stderr)
         return stopped.exit_code
@@ -234,6 +242,12 @@ def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig | TuneC
             raise
         return _fail(f"{command}: out of memory; lower batch_size, model.n_seq or model.d_model ({error})", 1)
     return 0
+
+
+def _inspect(config: InspectConfig, console: Any) -> None:
+    from resnet_bk.training.inspection import inspect
+
+    inspect(config, console)
 
 
 def _tune(config: TuneConfig, console: Any) -> None:

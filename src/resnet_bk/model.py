@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from resnet_bk.adaptive.compose import build
 from resnet_bk.config import ModelConfig
+from resnet_bk.layers.block import placed
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record, mean_losses
@@ -108,8 +109,10 @@ class LanguageModel(nn.Module):
         """The path from token ids to what the head reads."""
         packing = None if mask is None else Packing(mask)
         sites = None if packing is None else packing.mask
-        ids = ids if packing is None else packing.pack(ids)
-        x, after, records = self.blocks(self.embed(ids), ids, state, sites)
+        where = placed(ids)
+        if packing is not None:
+            ids, where = packing.pack(ids), packing.pack(where)
+        x, after, records = self.blocks(self.embed(ids), where, state, sites)
         x = self.norm(x)
         return Features(x if packing is None else packing.merge(x), after, records, packing)
 

@@ -54,7 +54,12 @@ def fetched(checker):
 @pytest.fixture
 def page():
     rows = [("held-out bits per byte", "1.2345"), ("context", "a < b & c")]
-    return html.page("Run <x>", rows, [html.training_curves(METRICS)], "def f():\n    '<script>'", ["torch 1", "cmd"])
+    sections = [
+        ("Curves", html.figures_html([html.training_curves(METRICS)])),
+        ("Sample", html.preformatted("def f():\n    '<script>'")),
+        ("Heat", html.heat_map([("a<b", 0.0, 'say "1"'), ("\r\n", 1.0, "2")])),
+    ]
+    return html.page("Run <x>", rows, sections, ["torch 1", "cmd"])
 
 
 def test_the_page_is_well_formed_and_shows_all_it_was_given(page):
@@ -67,6 +72,8 @@ def test_the_page_is_well_formed_and_shows_all_it_was_given(page):
         "def f():\n    '<script>'",
         "torch 1",
         "cmd",
+        "Curves",
+        "a<b\N{SYMBOL FOR CARRIAGE RETURN}\n",
     ):
         assert text in checker.text
     assert checker.tags.count("svg") == 1
@@ -87,7 +94,16 @@ def test_a_figure_is_one_svg_element():
 
 
 def test_a_run_without_metrics_still_has_a_page():
-    assert "<svg" not in html.page("t", [], [], "", [])
+    assert "<svg" not in html.page("t", [], [("Training", html.figures_html([]))], [])
+
+
+def test_heat_goes_from_white_to_orange_and_notes_are_attributes(page):
+    checker = parse(page)
+    found = {
+        name: [v for tag, n, v in checker.attributes if tag == "span" and n == name] for name in ("style", "title")
+    }
+    assert found["style"] == ["background:rgb(255,255,255)", "background:rgb(236,112,20)"]
+    assert found["title"] == ['say "1"', "2"]
 
 
 def test_importing_the_report_leaves_the_plotting_backend_alone():

@@ -15,7 +15,7 @@ from resnet_bk.config.checks import (
     shown,
     unknown_field,
 )
-from resnet_bk.config.commands import DataConfig, EvalConfig, GenerateConfig, TrainConfig, TuneConfig
+from resnet_bk.config.commands import DataConfig, EvalConfig, GenerateConfig, InspectConfig, TrainConfig, TuneConfig
 from resnet_bk.config.model import (
     BYTE_OFFSET,
     BYTE_VOCABULARY,
@@ -34,6 +34,7 @@ __all__ = [
     "EvalConfig",
     "ExpertsConfig",
     "GenerateConfig",
+    "InspectConfig",
     "LengthConfig",
     "ModelConfig",
     "MultiScaleConfig",

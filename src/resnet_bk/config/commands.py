@@ -197,6 +197,28 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class InspectConfig:
+    """Settings of `resnet-bk inspect`."""
+
+    checkpoint: str
+    """Folder of a run, or of a model."""
+    text: str
+    """File to read; '-' is standard input."""
+    max_tokens: int = 2000
+    """Tokens to look at, from the beginning. What is left out is said."""
+    output: str = "inspect.html"
+    """The page to write; a file that is there is replaced only if it is such a page."""
+    depth_threshold: float | None = None
+    """Instead of model.depth.threshold as trained: where positions stop. 1 sends those of early exit all the way."""
+
+    def __post_init__(self) -> None:
+        check_text("inspect", checkpoint=self.checkpoint, text=self.text, output=self.output)
+        check_integer("inspect", 1, 2**20, max_tokens=self.max_tokens)
+        if self.depth_threshold is not None:
+            check_range("inspect", 0, 1, depth_threshold=self.depth_threshold)
+
+
+@dataclass(frozen=True)
 class TuneConfig:
     """Settings of `resnet-bk tune`."""
 

@@ -2,8 +2,8 @@
 
 ``layer(x (B, N, D), ids (B, N), state, mask) -> (x (B, N, D), state, records)``
 
-ids: the token at each position. state: of the same sequences up to here, or None. mask: (B, N) bool, real positions
-first, or None.
+ids: the token at each position, and its place, see :func:`placed`. state: of the same sequences up to here, or None.
+mask: (B, N) bool, real positions first, or None.
 
 Dimensions: B batch, N positions, D model width.
 """
@@ -11,6 +11,7 @@ Dimensions: B batch, N positions, D model width.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resnet_bk.config import ModelConfig
@@ -18,6 +19,25 @@ from resnet_bk.layers.feedforward import feed_forward
 from resnet_bk.layers.mixer import MIXERS, MixerState
 from resnet_bk.layers.norm import Norm
 from resnet_bk.record import Record
+
+TOKEN_BITS = 32
+
+
+def placed(ids: Tensor) -> Tensor:
+    """Token ids (B, N) that know where they are: the place in the flattened batch is in the upper half of each. It
+    stays with a position wherever rooms pack it, so that the ledger can tell whose computation a layer runs."""
+    place = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+    return ids.long() | place << TOKEN_BITS
+
+
+def token_of(ids: Tensor) -> Tensor:
+    """The token alone."""
+    return ids & (1 << TOKEN_BITS) - 1
+
+
+def place_of(ids: Tensor) -> Tensor:
+    """The place alone; 0 where ids never were placed."""
+    return ids >> TOKEN_BITS
 
 
 class Block(nn.Module):

@@ -172,20 +172,15 @@ def _scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states, dq, dk, dv, 
             s[0] = states[b, h, m]
             for t in range(start, stop):
                 before, here = s[t - start], s[t - start + 1]
-                dy = grad_y[b, t, h]
                 a = alpha[b, t, h]
                 for j in range(values):
                     u[j] = beta[b, t, h] * v[b, t, h, j]
                 for i in range(width):
                     ki = k[b, t, h, i]
-                    total = dy[0] * 0
                     for j in range(values):
-                        x = a * before[i, j] + ki * u[j]
-                        here[i, j] = x
-                        total += x * dy[j]
-                    dq[b, t, h, i] = total
+                        here[i, j] = a * before[i, j] + ki * u[j]
             for t in range(stop - 1, start - 1, -1):
-                before = s[t - start]
+                before, here = s[t - start], s[t - start + 1]
                 dy = grad_y[b, t, h]
                 a = alpha[b, t, h]
                 for j in range(values):
@@ -194,13 +189,15 @@ def _scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states, dq, dk, dv, 
                 flow = a * 0
                 for i in range(width):
                     ki, qi = k[b, t, h, i], q[b, t, h, i]
-                    total = a * 0
+                    total = read = a * 0
                     for j in range(values):
+                        read += here[i, j] * dy[j]
                         x = r[i, j] + qi * dy[j]
                         total += x * u[j]
                         du[j] += ki * x
                         flow += x * before[i, j]
                         r[i, j] = a * x
+                    dq[b, t, h, i] = read
                     dk[b, t, h, i] = total
                 total = a * 0
                 for j in range(values):

@@ -14,6 +14,7 @@ table { border-collapse: collapse; } th { font-weight: 600; }
 th, td { text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; white-space: pre-wrap; }
 svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
+pre span { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 footer { color: #666; margin-top: 2rem; font-size: .85rem; }
 @media print { body { margin: 0; } figure, table { break-inside: avoid; } }
 """
@@ -58,16 +59,42 @@ def trade_off(points: Sequence[tuple[float, float]], front: Sequence[int], chose
     return figure
 
 
-def page(
-    title: str, rows: Sequence[tuple[str, str]], figures: Sequence[Figure], sample: str, footer: Sequence[str]
-) -> str:
-    """The whole page. rows: name and value of each line of the table; footer: versions, commands."""
-    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    plots = "".join(f"<figure>{figure_svg(figure)}</figure>" for figure in figures)
+def figures_html(figures: Sequence[Figure]) -> str:
+    return "".join(f"<figure>{figure_svg(figure)}</figure>" for figure in figures)
+
+
+def table_html(rows: Sequence[Sequence[str]]) -> str:
+    """The first cell of each row is its name."""
+    lines = []
+    for name, *values in rows:
+        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def heat_map(pieces: Sequence[tuple[str, float, str]]) -> str:
+    """Text as a <pre>, each piece on a background from white to orange. pieces: text, heat in 0 to 1, what a pointer
+    that rests on it is told."""
+    spans = []
+    for text, heat, note in pieces:
+        red, green, blue = (round(255 + heat * (full - 255)) for full in (236, 112, 20))
+        shown = html.escape(text.replace("\r", "\N{SYMBOL FOR CARRIAGE RETURN}"))
+        style = f"background:rgb({red},{green},{blue})"
+        spans.append(f'<span style="{style}" title="{html.escape(note, quote=True)}">{shown}</span>')
+    return f"<pre>{''.join(spans)}</pre>"
+
+
+def page(title: str, rows: Sequence[Sequence[str]], sections: Sequence[tuple[str, str]], footer: Sequence[str]) -> str:
+    """The whole page. rows: name and values of each line of the table; sections: heading and HTML; footer: versions,
+    commands."""
+    parts = "".join(f"<h2>{html.escape(heading)}</h2>{body}" for heading, body in sections)
     notes = "<br>".join(html.escape(line) for line in footer)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>{html.escape(title)}</h1><table>{table}</table><h2>Training</h2>{plots}"
-        f"<h2>Sample</h2><pre>{html.escape(sample)}</pre><footer>{notes}</footer></body></html>\n"
+        f"<h1>{html.escape(title)}</h1>{table_html(rows)}{parts}<footer>{notes}</footer></body></html>\n"
     )

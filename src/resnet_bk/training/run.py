@@ -299,8 +299,9 @@ def _conclude(
 
     footer = [f"{name} {version}" for name, version in versions().items()]
     footer.append(f"resnet-bk train --config {folder / CONFIG}")
-    figures = [html.training_curves(metrics)] if metrics else []
-    (folder / REPORT).write_text(html.page(f"ResNet-BK run {folder.name}", rows, figures, sample, footer))
+    curves = html.figures_html([html.training_curves(metrics)] if metrics else [])
+    sections = [("Training", curves), ("Sample", html.preformatted(sample))]
+    (folder / REPORT).write_text(html.page(f"ResNet-BK run {folder.name}", rows, sections, footer))
     console.print(f"\nwrote {folder}: {MODEL}/, {METRICS}, {RESULTS}, {REPORT}")
     return results
 

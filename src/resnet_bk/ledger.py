@@ -1,0 +1,211 @@
+"""The compute ledger: floating-point operations that ran, by layer and by token.
+
+Counted are matrix products, the core and the convolution, from the shapes they were given and the sites and experts
+that were computed; a multiply-add is two operations, as torch's FLOP counter has it. Element-wise work is not counted.
+
+Dimensions: B batch, N positions, M packed positions, D model width.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from resnet_bk.adaptive.depth import AdaptiveDepth
+from resnet_bk.adaptive.length import LearnedLength
+from resnet_bk.adaptive.multiscale import ChunkRecord, MultiScale
+from resnet_bk.config import DepthConfig, ExpertsConfig, LengthConfig, ModelConfig, MultiScaleConfig, SparsityConfig
+from resnet_bk.layers.block import Block, place_of
+from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
+from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
+from resnet_bk.layers.sparse import SparsityRecord
+from resnet_bk.model import LanguageModel, ModelOutput
+from resnet_bk.record import Record
+
+LAYERS = (Block, MultiScale, LearnedLength, AdaptiveDepth)
+
+
+@dataclasses.dataclass
+class _Frame:
+    """A layer that is running. evenly: operations shared by all its positions; each: (B, M), those of single ones."""
+
+    name: str
+    ids: Tensor
+    mask: Tensor | None
+    evenly: float = 0.0
+    each: Tensor | None = None
+
+
+class Ledger:
+    """Counts while it is open: ``with Ledger(model) as ledger: model(ids)``. Nothing is left in the model afterwards.
+
+    total: operations of all calls. stages: the same by layer and part of it, ``"blocks.1.inner.0 mixer"``.
+    unused: those of rows that only fill up a batch or a tile.
+    by_token: (B, N) float64, of the last call, each token's own: a chunk's for the token that closes it; what runs on
+      other rows than a layer's positions, such as routing or pooling, for all of its tokens alike.
+    """
+
+    def __init__(self, model: LanguageModel):
+        self.model, self.stages = model, defaultdict[str, float](float)
+        self.unused, self.by_token = 0.0, torch.zeros(0, 0)
+        self._frames: list[_Frame] = []
+        self._hooks: list[Any] = []
+
+    @property
+    def total(self) -> int:
+        return round(sum(self.stages.values()))
+
+    def __enter__(self) -> Self:
+        self._hook(self.model, self._begin, self._end, with_kwargs=True)
+        layers: list[str] = []  # names; a module's own innermost one is the last that begins its name
+        for name, module in self.model.named_modules():
+            if isinstance(module, LAYERS):
+                layers.append(name)
+                self._hook(module, self._enter(name), self._leave)
+            elif (count := _COUNTED.get(type(module))) is not None:
+                layer = next((n for n in reversed(layers) if name.startswith(f"{n}.")), "")
+                part = name.removeprefix(layer).strip(".").split(".")[0]
+                self._hook(module, None, self._counter(count, part))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, module: nn.Module, before: Any, after: Any, with_kwargs: bool = False) -> None:
+        if before is not None:
+            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
+        self._hooks.append(module.register_forward_hook(after, with_kwargs=with_kwargs))
+
+    # ------------------------------------------------------------------------------------------- hooks
+
+    def _begin(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs["ids"]
+        self.by_token = torch.zeros(ids.numel(), dtype=torch.float64, device=ids.device)
+        place = torch.arange(ids.numel(), device=ids.device).view_as(ids) << 32
+        self._frames = [_Frame("", place, kwargs.get("mask"))]
+
+    def _end(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: ModelOutput) -> None:
+        ids = args[0] if args else kwargs["ids"]
+        if output.logits is None and kwargs.get("targets") is not None:  # the head ran inside the loss
+            self._add(2.0 * ids.numel() * self.model.head.weight.numel(), "head", ids.shape)
+        self._settle(self._frames.pop())
+        self.by_token = self.by_token.view(ids.shape)
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            _, ids, _, mask = args
+            self._frames.append(_Frame(name, ids, mask))
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, Any, list[Record]]) -> None:
+        own = output[2][:2] if isinstance(module, Block) else output[2][:1]
+        for record in own:
+            if isinstance(record, SparsityRecord) and isinstance(module.mixer, PropagatorMixer):
+                self._sparse_core(module.mixer, record)
+            elif isinstance(record, ExpertsRecord):
+                assert isinstance(module.feed_forward, Experts)
+                self._experts(module.feed_forward, record)
+            elif isinstance(module, MultiScale) and isinstance(record, ChunkRecord) and record.probability is not None:
+                assert record.closes is not None
+                self._add(5.0 * int(record.closes.sum()) * module.up.expand.out_features, "smoothing")
+        self._settle(self._frames.pop())
+
+    def _counter(self, count: Callable[..., float], part: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            self._add(count(module, args[0], y), part, y.shape[:-1])
+
+        return hook
+
+    # ------------------------------------------------------------------------------------------ booking
+
+    def _add(self, flops: float, part: str, shape: torch.Size | None = None) -> None:
+        """Book operations for the layer that is running; where they ran on its positions, padding among them has its
+        part."""
+        frame = self._frames[-1]
+        self.stages[f"{frame.name} {part}".strip()] += flops
+        if frame.mask is not None and shape == frame.ids.shape:
+            padding = flops * (1 - frame.mask.sum().item() / frame.mask.numel())
+            self.unused += padding
+            flops -= padding
+        frame.evenly += flops
+
+    def _add_each(self, flops: Tensor, part: str) -> None:
+        """Book operations (B, M) of single positions."""
+        frame = self._frames[-1]
+        self.stages[f"{frame.name} {part}".strip()] += flops.sum().item()
+        frame.each = flops if frame.each is None else frame.each + flops
+
+    def _sparse_core(self, mixer: PropagatorMixer, record: SparsityRecord) -> None:
+        kept = 5.0 * mixer.width**2 * mixer.heads * (1 if mixer.causal else 2)
+        self._add_each(kept * record.kept.double(), "mixer")
+
+    def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
+        each = 2.0 * (experts.up[0].numel() + experts.down[0].numel())
+        self._add_each(each * record.used.double(), "feed_forward")
+        filling = each * float(((-record.load) % TILE).sum())
+        self.stages[f"{self._frames[-1].name} feed_forward"] += filling
+        self.unused += filling
+
+    def _settle(self, frame: _Frame) -> None:
+        """Give what a layer ran to the tokens at its positions."""
+        real = torch.ones_like(frame.ids, dtype=torch.bool) if frame.mask is None else frame.mask
+        each = real.double() * frame.evenly / real.sum().clamp(min=1)
+        if frame.each is not None:
+            each = each + frame.each
+        self.by_token.index_add_(0, torch.where(real, place_of(frame.ids), 0).flatten(), each.flatten())
+
+
+def _linear(module: nn.Linear, x: Tensor, y: Tensor) -> float:
+    return 2.0 * x.numel() * module.out_features
+
+
+def _convolution(module: ShortConv, x: Tensor, y: Tensor) -> float:
+    return 2.0 * module.width * y.numel() if y.shape[1] > 1 else 0.0
+
+
+def _propagator(module: PropagatorMixer, x: Tensor, y: Tensor) -> float:
+    """The Green's function and the dense scan; of a sparse one what it does at every site."""
+    sites, sweeps = y.shape[0] * y.shape[1] * module.heads, 1 if module.causal else 2
+    scan = 5 * module.width**2 if module.sparse is None else 6 * module.width
+    return float(sweeps * sites * (3 + scan))
+
+
+def _diagonal(module: DiagonalMixer, x: Tensor, y: Tensor) -> float:
+    sites, sweeps = y.shape[0] * y.shape[1] * module.energies.potential.out_features, 1 if module.causal else 2
+    return float(3 * sweeps * sites)
+
+
+_COUNTED: dict[type[nn.Module], Callable[..., float]] = {
+    nn.Linear: _linear,
+    ShortConv: _convolution,
+    PropagatorMixer: _propagator,
+    DiagonalMixer: _diagonal,
+}
+
+
+def plain_flops(config: ModelConfig) -> float:
+    """Operations a token of the plain model: same width, depth and experts, each token through all of them."""
+    experts = config.num_experts
+    plain = dataclasses.replace(
+        config,
+        n_layers=config.blocks,
+        num_experts=1,
+        top_k=1,
+        d_ff=experts * config.d_hidden,
+        multiscale=MultiScaleConfig(),
+        length=LengthConfig(),
+        depth=DepthConfig(),
+        sparsity=SparsityConfig(),
+        experts=ExpertsConfig(),
+    )
+    with torch.device("meta"):
+        model = LanguageModel.from_config(plain)
+        with Ledger(model) as ledger, torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.int64))
+    return ledger.total / 2

@@ -1,0 +1,180 @@
+"""``resnet-bk inspect``: what a model spends on a text, byte by byte, in the terminal and as one HTML page.
+
+Dimensions: B sequences, N tokens.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from resnet_bk.adaptive.depth import measured_depth
+from resnet_bk.adaptive.length import LengthRecord
+from resnet_bk.adaptive.multiscale import ChunkRecord
+from resnet_bk.checkpoint import write_whole
+from resnet_bk.config import ConfigError, InspectConfig
+from resnet_bk.layers.feedforward import ExpertsRecord
+from resnet_bk.layers.sparse import SparsityRecord
+from resnet_bk.ledger import Ledger, plain_flops
+from resnet_bk.record import Record
+from resnet_bk.report import html
+from resnet_bk.training.run import load, versions
+from resnet_bk.training.trainer import quiet_transformers
+
+COLORS = ("grey35", "blue", "cyan", "green", "yellow", "orange1", "red", "bright_magenta")
+TITLE = "What the model spends"
+
+
+def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
+    """Prints the text in colors and two tables, writes the page; returns the figures."""
+    quiet_transformers()
+    page = Path(config.output)
+    _check_output(page)
+    text = _read(config.text)
+    model, tokenizer = load(config.checkpoint, config.depth_threshold)
+    ids, spans = _tokens(text, tokenizer, config)
+    with torch.no_grad(), measured_depth(model.model) as blocks, Ledger(model.model) as ledger:
+        output = model.model(ids.to(model.device))
+    assert output.logits is not None
+    bits = F.cross_entropy(output.logits[0, :-1], ids[0, 1:].to(model.device), reduction="none") / math.log(2)
+    cost = ledger.by_token[0].cpu()
+    plain = plain_flops(model.model.config)
+    values = {
+        "FLOPs per token": ledger.total / len(cost),
+        "of the plain model's, all experts on": ledger.total / len(cost) / plain,
+        "cheapest token": cost.min().item(),
+        "dearest token": cost.max().item(),
+        "filling up batches and tiles, share": ledger.unused / ledger.total,
+        "bits per token": bits.mean().item() if len(bits) else math.nan,
+        "rank correlation of cost and bits": _rank_correlation(cost[1:], bits.cpu()),
+        **decisions(output.records),
+    }
+    if (depth := blocks()) is not None:
+        values["blocks a token"] = depth
+    rows = [(name, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}") for name, value in values.items()]
+    stages = _stages(ledger)
+    shown = text[: spans[-1][1]]
+    pieces = _pieces(shown, spans, cost, bits.cpu(), _closes(output.records, len(cost)))
+    console.print(_colored(pieces))
+    for title, lines in ((f"{config.checkpoint} on {config.text}", rows), ("where", stages)):
+        table = Table(title=title, show_header=False)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    if len(shown) < len(text):
+        console.print(f"looked at the first {len(cost):,} tokens; give --max_tokens to see more")
+    footer = [f"{name} {version}" for name, version in versions().items()]
+    footer.append(f"resnet-bk inspect {config.checkpoint} {config.text} --max_tokens {config.max_tokens}")
+    sections = [("Byte by byte", _legend(cost) + html.heat_map(pieces)), ("Where", html.table_html(stages))]
+    write_whole(page, html.page(f"{TITLE}: {config.checkpoint} on {config.text}", rows, sections, footer))
+    console.print(f"wrote {page}")
+    return values
+
+
+def decisions(records: list[Record]) -> dict[str, float]:
+    """Means of what the rooms decided, as far as their records reach the model's."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if isinstance(record, LengthRecord):
+            found.setdefault("positions that go deep, share", []).append(record.kept.double().mean().item())
+        elif isinstance(record, ChunkRecord) and record.closes is not None:
+            share = record.closes.double().mean().item()
+            found.setdefault("tokens a chunk", []).append(1 / share if share else math.inf)
+        elif isinstance(record, SparsityRecord):
+            found.setdefault("sites left out, share", []).append(record.sparsity)
+        elif isinstance(record, ExpertsRecord):
+            found.setdefault("computing experts a token", []).append(record.mean_used)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _check_output(page: Path) -> None:
+    if page.is_dir():
+        raise ConfigError(f"inspect.output: {page} is a folder; name a file")
+    if page.exists() and f"<title>{TITLE}" not in page.read_text(errors="replace")[:500]:
+        raise ConfigError(f"inspect.output: {page} exists and is no page of this command; choose another")
+    if not page.parent.is_dir():
+        raise ConfigError(f"inspect.output: there is no folder {page.parent}; make it, or choose another")
+
+
+def _read(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read()
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"inspect.text: {name} is no file; give a text file, or '-'")
+    return path.read_bytes().decode()
+
+
+def _tokens(
+    text: str, tokenizer: PreTrainedTokenizerBase, config: InspectConfig
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Ids (1, N), and of each token the characters it covers, from and to; bytes of one character all cover it."""
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids, spans = encoded["input_ids"][: config.max_tokens], encoded["offset_mapping"][: config.max_tokens]
+    if not ids:
+        raise ConfigError(f"inspect.text: {config.text} is empty; give at least one character")
+    return torch.tensor([ids]), spans
+
+
+def _pieces(
+    text: str, spans: list[tuple[int, int]], cost: Tensor, bits: Tensor, closes: Tensor
+) -> list[tuple[str, float, str]]:
+    """Text, heat, and a note, of each character or longer token: the sums over its tokens. Heat 0 is the cheapest
+    token, 1 the dearest."""
+    low, high, mean = cost.min().item(), cost.max().item(), cost.mean().item()
+    pieces: list[tuple[str, float, str]] = []
+    first = 0
+    while first < len(spans):
+        last = first
+        while last + 1 < len(spans) and spans[last + 1] == spans[first]:
+            last += 1
+        own = cost[first : last + 1].mean().item()
+        heat = (own - low) / (high - low) if high > low else 0.0
+        note = f"{own / 1e6:.3f} MFLOPs, {own / mean:.2f} of the mean"
+        if first > 0:
+            note += f"; {bits[first - 1 : last].sum().item():.2f} bits"
+        if bool(closes[first : last + 1].any()):
+            note += "; closes a chunk"
+        pieces.append((text[slice(*spans[first])], heat, note))
+        first = last + 1
+    return pieces
+
+
+def _closes(records: list[Record], length: int) -> Tensor:
+    """(N,) bool: where chunks of the outermost level close."""
+    for record in records:
+        if isinstance(record, ChunkRecord) and record.closes is not None and record.closes.shape[1] == length:
+            return record.closes[0].cpu()
+    return torch.zeros(length, dtype=torch.bool)
+
+
+def _colored(pieces: list[tuple[str, float, str]]) -> Text:
+    text = Text()
+    for piece, heat, _ in pieces:
+        text.append(piece, style=COLORS[round(heat * (len(COLORS) - 1))])
+    return text
+
+
+def _legend(cost: Tensor) -> str:
+    low, high = cost.min().item() / 1e6, cost.max().item() / 1e6
+    steps = [(f" {low + (high - low) * i / 7:.2f} ", i / 7, "MFLOPs a token") for i in range(8)]
+    return html.heat_map([("MFLOPs a token: ", 0.0, ""), *steps])
+
+
+def _stages(ledger: Ledger) -> list[tuple[str, str, str]]:
+    """Layer and part, FLOPs, share of all."""
+    return [(stage, f"{flops:,.0f}", f"{flops / ledger.total:.1%}") for stage, flops in ledger.stages.items()]
+
+
+def _rank_correlation(x: Tensor, y: Tensor) -> float:
+    if len(x) < 2 or x.min() == x.max():
+        return 0.0
+    ranks = torch.stack([x.argsort(stable=True).argsort().double(), y.argsort(stable=True).argsort().double()])
+    return torch.corrcoef(ranks)[0, 1].item()

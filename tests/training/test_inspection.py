@@ -1,0 +1,92 @@
+"""``resnet-bk inspect``: what it prints, the page it writes, what it refuses."""
+
+import re
+
+import pytest
+import torch
+
+from resnet_bk.checkpoint import seal
+from resnet_bk.cli import main
+from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.hf.tokenizer import byte_tokenizer
+from resnet_bk.ledger import Ledger
+from resnet_bk.training.inspection import decisions
+
+ALL = {
+    "n_layers": 5,
+    "num_experts": 3,
+    "experts": {"policy": "top_p", "zero": 1},
+    "sparsity": {"target": 0.5},
+    "multiscale": {"factors": [4], "layers": [1, 3, 1], "boundaries": "whitespace"},
+    "depth": {"policy": "act"},
+}
+TEXT = "def read(self):\n    return 'a\u00df\u20ac <b> & c'\r\n"
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    ResNetBKForCausalLM(ResNetBKConfig(d_model=32, **ALL)).save_pretrained("model")
+    byte_tokenizer().save_pretrained("model")
+    seal(tmp_path / "model")
+    (tmp_path / "text.py").write_bytes(TEXT.encode())
+    return tmp_path
+
+
+def test_the_whole_text_is_shown_with_what_it_cost(checkpoint, capsys):
+    assert main(["inspect", "model", "text.py"]) == 0
+    said = capsys.readouterr().out
+    assert "def read(self):" in said
+    for name in ("FLOPs per token", "of the plain model", "blocks a token", "tokens a chunk", "computing experts"):
+        assert name in said
+    page = (checkpoint / "inspect.html").read_text()
+    shown = "".join(re.findall(r'title="[^"]*bits[^"]*">([^<]*)</span>', page))
+    assert "ef read(self):\n    return &#x27;a\u00df\u20ac &lt;b&gt; &amp; c&#x27;" in shown
+    assert "closes a chunk" in page
+    assert "resnet-bk inspect model text.py" in page
+
+
+def test_its_figures_are_the_ledgers(checkpoint, capsys):
+    main(["inspect", "model", "text.py", "--max_tokens", "20"])
+    said = capsys.readouterr().out
+    model = ResNetBKForCausalLM.from_pretrained("model").eval().model
+    ids = byte_tokenizer()(TEXT, return_tensors="pt")["input_ids"][:, :20]
+    with torch.no_grad(), Ledger(model) as ledger:
+        output = model(ids)
+    assert f"{ledger.total / 20:,.0f}" in said
+    assert "looked at the first 20 tokens" in said
+    found = decisions(output.records)
+    assert found["tokens a chunk"] > 1
+    assert 0 <= found["sites left out, share"] <= 1
+
+
+def test_a_page_of_ours_is_replaced_and_nothing_else(checkpoint, capsys):
+    assert main(["inspect", "model", "text.py", "--output", "a.html"]) == 0
+    assert main(["inspect", "model", "text.py", "--output", "a.html"]) == 0
+    (checkpoint / "mine.html").write_text("<title>mine</title>")
+    for arguments, message in (
+        (["text.py", "--output", "mine.html"], "inspect.output: mine.html exists and is no page of this command"),
+        (["text.py", "--output", "."], "inspect.output: . is a folder"),
+        (["text.py", "--output", "no/a.html"], "inspect.output: there is no folder no"),
+        (["none.txt"], "inspect.text: none.txt is no file"),
+        (["text.py", "--max_tokens", "0"], "inspect.max_tokens: got 0, allowed an integer from 1"),
+    ):
+        capsys.readouterr()
+        assert main(["inspect", "model", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert (checkpoint / "mine.html").read_text() == "<title>mine</title>"
+
+
+def test_a_text_without_a_character_and_one_that_is_not_utf8(checkpoint, capsys):
+    (checkpoint / "empty").write_text("")
+    (checkpoint / "latin").write_bytes(b"\xff")
+    assert main(["inspect", "model", "empty"]) == 2
+    assert "inspect.text: empty is empty" in capsys.readouterr().err
+    assert main(["inspect", "model", "latin"]) == 2
+    assert "the input is not UTF-8 at byte 0" in capsys.readouterr().err
+
+
+def test_a_single_character(checkpoint):
+    (checkpoint / "one").write_text("x")
+    assert main(["inspect", "model", "one"]) == 0
