@@ -101,7 +101,7 @@ def main() -> None:
         f"{flops.exact_speedup:.2f}x by exact FLOPs: what saves is whole stacks at the coarse level."
     )
     ids = text_ids(1000)
-    closes = models["after words"](ids).records[1].closes[0].tolist()
+    closes = models["after words"](ids).records[0].closes[0].tolist()
     shown = "".join(chr(i - 3) + ("|" if close else "") for i, close in zip(ids[0].tolist(), closes, strict=True))
     (options.out / "boundaries.txt").write_text(shown + "\n")
 

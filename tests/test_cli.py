@@ -80,10 +80,10 @@ def model(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command; commands: train, eval, generate, inspect, tune"),
+        ([], "no command; commands: train, eval, generate, inspect, tune, ablate"),
         (["trian"], "unknown command 'trian'; did you mean train?"),
-        (["zzz"], "unknown command 'zzz'; commands: train, eval, generate, inspect, tune"),
-        ([""], "unknown command ''; commands: train, eval, generate, inspect, tune"),
+        (["zzz"], "unknown command 'zzz'; commands: train, eval, generate, inspect, tune, ablate"),
+        ([""], "unknown command ''; commands: train, eval, generate, inspect, tune, ablate"),
         (["--versoin"], "command line: unknown option '--versoin'; did you mean --version?"),
         (["eval"], "eval.checkpoint: missing; usage: resnet-bk eval CHECKPOINT"),
         (["tune"], "tune.base: missing; usage: resnet-bk tune BASE"),
@@ -118,7 +118,7 @@ def test_commands_that_are_none(refused, arguments, message):
 )
 @pytest.mark.parametrize("form", ["{} 3", "{}=3", "{}"])
 def test_an_unknown_option_names_the_nearest(refused, command, wrong, right, form):
-    positional = {"train": [], "eval": ["x"], "generate": ["x", "y"], "inspect": ["x", "y"], "tune": ["x"]}[command]
+    positional = {"train": [], "generate": ["x", "y"]}.get(command, ["x"])
     if wrong == "--sourc":
         wrong = "--souce"  # what begins an option is taken for it
     message = refused(command, *positional, *form.format(wrong).split())

@@ -1,4 +1,4 @@
-"""The command line: ``resnet-bk train | eval | generate | inspect | tune``. Heavy imports wait until a command runs."""
+"""The command line, ``resnet-bk COMMAND``. Heavy imports wait until a command runs."""
 
 import dataclasses
 import difflib
@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from resnet_bk import __version__
 from resnet_bk.config import (
+    AblateConfig,
     ConfigError,
     EvalConfig,
     GenerateConfig,
@@ -34,6 +35,7 @@ _COMMANDS = {
     "generate": (GenerateConfig, "Continue a prompt."),
     "inspect": (InspectConfig, "Show what a checkpoint spends on a text, byte by byte, as colors."),
     "tune": (TuneConfig, "Search settings for the trade between held-out bits per byte and measured time."),
+    "ablate": (AblateConfig, "Train every combination of a recipe's techniques; measure what each one buys."),
 }
 _LARGEST_CONFIG, _DEEPEST_CONFIG = 1 << 20, 10  # bytes, levels
 
@@ -211,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(command, config)
 
 
-def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig | InspectConfig | TuneConfig) -> int:
+def _run(command: str, config: Any) -> int:
     from rich.console import Console
 
     from resnet_bk.checkpoint import CheckpointError
@@ -225,6 +227,7 @@ def _run(command: str, config: TrainConfig | EvalConfig | GenerateConfig | Inspe
         "generate": run.generate,
         "inspect": _inspect,
         "tune": _tune,
+        "ablate": _ablate,
     }
     try:
         functions[command](config, Console())
@@ -255,6 +258,13 @@ def _tune(config: TuneConfig, console: Any) -> None:
 
     _, recipe = _parse(["train", f"--config={config.base}"], "tune.base")
     tune(config, recipe, console)
+
+
+def _ablate(config: AblateConfig, console: Any) -> None:
+    from resnet_bk.training.ablate import ablate
+
+    _, recipe = _parse(["train", f"--config={config.base}"], "ablate.base")
+    ablate(config, recipe, console)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import ChunkRecord, MultiScale
-from resnet_bk.config import DepthConfig, ExpertsConfig, LengthConfig, ModelConfig, MultiScaleConfig, SparsityConfig
+from resnet_bk.config import ROOMS, ModelConfig
 from resnet_bk.layers.block import Block, place_of
 from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
@@ -191,19 +191,8 @@ _COUNTED: dict[type[nn.Module], Callable[..., float]] = {
 
 def plain_flops(config: ModelConfig) -> float:
     """Operations a token of the plain model: same width, depth and experts, each token through all of them."""
-    experts = config.num_experts
-    plain = dataclasses.replace(
-        config,
-        n_layers=config.blocks,
-        num_experts=1,
-        top_k=1,
-        d_ff=experts * config.d_hidden,
-        multiscale=MultiScaleConfig(),
-        length=LengthConfig(),
-        depth=DepthConfig(),
-        sparsity=SparsityConfig(),
-        experts=ExpertsConfig(),
-    )
+    plain = config.without(*ROOMS)  # and all its experts are one that is as wide as they are together
+    plain = dataclasses.replace(plain, num_experts=1, top_k=1, d_ff=config.num_experts * config.d_hidden)
     with torch.device("meta"):
         model = LanguageModel.from_config(plain)
         with Ledger(model) as ledger, torch.no_grad():

@@ -139,7 +139,7 @@ def test_the_inner_stack_runs_only_when_a_chunk_closes_and_only_for_rows_that_cl
     for t in range(1, ids.shape[1]):
         output = net(ids[:, t : t + 1], state=state)
         state = output.state
-        closing.append(output.records[1].closes[:, 0].tolist())
+        closing.append(output.records[0].closes[:, 0].tolist())
     expected = [[t in (3, 7) for t in range(1, 9)], [t in (1, 4) for t in range(1, 9)]]
     assert closing == [list(pair) for pair in zip(*expected, strict=True)]
     assert ran == [(1, 1)] * 4
@@ -170,7 +170,7 @@ def test_the_ratio_loss_is_one_at_the_target_and_weighted_in():
     net = model(boundaries="learned", ratio_weight=0.5)
     ids = torch.randint(259, (4, 64))
     output = net(ids, targets=ids)
-    share, mean = output.records[1].closes.float().mean(), output.records[1].probability.mean()
+    share, mean = output.records[0].closes.float().mean(), output.records[0].probability.mean()
     expected = 4 / 3 * (3 * share * mean + (1 - share) * (1 - mean))
     torch.testing.assert_close(output.losses["ratio"], expected)
     torch.testing.assert_close(output.loss, output.losses["cross_entropy"] + 0.5 * expected)
@@ -218,7 +218,7 @@ def test_the_ratio_loss_holds_the_share_of_boundaries():
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        shares.append(output.records[1].closes.float().mean().item())
+        shares.append(output.records[0].closes.float().mean().item())
     assert shares[0] > 0.6
     assert 0.12 < sum(shares[-20:]) / 20 < 0.4
 

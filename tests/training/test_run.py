@@ -175,7 +175,7 @@ def test_resuming_with_other_settings_names_the_first_that_differs(place, change
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(module.dataclasses.asdict(settings(place))))
     with pytest.raises(ConfigError, match=message):
-        module._check_same_run(settings(place, **changed), folder)
+        module.check_same_run(settings(place, **changed), folder)
 
 
 def test_when_a_run_ends_and_what_it_reports_may_change(place):
@@ -190,10 +190,10 @@ def test_when_a_run_ends_and_what_it_reports_may_change(place):
         "sample": "x",
         "output_dir": "there",
     }
-    module._check_same_run(settings(place, **changed), folder)
+    module.check_same_run(settings(place, **changed), folder)
     (folder / "config.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
-        module._check_same_run(settings(place), folder)
+        module.check_same_run(settings(place), folder)
 
 
 def test_resuming_other_data_from_the_command_line_is_an_error(place, capsys, monkeypatch):

@@ -15,11 +15,20 @@ from resnet_bk.config.checks import (
     shown,
     unknown_field,
 )
-from resnet_bk.config.commands import DataConfig, EvalConfig, GenerateConfig, InspectConfig, TrainConfig, TuneConfig
+from resnet_bk.config.commands import (
+    AblateConfig,
+    DataConfig,
+    EvalConfig,
+    GenerateConfig,
+    InspectConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from resnet_bk.config.model import (
     BYTE_OFFSET,
     BYTE_VOCABULARY,
     END_OF_DOCUMENT,
+    ROOMS,
     ModelConfig,
 )
 from resnet_bk.config.rooms import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
@@ -28,6 +37,8 @@ __all__ = [
     "BYTE_OFFSET",
     "BYTE_VOCABULARY",
     "END_OF_DOCUMENT",
+    "ROOMS",
+    "AblateConfig",
     "ConfigError",
     "DataConfig",
     "DepthConfig",

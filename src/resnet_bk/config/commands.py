@@ -16,7 +16,7 @@ from resnet_bk.config.checks import (
     number_kind,
     shown,
 )
-from resnet_bk.config.model import ModelConfig
+from resnet_bk.config.model import ROOMS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,35 @@ class InspectConfig:
         check_integer("inspect", 1, 2**20, max_tokens=self.max_tokens)
         if self.depth_threshold is not None:
             check_range("inspect", 0, 1, depth_threshold=self.depth_threshold)
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Settings of `resnet-bk ablate`."""
+
+    base: str
+    """YAML file with settings of `resnet-bk train`: the recipe with every technique on that is to be switched. Its
+    max_steps gives all models equal tokens, its max_seconds equal time."""
+    rooms: list[str] | None = None
+    """Techniques to switch, of multiscale, length, depth, sparsity, experts. Default: all that the recipe has on.
+    Experts off means that each token uses all of them."""
+    plan: Literal["full", "half"] = "full"
+    """Every combination; or those with an even number of techniques off, and the plain model."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each combination is trained once with each."""
+    output_dir: str = "runs/ablate"
+    """Folder for a run of each combination and seed. Those that are there already count."""
+
+    def __post_init__(self) -> None:
+        where = "ablate"
+        check_text(where, base=self.base, output_dir=self.output_dir)
+        check_choice(where, ("full", "half"), plan=self.plan)
+        for name, values in (("rooms", self.rooms), ("seeds", self.seeds)):
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed at least one, each once")
+        for room in self.rooms or ():
+            check_choice(where, tuple(ROOMS), rooms=room)
+        check_integer(where, 0, 2**31 - 1, **{f"seeds[{i}]": seed for i, seed in enumerate(self.seeds)})
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,25 @@ class ModelConfig:
             self, d_model=width, d_ff=hidden, n_layers=blocks, multiscale=levels, length=LengthConfig()
         )
 
+    @property
+    def rooms(self) -> list[str]:
+        """Names of the adaptive techniques that are on."""
+        on = {
+            "multiscale": bool(self.multiscale.factors),
+            "length": bool(self.length.bins),
+            "depth": self.depth.policy != "none",
+            "sparsity": self.sparsity.target > 0,
+            "experts": self.num_experts > 1 and not (self.experts.policy == "top_k" and self.top_k == self.num_experts),
+        }
+        return [name for name in ROOMS if on[name]]
+
+    def without(self, *rooms: str) -> "ModelConfig":
+        """The same model with some of its techniques off: all positions through all blocks, all sites, all experts."""
+        changes: dict[str, Any] = {name: ROOMS[name]() for name in rooms}
+        if "experts" in rooms:
+            changes["top_k"] = self.num_experts
+        return dataclasses.replace(self, n_layers=self.blocks, **changes)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -137,7 +137,7 @@ def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> 
     config = dataclasses.replace(config, output_dir=str(folder))
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = _with_vocabulary(config, len(tokenizer))
-    _check_same_run(config, folder)
+    check_same_run(config, folder)
     train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
     train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
     _check_same_text(config.data.source, train_hash, folder)
@@ -193,7 +193,7 @@ _FREE = {
 }
 
 
-def _check_same_run(config: TrainConfig, folder: Path) -> None:
+def check_same_run(config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError where `config` differs from the unfinished run in `folder`, if there is one."""
     if not (folder / CONFIG).exists():
         return

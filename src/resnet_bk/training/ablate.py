@@ -1,0 +1,199 @@
+"""What each technique buys, measured: a factorial plan over a recipe's rooms, each cell a run of `train`.
+
+Main effects and pairwise interactions come from a least-squares fit of the logarithm of a time, or of bits per byte, to
+the cells: savings are measured together, never multiplied on paper.
+
+Dimensions: C runs, K rooms.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from resnet_bk.checkpoint import write_whole
+from resnet_bk.config import AblateConfig, ConfigError, TrainConfig
+from resnet_bk.training import run
+
+TABLE, DATA = "ablation.md", "ablation.json"
+
+# What is reported of a run: name -> from results.json. Ratios are of logarithms, bits per byte are differences.
+RESPONSES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "bits per byte": lambda r: r["held_out"]["bits_per_byte"],
+    "FLOPs a byte": lambda r: r["costs"]["flops_per_byte"],
+    "prefill, us a byte": lambda r: 1e6 / r["costs"]["prefill"],
+    "decode, us a byte": lambda r: 1e6 / r["costs"]["decode"],
+    "training, us a byte": lambda r: 1e6 / r["training"]["bytes_per_second"],
+}
+BITS = "bits per byte"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Of switching one room on, or, of two, how much one's effect differs where the other is on. value: bits per byte,
+    or the logarithm of a factor; error: its standard error, NaN where no seeds are left to tell."""
+
+    rooms: tuple[str, ...]
+    value: float
+    error: float
+
+
+def plan(rooms: Sequence[str], kind: str) -> list[tuple[str, ...]]:
+    """The rooms that are on in each cell, all of them first."""
+    cells = [on for size in range(len(rooms), -1, -1) for on in itertools.combinations(rooms, size)]
+    if kind == "full":
+        return cells
+    return [on for on in cells if (len(rooms) - len(on)) % 2 == 0 or not on]
+
+
+def effects(rooms: Sequence[str], cells: Sequence[tuple[str, ...]], values: Sequence[float]) -> list[Effect]:
+    """Main effects, then pairwise interactions, as far as the cells tell them apart.
+
+    cells, values: of each run. A room is coded as -1/2 or 1/2, so a main effect is a mean over the others' states.
+    """
+    terms = [(room,) for room in rooms] + list(itertools.combinations(rooms, 2))
+    coded = np.array([[0.5 if room in on else -0.5 for room in rooms] for on in cells])
+    columns = [coded[:, i] for i in range(len(rooms))]
+    columns += [coded[:, i] * coded[:, j] for i, j in itertools.combinations(range(len(rooms)), 2)]
+    design = np.stack([np.ones(len(cells)), *columns], axis=1)
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        design, terms = design[:, : 1 + len(rooms)], terms[: len(rooms)]
+        if np.linalg.matrix_rank(design) < design.shape[1]:
+            raise ConfigError("ablate.plan: these cells do not tell the rooms apart; use plan 'full'")
+    y = np.array(values)
+    found, *_ = np.linalg.lstsq(design, y, rcond=None)
+    left = len(y) - design.shape[1]
+    residual = y - design @ found
+    variance = float(residual @ residual) / left if left > 0 else math.nan
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
+    return [Effect(term, float(found[1 + i]), float(errors[1 + i])) for i, term in enumerate(terms)]
+
+
+def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[str, list[Effect]]:
+    """Train what is missing of the plan, then write and print the tables. Returns the effects by response.
+
+    recipe: the settings in the file config.base.
+    """
+    rooms = config.rooms or recipe.model.rooms
+    missing = [room for room in rooms if room not in recipe.model.rooms]
+    if missing or len(rooms) < 2:
+        has = ", ".join(recipe.model.rooms) or "none"
+        raise ConfigError(f"ablate.rooms: got {rooms}, allowed at least two of those that {config.base} has on: {has}")
+    cells = [(on, seed) for seed in config.seeds for on in plan(rooms, config.plan)]
+    results = []
+    for i, (on, seed) in enumerate(cells):
+        console.print(f"\n[bold]Run {i + 1} of {len(cells)}[/bold]: {name_of(on)}, seed {seed}")
+        results.append(_run(config, recipe, rooms, on, seed, console))
+    return _conclude(config, rooms, cells, results, console)
+
+
+def name_of(on: Sequence[str]) -> str:
+    return "+".join(on) or "plain"
+
+
+def _run(
+    config: AblateConfig, recipe: TrainConfig, rooms: Sequence[str], on: tuple[str, ...], seed: int, console: Console
+) -> dict[str, Any]:
+    """results.json of a cell, trained in its folder or found there."""
+    folder = Path(config.output_dir) / name_of(on) / f"seed-{seed}"
+    model = recipe.model.without(*(room for room in rooms if room not in on))
+    settings = dataclasses.replace(recipe, model=model, seed=seed, output_dir=str(folder), resume=True)
+    if (folder / run.RESULTS).exists():
+        run.check_same_run(settings, folder)
+        _check_same_budget(settings, folder)
+        return dict(json.loads((folder / run.RESULTS).read_text()))
+    try:
+        return run.train(settings, console)
+    except run.StoppedError as stopped:
+        raise run.StoppedError(stopped.number, "the same command") from stopped
+
+
+def _check_same_budget(settings: TrainConfig, folder: Path) -> None:
+    """Finished runs may go on with a larger budget; those of one table must not differ in it."""
+    saved = yaml.safe_load((folder / run.CONFIG).read_text())
+    for name in ("max_steps", "max_seconds"):
+        if saved.get(name) != (now := getattr(settings, name)):
+            raise ConfigError(
+                f"ablate.base: {name} is {now}, the finished run in {folder} had {saved.get(name)}; set it to that, or "
+                "choose another output_dir"
+            )
+
+
+def _conclude(
+    config: AblateConfig,
+    rooms: Sequence[str],
+    cells: Sequence[tuple[tuple[str, ...], int]],
+    results: Sequence[dict[str, Any]],
+    console: Console,
+) -> dict[str, list[Effect]]:
+    folder = Path(config.output_dir)
+    values = {name: [read(result) for result in results] for name, read in RESPONSES.items()}
+    found = {}
+    for name, column in values.items():
+        fitted = column if name == BITS else [math.log(value) for value in column]
+        found[name] = effects(rooms, [on for on, _ in cells], fitted)
+    tables = {
+        "Combinations": _combinations(cells, values),
+        "Effects and interactions": _effects(found),
+    }
+    text = f"# Ablation of {config.base}\n\n{len(config.seeds)} seeds: median (least to greatest).\n"
+    for title, rows in tables.items():
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|" + "---|" * len(rows[0]))
+        text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
+        table = Table(title=title)
+        for head in rows[0]:
+            table.add_column(head, overflow="fold")
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)
+    text += (
+        "\nEffects: of switching a technique on, averaged over the others' states: bits per byte added, or the factor "
+        "that a cost is multiplied by. a x b: how much a's effect differs where b is on; below 1 they help each other, "
+        "above 1 they save the same work. Two standard errors.\n"
+    )
+    write_whole(folder / TABLE, text)
+    data = [{"on": on, "seed": seed, "results": r} for (on, seed), r in zip(cells, results, strict=True)]
+    write_whole(folder / DATA, json.dumps(data, indent=1) + "\n")
+    console.print(f"wrote {folder}: {TABLE}, {DATA}", markup=False)
+    return found
+
+
+def _combinations(cells: Sequence[tuple[tuple[str, ...], int]], values: dict[str, list[float]]) -> list[list[str]]:
+    """A line for each combination, its head first."""
+    rows = [["on", *values]]
+    for on in dict.fromkeys(on for on, _ in cells):
+        own = [i for i, (other, _) in enumerate(cells) if other == on]
+        row = [name_of(on)]
+        for name, column in values.items():
+            found = [column[i] for i in own]
+            digits = 3 if name == BITS else 1
+            low, high = (f"{f(found):,.{digits}f}" for f in (min, max))
+            row.append(f"{statistics.median(found):,.{digits}f} ({low} to {high})")
+        rows.append(row)
+    return rows
+
+
+def _effects(found: dict[str, list[Effect]]) -> list[list[str]]:
+    rows = [["", *(name.partition(",")[0] for name in found)]]
+    for i, effect in enumerate(found[BITS]):
+        row = [" x ".join(effect.rooms)]
+        for name, column in found.items():
+            value, error = column[i].value, 2 * column[i].error
+            if name == BITS:
+                row.append(f"{value:+.3f} ({value - error:+.3f} to {value + error:+.3f})")
+            else:
+                low, high = math.exp(value - error), math.exp(value + error)
+                row.append(f"{math.exp(value):.2f}x ({low:.2f} to {high:.2f})")
+        rows.append(row)
+    return rows

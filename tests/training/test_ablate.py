@@ -1,0 +1,158 @@
+"""``resnet-bk ablate``: the plan, the fit, what is trained and what is written."""
+
+import json
+import math
+import random
+
+import pytest
+import yaml
+from rich.console import Console
+
+from resnet_bk.cli import main
+from resnet_bk.config import AblateConfig, ConfigError, ExpertsConfig, ModelConfig, SparsityConfig, TrainConfig
+from resnet_bk.config.rooms import DepthConfig, MultiScaleConfig
+from resnet_bk.training import ablate, run
+from resnet_bk.training.ablate import effects, plan
+
+ROOMS = ["depth", "sparsity", "experts"]
+MODEL = ModelConfig(
+    d_model=16,
+    n_layers=4,
+    num_experts=2,
+    depth=DepthConfig(policy="act"),
+    sparsity=SparsityConfig(target=0.5),
+    experts=ExpertsConfig(policy="top_p", target=1.2),
+)
+
+
+def test_the_full_plan_has_every_combination_once():
+    cells = plan(ROOMS, "full")
+    assert len(set(cells)) == len(cells) == 8
+    assert cells[0] == tuple(ROOMS)
+    assert cells[-1] == ()
+
+
+def test_the_half_plan_has_everything_on_and_everything_off():
+    assert plan(ROOMS, "half") == [tuple(ROOMS), ("depth",), ("sparsity",), ("experts",), ()]
+    assert len(plan(["a", "b", "c", "d"], "half")) == 8
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_effects_and_interactions_are_found_again(noise):
+    rng = random.Random(0)
+    cells = plan(ROOMS, "full") * 3
+
+    def response(on):
+        y = -0.5 * ("depth" in on) - 0.2 * ("sparsity" in on) + 0.1 * ("depth" in on and "sparsity" in on)
+        return 7 + y + noise * rng.gauss(0, 1)
+
+    found = {e.rooms: e for e in effects(ROOMS, cells, [response(on) for on in cells])}
+    expected = {("depth",): -0.45, ("sparsity",): -0.15, ("experts",): 0.0, ("depth", "sparsity"): 0.1}
+    for rooms, value in expected.items():
+        assert found[rooms].value == pytest.approx(value, abs=5 * noise + 1e-9)
+        assert found[rooms].error == pytest.approx(2 * noise / math.sqrt(24), abs=noise + 1e-9)
+    assert len(found) == 6
+
+
+def test_too_few_cells_for_interactions_give_main_effects_alone():
+    cells = plan(ROOMS, "half")
+    found = effects(ROOMS, cells, [float(len(on)) for on in cells])
+    assert [e.rooms for e in found] == [(room,) for room in ROOMS]
+    assert all(e.value == pytest.approx(1) for e in found)
+
+
+def test_switching_off_leaves_the_rest_of_the_model():
+    plain = MODEL.without(*ROOMS)
+    assert plain.rooms == []
+    assert plain.top_k == plain.num_experts == 2
+    assert MODEL.rooms == ROOMS
+    assert MODEL.without("depth").rooms == ["sparsity", "experts"]
+    scales = ModelConfig(multiscale=MultiScaleConfig(factors=(4,), layers=(1, 3, 1)))
+    assert scales.without("multiscale").blocks == 5
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """Runs that train nothing: bits per byte rise, and times fall, with every room that is on."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def train(config, console):
+        seen.append(config)
+        n = len(config.model.rooms)
+        rate = 1000.0 * 2**n
+        results = {
+            "held_out": {"bits_per_byte": 2 + 0.1 * n + 0.001 * config.seed},
+            "costs": {"flops_per_byte": 1e6 / 2**n, "prefill": rate, "decode": rate / 10},
+            "training": {"bytes_per_second": rate / 5},
+        }
+        folder = tmp_path / config.output_dir
+        folder.mkdir(parents=True)
+        (folder / run.RESULTS).write_text(json.dumps(results))
+        (folder / run.CONFIG).write_text(yaml.safe_dump(json.loads(json.dumps(vars_of(config)))))
+        return results
+
+    monkeypatch.setattr(run, "train", train)
+    return seen
+
+
+def vars_of(config):
+    import dataclasses
+
+    return dataclasses.asdict(config)
+
+
+def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_up, tmp_path):
+    recipe = TrainConfig(model=MODEL, max_steps=5)
+    config = AblateConfig("base.yaml", output_dir="out", seeds=[0, 1])
+    found = ablate.ablate(config, recipe, Console(quiet=True))
+    assert len(made_up) == 16
+    assert {(tuple(c.model.rooms), c.seed) for c in made_up} == {(on, s) for on in plan(ROOMS, "full") for s in (0, 1)}
+    for effect in found["prefill, us a byte"]:
+        assert math.exp(effect.value) == pytest.approx(0.5 if len(effect.rooms) == 1 else 1)
+    assert found["bits per byte"][0].value == pytest.approx(0.1)
+    text = (tmp_path / "out" / ablate.TABLE).read_text()
+    assert "| depth+sparsity+experts | 2.300" in text
+    assert "| depth x sparsity |" in text
+    assert len(json.loads((tmp_path / "out" / ablate.DATA).read_text())) == 16
+    ablate.ablate(config, recipe, Console(quiet=True))
+    assert len(made_up) == 16  # nothing is trained twice
+    with pytest.raises(ConfigError, match=r"ablate\.base: max_steps is 6, the finished run in .* had 5"):
+        ablate.ablate(config, TrainConfig(model=MODEL, max_steps=6), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rooms", "[length]"], "ablate.rooms: got ['length'], allowed at least two of those that base.yaml has on"),
+        (["--rooms", "[depht]"], "ablate.rooms: got 'depht', allowed 'multiscale', 'length', 'depth'"),
+        (["--rooms", "[depth]"], "ablate.rooms: got ['depth'], allowed at least two"),
+        (["--rooms", "[depth, depth]"], "ablate.rooms: got ['depth', 'depth'], allowed at least one, each once"),
+        (["--seeds", "[]"], "ablate.seeds: got [], allowed at least one, each once"),
+        (["--plan", "third"], "ablate.plan: got"),
+    ],
+)
+def test_what_cannot_be_ablated_is_one_line(made_up, tmp_path, capsys, arguments, message):
+    (tmp_path / "base.yaml").write_text("max_steps: 5\nmodel: {num_experts: 1, sparsity: {target: 0.5}}\n")
+    assert main(["ablate", "base.yaml", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"resnet-bk: error: {message}")
+    assert said.count("\n") == 1
+    assert made_up == []
+
+
+def test_two_real_rooms_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("def read(self):\n    return self.value\n" * 400)
+    (tmp_path / "base.yaml").write_text(
+        "max_steps: 2\nbatch_size: 2\nsample: x\ndata: {source: text, val_source: text}\n"
+        "model: {d_model: 16, n_layers: 3, n_seq: 32, num_experts: 1, sparsity: {target: 0.5}, depth: {policy: act}}\n"
+    )
+    assert main(["ablate", "base.yaml", "--seeds", "[0]"]) == 0
+    assert "depth x sparsity" in (tmp_path / "runs/ablate/ablation.md").read_text()
+    assert {p.name for p in (tmp_path / "runs/ablate").iterdir() if p.is_dir()} == {
+        "depth+sparsity",
+        "depth",
+        "sparsity",
+        "plain",
+    }
