@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_bk.model import LanguageModel, ModelOutput
+from resnet_bk.training.measure import rank_correlation
 
 HELD_OUT, WINDOW = 2**18, 1024  # bytes scored, and at a time
 
@@ -122,8 +123,7 @@ def by_tenth(loss: Tensor, what: Tensor) -> tuple[list[float], float]:
     """Means of `what` in each tenth of the tokens by loss, and the rank correlation of the two. Any shape."""
     loss, what = loss.flatten(), what.flatten().double()
     tenths = [tenth.mean().item() for tenth in what[loss.argsort()].tensor_split(10)]
-    ranks = torch.stack([loss.argsort().argsort().double(), what.argsort(stable=True).argsort().double()])
-    return tenths, torch.corrcoef(ranks)[0, 1].item()
+    return tenths, rank_correlation(loss, what)
 
 
 def middle(curves: list[list[float]]) -> list[float]:

@@ -497,6 +497,7 @@ def test_bad_sparsity_is_refused(fields, message):
         ({"top_p": 1.5}, "top_p: got 1.5, allowed 0 to 1"),
         ({"least": 3, "most": 2}, "least: got 3, allowed an integer from 1 to 2"),
         ({"most": 0}, "most: got 0, allowed an integer from 1"),
+        ({"most": 2, "target": 3.0}, "target: got 3.0, allowed 0 to 2"),
         ({"zero": -1}, "zero: got -1, allowed an integer from 0"),
         ({"balance": "luck"}, "balance: got 'luck', allowed 'auxiliary', 'bias'"),
         ({"cost_weight": -1.0}, "cost_weight: got -1.0, allowed 0 to 1000"),

@@ -103,9 +103,25 @@ def test_in_training_the_head_inside_the_loss_counts():
     ids = checks.tokens(model, 2, 20)
     with Ledger(model) as with_logits:
         model(ids)
-    with Ledger(model) as with_loss:
-        model(ids, targets=ids, logits=False)
-    assert with_loss.total == with_logits.total
+    for logits in (True, False):
+        with FlopCounterMode(display=False) as counter, Ledger(model) as with_loss:
+            model(ids, targets=ids, logits=logits)
+        assert with_loss.total == pytest.approx(counter.get_total_flops(), rel=0.02)
+        assert (with_loss.total == with_logits.total) != logits
+
+
+def test_parts_called_by_themselves_are_refused():
+    model = checks.build()
+    with Ledger(model), pytest.raises(RuntimeError, match="ledger: a part of the model was called by itself"):
+        model.features(checks.tokens(model, 2, 20))
+
+
+def test_single_steps_of_sparse_cores_count_in_full():
+    """They compute everything: skipping would save nothing there."""
+    model = checks.build(**ROOMS["sparse"])
+    with Ledger(model) as ledger:
+        model(checks.tokens(model, 64, 1))
+    assert ledger.by_token.max() == pytest.approx(ledger.by_token.min().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("fields", [{}, {"readout": "diagonal"}, {"num_experts": 4}, ROOMS["act"], ROOMS["stride-4"]])

@@ -42,6 +42,10 @@ class _Frame:
 class Ledger:
     """Counts while it is open: ``with Ledger(model) as ledger: model(ids)``. Nothing is left in the model afterwards.
 
+    Counted are calls of the model itself; of its parts alone (features, blocks), as transformers' adapter and
+    speculation make them, it raises RuntimeError. Where a room has several outputs scored in training, the head counts
+    once for all of them.
+
     total: operations of all calls. stages: the same by layer and part of it, ``"blocks.1.inner.0 mixer"``.
     unused: those of rows that only fill up a batch or a tile.
     by_token: (B, N) float64, of the last call, each token's own: a chunk's for the token that closes it; what runs on
@@ -50,7 +54,7 @@ class Ledger:
 
     def __init__(self, model: LanguageModel):
         self.model, self.stages = model, defaultdict[str, float](float)
-        self.unused, self.by_token = 0.0, torch.zeros(0, 0)
+        self.unused, self.by_token = 0.0, torch.zeros(0, 0, dtype=torch.float64)
         self._frames: list[_Frame] = []
         self._hooks: list[Any] = []
 
@@ -90,7 +94,7 @@ class Ledger:
 
     def _end(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: ModelOutput) -> None:
         ids = args[0] if args else kwargs["ids"]
-        if output.logits is None and kwargs.get("targets") is not None:  # the head ran inside the loss
+        if kwargs.get("targets") is not None:  # the head ran inside the loss
             self._add(2.0 * ids.numel() * self.model.head.weight.numel(), "head", ids.shape)
         self._settle(self._frames.pop())
         self.by_token = self.by_token.view(ids.shape)
@@ -98,6 +102,7 @@ class Ledger:
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             _, ids, _, mask = args
+            self._running()
             self._frames.append(_Frame(name, ids, mask))
 
         return hook
@@ -124,10 +129,15 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------ booking
 
+    def _running(self) -> _Frame:
+        if not self._frames:
+            raise RuntimeError("ledger: a part of the model was called by itself; call the model, as in model(ids)")
+        return self._frames[-1]
+
     def _add(self, flops: float, part: str, shape: torch.Size | None = None) -> None:
         """Book operations for the layer that is running; where they ran on its positions, padding among them has its
         part."""
-        frame = self._frames[-1]
+        frame = self._running()
         self.stages[f"{frame.name} {part}".strip()] += flops
         if frame.mask is not None and shape == frame.ids.shape:
             padding = flops * (1 - frame.mask.sum().item() / frame.mask.numel())
@@ -142,8 +152,9 @@ class Ledger:
         frame.each = flops if frame.each is None else frame.each + flops
 
     def _sparse_core(self, mixer: PropagatorMixer, record: SparsityRecord) -> None:
-        kept = 5.0 * mixer.width**2 * mixer.heads * (1 if mixer.causal else 2)
-        self._add_each(kept * record.kept.double(), "mixer")
+        each = 5.0 * mixer.width**2 * mixer.heads * (1 if mixer.causal else 2)
+        computed = record.kept if record.kept.shape[1] > 1 else torch.ones_like(record.kept)  # single steps are dense
+        self._add_each(each * computed.double(), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
         each = 2.0 * (experts.up[0].numel() + experts.down[0].numel())

@@ -17,6 +17,7 @@ from resnet_bk.layers import feedforward, mixer
 from resnet_bk.layers.score import Score
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.model import LanguageModel
+from resnet_bk.ops import available_backends
 from resnet_bk.ops.packing import Packing
 
 LENGTH = {"bins": 4, "max_length": 16, "trunk": 1}
@@ -130,7 +131,7 @@ def test_contract(room, contract):
     contract(checks.build(**ROOMS[room]))
 
 
-SPARSE = ["sparse", "sparse-complex", "sparse-gumbel"]
+SPARSE = ["sparse", "sparse-complex", "sparse-gumbel"] if "numba" in available_backends() else []
 CONDITIONAL = ["experts-top-p", "experts-null", "experts-null-top2", "experts-bias", "sparse-experts"]
 
 

@@ -40,6 +40,22 @@ def test_initial_memories_run_from_one_to_seven_positions():
     assert margin.min().item() == pytest.approx(0.02, rel=1e-3)
 
 
+@pytest.mark.parametrize("fields", [{}, {"energy": "complex"}, {"sparsity": {"target": 0.5}}], ids=str)
+def test_training_under_autocast_has_gradients_near_those_of_float32(backend, fields):
+    """On every backend: operators compute in what they are given."""
+    torch.manual_seed(0)
+    model = LanguageModel(64, d_model=32, n_layers=2, num_experts=1, **fields)
+    ids = torch.randint(64, (4, 70))
+    found = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(ids[:, :-1], targets=ids[:, 1:]).loss
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.98
+
+
 @pytest.mark.parametrize(("readout", "energy"), VARIANTS)
 def test_bfloat16_stays_near_float32(readout, energy):
     """Autocast and a bfloat16 model: the recurrence itself stays in float32."""

@@ -7,6 +7,8 @@ import random
 import pytest
 import yaml
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from resnet_bk.cli import main
 from resnet_bk.config import AblateConfig, ConfigError, ExpertsConfig, ModelConfig, SparsityConfig, TrainConfig
@@ -33,8 +35,11 @@ def test_the_full_plan_has_every_combination_once():
 
 
 def test_the_half_plan_has_everything_on_and_everything_off():
-    assert plan(ROOMS, "half") == [tuple(ROOMS), ("depth",), ("sparsity",), ("experts",), ()]
-    assert len(plan(["a", "b", "c", "d"], "half")) == 8
+    for rooms, cells in (("abcd", 8), ("abcde", 17)):
+        half = plan(rooms, "half")
+        assert len(set(half)) == len(half) == cells
+        assert half[0] == tuple(rooms)
+        assert half[-1] == ()
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
@@ -54,11 +59,19 @@ def test_effects_and_interactions_are_found_again(noise):
     assert len(found) == 6
 
 
-def test_too_few_cells_for_interactions_give_main_effects_alone():
-    cells = plan(ROOMS, "half")
-    found = effects(ROOMS, cells, [float(len(on)) for on in cells])
-    assert [e.rooms for e in found] == [(room,) for room in ROOMS]
-    assert all(e.value == pytest.approx(1) for e in found)
+def test_half_of_four_tells_main_effects_from_interactions_but_not_those_from_each_other():
+    cells = plan("abcd", "half")
+    found = effects("abcd", cells, [len(on) + 0.8 * ("a" in on and "b" in on) for on in cells])
+    assert [e.rooms for e in found] == [(room,) for room in "abcd"]
+    assert [e.value for e in found] == pytest.approx([1.4, 1.4, 1, 1])
+
+
+def test_half_of_five_has_the_interactions_too():
+    cells = plan("abcde", "half")
+    found = {e.rooms: e.value for e in effects("abcde", cells, [("a" in on) * (1 + ("b" in on)) + 0.0 for on in cells])}
+    assert found["a", "b"] == pytest.approx(1)
+    assert found["a",] == pytest.approx(1.5)
+    assert found["c", "d"] == pytest.approx(0)
 
 
 def test_switching_off_leaves_the_rest_of_the_model():
@@ -75,7 +88,7 @@ def test_switching_off_leaves_the_rest_of_the_model():
 def made_up(tmp_path, monkeypatch):
     """Runs that train nothing: bits per byte rise, and times fall, with every room that is on."""
     monkeypatch.chdir(tmp_path)
-    seen = []
+    seen, text = [], ["a"]
 
     def train(config, console):
         seen.append(config)
@@ -84,7 +97,7 @@ def made_up(tmp_path, monkeypatch):
         results = {
             "held_out": {"bits_per_byte": 2 + 0.1 * n + 0.001 * config.seed},
             "costs": {"flops_per_byte": 1e6 / 2**n, "prefill": rate, "decode": rate / 10},
-            "training": {"bytes_per_second": rate / 5},
+            "training": {"bytes_per_second": rate / 5, "train_sha256": text[0], "held_out_sha256": "b"},
         }
         folder = tmp_path / config.output_dir
         folder.mkdir(parents=True)
@@ -93,6 +106,7 @@ def made_up(tmp_path, monkeypatch):
         return results
 
     monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(ablate, "made_up_text", text, raising=False)
     return seen
 
 
@@ -119,21 +133,27 @@ def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_
     assert len(made_up) == 16  # nothing is trained twice
     with pytest.raises(ConfigError, match=r"ablate\.base: max_steps is 6, the finished run in .* had 5"):
         ablate.ablate(config, TrainConfig(model=MODEL, max_steps=6), Console(quiet=True))
+    ablate.made_up_text[0] = "changed"
+    with pytest.raises(ConfigError, match=r"has other text \(train_sha256\) than the first one"):
+        ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0, 2]), recipe, Console(quiet=True))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rooms", "[length]"], "ablate.rooms: got ['length'], allowed at least two of those that base.yaml has on"),
+        (["--rooms", "[length, depth]"], "ablate.rooms: got ['length', 'depth'], allowed at least two of those that"),
         (["--rooms", "[depht]"], "ablate.rooms: got 'depht', allowed 'multiscale', 'length', 'depth'"),
         (["--rooms", "[depth]"], "ablate.rooms: got ['depth'], allowed at least two"),
         (["--rooms", "[depth, depth]"], "ablate.rooms: got ['depth', 'depth'], allowed at least one, each once"),
         (["--seeds", "[]"], "ablate.seeds: got [], allowed at least one, each once"),
         (["--plan", "third"], "ablate.plan: got"),
+        (["--rooms", "[sparsity, depth]", "--plan", "half"], "ablate.plan: got 'half' for 2 rooms, allowed from 4 on"),
     ],
 )
 def test_what_cannot_be_ablated_is_one_line(made_up, tmp_path, capsys, arguments, message):
-    (tmp_path / "base.yaml").write_text("max_steps: 5\nmodel: {num_experts: 1, sparsity: {target: 0.5}}\n")
+    (tmp_path / "base.yaml").write_text(
+        "max_steps: 5\nmodel: {num_experts: 1, sparsity: {target: 0.5}, depth: {policy: act}}\n"
+    )
     assert main(["ablate", "base.yaml", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"resnet-bk: error: {message}")
@@ -156,3 +176,17 @@ def test_two_real_rooms_train(tmp_path, monkeypatch, capsys):
         "sparsity",
         "plain",
     }
+
+
+def test_an_ablation_with_a_tokenizer_of_its_own_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "def": 2, "return": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained("words")
+    (tmp_path / "text").write_text("def read ( self ) : return self . value\n" * 200)
+    (tmp_path / "base.yaml").write_text(
+        "max_steps: 1\nbatch_size: 2\nsample: def\ndata: {source: text, val_source: text, tokenizer: words}\n"
+        "model: {d_model: 8, n_layers: 3, n_seq: 16, num_experts: 1, sparsity: {target: 0.5}, depth: {policy: act}}\n"
+    )
+    for _ in range(2):
+        assert main(["ablate", "base.yaml", "--seeds", "[0]"]) == 0, capsys.readouterr().err

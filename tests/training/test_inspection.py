@@ -10,7 +10,7 @@ from resnet_bk.cli import main
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.hf.tokenizer import byte_tokenizer
 from resnet_bk.ledger import Ledger
-from resnet_bk.training.inspection import decisions
+from resnet_bk.training.inspection import _pieces, decisions
 
 ALL = {
     "n_layers": 5,
@@ -90,3 +90,10 @@ def test_a_text_without_a_character_and_one_that_is_not_utf8(checkpoint, capsys)
 def test_a_single_character(checkpoint):
     (checkpoint / "one").write_text("x")
     assert main(["inspect", "model", "one"]) == 0
+
+
+def test_what_no_token_covers_is_shown_all_the_same():
+    cost, bits, closes = torch.tensor([1.0, 2.0, 3.0]), torch.ones(2), torch.zeros(3, dtype=torch.bool)
+    pieces = _pieces("a b  c", [(0, 1), (2, 3), (5, 6)], cost, bits, closes)
+    assert [text for text, _, _ in pieces] == ["a", " b", "  c"]
+    assert [heat for _, heat, _ in pieces] == [0.0, 0.5, 1.0]

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from resnet_bk.model import LanguageModel
-from resnet_bk.training.measure import greedy, measure
+from resnet_bk.training.measure import greedy, measure, rank_correlation
 
 TEXT = np.random.default_rng(0).integers(0, 31, 500, dtype=np.uint16)  # shorter than what is measured
 
@@ -66,3 +66,16 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(readout, energy):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(greedy(model, prompt, 20), ids[:, 6:])
     assert len(set(ids[0, 6:].tolist())) > 3
+
+
+def test_rank_correlation_gives_ties_the_mean_of_their_ranks():
+    """By position in the text they would follow whatever does."""
+    rising = torch.arange(200.0)
+    mostly_constant = torch.zeros(200)
+    mostly_constant[7] = 1
+    assert abs(rank_correlation(mostly_constant, rising)) < 0.15
+    assert rank_correlation(rising, rising**3) == pytest.approx(1)
+    assert rank_correlation(rising, -rising) == pytest.approx(-1)
+    assert rank_correlation(torch.ones(5), torch.arange(5)) == 0
+    # Spearman's rho of [1, 2.5, 2.5, 4] and [1, 3, 2, 4]
+    assert rank_correlation(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 3, 2, 4])) == pytest.approx(0.948683)

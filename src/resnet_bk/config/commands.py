@@ -229,7 +229,7 @@ class AblateConfig:
     """Techniques to switch, of multiscale, length, depth, sparsity, experts. Default: all that the recipe has on.
     Experts off means that each token uses all of them."""
     plan: Literal["full", "half"] = "full"
-    """Every combination; or those with an even number of techniques off, and the plain model."""
+    """Every combination; or, of four techniques or more, those with an even number off, and the plain model."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each combination is trained once with each."""
     output_dir: str = "runs/ablate"

@@ -43,7 +43,7 @@ class ModelConfig:
     num_experts: int = 4
     """Experts in each feed-forward; 1 is a plain SwiGLU."""
     top_k: int = 1
-    """Experts each token uses."""
+    """Experts each token uses, unless experts.policy has their number follow the token."""
     readout: Literal["propagator", "diagonal"] = "propagator"
     """What is read from the chain: its propagator, applied to q, k, v; or the diagonal of its Green's function."""
     energy: Literal["real", "complex"] = "real"
@@ -258,7 +258,7 @@ class ModelConfig:
             "length": bool(self.length.bins),
             "depth": self.depth.policy != "none",
             "sparsity": self.sparsity.target > 0,
-            "experts": self.num_experts > 1 and not (self.experts.policy == "top_k" and self.top_k == self.num_experts),
+            "experts": self.num_experts > 1 and (self.top_k < self.num_experts or self.experts != ExpertsConfig()),
         }
         return [name for name in ROOMS if on[name]]
 

@@ -258,5 +258,5 @@ class ExpertsConfig:
         check_integer(where, 1, 1_024, most=self.most)
         check_integer(where, 1, self.most, least=self.least)
         check_integer(where, 0, 1_024, identity=self.identity, zero=self.zero)
-        check_range(where, 0, 1_024, target=self.target)
+        check_range(where, 0, self.most, target=self.target)
         check_range(where, 0, 1_000, cost_weight=self.cost_weight)

@@ -48,21 +48,20 @@ class SparseBKCore(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Sparsity, SparsityRecord]:
         """x: (B, N, D). The record's loss "sparsity" is the mean probability to be kept times its price: 1 where more
-        sites are kept than the goal by BAND or more, in proportion where the share is closer, negative below."""
+        sites would be kept outside training than the goal by BAND or more, in proportion where the share is closer,
+        negative below."""
         exact = torch.promote_types(x.dtype, torch.float32)
         importance, fill = self.importance(x).squeeze(-1).to(exact), self.fill(x).to(exact).sigmoid()
         real = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
-        pushed = (importance.sigmoid() * real).sum()
+        number = real.sum().clamp(min=1)
+        goal = 1 - self.settings.target * min(1.0, self.progress / max(1e-9, self.settings.warmup))
+        above = ((importance > 0) & real).sum() / number - goal
+        loss = (above / BAND).clamp(-1, 1) * (importance.sigmoid() * real).sum() / number
         if self.training and self.settings.sampling == "gumbel":  # logistic noise: the difference of two Gumbel's
             importance = importance + torch.rand_like(importance).logit(1e-6)
         kept = importance > 0
         soft = importance.sigmoid()
         gate = torch.where(kept, soft / soft.detach(), 0)  # exactly 1 or 0
-        number = real.sum().clamp(min=1)
-        goal = 1 - self.settings.target * min(1.0, self.progress / max(1e-9, self.settings.warmup))
-        above = (kept & real).sum() / number - goal
-        price = (above / BAND).clamp(-1, 1)
-        loss = price * pushed / number
         record = SparsityRecord(losses={"sparsity": loss}, kept=kept & real, sites=real.sum())
         return Sparsity(gate, fill), record
 

@@ -66,7 +66,7 @@ def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tens
     return _unfold(out, length)
 
 
-def _adjoint_recurrence(x: Tensor, u: Tensor) -> Tensor:
+def adjoint_recurrence(x: Tensor, u: Tensor) -> Tensor:
     """``y_t = x_t + u_{t+1} y_{t+1}`` with ``y_N = 0``, in chunks. x, u: (B, N, H)."""
     length = x.shape[1]
     chunk = max(1, math.isqrt(length))
@@ -98,7 +98,7 @@ def green_backward(
         real_site = mask.unsqueeze(-1)
         u = torch.where(real_site, u, 1.0)
         squared = torch.where(real_site, squared, 0.0)
-    adjoint = _adjoint_recurrence(grad, u)
+    adjoint = adjoint_recurrence(grad, u)
     grad_d = -squared * adjoint
     grad_w = -(before.conj() * grad_d).real if g.is_complex() else -before * grad_d
     return grad_d, grad_w, u[:, 0] * adjoint[:, 0]

@@ -76,6 +76,16 @@ def _chain(
     return d, w, state
 
 
+def _check_sparsity(sparsity: Sparsity | None, a: Tensor) -> None:
+    if sparsity is None:
+        return
+    for name, x, shape in (("gate", sparsity.gate, a.shape[:2]), ("fill", sparsity.fill, a.shape)):
+        if x.shape != shape:
+            raise ValueError(f"sparsity.{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x.dtype != a.dtype or x.device != a.device:
+            raise TypeError(f"sparsity.{name}: expected {a.dtype} on {a.device} as a, got {x.dtype} on {x.device}")
+
+
 def left_green(
     a: Tensor,
     z: Tensor | complex,
@@ -104,6 +114,7 @@ def left_green(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
     """
     d, w, state = _chain(a, z, hop, state, mask)
+    _check_sparsity(sparsity, a)
     g = green(d, w, state, _kept(mask, sparsity))
     if sparsity is None:
         return g, g[:, -1]
@@ -137,6 +148,7 @@ def resolvent_diagonal(
     Arguments as in :func:`left_green`. Masked positions hold a finite value without meaning.
     """
     d, w, nothing = _chain(a, z, hop, None, mask)
+    _check_sparsity(sparsity, a)
     from_left, from_right = _both_sides(d, w, nothing, _kept(mask, sparsity))
     diagonal = 1 / (d - from_left - from_right)
     if sparsity is None:
@@ -209,9 +221,14 @@ def propagate(
     d, w, g0 = _chain(a, z, hop, None if state is None else state.g, mask)
     if d.is_complex() and q.shape[-1] % 2:
         raise ValueError(f"q: a complex chain pairs key channels, so K must be even, got {q.shape[-1]}")
-    if sparsity is not None and (sparsity.gate.shape, sparsity.fill.shape) != (a.shape[:2], a.shape):
-        got = f"{tuple(sparsity.gate.shape)} and {tuple(sparsity.fill.shape)}"
-        raise ValueError(f"sparsity: expected a gate {tuple(a.shape[:2])} and a fill {tuple(a.shape)}, got {got}")
+    _check_sparsity(sparsity, a)
+    if causal and state is not None and isinstance(state, SparseState) != (sparsity is not None):
+        raise ValueError(
+            f"state: got a {type(state).__name__}, expected that of a {'dense' if sparsity is None else 'sparse'} "
+            "chain: a sequence is one or the other throughout"
+        )
+    if isinstance(state, SparseState) and state.r.shape != (q.shape[0], *v.shape[2:]):
+        raise ValueError(f"state.r: expected shape {(q.shape[0], *v.shape[2:])}, got {tuple(state.r.shape)}")
     if state is not None and state.s.shape != (q.shape[0], q.shape[2], q.shape[3], v.shape[3]):
         expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         raise ValueError(f"state.s: expected shape {expected}, got {tuple(state.s.shape)}")
@@ -274,6 +291,7 @@ def _semiseparable(
         v = torch.where(site.unsqueeze(-1), v, 0.0)
         if sparsity is not None:
             sparsity = Sparsity(sparsity.gate.masked_fill(~mask, 0), torch.where(site, sparsity.fill, 1.0))
+            q = torch.where(site.unsqueeze(-1), q, 0.0)  # of what a site reads of itself
     r0 = v.new_zeros(v.shape[0], *v.shape[2:]) if r0 is None else r0
     if not alpha.is_complex():
         y, s, r = _scan(q, k, v, alpha, beta, s0, sparsity, r0)

@@ -6,7 +6,8 @@ A single step, as in decoding, is a handful of torch calls: :func:`green` and :f
 ``resnet_bk::scan``   ``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``,  ``y_t = q_t S_t``   all real
 
 A backend is a module with ``green_forward``, ``green_backward``, ``scan_forward`` and ``scan_backward`` of the
-signatures in :mod:`resnet_bk.ops.chunked`. A GPU one plugs in by adding its row to ``_BACKENDS``.
+signatures in :mod:`resnet_bk.ops.chunked`, and, where it can skip sites, the pair that :mod:`resnet_bk.ops.sparse` asks
+for. A GPU one plugs in by adding its row to ``_BACKENDS``.
 """
 
 import contextlib
@@ -130,7 +131,8 @@ def green(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
 @torch.library.custom_op("resnet_bk::scan", mutates_args=())
 def scan_op(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`scan`, and the states entering each chunk, (B, H, M, K, V), which the backward starts from."""
-    return backend_for(q).scan_forward(q, k, v, alpha, beta, s0)
+    with torch.autocast(q.device.type, enabled=False):  # inside an operator it would round the products' inputs
+        return backend_for(q).scan_forward(q, k, v, alpha, beta, s0)
 
 
 @torch.library.custom_op("resnet_bk::scan_backward", mutates_args=())
@@ -144,7 +146,8 @@ def scan_backward(
     beta: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backend_for(q).scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
+    with torch.autocast(q.device.type, enabled=False):
+        return backend_for(q).scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
 
 
 @scan_op.register_fake

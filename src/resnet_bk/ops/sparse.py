@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from resnet_bk.ops import chunked
 from resnet_bk.ops.chunked import SCAN_CHUNK
 from resnet_bk.ops.kernels import backend_for, differentiable_vjp, scan
 from resnet_bk.ops.packing import Packing
@@ -73,12 +74,39 @@ def _packed(
     written = packing.pack(m.squeeze(-1) * beta)
     q_, k_, v_ = (packing.pack(x) for x in (q, k, v))
     read, s = scan(q_, k_, v_, torch.where(site, decay[:, :-1], 1), torch.where(site, written, 0), s0)
-    # r is a scan as well, of a state with one row
-    one = torch.ones_like(q[..., :1])
-    fade = (1 - m.squeeze(-1)) * fill
-    news = m * (packing.merge(read) + (1 - m) * own)
-    r, last = scan(one, one, news, fade, torch.ones_like(fade), r0.unsqueeze(-2))
-    return r + (1 - m) * own, s * trailing[..., None, None], last.squeeze(-2)
+    r = _Carry.apply((1 - m) * fill.unsqueeze(-1), m * (packing.merge(read) + (1 - m) * own), r0)
+    return r + (1 - m) * own, s * trailing[..., None, None], r[:, -1]
+
+
+class _Carry(torch.autograd.Function):
+    """``r_t = fade_t r_{t-1} + new_t`` along dimension 1, by products and sums alone: fades are exactly 0 at kept
+    sites, and have no logarithm. fade: (B, N, H, 1), new: (B, N, H, V), r0: (B, H, V)."""
+
+    @staticmethod
+    def forward(ctx, fade: Tensor, new: Tensor, r0: Tensor) -> Tensor:
+        first = torch.cat([new[:, :1] + fade[:, :1] * r0.unsqueeze(1), new[:, 1:]], dim=1)
+        # the adjoint recurrence runs backwards: y_t = x_t + u_{t+1} y_{t+1}
+        later = torch.cat([torch.zeros_like(fade[:, :1]), fade.flip(1)[:, :-1]], dim=1)
+        r = chunked.adjoint_recurrence(first.flip(1), later.expand(new.shape)).flip(1)
+        ctx.save_for_backward(fade, new, r0, r)
+        return r
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        fade, new, r0, r = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_vjp(_carry_by_steps, (fade, new, r0), (grad,))
+        dnew = chunked.adjoint_recurrence(grad, fade.expand(new.shape))
+        before = torch.cat([r0.unsqueeze(1), r[:, :-1]], dim=1)
+        return (dnew * before).sum(-1, keepdim=True), dnew, fade[:, 0] * dnew[:, 0]
+
+
+def _carry_by_steps(fade: Tensor, new: Tensor, r0: Tensor) -> tuple[Tensor]:
+    r, out = r0, []
+    for t in range(new.shape[1]):
+        r = fade[:, t] * r + new[:, t]
+        out.append(r)
+    return (torch.stack(out, dim=1),)
 
 
 def _gate_and_own(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

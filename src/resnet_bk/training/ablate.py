@@ -23,8 +23,10 @@ from rich.table import Table
 
 from resnet_bk.checkpoint import write_whole
 from resnet_bk.config import AblateConfig, ConfigError, TrainConfig
+from resnet_bk.hf.tokenizer import load_tokenizer
 from resnet_bk.training import run
 
+HALVES_FROM = 4  # rooms: main effects of half a plan of fewer are mixed up with interactions
 TABLE, DATA = "ablation.md", "ablation.json"
 
 # What is reported of a run: name -> from results.json. Ratios are of logarithms, bits per byte are differences.
@@ -68,8 +70,6 @@ def effects(rooms: Sequence[str], cells: Sequence[tuple[str, ...]], values: Sequ
     design = np.stack([np.ones(len(cells)), *columns], axis=1)
     if np.linalg.matrix_rank(design) < design.shape[1]:
         design, terms = design[:, : 1 + len(rooms)], terms[: len(rooms)]
-        if np.linalg.matrix_rank(design) < design.shape[1]:
-            raise ConfigError("ablate.plan: these cells do not tell the rooms apart; use plan 'full'")
     y = np.array(values)
     found, *_ = np.linalg.lstsq(design, y, rcond=None)
     left = len(y) - design.shape[1]
@@ -89,11 +89,20 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
     if missing or len(rooms) < 2:
         has = ", ".join(recipe.model.rooms) or "none"
         raise ConfigError(f"ablate.rooms: got {rooms}, allowed at least two of those that {config.base} has on: {has}")
+    if config.plan == "half" and len(rooms) < HALVES_FROM:
+        raise ConfigError(
+            f"ablate.plan: got 'half' for {len(rooms)} rooms, allowed from {HALVES_FROM} on: of fewer it would take "
+            "interactions for effects; use 'full'"
+        )
+    recipe = run.with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))
     cells = [(on, seed) for seed in config.seeds for on in plan(rooms, config.plan)]
+    for on, _ in cells:
+        recipe.model.without(*(room for room in rooms if room not in on))  # raises before anything is trained
     results = []
     for i, (on, seed) in enumerate(cells):
         console.print(f"\n[bold]Run {i + 1} of {len(cells)}[/bold]: {name_of(on)}, seed {seed}")
         results.append(_run(config, recipe, rooms, on, seed, console))
+        _check_same_text(results, Path(config.output_dir) / name_of(on) / f"seed-{seed}")
     return _conclude(config, rooms, cells, results, console)
 
 
@@ -129,6 +138,15 @@ def _check_same_budget(settings: TrainConfig, folder: Path) -> None:
             )
 
 
+def _check_same_text(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    for name in ("train_sha256", "held_out_sha256"):
+        if results[-1]["training"][name] != results[0]["training"][name]:
+            raise ConfigError(
+                f"ablate.base: the run in {folder} has other text ({name}) than the first one; restore the text, or "
+                "choose another output_dir"
+            )
+
+
 def _conclude(
     config: AblateConfig,
     rooms: Sequence[str],
@@ -159,9 +177,15 @@ def _conclude(
         console.print(table)
     text += (
         "\nEffects: of switching a technique on, averaged over the others' states: bits per byte added, or the factor "
-        "that a cost is multiplied by. a x b: how much a's effect differs where b is on; below 1 they help each other, "
-        "above 1 they save the same work. Two standard errors.\n"
+        "that a cost is multiplied by; in brackets two standard errors either way, where there are enough runs. "
     )
+    if len(found[BITS]) > len(rooms):
+        text += (
+            "a x b: how much a's effect differs where b is on; below 1 they help each other, above 1 they save the "
+            "same work.\n"
+        )
+    else:
+        text += "These runs do not tell the interactions of pairs apart; the full plan does.\n"
     write_whole(folder / TABLE, text)
     data = [{"on": on, "seed": seed, "results": r} for (on, seed), r in zip(cells, results, strict=True)]
     write_whole(folder / DATA, json.dumps(data, indent=1) + "\n")
@@ -190,10 +214,8 @@ def _effects(found: dict[str, list[Effect]]) -> list[list[str]]:
         row = [" x ".join(effect.rooms)]
         for name, column in found.items():
             value, error = column[i].value, 2 * column[i].error
-            if name == BITS:
-                row.append(f"{value:+.3f} ({value - error:+.3f} to {value + error:+.3f})")
-            else:
-                low, high = math.exp(value - error), math.exp(value + error)
-                row.append(f"{math.exp(value):.2f}x ({low:.2f} to {high:.2f})")
+            shown = "{:+.3f}".format if name == BITS else lambda x: f"{math.exp(x):.2f}x"
+            between = "" if math.isnan(error) else f" ({shown(value - error)} to {shown(value + error)})"
+            row.append(shown(value) + between)
         rows.append(row)
     return rows

@@ -25,6 +25,7 @@ from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.ledger import Ledger, plain_flops
 from resnet_bk.record import Record
 from resnet_bk.report import html
+from resnet_bk.training.measure import rank_correlation
 from resnet_bk.training.run import load, versions
 from resnet_bk.training.trainer import quiet_transformers
 
@@ -53,7 +54,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
         "dearest token": cost.max().item(),
         "filling up batches and tiles, share": ledger.unused / ledger.total,
         "bits per token": bits.mean().item() if len(bits) else math.nan,
-        "rank correlation of cost and bits": _rank_correlation(cost[1:], bits.cpu()),
+        "rank correlation of cost and bits": rank_correlation(cost[1:], bits.cpu()),
         **decisions(output.records),
     }
     if (depth := blocks()) is not None:
@@ -64,7 +65,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
     pieces = _pieces(shown, spans, cost, bits.cpu(), _closes(output.records, len(cost)))
     console.print(_colored(pieces))
     for title, lines in ((f"{config.checkpoint} on {config.text}", rows), ("where", stages)):
-        table = Table(title=title, show_header=False)
+        table = Table(title=Text(title), show_header=False)
         for line in lines:
             table.add_row(*line)
         console.print(table)
@@ -74,7 +75,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
     footer.append(f"resnet-bk inspect {config.checkpoint} {config.text} --max_tokens {config.max_tokens}")
     sections = [("Byte by byte", _legend(cost) + html.heat_map(pieces)), ("Where", html.table_html(stages))]
     write_whole(page, html.page(f"{TITLE}: {config.checkpoint} on {config.text}", rows, sections, footer))
-    console.print(f"wrote {page}")
+    console.print(f"wrote {page}", markup=False)
     return values
 
 
@@ -130,7 +131,7 @@ def _pieces(
     token, 1 the dearest."""
     low, high, mean = cost.min().item(), cost.max().item(), cost.mean().item()
     pieces: list[tuple[str, float, str]] = []
-    first = 0
+    first = end = 0
     while first < len(spans):
         last = first
         while last + 1 < len(spans) and spans[last + 1] == spans[first]:
@@ -142,8 +143,8 @@ def _pieces(
             note += f"; {bits[first - 1 : last].sum().item():.2f} bits"
         if bool(closes[first : last + 1].any()):
             note += "; closes a chunk"
-        pieces.append((text[slice(*spans[first])], heat, note))
-        first = last + 1
+        pieces.append((text[end : spans[first][1]], heat, note))  # with whatever no token covers before it
+        first, end = last + 1, spans[first][1]
     return pieces
 
 
@@ -171,10 +172,3 @@ def _legend(cost: Tensor) -> str:
 def _stages(ledger: Ledger) -> list[tuple[str, str, str]]:
     """Layer and part, FLOPs, share of all."""
     return [(stage, f"{flops:,.0f}", f"{flops / ledger.total:.1%}") for stage, flops in ledger.stages.items()]
-
-
-def _rank_correlation(x: Tensor, y: Tensor) -> float:
-    if len(x) < 2 or x.min() == x.max():
-        return 0.0
-    ranks = torch.stack([x.argsort(stable=True).argsort().double(), y.argsort(stable=True).argsort().double()])
-    return torch.corrcoef(ranks)[0, 1].item()

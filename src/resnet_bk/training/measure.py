@@ -81,6 +81,17 @@ def greedy(model: LanguageModel, ids: torch.Tensor, new: int) -> torch.Tensor:
     return torch.cat(tokens, dim=1)
 
 
+def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Spearman's, of two tensors of one size; equal values share the mean of their ranks. 0 where one is constant."""
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = values.flatten().unique(return_inverse=True, return_counts=True)
+        if len(counts) < 2:
+            return 0.0
+        ranks.append((counts.cumsum(0) - (counts - 1) / 2.0)[inverse].double())
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
 def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What `run` returns, and the seconds until the device had it."""
     if device.type == "cuda":

@@ -136,7 +136,7 @@ def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> 
     folder = run_folder(config, console)
     config = dataclasses.replace(config, output_dir=str(folder))
     tokenizer = load_tokenizer(config.data.tokenizer)
-    config = _with_vocabulary(config, len(tokenizer))
+    config = with_vocabulary(config, len(tokenizer))
     check_same_run(config, folder)
     train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
     train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
@@ -228,7 +228,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
+def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
     """The tokenizer's vocabulary size, unless a larger one was set."""
     asked = config.model.vocab_size
     if asked != tokens.BYTE_VOCABULARY and asked < size:

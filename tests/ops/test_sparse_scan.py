@@ -172,11 +172,15 @@ def test_state_and_padding(backend, regime, readout):
         return out
 
     kept = Sparsity(padded(whole.gate).clamp(0, 1), padded(whole.fill).abs())
-    second, after = run([padded(x) for x in (q, k, v, a, hop)], state, kept, mask)
+    rows = [padded(x) for x in (q, k, v, a, hop)]
+    for x in rows[:3]:
+        x[:, 7] = torch.nan  # stays where it is
+    second, after = run(rows, state, kept, mask)
     torch.testing.assert_close(torch.cat([first, second[:, place]], dim=1), expected, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(tuple(after), tuple(last), rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")
 def test_flops_count_kept_sites():
     inputs = scan_inputs(n=10)
     kept = int((inputs[6] > 0).sum())
@@ -190,5 +194,36 @@ def test_flops_count_kept_sites():
 
 def test_shapes_that_do_not_fit_are_refused():
     q, k, v, a, hop = chain("real", 5)
-    with pytest.raises(ValueError, match=r"sparsity: expected a gate \(2, 5\) and a fill \(2, 5, 2\)"):
-        propagate(q, k, v, a, 0.1, hop, sparsity=Sparsity(torch.ones(2, 5, 2), torch.ones(2, 5, 2)))
+    gate, fill = torch.ones(2, 5, dtype=torch.float64), torch.ones(2, 5, 2, dtype=torch.float64)
+    for run in (
+        lambda s: propagate(q, k, v, a, 0.1, hop, sparsity=s),
+        lambda s: left_green(a, 0.1, hop, sparsity=s),
+        lambda s: resolvent_diagonal(a, 0.1, hop, sparsity=s),
+    ):
+        with pytest.raises(ValueError, match=r"sparsity\.gate: expected shape \(2, 5\), got \(2, 5, 2\)"):
+            run(Sparsity(fill, fill))
+        with pytest.raises(ValueError, match=r"sparsity\.fill: expected shape \(2, 5, 2\), got \(2, 5\)"):
+            run(Sparsity(gate, gate))
+        with pytest.raises(TypeError, match=r"sparsity\.gate: expected torch.float64 on cpu as a, got torch.bool"):
+            run(Sparsity(gate > 0, fill))
+    _, dense = propagate(q, k, v, a, 0.1, hop)
+    _, sparse = propagate(q, k, v, a, 0.1, hop, sparsity=Sparsity(gate, fill))
+    with pytest.raises(ValueError, match="state: got a PropagatorState, expected that of a sparse chain"):
+        propagate(q, k, v, a, 0.1, hop, state=dense, sparsity=Sparsity(gate, fill))
+    with pytest.raises(ValueError, match="state: got a SparseState, expected that of a dense chain"):
+        propagate(q, k, v, a, 0.1, hop, state=sparse)
+    with pytest.raises(ValueError, match=r"state\.r: expected shape \(2, 2, 3\), got \(2, 2, 1\)"):
+        propagate(q, k, v, a, 0.1, hop, state=sparse._replace(r=sparse.r[..., :1]), sparsity=Sparsity(gate, fill))
+
+
+def test_float32_stays_near_float64(backend):
+    torch.manual_seed(0)
+    exact = tuple(x.detach() for x in scan_inputs(512, k=8, v=8))
+    single = [x.float().requires_grad_() for x in exact]
+    double = [x.float().double().requires_grad_() for x in exact]
+    found = []
+    for inputs in (single, double):
+        out = sparse_scan(*inputs)
+        found.append([*out, *torch.autograd.grad(sum(x.square().sum() for x in out), inputs)])
+    for got, expected in zip(*found, strict=True):
+        assert (got.double() - expected).norm() <= 2e-6 * expected.norm()

@@ -1,0 +1,149 @@
+"""The techniques in one model: perplexity, executed FLOPs and the clock, against the plain model with every expert on.
+
+``python benchmarks/together.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
+(two single-thread processes at a time), then the timings on the then quiet machine.
+
+Dimensions: B sequences, N tokens.
+"""
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+import torch
+from common import arguments, conditions, interleaved, publish, spread, table
+from torch import Tensor
+from trained import Trained, bits, held_out, scored, worse
+
+from resnet_bk.ledger import Ledger, plain_flops
+from resnet_bk.model import LanguageModel
+from resnet_bk.training.measure import greedy
+
+SHAPE = {"d_model": 128, "n_seq": 256, "num_experts": 4, "top_k": 4, "d_ff": 176, "balance_weight": 0.03}
+WORDS = {"factors": [4], "layers": [2, 6, 0], "boundaries": "whitespace"}
+EXPERTS = {"policy": "top_p", "target": 1.3}
+ACT = {"policy": "act", "target": 0.6}
+
+# name -> fields of the model
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {"n_layers": 8},
+    "plain, 3 blocks": {"n_layers": 3},
+    "words": {"multiscale": WORDS},
+    "words, experts": {"multiscale": WORDS, "experts": EXPERTS},
+    "everything": {"multiscale": WORDS, "experts": EXPERTS, "depth": ACT, "sparsity": {"target": 0.5}},
+    "everything, 1-7-0": {
+        "multiscale": {**WORDS, "layers": [1, 7, 0]},
+        "experts": EXPERTS,
+        "depth": ACT,
+        "sparsity": {"target": 0.5},
+    },
+}
+TRAINED = Trained("together", SHAPE, MODELS, batch=12, steps=300, seeds=(0, 1, 2))
+
+
+def quality(results: list[dict[str, Any]], rows: Tensor) -> str:
+    """Bits per byte, and FLOPs that ran on the held-out text, by the ledger."""
+    lines, plain = [], []
+    for name in MODELS:
+        bpb, saved = [], []
+        for seed in TRAINED.seeds:
+            model = TRAINED.load(name, seed)
+            with Ledger(model) as ledger:
+                nats, _ = scored(model, rows)
+            bpb.append(bits(nats))
+            saved.append(_plain(model) * nats.numel() / ledger.total)
+        plain = plain or bpb
+        runs = [r for r in results if r["cell"]["model"] == name]
+        lines.append(
+            [
+                name,
+                f"{runs[0]['parameters']:,}",
+                spread(bpb, 3),
+                spread([worse(b, p) for b, p in zip(bpb, plain, strict=True)], 1),
+                spread(saved, 2),
+                spread([r["seconds"] / r["steps"] for r in runs], 2),
+            ]
+        )
+    header = ["model", "parameters", "bits per byte", "perplexity worse than plain, %", "fewer FLOPs than plain, x"]
+    return table([*header, "s a step, beside another"], lines)
+
+
+def _plain(model: LanguageModel) -> float:
+    """FLOPs a token of the plain model of eight blocks."""
+    return plain_flops(model.config) * 8 / model.config.blocks
+
+
+def clock(rows: Tensor) -> str:
+    """In turn with the plain model: prefill of 8 x 2,048 bytes, training steps of 12 x 256, greedy decoding."""
+    long, short = rows[:16, :1024].reshape(8, 2048), rows[:12, :257]
+
+    def prefill(model: LanguageModel) -> None:
+        with torch.no_grad():
+            model.eval()(long, logits=False)
+
+    def step(model: LanguageModel) -> None:
+        model.train()(short[:, :-1], targets=short[:, 1:], logits=False).loss.backward()
+        model.zero_grad()
+
+    def decode(model: LanguageModel) -> None:
+        with torch.no_grad():
+            greedy(model.eval(), rows[3:4, :64], 100)
+
+    kinds = {"prefill": (prefill, 7), "training step": (step, 7), "decoding": (decode, 3)}
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in MODELS}
+    for seed in TRAINED.seeds:
+        models = {name: TRAINED.load(name, seed) for name in MODELS}
+        for kind, (run, repeats) in kinds.items():
+            times = interleaved({name: (lambda m=model, r=run: r(m)) for name, model in models.items()}, repeats)
+            for name, seconds in times.items():
+                found[name][kind] += [p / s for p, s in zip(times["plain"], seconds, strict=True)]
+                found[name][f"{kind} ms"].append(1000 * statistics.median(seconds))
+    lines = []
+    for name, f in found.items():
+        row = [name]
+        for kind in kinds:
+            row += [spread(f[kind], 2), spread(f[f"{kind} ms"], 0)]
+        lines.append(row)
+    header = ["model"]
+    for kind in kinds:
+        header += [f"{kind}, x faster", "ms"]
+    return table(header, lines)
+
+
+def stages(rows: Tensor) -> str:
+    """Where the FLOPs of everything together run, one seed."""
+    model = TRAINED.load("everything, 1-7-0", 0)
+    with Ledger(model) as ledger:
+        scored(model, rows[:64])
+    grouped: dict[str, float] = defaultdict(float)
+    for stage, flops in ledger.stages.items():
+        layer, _, part = stage.rpartition(" ")
+        where = "head" if not layer else "on chunks" if ".inner" in layer else "on bytes"
+        grouped[where if where == "head" else f"{where}: {part}"] += flops
+    lines = [[where, f"{flops / ledger.total:.1%}"] for where, flops in grouped.items()]
+    return table(["where", "share of FLOPs"], [*lines, ["filling up tiles", f"{ledger.unused / ledger.total:.1%}"]])
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    TRAINED.arguments(parser)
+    options = parser.parse_args()
+    results = TRAINED.run(__file__, options)
+    if results is None:
+        return
+    rows = held_out()
+    text = "# The techniques together\n\n" + conditions("python benchmarks/together.py")
+    text += (
+        f"\nPlain: 8 blocks, four experts of hidden width {SHAPE['d_ff']}, all of them for every byte; "
+        f"{TRAINED.conditions()} words: two blocks on bytes, six on words (2-6-0). experts: as many as make up half of "
+        "the router's probability, 1.3 aimed at. everything: adaptive computation time on the words' blocks and half "
+        "of all sites left out as well.\n\n## Quality at equal steps\n\n"
+    )
+    text += quality(results, rows)
+    text += "\n## The clock\n\nBoth cores, in turn. Decoding: 100 bytes after 64, one sequence.\n\n" + clock(rows)
+    text += "\n## Where the FLOPs of everything, 1-7-0, run\n\n" + stages(rows)
+    publish(text, options.out)
+
+
+if __name__ == "__main__":
+    main()
