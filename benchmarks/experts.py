@@ -13,10 +13,9 @@ from typing import Any
 import matplotlib
 import torch
 from common import arguments, conditions, interleaved, publish, spread, table
-from torch import Tensor
+from torch import Tensor, nn
 from trained import Trained, bits, by_tenth, held_out, middle, scored, worse
 
-from resnet_bk.layers.block import Block
 from resnet_bk.layers.feedforward import ExpertsRecord
 from resnet_bk.model import LanguageModel
 from resnet_bk.record import Record
@@ -119,7 +118,11 @@ def clock(rows: Tensor) -> str:
     found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in MODELS}
     for seed in TRAINED.seeds:
         models = {name: TRAINED.load(name, seed) for name in MODELS}
-        inputs = {name: features(model, long) for name, model in models.items()}
+        inputs = {name: features(list(model.blocks), model, long) for name, model in models.items()}
+        routed = {
+            name: features([block.feed_forward for block in model.blocks], model, long)
+            for name, model in models.items()
+        }
 
         @torch.no_grad()
         def prefill(name: str, models: dict[str, LanguageModel] = models) -> None:
@@ -135,7 +138,7 @@ def clock(rows: Tensor) -> str:
                 block(x, None, None, None)
 
         @torch.no_grad()
-        def feed_forwards(name: str, models: dict[str, LanguageModel] = models, inputs: Any = inputs) -> None:
+        def feed_forwards(name: str, models: dict[str, LanguageModel] = models, inputs: Any = routed) -> None:
             for block, x in zip(models[name].blocks, inputs[name], strict=True):
                 block.feed_forward(x, None)
 
@@ -152,11 +155,10 @@ def clock(rows: Tensor) -> str:
 
 
 @torch.no_grad()
-def features(model: LanguageModel, ids: Tensor) -> list[Tensor]:
-    """What each block is given."""
+def features(parts: list[nn.Module], model: LanguageModel, ids: Tensor) -> list[Tensor]:
+    """What each of these parts of a model is given."""
     found: list[Tensor] = []
-    blocks = [block for block in model.blocks if isinstance(block, Block)]
-    hooks = [block.register_forward_pre_hook(lambda m, inputs: found.append(inputs[0])) for block in blocks]
+    hooks = [part.register_forward_pre_hook(lambda m, inputs: found.append(inputs[0])) for part in parts]
     model(ids, logits=False)
     for hook in hooks:
         hook.remove()

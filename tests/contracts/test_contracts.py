@@ -233,8 +233,8 @@ def capacity_drop(model: LanguageModel, monkeypatch) -> None:
     """Each expert takes so many tokens of the batch; the rest gets nothing."""
     expert = feedforward.Experts._expert
 
-    def limited(self, e, tokens):
-        y = expert(self, e, tokens)
+    def limited(self, e, tokens, own):
+        y = expert(self, e, tokens, own)
         return torch.cat([y[:8], torch.zeros_like(y[8:])])
 
     monkeypatch.setattr(feedforward.Experts, "_expert", limited)
@@ -507,8 +507,8 @@ def every_expert_runs(model: LanguageModel, monkeypatch) -> None:
     """Each expert computes all tokens, and those that are not its own are thrown away."""
     expert = feedforward.Experts._expert
 
-    def wasteful(self, e, tokens):
-        return expert(self, e, torch.cat([tokens, torch.zeros_like(tokens[:1]).expand(200, -1)]))[: len(tokens)]
+    def wasteful(self, e, tokens, own):
+        return expert(self, e, tokens, torch.cat([own, torch.zeros(200, dtype=own.dtype)]))[: len(own)]
 
     monkeypatch.setattr(feedforward.Experts, "_expert", wasteful)
 

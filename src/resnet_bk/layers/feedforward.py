@@ -80,10 +80,10 @@ class Experts(nn.Module):
         sizes = counts.tolist()
         working = sum(sizes[: self.experts + self.settings.identity])  # the others return zero
         source, expert = source[:working], expert[:working]
-        groups = tokens[source].split([*sizes[: self.experts], working - sum(sizes[: self.experts])])
-        results = [self._expert(e, group) for e, group in enumerate(groups[:-1])]
+        *groups, same = source.split([*sizes[: self.experts], working - sum(sizes[: self.experts])])
+        results = [self._expert(e, tokens, group) for e, group in enumerate(groups)]
         gates = probabilities[source, expert].unsqueeze(-1).to(x.dtype)
-        y = torch.zeros_like(tokens).index_add(0, source, torch.cat([*results, groups[-1]]) * gates)
+        y = torch.zeros_like(tokens).index_add(0, source, torch.cat([*results, tokens[same]]) * gates)
         used = (takes & (chosen < self.experts)).sum(-1)
         losses = self._losses(probabilities, counts[: self.experts], used)
         if mask is not None:
@@ -125,16 +125,18 @@ class Experts(nn.Module):
             losses["cost"] = price * (entropy + computing.sum()) / number
         return losses
 
-    def _expert(self, e: int, tokens: Tensor) -> Tensor:
-        """One expert on its tokens, (T, D) -> (T, D)."""
-        gate, value = (_whole_tiles(tokens) @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
-        return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[: len(tokens)]
+    def _expert(self, e: int, tokens: Tensor, own: Tensor) -> Tensor:
+        """One expert on the tokens (T, D) that are its own, (P,) indices -> (P, D)."""
+        mine = tokens[_whole_tiles(own)]
+        gate, value = (mine @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
+        return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[: len(own)]
 
 
-def _whole_tiles(tokens: Tensor) -> Tensor:
-    """(T, D) with T rounded up. A matrix product rounds the rows of its last, partial tile differently, and a token's
-    bits must not depend on how many others there are beside it."""
-    return F.pad(tokens, (0, 0, 0, -len(tokens) % TILE))
+def _whole_tiles(rows: Tensor) -> Tensor:
+    """Rows (T, ...), zeros added where T is no multiple of TILE. A matrix product rounds the rows of its last, partial
+    tile differently, and a token's bits must not depend on how many others there are beside it."""
+    missing = -len(rows) % TILE
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows
 
 
 def feed_forward(config: ModelConfig) -> SwiGLU | Experts:

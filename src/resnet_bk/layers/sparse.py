@@ -33,7 +33,7 @@ class SparsityRecord(Record):
 class SparseBKCore(nn.Module):
     """An importance predictor for the sites of one mixer: those above 0 are kept, in all heads alike.
 
-    It also predicts how what the last kept site read fades at each site left out. Decisions are hard and have the
+    Each head learns how fast what its last kept site read fades at sites left out. Decisions are hard and have the
     gradient of a log-sigmoid (straight-through): kept sites tell what they are worth to the task, the price pushes all
     of them towards the target. A decision reads its own position, so it is causal, and indifferent to batch-mates.
     """
@@ -41,9 +41,9 @@ class SparseBKCore(nn.Module):
     def __init__(self, config: ModelConfig, heads: int):
         super().__init__()
         self.settings = config.sparsity
-        self.importance, self.fill = nn.Linear(config.d_model, 1), nn.Linear(config.d_model, heads)
-        for layer in (self.importance, self.fill):
-            nn.init.constant_(layer.bias, START)
+        self.importance = nn.Linear(config.d_model, 1)
+        nn.init.constant_(self.importance.bias, START)
+        self.fill = nn.Parameter(torch.full((heads,), START))
         self.progress = 1.0  # of training, 0 to 1: see `anneal`
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Sparsity, SparsityRecord]:
@@ -51,7 +51,7 @@ class SparseBKCore(nn.Module):
         sites would be kept outside training than the goal by BAND or more, in proportion where the share is closer,
         negative below."""
         exact = torch.promote_types(x.dtype, torch.float32)
-        importance, fill = self.importance(x).squeeze(-1).to(exact), self.fill(x).to(exact).sigmoid()
+        importance = self.importance(x).squeeze(-1).to(exact)
         real = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
         number = real.sum().clamp(min=1)
         goal = 1 - self.settings.target * min(1.0, self.progress / max(1e-9, self.settings.warmup))
@@ -63,7 +63,7 @@ class SparseBKCore(nn.Module):
         soft = importance.sigmoid()
         gate = torch.where(kept, soft / soft.detach(), 0)  # exactly 1 or 0
         record = SparsityRecord(losses={"sparsity": loss}, kept=kept & real, sites=real.sum())
-        return Sparsity(gate, fill), record
+        return Sparsity(gate, self.fill.to(exact).sigmoid().expand(*x.shape[:2], -1)), record
 
 
 def anneal(model: nn.Module, progress: float) -> None:
