@@ -6,25 +6,33 @@
 Dimensions: B sequences, N tokens.
 """
 
+import itertools
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from common import arguments, conditions, interleaved, publish, spread, table
+from common import interleaved, spread, table
 from torch import Tensor
 from torch.profiler import profile
-from trained import WINDOW, Trained, bits, by_tenth, held_out, middle, scored, worse
+from trained import (
+    Trained,
+    bits,
+    by_tenth,
+    long_rows,
+    middle,
+    plot_tenths,
+    prefill,
+    scored,
+    training_step,
+    worse,
+)
 
 from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.model import LanguageModel
 from resnet_bk.speculative import speculate
 from resnet_bk.training.measure import greedy
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 SEEDS, BATCH, STEPS, LAYERS = (0, 1, 2), 12, 600, 8
 SHAPE = {"d_model": 64, "n_seq": 256, "num_experts": 1}
@@ -110,32 +118,13 @@ def everywhere(model: LanguageModel) -> LanguageModel:
 
 def clock(rows: Tensor) -> str:
     """Prefill of 8 x 2,048 held-out bytes and training steps of 12 x 256, in turn with the plain model's."""
-    long = rows[:16, :WINDOW].reshape(8, 2 * WINDOW)
-    short = rows[:BATCH, : SHAPE["n_seq"] + 1]
-    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in MODELS}
-    for seed in SEEDS:
-        models = {name: load(name, seed) for name in MODELS}
-
-        def prefill(model: LanguageModel) -> None:
-            with torch.no_grad():
-                model(long, logits=False)
-
-        def step(model: LanguageModel) -> None:
-            model.train()(short[:, :-1], targets=short[:, 1:], logits=False).loss.backward()
-            model.zero_grad()
-
-        for what, run in (("prefill", prefill), ("training", step)):
-            runs = {name: (lambda m=model, r=run: r(m)) for name, model in models.items()}
-            times = interleaved(runs, 7)
-            for name, seconds in times.items():
-                found[name][what] += [p / s for p, s in zip(times["plain"], seconds, strict=True)]
-                found[name][f"{what} ms"].append(1000 * statistics.median(seconds))
-        for name, model in models.items():
-            with torch.no_grad():
-                records = model.eval()(long, logits=False).records
-            room = room_of(model)
-            share = records[0].mean_blocks / LAYERS if room is not None else model.config.blocks / LAYERS
-            found[name]["count"].append(1 / share)
+    found = TRAINED.speeds({"prefill": prefill(rows), "training": training_step(rows)}, lambda name: "plain")
+    for name, seed in itertools.product(MODELS, SEEDS):
+        model = load(name, seed)
+        with torch.no_grad():
+            records = model(long_rows(rows), logits=False).records
+        blocks = model.config.blocks if room_of(model) is None else records[0].mean_blocks
+        found[name]["count"].append(LAYERS / blocks)
     lines = [
         [
             name,
@@ -153,7 +142,7 @@ def clock(rows: Tensor) -> str:
 
 def where_time_goes(rows: Tensor) -> str:
     """Prefill of 8 x 2,048 bytes by what is computed, plain and adaptive, milliseconds of the profiler."""
-    long = rows[:16, :WINDOW].reshape(8, 2 * WINDOW)
+    long = long_rows(rows)
     kinds = {
         "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
         "core and convolution": ("resnet_bk::",),
@@ -249,35 +238,18 @@ def speculation(rows: Tensor) -> str:
 
 def difficulty(scores: dict[tuple[str, int], tuple[Tensor, Tensor]], out: Path | None) -> str:
     """Mean blocks of the tokens in each tenth by the plain model's loss."""
-    lines, figure, axes = [], *plt.subplots(figsize=(6, 4))
+    lines, curves = [], {}
     for name in ADAPTIVE:
-        curves, correlations = [], []
-        for seed in SEEDS:
-            tenths, correlation = by_tenth(scores["plain", seed][0], scores[name, seed][1])
-            curves.append(tenths)
-            correlations.append(correlation)
-        median = middle(curves)
-        lines.append([name, *(f"{value:.2f}" for value in median), spread(correlations, 2)])
-        axes.plot(range(1, 11), median, marker="o", label=name)
-        axes.fill_between(range(1, 11), *(list(map(f, zip(*curves, strict=True))) for f in (min, max)), alpha=0.2)
-    axes.set(xlabel="tenth of held-out bytes by the plain model's loss", ylabel="mean blocks", xticks=range(1, 11))
-    axes.legend(frameon=False)
-    if out is not None:
-        figure.savefig(out.with_suffix(".svg"), bbox_inches="tight")
+        pairs = [by_tenth(scores["plain", seed][0], scores[name, seed][1]) for seed in SEEDS]
+        curves[name] = [tenths for tenths, _ in pairs]
+        lines.append([name, *(f"{x:.2f}" for x in middle(curves[name])), spread([rank for _, rank in pairs], 2)])
+    plot_tenths(curves, "plain", "mean blocks", out)
     return table(["policy", *(f"{i}" for i in range(1, 11)), "rank correlation"], lines)
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    TRAINED.arguments(parser)
-    options = parser.parse_args()
-    results = TRAINED.run(__file__, options)
-    if results is None:
-        return
-    rows = held_out()
-    text = "# Adaptive depth\n\n" + conditions("python benchmarks/depth.py")
-    text += (
-        f"\n{LAYERS} blocks, {TRAINED.conditions()} act and skip: the first and the last block "
+def page(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
+    text = (
+        f"\n{LAYERS} blocks, {TRAINED.described()} act and skip: the first and the last block "
         "for all, a decision before each of the other six, target 0.6. exit: exits after blocks 2, 4 and 6, confidence "
         "by gain, threshold 0.95.\n\n## The clock\n\nBoth cores, in turn with the plain model of eight blocks, seven "
         "times each seed. Prefill: 8 x 2,048 held-out bytes. Training: forward and backward, 12 x 256.\n\n"
@@ -291,9 +263,8 @@ def main() -> None:
     scores = {(name, seed): nats_and_blocks(load(name, seed), rows) for name in MODELS for seed in SEEDS}
     text += "\n## Quality at equal steps\n\n" + quality(results, rows, scores)
     text += "\n## Who goes deep\n\nMean blocks of the held-out bytes in each tenth by the plain model's loss.\n\n"
-    text += difficulty(scores, options.out)
-    publish(text, options.out)
+    return text + difficulty(scores, out)
 
 
 if __name__ == "__main__":
-    main()
+    TRAINED.main(__file__, __doc__, "Adaptive depth", page)

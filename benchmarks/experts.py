@@ -6,22 +6,31 @@
 Dimensions: B sequences, N tokens, D model width, E experts.
 """
 
-import statistics
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from common import arguments, conditions, interleaved, publish, spread, table
+from common import spread, table
 from torch import Tensor, nn
-from trained import Trained, bits, by_tenth, held_out, middle, scored, worse
+from trained import (
+    Run,
+    Trained,
+    bits,
+    by_tenth,
+    long_rows,
+    middle,
+    plot_tenths,
+    prefill,
+    scored,
+    training_step,
+    worse,
+)
 
 from resnet_bk.layers.feedforward import ExpertsRecord
 from resnet_bk.model import LanguageModel
 from resnet_bk.record import Record
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 LAYERS, EXPERTS = 4, 8
 SHAPE = {"d_model": 128, "n_layers": LAYERS, "n_seq": 256, "num_experts": EXPERTS, "d_ff": 176, "balance_weight": 0.03}
@@ -82,15 +91,9 @@ def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> st
             ]
         )
         if not name.startswith("always"):
-            curves[name] = middle(tenths)
-            tenth_lines.append([name, *(f"{x:.2f}" for x in curves[name]), spread(correlation, 2)])
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name, curve in curves.items():
-        axes.plot(range(1, 11), curve, marker="o", label=name)
-    axes.set(xlabel="tenth of held-out bytes by the loss of always four", ylabel="experts a byte", xticks=range(1, 11))
-    axes.legend(frameon=False)
-    if out is not None:
-        figure.savefig(out.with_suffix(".svg"), bbox_inches="tight")
+            curves[name] = tenths
+            tenth_lines.append([name, *(f"{x:.2f}" for x in middle(tenths)), spread(correlation, 2)])
+    plot_tenths(curves, "always four", "experts a byte", out)
     header = [
         "model",
         "computing experts a byte",
@@ -113,75 +116,50 @@ def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> st
 def clock(rows: Tensor) -> str:
     """In turn with always four: prefill of 8 x 2,048 held-out bytes, training steps of 12 x 256, and, on the features
     that reach them there, the blocks and their feed-forwards alone."""
-    long, short = rows[:16, :1024].reshape(8, 2048), rows[:12, :257]
-    kinds = ("prefill", "training step", "blocks", "feed-forwards")
-    found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in MODELS}
-    for seed in TRAINED.seeds:
-        models = {name: TRAINED.load(name, seed) for name in MODELS}
-        inputs = {name: features(list(model.blocks), model, long) for name, model in models.items()}
-        routed = {
-            name: features([block.feed_forward for block in model.blocks], model, long)
-            for name, model in models.items()
-        }
-
-        @torch.no_grad()
-        def prefill(name: str, models: dict[str, LanguageModel] = models) -> None:
-            models[name].eval()(long, logits=False)
-
-        def step(name: str, models: dict[str, LanguageModel] = models) -> None:
-            models[name].train()(short[:, :-1], targets=short[:, 1:], logits=False).loss.backward()
-            models[name].zero_grad()
-
-        @torch.no_grad()
-        def blocks(name: str, models: dict[str, LanguageModel] = models, inputs: Any = inputs) -> None:
-            for block, x in zip(models[name].blocks, inputs[name], strict=True):
-                block(x, None, None, None)
-
-        @torch.no_grad()
-        def feed_forwards(name: str, models: dict[str, LanguageModel] = models, inputs: Any = routed) -> None:
-            for block, x in zip(models[name].blocks, inputs[name], strict=True):
-                block.feed_forward(x, None)
-
-        for kind, run in zip(kinds, (prefill, step, blocks, feed_forwards), strict=True):
-            times = interleaved({name: (lambda n=name, r=run: r(n)) for name in models}, 7)
-            for name, seconds in times.items():
-                found[name][kind] += [f / s for f, s in zip(times["always four"], seconds, strict=True)]
-                if name == "always four":
-                    found[name].setdefault(f"{kind} ms", []).append(1000 * statistics.median(seconds))
+    runs = {
+        "prefill": prefill(rows),
+        "training step": training_step(rows),
+        "blocks": parts_alone(lambda block: block, lambda block, x: block(x, None, None, None), rows),
+        "feed-forwards": parts_alone(lambda block: block.feed_forward, lambda part, x: part(x, None), rows),
+    }
+    found = TRAINED.speeds(runs, lambda name: "always four")
+    kinds = list(runs)
     lines = [[name, *(spread(f[kind], 2) for kind in kinds)] for name, f in found.items()]
     base = found["always four"]
     lines.append(["always four, ms", *(spread(base[f"{kind} ms"], 0) for kind in kinds)])
     return table(["model, x faster than always four", *kinds], lines)
 
 
-@torch.no_grad()
-def features(parts: list[nn.Module], model: LanguageModel, ids: Tensor) -> list[Tensor]:
-    """What each of these parts of a model is given."""
-    found: list[Tensor] = []
-    hooks = [part.register_forward_pre_hook(lambda m, inputs: found.append(inputs[0])) for part in parts]
-    model(ids, logits=False)
-    for hook in hooks:
-        hook.remove()
-    return found
+def parts_alone(part_of: Callable[[Any], nn.Module], call: Callable[[Any, Tensor], Any], rows: Tensor) -> Run:
+    """A run of one part of every block, on what reaches it in prefill."""
+
+    @functools.lru_cache(len(MODELS))  # of one seed
+    @torch.no_grad()
+    def given(model: LanguageModel) -> list[tuple[nn.Module, Tensor]]:
+        found: list[tuple[nn.Module, Tensor]] = []
+        parts = [part_of(block) for block in model.blocks]
+        hooks = [part.register_forward_pre_hook(lambda m, inputs: found.append((m, inputs[0]))) for part in parts]
+        model.eval()(long_rows(rows), logits=False)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    @torch.no_grad()
+    def run(model: LanguageModel) -> None:
+        for part, x in given(model):
+            call(part, x)
+
+    return run
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    TRAINED.arguments(parser)
-    options = parser.parse_args()
-    results = TRAINED.run(__file__, options)
-    if results is None:
-        return
-    rows = held_out()
-    text = "# Conditional experts\n\n" + conditions("python benchmarks/experts.py")
-    text += (
-        f"\n{LAYERS} blocks, {EXPERTS} experts of hidden width {SHAPE['d_ff']}, {TRAINED.conditions()} top-p: as many "
+def page(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
+    text = (
+        f"\n{LAYERS} blocks, {EXPERTS} experts of hidden width {SHAPE['d_ff']}, {TRAINED.described()} top-p: as many "
         "experts as make up half of the router's probability, one to four.\n\n## Quality at equal steps\n\n"
     )
-    text += quality(results, rows, options.out)
-    text += "\n## The clock\n\nBoth cores, in turn, seven times each seed.\n\n" + clock(rows)
-    publish(text, options.out)
+    text += quality(results, rows, out)
+    return text + "\n## The clock\n\nBoth cores, in turn, seven times each seed.\n\n" + clock(rows)
 
 
 if __name__ == "__main__":
-    main()
+    TRAINED.main(__file__, __doc__, "Conditional experts", page)

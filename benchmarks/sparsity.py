@@ -11,20 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from common import arguments, conditions, interleaved, publish, spread, table
+from common import interleaved, spread, table
 from torch import Tensor
-from trained import Trained, bits, by_tenth, held_out, middle, scored, worse
+from trained import Trained, bits, by_tenth, plot_tenths, prefill, scored, training_step, worse
 
 from resnet_bk.config import ModelConfig, SparsityConfig
 from resnet_bk.layers.mixer import MIXERS
 from resnet_bk.layers.sparse import SparsityRecord
-from resnet_bk.model import LanguageModel
 from resnet_bk.ops import left_green, propagate
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 SHAPE = {"d_model": 128, "n_layers": 4, "n_seq": 256, "num_experts": 1}
 LENGTHS = (2_048, 8_192, 65_536)
@@ -100,24 +95,8 @@ def clock() -> str:
 
 def whole_models(rows: Tensor) -> str:
     """Prefill of 8 x 2,048 held-out bytes and training steps of 12 x 256, in turn with the dense model's."""
-    long, short = rows[:16, :1024].reshape(8, 2048), rows[:12, :257]
-
-    def prefill(model: LanguageModel) -> None:
-        with torch.no_grad():
-            model.eval()(long, logits=False)
-
-    def step(model: LanguageModel) -> None:
-        model.train()(short[:, :-1], targets=short[:, 1:], logits=False).loss.backward()
-        model.zero_grad()
-
-    found: dict[str, list[list[float]]] = {name: [[], []] for name in MODELS}
-    for seed in TRAINED.seeds:
-        models = {name: TRAINED.load(name, seed) for name in MODELS}
-        for i, run in enumerate((prefill, step)):
-            times = interleaved({name: (lambda m=model, r=run: r(m)) for name, model in models.items()}, 7)
-            for name, seconds in times.items():
-                found[name][i] += [d / s for d, s in zip(times[dense_of(name)], seconds, strict=True)]
-    lines = [[name, *(spread(ratios, 2) for ratios in both)] for name, both in found.items()]
+    found = TRAINED.speeds({"prefill": prefill(rows), "training step": training_step(rows)}, dense_of)
+    lines = [[name, spread(f["prefill"], 2), spread(f["training step"], 2)] for name, f in found.items()]
     return table(["model", "prefill, x faster than dense", "training step, x faster than dense"], lines)
 
 
@@ -149,13 +128,7 @@ def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> st
         lines.append([*row, spread([r["seconds"] / r["steps"] for r in runs], 2)])
         if tenths:
             curves[name] = tenths
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name, tenths in curves.items():
-        axes.plot(range(1, 11), middle(tenths), marker="o", label=name)
-    axes.set(xlabel="tenth of held-out bytes by the dense model's loss", ylabel="share of sites kept", ylim=(0, 1))
-    axes.legend(frameon=False)
-    if out is not None:
-        figure.savefig(out.with_suffix(".svg"), bbox_inches="tight")
+    plot_tenths(curves, "dense", "share of sites kept", out)
     header = ["model", "parameters", "bits per byte", "perplexity worse than dense, %", "sparsity"]
     return table([*header, "rank correlation of sites kept and loss", "s a step, beside another"], lines)
 
@@ -165,25 +138,16 @@ def _kept(records: list[Any]) -> Tensor:
     return torch.stack([r.kept.double() for r in records if isinstance(r, SparsityRecord)]).mean(0)
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    TRAINED.arguments(parser)
-    options = parser.parse_args()
-    results = TRAINED.run(__file__, options)
-    if results is None:
-        return
-    rows = held_out()
-    text = "# Learned sparsity in the core\n\n" + conditions("python benchmarks/sparsity.py")
-    text += (
+def page(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
+    text = (
         "\n## The clock\n\nForward and backward, both cores, dense and sparse in turn, nine times, 16,384 sites or "
         "one sequence; half of the sites left out by the predictor. Core: predictor, Green's function, scan, filling. "
         "Mixer: projections, convolution, norm and gate as well.\n\n"
     )
     text += clock()
     text += "\nWhole trained models, seven times each seed, 8 x 2,048 bytes and 12 x 256.\n\n" + whole_models(rows)
-    text += f"\n## Quality at equal steps\n\n4 blocks, {TRAINED.conditions()}\n\n" + quality(results, rows, options.out)
-    publish(text, options.out)
+    return text + f"\n## Quality at equal steps\n\n4 blocks, {TRAINED.described()}\n\n" + quality(results, rows, out)
 
 
 if __name__ == "__main__":
-    main()
+    TRAINED.main(__file__, __doc__, "Learned sparsity in the core", page)

@@ -6,14 +6,14 @@
 Dimensions: B sequences, N tokens.
 """
 
-import statistics
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, conditions, interleaved, publish, spread, table
+from common import spread, table
 from torch import Tensor
-from trained import Trained, bits, held_out, scored, worse
+from trained import Trained, bits, prefill, scored, training_step, worse
 
 from resnet_bk.ledger import Ledger, plain_flops
 from resnet_bk.model import LanguageModel
@@ -43,7 +43,7 @@ TRAINED = Trained("together", SHAPE, MODELS, batch=12, steps=300, seeds=(0, 1, 2
 
 def quality(results: list[dict[str, Any]], rows: Tensor) -> str:
     """Bits per byte, and FLOPs that ran on the held-out text, by the ledger."""
-    lines, plain = [], []
+    lines, plain, whole = [], [], plain_flops(TRAINED.load("plain", 0).config)
     for name in MODELS:
         bpb, saved = [], []
         for seed in TRAINED.seeds:
@@ -51,7 +51,7 @@ def quality(results: list[dict[str, Any]], rows: Tensor) -> str:
             with Ledger(model) as ledger:
                 nats, _ = scored(model, rows)
             bpb.append(bits(nats))
-            saved.append(_plain(model) * nats.numel() / ledger.total)
+            saved.append(whole * nats.numel() / ledger.total)
         plain = plain or bpb
         runs = [r for r in results if r["cell"]["model"] == name]
         lines.append(
@@ -68,36 +68,15 @@ def quality(results: list[dict[str, Any]], rows: Tensor) -> str:
     return table([*header, "s a step, beside another"], lines)
 
 
-def _plain(model: LanguageModel) -> float:
-    """FLOPs a token of the plain model of eight blocks."""
-    return plain_flops(model.config) * 8 / model.config.blocks
-
-
 def clock(rows: Tensor) -> str:
     """In turn with the plain model: prefill of 8 x 2,048 bytes, training steps of 12 x 256, greedy decoding."""
-    long, short = rows[:16, :1024].reshape(8, 2048), rows[:12, :257]
-
-    def prefill(model: LanguageModel) -> None:
-        with torch.no_grad():
-            model.eval()(long, logits=False)
-
-    def step(model: LanguageModel) -> None:
-        model.train()(short[:, :-1], targets=short[:, 1:], logits=False).loss.backward()
-        model.zero_grad()
 
     def decode(model: LanguageModel) -> None:
         with torch.no_grad():
             greedy(model.eval(), rows[3:4, :64], 100)
 
-    kinds = {"prefill": (prefill, 7), "training step": (step, 7), "decoding": (decode, 3)}
-    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in MODELS}
-    for seed in TRAINED.seeds:
-        models = {name: TRAINED.load(name, seed) for name in MODELS}
-        for kind, (run, repeats) in kinds.items():
-            times = interleaved({name: (lambda m=model, r=run: r(m)) for name, model in models.items()}, repeats)
-            for name, seconds in times.items():
-                found[name][kind] += [p / s for p, s in zip(times["plain"], seconds, strict=True)]
-                found[name][f"{kind} ms"].append(1000 * statistics.median(seconds))
+    kinds = {"prefill": prefill(rows), "training step": training_step(rows), "decoding": decode}
+    found = TRAINED.speeds(kinds, lambda name: "plain")
     lines = []
     for name, f in found.items():
         row = [name]
@@ -124,26 +103,17 @@ def stages(rows: Tensor) -> str:
     return table(["where", "share of FLOPs"], [*lines, ["filling up tiles", f"{ledger.unused / ledger.total:.1%}"]])
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    TRAINED.arguments(parser)
-    options = parser.parse_args()
-    results = TRAINED.run(__file__, options)
-    if results is None:
-        return
-    rows = held_out()
-    text = "# The techniques together\n\n" + conditions("python benchmarks/together.py")
-    text += (
+def page(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
+    text = (
         f"\nPlain: 8 blocks, four experts of hidden width {SHAPE['d_ff']}, all of them for every byte; "
-        f"{TRAINED.conditions()} words: two blocks on bytes, six on words (2-6-0). experts: as many as make up half of "
+        f"{TRAINED.described()} words: two blocks on bytes, six on words (2-6-0). experts: as many as make up half of "
         "the router's probability, 1.3 aimed at. everything: adaptive computation time on the words' blocks and half "
         "of all sites left out as well.\n\n## Quality at equal steps\n\n"
     )
     text += quality(results, rows)
-    text += "\n## The clock\n\nBoth cores, in turn. Decoding: 100 bytes after 64, one sequence.\n\n" + clock(rows)
-    text += "\n## Where the FLOPs of everything, 1-7-0, run\n\n" + stages(rows)
-    publish(text, options.out)
+    text += "\n## The clock\n\nBoth cores, in turn, seven times each seed. Decoding: 100 bytes, one sequence.\n\n"
+    return text + clock(rows) + "\n## Where the FLOPs of everything, 1-7-0, run\n\n" + stages(rows)
 
 
 if __name__ == "__main__":
-    main()
+    TRAINED.main(__file__, __doc__, "The techniques together", page)

@@ -6,13 +6,16 @@ Dimensions: B sequences, N tokens.
 import json
 import math
 import statistics
-from argparse import ArgumentParser, Namespace
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
-from common import batches, run_cells, stdlib_ids, train
+from common import arguments, batches, conditions, interleaved, publish, run_cells, stdlib_ids, train
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +23,12 @@ from torch.nn import functional as F
 from resnet_bk.model import LanguageModel, ModelOutput
 from resnet_bk.training.measure import rank_correlation
 
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
 HELD_OUT, WINDOW = 2**18, 1024  # bytes scored, and at a time
+Run = Callable[[LanguageModel], Any]
+Page = Callable[[list[dict[str, Any]], Tensor, Path | None], str]
 
 
 class Trained:
@@ -39,23 +47,26 @@ class Trained:
         self.benchmark, self.shape, self.models = benchmark, shape, models
         self.batch, self.steps, self.seeds = batch, steps, seeds
 
-    def arguments(self, parser: ArgumentParser) -> None:
+    def main(self, script: str, about: str | None, title: str, page: Page) -> None:
+        """The whole command line. page: from the results of the training cells, held-out rows and where the page goes,
+        what it says below its title and conditions."""
+        parser = arguments(about)
         parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
         parser.add_argument("--log", type=Path, default=Path(f"runs/benchmarks/{self.benchmark}.jsonl"))
         parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the timings")
-
-    def run(self, script: str, options: Namespace) -> list[dict[str, Any]] | None:
-        """The results of every training cell; None where there is nothing more to do."""
+        options = parser.parse_args()
         if options.cell is not None:
             print(json.dumps(self._train(options.cell)))
-            return None
+            return
         cells = [
             {"model": name, "fields": {**self.shape, **fields}, "seed": seed, "steps": self.steps}
             for name, fields in self.models.items()
             for seed in self.seeds
         ]
         results = run_cells(script, cells, workers=2, log=options.log)
-        return None if options.train_only else results
+        if not options.train_only:
+            head = f"# {title}\n\n" + conditions(f"python benchmarks/{self.benchmark}.py")
+            publish(head + page(results, held_out(), options.out), options.out)
 
     def _train(self, spec: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(1)
@@ -82,7 +93,23 @@ class Trained:
         load_model(model, str(self._path(name, seed)))
         return model.eval()
 
-    def conditions(self) -> str:
+    def speeds(
+        self, runs: dict[str, Run], reference: Callable[[str], str], repeats: int = 7
+    ) -> dict[str, dict[str, list[float]]]:
+        """By model and run: how many times as fast as its reference model it is, all models in turn, every seed; and
+        under "... ms" the median milliseconds of each seed."""
+        found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in self.models}
+        for seed in self.seeds:
+            models = {name: self.load(name, seed) for name in self.models}
+            for what, run in runs.items():
+                times = interleaved({name: partial(run, model) for name, model in models.items()}, repeats)
+                for name, seconds in times.items():
+                    pairs = zip(times[reference(name)], seconds, strict=True)
+                    found[name][what] += [base / own for base, own in pairs]
+                    found[name][f"{what} ms"].append(1000 * statistics.median(seconds))
+        return found
+
+    def described(self) -> str:
         """How they were trained, in words."""
         return (
             f"D = {self.shape['d_model']}, the default corpus, {self.steps} steps of {self.batch} x "
@@ -110,6 +137,32 @@ def scored(model: LanguageModel, rows: Tensor) -> tuple[Tensor, list[ModelOutput
     return torch.cat(nats), outputs
 
 
+def prefill(rows: Tensor) -> Run:
+    """8 x 2,048 of the rows' tokens."""
+    ids = long_rows(rows)
+
+    def run(model: LanguageModel) -> None:
+        with torch.no_grad():
+            model.eval()(ids, logits=False)
+
+    return run
+
+
+def long_rows(rows: Tensor) -> Tensor:
+    """(8, 2048) ids."""
+    return rows[:16, :WINDOW].reshape(8, 2 * WINDOW)
+
+
+def training_step(rows: Tensor) -> Run:
+    """Forward and backward of 12 x 256 tokens."""
+
+    def run(model: LanguageModel) -> None:
+        model.train()(rows[:12, :256], targets=rows[:12, 1:257], logits=False).loss.backward()
+        model.zero_grad()
+
+    return run
+
+
 def bits(nats: Tensor) -> float:
     return nats.mean().item() / math.log(2)
 
@@ -124,6 +177,18 @@ def by_tenth(loss: Tensor, what: Tensor) -> tuple[list[float], float]:
     loss, what = loss.flatten(), what.flatten().double()
     tenths = [tenth.mean().item() for tenth in what[loss.argsort()].tensor_split(10)]
     return tenths, rank_correlation(loss, what)
+
+
+def plot_tenths(curves: dict[str, list[list[float]]], of_whom: str, what: str, out: Path | None) -> None:
+    """Medians over the seeds, with their spread, beside the page. curves: name -> for each seed, ten means."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, seeds in curves.items():
+        axes.plot(range(1, 11), middle(seeds), marker="o", label=name)
+        axes.fill_between(range(1, 11), *(list(map(f, zip(*seeds, strict=True))) for f in (min, max)), alpha=0.2)
+    axes.set(xlabel=f"tenth of held-out bytes by the loss of the {of_whom} model", ylabel=what, xticks=range(1, 11))
+    axes.legend(frameon=False)
+    if out is not None:
+        figure.savefig(out.with_suffix(".svg"), bbox_inches="tight")
 
 
 def middle(curves: list[list[float]]) -> list[float]:

@@ -10,7 +10,7 @@ import argparse
 
 import numpy as np
 import torch
-from coloring import LENGTH, colored, fit, held_out_run, legend, stdlib
+from coloring import LENGTH, by_level, fit, held_out_run, legend, stdlib
 from rich.console import Console
 
 from resnet_bk import LanguageModel
@@ -30,7 +30,7 @@ def report(model: LanguageModel, held_out: np.ndarray, console: Console) -> None
         console.print(
             f"{record.mean_blocks:.2f} of {record.available} blocks a byte:", legend(1, record.available, "blocks")
         )
-        console.print(colored(x[0], record.blocks[0] - 1, record.available - 1))
+        console.print(by_level(x[0], record.blocks[0] - 1, record.available - 1))
 
 
 def main() -> None:

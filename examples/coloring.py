@@ -13,9 +13,9 @@ from rich.text import Text
 from resnet_bk import LanguageModel
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.model import ModelOutput
+from resnet_bk.report.terminal import colored
 
 LENGTH, BATCH = 256, 12
-COLORS = ("grey35", "blue", "cyan", "green", "yellow", "orange1", "red", "bright_magenta")
 
 
 def stdlib() -> tuple[np.ndarray, np.ndarray]:
@@ -71,18 +71,13 @@ def held_out_run(model: LanguageModel, held_out: np.ndarray, console: Console) -
     return x, output
 
 
-def colored(ids: torch.Tensor, levels: torch.Tensor, highest: int) -> Text:
+def by_level(ids: torch.Tensor, levels: torch.Tensor, highest: int) -> Text:
     """Bytes ids (N,) as text, each in the color of its level (N,), integers from 0 to `highest`."""
-    text = Text()
-    for token, level in zip(ids.tolist(), levels.tolist(), strict=True):
-        shade = COLORS[level * (len(COLORS) - 1) // max(1, highest)]
-        text.append(chr(token - 3) if token - 3 < 127 else "\N{MIDDLE DOT}", style=shade)
-    return text
+    shown = (chr(token - 3) if token - 3 < 127 else "\N{MIDDLE DOT}" for token in ids.tolist())
+    return colored(zip(shown, (levels / max(1, highest)).tolist(), strict=True))
 
 
 def legend(lowest: int, highest: int, what: str) -> Text:
     """The colors of `lowest` to `highest`, the first being that of level 0."""
-    text = Text()
-    for count in range(lowest, highest + 1):
-        text.append(f" {count} ", style=COLORS[(count - lowest) * (len(COLORS) - 1) // max(1, highest - lowest)])
-    return text.append(what)
+    span = max(1, highest - lowest)
+    return colored((f" {count} ", (count - lowest) / span) for count in range(lowest, highest + 1)).append(what)

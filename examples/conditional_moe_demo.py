@@ -9,7 +9,7 @@ experts, one whose router takes as many as it is in doubt about. Shows held-out 
 import argparse
 
 import torch
-from coloring import LENGTH, colored, fit, held_out_run, legend, stdlib
+from coloring import LENGTH, by_level, fit, held_out_run, legend, stdlib
 from rich.console import Console
 
 from resnet_bk import LanguageModel
@@ -51,7 +51,7 @@ def main() -> None:
         console.print(used(output))
         mean = torch.stack([record.used[0] for record in reports(output)]).double().mean(0)
         console.print("experts of a byte, on average over the layers:", legend(0, 4, ""))
-        console.print(colored(x[0], mean.round().long(), 4))
+        console.print(by_level(x[0], mean.round().long(), 4))
 
 
 if __name__ == "__main__":

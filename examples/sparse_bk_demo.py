@@ -11,7 +11,7 @@ import argparse
 import time
 
 import torch
-from coloring import LENGTH, colored, fit, held_out_run, legend, stdlib
+from coloring import LENGTH, by_level, fit, held_out_run, legend, stdlib
 from rich.console import Console
 
 from resnet_bk import LanguageModel
@@ -64,7 +64,7 @@ def main() -> None:
         x, output = held_out_run(model.eval(), held_out, console)
         if found := reports(output):
             console.print(left_out(output) + "; kept by", legend(0, layers, f"of {layers} mixers"))
-            console.print(colored(x[0], sum(r.kept[0].long() for r in found), layers))
+            console.print(by_level(x[0], sum(r.kept[0].long() for r in found), layers))
     console.print()
     clock(console)
 

@@ -1,5 +1,6 @@
 """``resnet-bk ablate``: the plan, the fit, what is trained and what is written."""
 
+import dataclasses
 import json
 import math
 import random
@@ -85,10 +86,16 @@ def test_switching_off_leaves_the_rest_of_the_model():
 
 
 @pytest.fixture
-def made_up(tmp_path, monkeypatch):
+def text():
+    """What made-up runs were trained on."""
+    return ["a"]
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch, text):
     """Runs that train nothing: bits per byte rise, and times fall, with every room that is on."""
     monkeypatch.chdir(tmp_path)
-    seen, text = [], ["a"]
+    seen = []
 
     def train(config, console):
         seen.append(config)
@@ -102,21 +109,14 @@ def made_up(tmp_path, monkeypatch):
         folder = tmp_path / config.output_dir
         folder.mkdir(parents=True)
         (folder / run.RESULTS).write_text(json.dumps(results))
-        (folder / run.CONFIG).write_text(yaml.safe_dump(json.loads(json.dumps(vars_of(config)))))
+        (folder / run.CONFIG).write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
         return results
 
     monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(ablate, "made_up_text", text, raising=False)
     return seen
 
 
-def vars_of(config):
-    import dataclasses
-
-    return dataclasses.asdict(config)
-
-
-def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_up, tmp_path):
+def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_up, text, tmp_path):
     recipe = TrainConfig(model=MODEL, max_steps=5)
     config = AblateConfig("base.yaml", output_dir="out", seeds=[0, 1])
     found = ablate.ablate(config, recipe, Console(quiet=True))
@@ -125,15 +125,15 @@ def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_
     for effect in found["prefill, us a byte"]:
         assert math.exp(effect.value) == pytest.approx(0.5 if len(effect.rooms) == 1 else 1)
     assert found["bits per byte"][0].value == pytest.approx(0.1)
-    text = (tmp_path / "out" / ablate.TABLE).read_text()
-    assert "| depth+sparsity+experts | 2.300" in text
-    assert "| depth x sparsity |" in text
+    table = (tmp_path / "out" / ablate.TABLE).read_text()
+    assert "| depth+sparsity+experts | 2.300" in table
+    assert "| depth x sparsity |" in table
     assert len(json.loads((tmp_path / "out" / ablate.DATA).read_text())) == 16
     ablate.ablate(config, recipe, Console(quiet=True))
     assert len(made_up) == 16  # nothing is trained twice
     with pytest.raises(ConfigError, match=r"ablate\.base: max_steps is 6, the finished run in .* had 5"):
         ablate.ablate(config, TrainConfig(model=MODEL, max_steps=6), Console(quiet=True))
-    ablate.made_up_text[0] = "changed"
+    text[0] = "changed"
     with pytest.raises(ConfigError, match=r"has other text \(train_sha256\) than the first one"):
         ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0, 2]), recipe, Console(quiet=True))
 

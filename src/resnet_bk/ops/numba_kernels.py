@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from resnet_bk.ops.chunked import SCAN_CHUNK
+from resnet_bk.ops.numba_jit import arrays, jit
 from resnet_bk.ops.numba_sparse import sparse_scan_backward, sparse_scan_forward
 
 __all__ = [
@@ -27,11 +28,9 @@ __all__ = [
 ]
 
 LANES = 64  # chains one task carries through time together
-# Vectorised reductions and fused multiply-add; NaN, infinity and division stay IEEE.
-_jit = njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
-@_jit
+@jit
 def _green_forward_real(d, w, g0, mask, out):
     batch, length, heads = d.shape
     blocks = (heads + LANES - 1) // LANES
@@ -49,7 +48,7 @@ def _green_forward_real(d, w, g0, mask, out):
                 out[b, t, low + h] = g
 
 
-@_jit
+@jit
 def _green_forward_complex(d, w, g0, mask, out):
     batch, length, heads, _ = d.shape
     blocks = (heads + LANES - 1) // LANES
@@ -72,7 +71,7 @@ def _green_forward_complex(d, w, g0, mask, out):
                 out[b, t, low + h, 1] = im[h]
 
 
-@_jit
+@jit
 def _green_backward_real(grad, g, w, g0, mask, grad_d, grad_w, grad_g0):
     batch, length, heads = g.shape
     blocks = (heads + LANES - 1) // LANES
@@ -97,7 +96,7 @@ def _green_backward_real(grad, g, w, g0, mask, grad_d, grad_w, grad_g0):
         grad_g0[b, low:high] = carried
 
 
-@_jit
+@jit
 def _green_backward_complex(grad, g, w, g0, mask, grad_d, grad_w, grad_g0):
     batch, length, heads, _ = g.shape
     blocks = (heads + LANES - 1) // LANES
@@ -132,7 +131,7 @@ def _green_backward_complex(grad, g, w, g0, mask, grad_d, grad_w, grad_g0):
             grad_g0[b, low + h, 1] = im[h]
 
 
-@_jit
+@jit
 def _scan_forward(q, k, v, alpha, beta, s0, y, last, states):
     batch, length, heads, width = k.shape
     values = v.shape[3]
@@ -157,7 +156,7 @@ def _scan_forward(q, k, v, alpha, beta, s0, y, last, states):
         last[b, h] = s
 
 
-@_jit
+@jit
 def _scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states, dq, dk, dv, dalpha, dbeta, ds0):
     batch, length, heads, width = k.shape
     values = v.shape[3]
@@ -208,11 +207,6 @@ def _scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states, dq, dk, dv, 
         ds0[b, h] = r
 
 
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    """Contiguous numpy views; complex numbers as a last axis of (real, imaginary)."""
-    return [(torch.view_as_real(x) if x.is_complex() else x).contiguous().numpy() for x in tensors]
-
-
 def _mask(mask: Tensor | None) -> np.ndarray:
     return np.empty((0, 0), np.bool_) if mask is None else mask.contiguous().numpy()
 
@@ -220,7 +214,7 @@ def _mask(mask: Tensor | None) -> np.ndarray:
 def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
     out = torch.empty_like(d, memory_format=torch.contiguous_format)
     kernel: Any = _green_forward_complex if d.is_complex() else _green_forward_real
-    kernel(*_arrays(d, w, g0), _mask(mask), *_arrays(out))
+    kernel(*arrays(d, w, g0), _mask(mask), *arrays(out))
     return out
 
 
@@ -229,7 +223,7 @@ def green_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, w, g0))
     kernel: Any = _green_backward_complex if g.is_complex() else _green_backward_real
-    kernel(*_arrays(grad.resolve_conj(), g, w, g0), _mask(mask), *_arrays(*out))
+    kernel(*arrays(grad.resolve_conj(), g, w, g0), _mask(mask), *arrays(*out))
     return out  # type: ignore[return-value]
 
 
@@ -242,7 +236,7 @@ def scan_forward(
         torch.empty_like(s0, memory_format=torch.contiguous_format),
     )
     states = s0.new_empty(*s0.shape[:2], chunks, *s0.shape[2:])
-    _scan_forward(*_arrays(q, k, v, alpha, beta, s0, y, last, states))
+    _scan_forward(*arrays(q, k, v, alpha, beta, s0, y, last, states))
     return y, last, states
 
 
@@ -261,11 +255,11 @@ def scan_backward(
         *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs),
         torch.empty_like(grad_last, memory_format=torch.contiguous_format),
     )
-    _scan_backward(*_arrays(grad_y, grad_last, *inputs, states), *_arrays(*out))
+    _scan_backward(*arrays(grad_y, grad_last, *inputs, states), *arrays(*out))
     return out  # type: ignore[return-value]
 
 
-@_jit
+@jit
 def _conv_forward(x, weight, y):
     batch, length, channels = y.shape
     width = weight.shape[0]
@@ -278,7 +272,7 @@ def _conv_forward(x, weight, y):
                 y[b, t, c] += weight[i, c] * x[b, t + i, c]
 
 
-@_jit
+@jit
 def _conv_backward(grad, x, weight, grad_x, grad_weight):
     batch, length, channels = grad.shape
     width = weight.shape[0]
@@ -301,11 +295,11 @@ def _conv_backward(grad, x, weight, grad_x, grad_weight):
 
 def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
-    _conv_forward(*_arrays(x, weight, y))
+    _conv_forward(*arrays(x, weight, y))
     return y
 
 
 def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
-    _conv_backward(*_arrays(grad, x, weight, grad_x, grad_weight))
+    _conv_backward(*arrays(grad, x, weight, grad_x, grad_weight))
     return grad_x, grad_weight

@@ -5,15 +5,14 @@ Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of 
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from resnet_bk.ops.chunked import SCAN_CHUNK
+from resnet_bk.ops.numba_jit import arrays, jit
 
-_jit = njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
-
-@_jit
+@jit
 def _forward(q, k, v, alpha, beta, fill, gate, s0, r0, y, last_s, last_r, states):
     batch, length, heads, width = k.shape
     values = v.shape[3]
@@ -65,7 +64,7 @@ def _forward(q, k, v, alpha, beta, fill, gate, s0, r0, y, last_s, last_r, states
         last_r[b, h] = r
 
 
-@_jit
+@jit
 def _backward(
     grad_y, grad_s, grad_r, q, k, v, alpha, beta, fill, gate, states, dq, dk, dv, dalpha, dbeta, dfill, dgate, ds0, dr0
 ):
@@ -192,37 +191,19 @@ def _backward(
         dr0[b, h] = dr
 
 
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [x.contiguous().numpy() for x in tensors]
-
-
 def sparse_scan_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, fill: Tensor, gate: Tensor, s0: Tensor, r0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chunks = -(-q.shape[1] // SCAN_CHUNK)
     out = (v.new_empty(v.shape), s0.new_empty(s0.shape), r0.new_empty(r0.shape))
     states = s0.new_empty(*s0.shape[:2], chunks, s0.shape[2] + 1, s0.shape[3])
-    _forward(*_arrays(q, k, v, alpha, beta, fill, gate, s0, r0, *out, states))
+    _forward(*arrays(q, k, v, alpha, beta, fill, gate, s0, r0, *out, states))
     return *out, states
 
 
-def sparse_scan_backward(
-    grad_y: Tensor,
-    grad_s: Tensor,
-    grad_r: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    fill: Tensor,
-    gate: Tensor,
-    states: Tensor,
-) -> tuple[Tensor, ...]:
-    inputs = (q, k, v, alpha, beta, fill, gate)
-    dq, dk, dv, dalpha, dbeta, dfill, dgate, ds0, dr0 = (
-        x.new_empty(x.shape) for x in (q, k, v, alpha, beta, fill, fill, grad_s, grad_r)
-    )
-    found = (dq, dk, dv, dalpha, dbeta, dfill, dgate, ds0, dr0)
-    _backward(*_arrays(grad_y, grad_s, grad_r, *inputs, states, *found))
-    return dq, dk, dv, dalpha, dbeta, dfill, dgate.sum(-1), ds0, dr0
+def sparse_scan_backward(grad_y: Tensor, grad_s: Tensor, grad_r: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+    """saved: q, k, v, alpha, beta, fill, gate, states. Gradients of the first seven, s0 and r0."""
+    q, k, v, alpha, beta, fill, _, _ = saved
+    *found, dgate, ds0, dr0 = (x.new_empty(x.shape) for x in (q, k, v, alpha, beta, fill, fill, grad_s, grad_r))
+    _backward(*arrays(grad_y, grad_s, grad_r, *saved, *found, dgate, ds0, dr0))
+    return *found, dgate.sum(-1), ds0, dr0

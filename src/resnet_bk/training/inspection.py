@@ -25,11 +25,11 @@ from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.ledger import Ledger, plain_flops
 from resnet_bk.record import Record
 from resnet_bk.report import html
+from resnet_bk.report.terminal import colored
 from resnet_bk.training.measure import rank_correlation
 from resnet_bk.training.run import load, versions
 from resnet_bk.training.trainer import quiet_transformers
 
-COLORS = ("grey35", "blue", "cyan", "green", "yellow", "orange1", "red", "bright_magenta")
 TITLE = "What the model spends"
 
 
@@ -63,7 +63,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
     stages = _stages(ledger)
     shown = text[: spans[-1][1]]
     pieces = _pieces(shown, spans, cost, bits.cpu(), _closes(output.records, len(cost)))
-    console.print(_colored(pieces))
+    console.print(colored((piece, heat) for piece, heat, _ in pieces))
     for title, lines in ((f"{config.checkpoint} on {config.text}", rows), ("where", stages)):
         table = Table(title=Text(title), show_header=False)
         for line in lines:
@@ -154,13 +154,6 @@ def _closes(records: list[Record], length: int) -> Tensor:
         if isinstance(record, ChunkRecord) and record.closes is not None and record.closes.shape[1] == length:
             return record.closes[0].cpu()
     return torch.zeros(length, dtype=torch.bool)
-
-
-def _colored(pieces: list[tuple[str, float, str]]) -> Text:
-    text = Text()
-    for piece, heat, _ in pieces:
-        text.append(piece, style=COLORS[round(heat * (len(COLORS) - 1))])
-    return text
 
 
 def _legend(cost: Tensor) -> str:
