@@ -18,7 +18,7 @@ from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import ChunkRecord, MultiScale
 from resnet_bk.config import ROOMS, ModelConfig
-from resnet_bk.layers.block import Block, place_of
+from resnet_bk.layers.block import Block, place_of, placed
 from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
 from resnet_bk.layers.sparse import SparsityRecord
@@ -89,8 +89,7 @@ class Ledger:
     def _begin(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs["ids"]
         self.by_token = torch.zeros(ids.numel(), dtype=torch.float64, device=ids.device)
-        place = torch.arange(ids.numel(), device=ids.device).view_as(ids) << 32
-        self._frames = [_Frame("", place, kwargs.get("mask"))]
+        self._frames = [_Frame("", placed(ids), kwargs.get("mask"))]
 
     def _end(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: ModelOutput) -> None:
         ids = args[0] if args else kwargs["ids"]
