@@ -56,16 +56,21 @@ def core_steps(readout: str, width: int, length: int, target: float) -> dict[str
         sparse.importance.bias -= sparse.importance(x).flatten().quantile(target)
         a, z = mixers["dense"].energies(x)
     a.requires_grad_()
-    qkv = [torch.randn(*a.shape, width, requires_grad=True) for _ in range(3)]
+    kept = sparse(x, None)[0].sites.mask.shape[1]
+    v = torch.randn(*a.shape, width, requires_grad=True)
+    qk = {
+        name: [torch.randn(batch, sites, a.shape[2], width, requires_grad=True) for _ in range(2)]
+        for name, sites in (("dense", length), ("sparse", kept))
+    }
 
     def core(name: str) -> None:
         sparsity = None if name == "dense" else sparse(x, None)[0]
         if readout == "diagonal":
             y, _ = left_green(a, z, sparsity=sparsity)
         else:
-            y, _ = propagate(*qkv, a, z, sparsity=sparsity)
+            y, _ = propagate(*qk[name], v, a, z, sparsity=sparsity)
         y.backward(torch.ones_like(y))
-        for leaf in (x, a, *qkv, *sparse.parameters()):
+        for leaf in (x, a, v, *qk[name], *sparse.parameters()):
             leaf.grad = None
 
     def layer(name: str) -> None:

@@ -20,7 +20,7 @@ from resnet_bk.adaptive.multiscale import ChunkRecord, MultiScale
 from resnet_bk.config import ROOMS, ModelConfig
 from resnet_bk.layers.block import Block, place_of, placed
 from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
-from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
+from resnet_bk.layers.mixer import DiagonalMixer, KeptReads, PropagatorMixer, ShortConv
 from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.model import LanguageModel, ModelOutput
 from resnet_bk.record import Record
@@ -69,6 +69,10 @@ class Ledger:
             if isinstance(module, LAYERS):
                 layers.append(name)
                 self._hook(module, self._enter(name), self._leave)
+            elif isinstance(module, KeptReads):
+                self._hook(module, None, self._kept_reads)
+            elif isinstance(self.model.get_submodule(name.rpartition(".")[0]), KeptReads):
+                continue  # counted with it, site by site
             elif (count := _COUNTED.get(type(module))) is not None:
                 layer = next((n for n in reversed(layers) if name.startswith(f"{n}.")), "")
                 part = name.removeprefix(layer).strip(".").split(".")[0]
@@ -150,17 +154,28 @@ class Ledger:
         self.stages[f"{frame.name} {part}".strip()] += flops.sum().item()
         frame.each = flops if frame.each is None else frame.each + flops
 
+    def _add_filling(self, flops: float, part: str) -> None:
+        """Book operations on rows that fill up a tile."""
+        self.stages[f"{self._frames[-1].name} {part}"] += flops
+        self.unused += flops
+
     def _sparse_core(self, mixer: PropagatorMixer, record: SparsityRecord) -> None:
-        each = 5.0 * mixer.width**2 * mixer.heads * (1 if mixer.causal else 2)
+        sites = (1 if mixer.causal else 2) * mixer.heads
+        scan, fill = 5.0 * mixer.width**2 * sites, 3.0 * mixer.width * sites
         computed = record.kept if record.kept.shape[1] > 1 else torch.ones_like(record.kept)  # single steps are dense
-        self._add_each(each * computed.double(), "mixer")
+        self._add_each(torch.where(computed, scan, fill).double(), "mixer")
+
+    def _kept_reads(self, module: KeptReads, args: tuple[Any, ...], output: Any) -> None:
+        x, _, sites = args
+        each = float(2 * module.proj.weight.numel() + (2 * module.conv.weight.numel() if x.shape[1] > 1 else 0))
+        self._running()
+        self._add_each(sites.merge(each * sites.mask.double()), "mixer")
+        self._add_filling(each * int((~sites.mask).sum()), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
         each = 2.0 * (experts.up[0].numel() + experts.down[0].numel())
         self._add_each(each * record.used.double(), "feed_forward")
-        filling = each * float(((-record.load) % TILE).sum())
-        self.stages[f"{self._frames[-1].name} feed_forward"] += filling
-        self.unused += filling
+        self._add_filling(each * float(((-record.load) % TILE).sum()), "feed_forward")
 
     def _settle(self, frame: _Frame) -> None:
         """Give what a layer ran to the tokens at its positions."""
@@ -180,9 +195,9 @@ def _convolution(module: ShortConv, x: Tensor, y: Tensor) -> float:
 
 
 def _propagator(module: PropagatorMixer, x: Tensor, y: Tensor) -> float:
-    """The Green's function and the dense scan; of a sparse one what it does at every site."""
+    """The Green's function and the dense scan; a sparse one is counted site by site."""
     sites, sweeps = y.shape[0] * y.shape[1] * module.heads, 1 if module.causal else 2
-    scan = 5 * module.width**2 if module.sparse is None else 6 * module.width
+    scan = 5 * module.width**2 if module.sparse is None else 0
     return float(sweeps * sites * (3 + scan))
 
 

@@ -169,7 +169,7 @@ def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
         kept = sum(int(r.kept.sum()) for r in sparse)
         sites = sum(int(r.sites) for r in sparse)
         assert 0.2 < kept / sites < 0.8
-        expected = heads * (5 * width**2 * kept + 6 * width * sites)
+        expected = heads * (5 * width**2 * kept + 3 * width * (sites - kept))
         assert flops.get("resnet_bk.sparse_scan", 0) == expected
         assert "resnet_bk.scan" not in flops
     experts = [m for m in model.modules() if isinstance(m, Experts)]

@@ -3,6 +3,8 @@
 A new technique is one more entry in ROOMS, and its typical bugs more entries in BUGS.
 """
 
+from dataclasses import replace
+
 import contract_checks as checks
 import pytest
 import torch
@@ -495,10 +497,10 @@ def mask_multiplies(model: LanguageModel, monkeypatch) -> None:
     propagate = mixer.propagate
 
     def dense(q, k, v, *args, sparsity=None, state=None, **kwargs):
-        gate = sparsity.gate[..., None, None]
-        y, _ = propagate(q, k * gate, v, *args, state=None, **kwargs)
-        _, state = propagate(q, k, v, *args, state=state, sparsity=sparsity._replace(gate=0 * sparsity.gate), **kwargs)
-        return y * gate, state
+        sites, nobody = sparsity.sites, replace(sparsity, gate=0 * sparsity.gate)
+        y, _ = propagate(sites.merge(q), sites.merge(k), v, *args, state=None, **kwargs)
+        _, state = propagate(q[:, :1], k[:, :1], v, *args, state=state, sparsity=replace(nobody, tile=1), **kwargs)
+        return y * sparsity.gate[..., None, None], state
 
     monkeypatch.setattr(mixer, "propagate", dense)
 
@@ -528,7 +530,7 @@ def mask_without_a_gradient(model: LanguageModel, monkeypatch) -> None:
     propagate = mixer.propagate
 
     def detached(*args, sparsity=None, **kwargs):
-        return propagate(*args, sparsity=sparsity._replace(gate=sparsity.gate.detach()), **kwargs)
+        return propagate(*args, sparsity=replace(sparsity, gate=sparsity.gate.detach()), **kwargs)
 
     monkeypatch.setattr(mixer, "propagate", detached)
 

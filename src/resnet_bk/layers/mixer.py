@@ -15,17 +15,19 @@ from resnet_bk.layers.norm import Norm
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.ops import PropagatorState, SparseState, Sparsity, left_green, propagate, resolvent_diagonal
 from resnet_bk.ops.conv import short_conv
+from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record
 
 
 class MixerState(NamedTuple):
     """All that a mixer remembers of the past; its size does not depend on how long that was.
 
-    conv: (B, W - 1, C), the last inputs of the short convolution.
+    conv: (B, W - 1, C), the last inputs of the short convolution; in sparse propagators of that of v and of that of
+      q and k, of kept sites.
     core: g of the last site (B, H) for the diagonal readout, a PropagatorState or SparseState for the propagator.
     """
 
-    conv: Tensor
+    conv: Tensor | tuple[Tensor, Tensor]
     core: Tensor | PropagatorState | SparseState
 
 
@@ -34,7 +36,7 @@ class ShortConv(nn.Module):
 
     def __init__(self, channels: int, width: int, causal: bool):
         super().__init__()
-        self.width, self.causal = width, causal
+        self.channels, self.width, self.causal = channels, width, causal
         self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-1, 1) / math.sqrt(width))
 
     def forward(self, x: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -99,6 +101,19 @@ def _inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
+class KeptReads(nn.Module):
+    """Queries and keys of the kept sites, from nothing but these: their convolution runs over the last W kept ones."""
+
+    def __init__(self, d_model: int, conv_width: int, causal: bool):
+        super().__init__()
+        self.proj = nn.Linear(d_model, 2 * d_model, bias=False)
+        self.conv = ShortConv(2 * d_model, conv_width, causal)
+
+    def forward(self, x: Tensor, state: Tensor | None, sites: Packing) -> tuple[Tensor, Tensor]:
+        """(B, N, D) -> (B, M, 2 D), packed, and the last W - 1 inputs of the convolution."""
+        return self.conv(self.proj(sites.pack(x)), state, sites.mask)
+
+
 class PropagatorMixer(nn.Module):
     """Linear attention whose gates are the chain's propagator: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D)."""
 
@@ -107,11 +122,13 @@ class PropagatorMixer(nn.Module):
         d, self.heads, self.causal = config.d_model, config.heads, config.causal
         self.width = d // self.heads
         self.energies = Energies(d, self.heads, config.energy)
-        self.in_proj = nn.Linear(d, 4 * d, bias=False)
-        self.conv = ShortConv(3 * d, config.conv_width, config.causal)
+        everywhere = 1 if config.sparsity.target else 3  # v alone, or q, k and v
+        self.in_proj = nn.Linear(d, (everywhere + 1) * d, bias=False)
+        self.conv = ShortConv(everywhere * d, config.conv_width, config.causal)
         self.norm = Norm(self.width)
         self.out_proj = nn.Linear(d, d, bias=False)
         self.sparse = SparseBKCore(config, self.heads) if config.sparsity.target else None
+        self.reads = KeptReads(d, config.conv_width, config.causal) if config.sparsity.target else None
 
     def forward(
         self, x: Tensor, state: MixerState | None, mask: Tensor | None
@@ -119,9 +136,16 @@ class PropagatorMixer(nn.Module):
         past = state or MixerState(None, None)  # type: ignore[arg-type]
         sparsity, records = _decide(self.sparse, x, mask)
         a, z = self.energies(x)
-        qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
-        qkv, conv = self.conv(qkv, past.conv, mask)
-        q, k, v = F.silu(qkv).to(a.dtype).unflatten(-1, (3, self.heads, self.width)).unbind(2)
+        u, gate = self.in_proj(x).split([self.conv.channels, x.shape[-1]], dim=-1)
+        if sparsity is None or self.reads is None:
+            u, conv = self.conv(u, past.conv, mask)
+            q, k, v = self._heads(u, a.dtype)
+        else:
+            conv_v, conv_qk = past.conv or (None, None)
+            u, conv_v = self.conv(u, conv_v, mask)
+            qk, conv_qk = self.reads(x, conv_qk, sparsity.sites)
+            q, k, v = *self._heads(qk, a.dtype), *self._heads(u, a.dtype)
+            conv = conv_v, conv_qk
         q = q / math.sqrt(self.width)
         y, core = propagate(
             q,
@@ -136,6 +160,10 @@ class PropagatorMixer(nn.Module):
         )
         y = self.norm(y.to(x.dtype)).flatten(-2) * F.silu(gate)
         return self.out_proj(y), MixerState(conv, core), records
+
+    def _heads(self, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(B, N, any number times D) -> so many (B, N, H, K)."""
+        return F.silu(u).to(dtype).unflatten(-1, (-1, self.heads, self.width)).unbind(2)
 
 
 class DiagonalMixer(nn.Module):

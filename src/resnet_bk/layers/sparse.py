@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_bk.config import ModelConfig
+from resnet_bk.layers.feedforward import TILE
 from resnet_bk.ops import Sparsity
 from resnet_bk.record import Record
 
@@ -33,7 +34,8 @@ class SparsityRecord(Record):
 class SparseBKCore(nn.Module):
     """An importance predictor for the sites of one mixer: those above 0 are kept, in all heads alike.
 
-    Each head learns how fast what its last kept site read fades at sites left out. Decisions are hard and have the
+    Each head learns how fast what its last kept site read fades at sites left out, and how much of their own value
+    these read. Decisions are hard and have the
     gradient of a log-sigmoid (straight-through): kept sites tell what they are worth to the task, the price pushes all
     of them towards the target. A decision reads its own position, so it is causal, and indifferent to batch-mates.
     """
@@ -44,6 +46,7 @@ class SparseBKCore(nn.Module):
         self.importance = nn.Linear(config.d_model, 1)
         nn.init.constant_(self.importance.bias, START)
         self.fill = nn.Parameter(torch.full((heads,), START))
+        self.own = nn.Parameter(torch.full((heads,), 0.5))
         self.progress = 1.0  # of training, 0 to 1: see `anneal`
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Sparsity, SparsityRecord]:
@@ -59,11 +62,11 @@ class SparseBKCore(nn.Module):
         loss = (above / BAND).clamp(-1, 1) * (importance.sigmoid() * real).sum() / number
         if self.training and self.settings.sampling == "gumbel":  # logistic noise: the difference of two Gumbel's
             importance = importance + torch.rand_like(importance).logit(1e-6)
-        kept = importance > 0
+        kept = (importance > 0) & real
         soft = importance.sigmoid()
         gate = torch.where(kept, soft / soft.detach(), 0)  # exactly 1 or 0
-        record = SparsityRecord(losses={"sparsity": loss}, kept=kept & real, sites=real.sum())
-        return Sparsity(gate, self.fill.to(exact).sigmoid().expand(*x.shape[:2], -1)), record
+        record = SparsityRecord(losses={"sparsity": loss}, kept=kept, sites=real.sum())
+        return Sparsity(gate, self.fill.to(exact).sigmoid(), self.own.to(exact), TILE), record
 
 
 def anneal(model: nn.Module, progress: float) -> None:

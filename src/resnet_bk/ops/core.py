@@ -3,12 +3,15 @@
 Dimensions: B batch, N sites, H chains (heads), K key width, V value width.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from resnet_bk.ops.kernels import green, scan
+from resnet_bk.ops.packing import Packing
 from resnet_bk.ops.sparse import sparse_scan
 
 
@@ -32,17 +35,32 @@ class SparseState(NamedTuple):
     r: Tensor
 
 
-class Sparsity(NamedTuple):
+@dataclass(frozen=True)
+class Sparsity:
     """Which sites of a chain :func:`propagate` computes, and what stands in for the others.
 
-    gate: (B, N), 0 to 1. Where it is 0 nothing is written to the chain's state and nothing is read from it: the output
-      is that of the last kept site, faded, plus what the site reads of itself. What passes the site decays there as
-      ever: it is eliminated exactly (a Schur complement). Between 0 and 1: a mixture. A gate of 0 gets no gradient.
-    fill: (B, N, H), fading at each site left out in turn, beside the chain's own decay there.
+    gate: (B, N), exactly 0 or 1. Where it is 0 (as it must be at padding) nothing is written to the chain's state and
+      nothing is read from it: what the last kept site read, faded, stands in, with a part of the site's own value. What
+      passes the site decays there as ever: it is eliminated exactly (a Schur complement). Its gradient is what keeping
+      the site is worth; a gate of 0 gets none.
+    fill: (H,), fading at each site left out in turn, beside the chain's own decay there.
+    own: (H,), how much of ``g_t v_t`` is read where a site is left out. Not of the diagonal readout, which has no v.
+    tile: the number of kept sites is rounded up to a multiple of it in packed tensors.
     """
 
     gate: Tensor
     fill: Tensor
+    own: Tensor
+    tile: int = 1
+
+    @cached_property
+    def sites(self) -> Packing:
+        """Kept sites, packed: q and k are those of these alone."""
+        return Packing(self.gate > 0, self.tile)
+
+    def reversed(self) -> "Sparsity":
+        """Of the chain read from its end."""
+        return Sparsity(self.gate.flip(1), self.fill, self.own, self.tile)
 
 
 def _chain(
@@ -76,14 +94,20 @@ def _chain(
     return d, w, state
 
 
-def _check_sparsity(sparsity: Sparsity | None, a: Tensor) -> None:
+def _check_sparsity(sparsity: Sparsity | None, a: Tensor, mask: Tensor | None) -> None:
     if sparsity is None:
         return
-    for name, x, shape in (("gate", sparsity.gate, a.shape[:2]), ("fill", sparsity.fill, a.shape)):
+    for name, shape in (("gate", a.shape[:2]), ("fill", a.shape[2:]), ("own", a.shape[2:])):
+        x = getattr(sparsity, name)
         if x.shape != shape:
             raise ValueError(f"sparsity.{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
         if x.dtype != a.dtype or x.device != a.device:
             raise TypeError(f"sparsity.{name}: expected {a.dtype} on {a.device} as a, got {x.dtype} on {x.device}")
+    odd = (sparsity.gate != 0) & (sparsity.gate != 1)
+    if odd.any():
+        raise ValueError(f"sparsity.gate: expected 0 or 1 everywhere, got {sparsity.gate[odd][0].item():g}")
+    if mask is not None and (sparsity.gate[~mask] != 0).any():
+        raise ValueError("sparsity.gate: 1 where mask is False; padding cannot be kept, so its gate must be 0")
 
 
 def left_green(
@@ -114,19 +138,12 @@ def left_green(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
     """
     d, w, state = _chain(a, z, hop, state, mask)
-    _check_sparsity(sparsity, a)
-    g = green(d, w, state, _kept(mask, sparsity))
+    _check_sparsity(sparsity, a, mask)
+    g = green(d, w, state, mask if sparsity is None else sparsity.gate > 0)
     if sparsity is None:
         return g, g[:, -1]
     before = torch.cat([state.unsqueeze(1), g[:, :-1]], dim=1)
     return _filled(g, 1 / (d - sparsity.fill * w * before), sparsity), g[:, -1]
-
-
-def _kept(mask: Tensor | None, sparsity: Sparsity | None) -> Tensor | None:
-    """(B, N) bool, or None where all are: the sites of the chain that is left."""
-    if sparsity is None:
-        return mask
-    return sparsity.gate > 0 if mask is None else mask & (sparsity.gate > 0)
 
 
 def _filled(kept: Tensor, stand_in: Tensor, sparsity: Sparsity) -> Tensor:
@@ -148,8 +165,8 @@ def resolvent_diagonal(
     Arguments as in :func:`left_green`. Masked positions hold a finite value without meaning.
     """
     d, w, nothing = _chain(a, z, hop, None, mask)
-    _check_sparsity(sparsity, a)
-    from_left, from_right = _both_sides(d, w, nothing, _kept(mask, sparsity))
+    _check_sparsity(sparsity, a, mask)
+    from_left, from_right = _both_sides(d, w, nothing, mask if sparsity is None else sparsity.gate > 0)
     diagonal = 1 / (d - from_left - from_right)
     if sparsity is None:
         return diagonal
@@ -199,7 +216,8 @@ def propagate(
     ``causal=False``: the full resolvent, all s; takes and returns no useful state.
 
     Args:
-        q, k: (B, N, H, K), like a in dtype; for complex z, K is even and pairs are complex numbers (see naive.py).
+        q, k: (B, N, H, K), like a in dtype; for complex z, K is even and pairs are complex numbers (see naive.py). Of
+            sparse chains those of the kept sites, packed as by ``sparsity.sites``.
         v: (B, N, H, V).
         a, z, hop, mask: as in :func:`left_green`.
         state: of the sites before the first, as returned; default: nothing before.
@@ -211,17 +229,18 @@ def propagate(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or x.shape[:3] != a.shape:
-            raise ValueError(f"{name}: expected shape {(*a.shape, 'width')}, got {tuple(x.shape)}")
+    d, w, g0 = _chain(a, z, hop, None if state is None else state.g, mask)
+    _check_sparsity(sparsity, a, mask)
+    sites = a.shape if sparsity is None else (len(a), sparsity.sites.mask.shape[1], a.shape[2])
+    for name, x, shape in (("q", q, sites), ("k", k, sites), ("v", v, a.shape)):
+        if x.dim() != 4 or x.shape[:3] != shape:
+            raise ValueError(f"{name}: expected shape {(*shape, 'width')}, got {tuple(x.shape)}")
         if x.dtype != a.dtype or x.device != a.device:
             raise TypeError(f"{name}: expected {a.dtype} on {a.device} as a, got {x.dtype} on {x.device}")
     if q.shape != k.shape:
         raise ValueError(f"k: expected shape {tuple(q.shape)} as q, got {tuple(k.shape)}")
-    d, w, g0 = _chain(a, z, hop, None if state is None else state.g, mask)
     if d.is_complex() and q.shape[-1] % 2:
         raise ValueError(f"q: a complex chain pairs key channels, so K must be even, got {q.shape[-1]}")
-    _check_sparsity(sparsity, a)
     if causal and state is not None and isinstance(state, SparseState) != (sparsity is not None):
         raise ValueError(
             f"state: got a {type(state).__name__}, expected that of a {'dense' if sparsity is None else 'sparse'} "
@@ -247,14 +266,20 @@ def propagate(
     # diagonal, in both, taken off once.
     from_left, from_right = _both_sides(d, w, g0, mask)
     diagonal = 1 / (d - from_left - from_right)
-    left = _semiseparable(q, k, v, _ratio(from_left, links), None, s0, mask, diagonal, sparsity)[0]
     back_mask = None if mask is None else mask.flip(1)
-    ratio = _ratio(from_right.flip(1), _links_from_the_right(links, mask))
-    back_q, back_k, back_v, back_diagonal = (x.flip(1) for x in (q, k, v, diagonal))
-    back_sparsity = None if sparsity is None else Sparsity(*(x.flip(1) for x in sparsity))
-    right = _semiseparable(back_q, back_k, back_v, ratio, None, s0, back_mask, back_diagonal, back_sparsity)[0].flip(1)
-    qk = (q * _turn(k, diagonal.angle()) if d.is_complex() else q * k).sum(-1)
-    y = left + right - (_magnitude(diagonal) * qk).unsqueeze(-1) * v
+    back_ratio = _ratio(from_right.flip(1), _links_from_the_right(links, mask))
+    back_v, back_diagonal = v.flip(1), diagonal.flip(1)
+    if sparsity is None:
+        back, phase, back_q, back_k = None, diagonal.angle(), q.flip(1), k.flip(1)
+    else:
+        back, phase = sparsity.reversed(), sparsity.sites.pack(diagonal.angle())
+        back_q, back_k = (back.sites.pack(sparsity.sites.merge(x).flip(1)) for x in (q, k))
+    left = _semiseparable(q, k, v, _ratio(from_left, links), None, s0, mask, diagonal, sparsity)[0]
+    right = _semiseparable(back_q, back_k, back_v, back_ratio, None, s0, back_mask, back_diagonal, back)[0].flip(1)
+    own = (q * _turn(k, phase) if d.is_complex() else q * k).sum(-1)
+    if sparsity is not None:
+        own = _filled(sparsity.sites.merge(own), sparsity.own, sparsity)
+    y = left + right - (_magnitude(diagonal) * own).unsqueeze(-1) * v
     if mask is not None:
         y = y.masked_fill(~mask[:, :, None, None], 0)
     return y, PropagatorState(g0, s0)
@@ -287,21 +312,20 @@ def _semiseparable(
         site = mask.unsqueeze(-1)
         alpha = torch.where(site, alpha, 1.0)
         beta = torch.where(site, beta, 0.0)
-        k = torch.where(site.unsqueeze(-1), k, 0.0)  # so that a NaN in padding stays there
-        v = torch.where(site.unsqueeze(-1), v, 0.0)
-        if sparsity is not None:
-            sparsity = Sparsity(sparsity.gate.masked_fill(~mask, 0), torch.where(site, sparsity.fill, 1.0))
-            q = torch.where(site.unsqueeze(-1), q, 0.0)  # of what a site reads of itself
+        v = torch.where(site.unsqueeze(-1), v, 0.0)  # so that a NaN in padding stays there
+        if sparsity is None:
+            k = torch.where(site.unsqueeze(-1), k, 0.0)
     r0 = v.new_zeros(v.shape[0], *v.shape[2:]) if r0 is None else r0
     if not alpha.is_complex():
-        y, s, r = _scan(q, k, v, alpha, beta, s0, sparsity, r0)
+        y, s, r = _scan(q, k, v, alpha, beta, s0, mask, sparsity, r0)
         return (y if scale is None else y * scale.unsqueeze(-1)), s, r
     alpha, decay = _without_zeros(alpha)
     theta = torch.remainder(alpha.angle().double().cumsum(1), 2 * torch.pi).to(q.dtype)
-    q = _turn(q, -theta if scale is None else -theta - scale.angle())
     beta, weight = _without_zeros(beta)
-    k = _turn(k, beta.angle() - theta)
-    y, s, r = _scan(q, k, v, decay, weight, s0, sparsity, r0)
+    turn_q, turn_k = -theta if scale is None else -theta - scale.angle(), beta.angle() - theta
+    if sparsity is not None:
+        turn_q, turn_k = sparsity.sites.pack(turn_q), sparsity.sites.pack(turn_k)
+    y, s, r = _scan(_turn(q, turn_q), _turn(k, turn_k), v, decay, weight, s0, mask, sparsity, r0)
     s = _turn(s.mT, theta[:, -1].unsqueeze(-1)).mT
     return (y if scale is None else y * scale.abs().unsqueeze(-1)), s, r
 
@@ -313,13 +337,15 @@ def _scan(
     alpha: Tensor,
     beta: Tensor,
     s0: Tensor,
+    mask: Tensor | None,
     sparsity: Sparsity | None,
     r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan, dense or sparse: y, the last S, the last r."""
     if sparsity is None:
         return *scan(q, k, v, alpha, beta, s0), r0
-    return sparse_scan(q, k, v, alpha, beta, sparsity.fill * alpha, sparsity.gate, s0, r0)
+    fill = sparsity.fill if mask is None else torch.where(mask.unsqueeze(-1), sparsity.fill, 1.0)
+    return sparse_scan(q, k, v, alpha, beta, fill * alpha, sparsity.own * beta, sparsity.gate, s0, r0)
 
 
 def _without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:

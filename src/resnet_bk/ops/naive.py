@@ -70,24 +70,24 @@ def sparse_propagate(
     z: Tensor | complex,
     hop_N: Tensor,
     keep_N: Tensor,
-    fill_N: Tensor,
+    fill: Tensor,
+    own: Tensor,
 ) -> Tensor:
-    """:func:`propagate`, causal, reading from kept sites only, (N, V): the sum over s runs over those and t itself.
+    """:func:`propagate`, causal, reading from kept sites only, (N, V): the sum over s runs over those. fill, own:
+    scalars.
 
     Sites left out do not read: what the last kept site reads, times fill and ``-hop g`` (its magnitude in a complex
-    chain) of each site since, stands in for it.
+    chain) of each site since, stands in for it, and own times ``g v`` (again its magnitude).
     """
     p = propagator(a_N, z, hop_N)
     q, k = q_NK.double(), k_NK.double()
     if p.is_complex():
         q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
-    weights = ((q.conj() @ k.mT) * p).real
-    own = weights.diagonal().unsqueeze(-1) * v_NV.double()
-    read = (weights * keep_N) @ v_NV.double()
-    step = -hop_N * p.diagonal()
-    fade = fill_N * (step.abs() if p.is_complex() else step)
+    read = (((q.conj() @ k.mT) * p).real * keep_N) @ v_NV.double()
+    g = p.diagonal()
+    fade, part = (x.abs() if p.is_complex() else x for x in (-hop_N * g, g))
     r, out = torch.zeros_like(read[0]), []
     for t, kept in enumerate(keep_N.tolist()):
-        r = read[t] if kept else fade[t] * r
-        out.append(r if kept else r + own[t])
+        r = read[t] if kept else fill * fade[t] * r
+        out.append(r if kept else r + own * part[t] * v_NV[t].double())
     return torch.stack(out)

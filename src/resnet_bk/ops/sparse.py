@@ -1,9 +1,9 @@
 """The scan on a chain of which some sites are left out, as a registered operator.
 
 A gate of 0 leaves a site out: nothing is written to the state there and nothing is read from it, what decays in it
-decays on, and the site's output is filled in from the last kept one. Between 0 and 1 a gate mixes the two.
+decays on, and what the last kept site read stands in for it, with a part of the site's own value.
 
-Dimensions: B batch, N sites, H chains, K key width, V value width.
+Dimensions: B batch, N sites, M the most that a row keeps, H chains, K key width, V value width.
 """
 
 import torch
@@ -17,65 +17,98 @@ from resnet_bk.ops.packing import Packing
 
 
 def sparse_scan(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, fill: Tensor, gate: Tensor, s0: Tensor, r0: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    fade: Tensor,
+    own: Tensor,
+    gate: Tensor,
+    s0: Tensor,
+    r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With ``o_t = beta_t <q_t, k_t> v_t``, what a site reads of itself, and a gate m:
+    """With gates m, and q and k those of the kept sites, one after the other:
 
     ``S_t = alpha_t S_{t-1} + m_t beta_t k_t v_t^T``
-    ``r_t = (1 - m_t) fill_t r_{t-1} + m_t (alpha_t q_t S_{t-1} + o_t)``, what is carried on to sites left out
-    ``y_t = r_t + (1 - m_t) o_t``
+    ``r_t = (1 - m_t) fade_t r_{t-1} + m_t (alpha_t q_t S_{t-1} + beta_t <q_t, k_t> v_t)``, carried on to sites left out
+    ``y_t = r_t + (1 - m_t) own_t v_t``
 
-    At m = 1 everywhere this is :func:`resnet_bk.ops.kernels.scan`. A gate of exactly 0 gets no gradient: what its site
-    would have read is not computed.
+    At m = 1 everywhere this is :func:`resnet_bk.ops.kernels.scan`. Gates are exactly 0 or 1; the gradient is that of
+    the formula, and 0 for a gate of 0: what its site would have read is not computed.
 
     Args:
-        q, k: (B, N, H, K). v: (B, N, H, V). alpha, beta, fill: (B, N, H). gate: (B, N), 0 to 1.
-        s0: (B, H, K, V), r0: (B, H, V), before the first site. All real and of one dtype.
+        q, k: (B, M, H, K), what follows a row's last kept site is ignored. v: (B, N, H, V). alpha, beta, fade, own:
+        (B, N, H). gate: (B, N). s0: (B, H, K, V), r0: (B, H, V), before the first site. All real and of one dtype.
 
     Returns:
         y (B, N, H, V), and S (B, H, K, V) and r (B, H, V) after the last site.
     """
-    inputs = (q, k, v, alpha, beta, fill, gate, s0, r0)
-    if q.shape[1] == 1:
+    inputs = (q, k, v, alpha, beta, fade, own, gate, s0, r0)
+    if v.shape[1] == 1:
         return _by_steps(*inputs)
-    if hasattr(backend_for(q), "sparse_scan_forward"):
+    if hasattr(backend_for(v), "sparse_scan_forward"):
         return sparse_scan_op(*inputs)[:3]
     return _packed(*inputs)
 
 
 def _by_steps(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, fill: Tensor, gate: Tensor, s0: Tensor, r0: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    fade: Tensor,
+    own: Tensor,
+    gate: Tensor,
+    s0: Tensor,
+    r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence under autograd: for single steps, and for derivatives of the gradient."""
-    m, own = _gate_and_own(q, k, v, beta, gate)
+    keep = gate > 0
+    m = torch.where(keep, gate, 0)[..., None, None]
+    row, place = torch.arange(len(q), device=q.device), (keep.cumsum(1) - 1).clamp(min=0)
     s, r, out = s0, r0, []
-    for t in range(q.shape[1]):
+    for t in range(v.shape[1]):
+        q_t, k_t = q[row, place[:, t]], k[row, place[:, t]]
+        new = beta[:, t].unsqueeze(-1) * v[:, t]
         s = alpha[:, t, :, None, None] * s
-        far = (q[:, t].unsqueeze(-2) @ s).squeeze(-2)
-        s = s + k[:, t].unsqueeze(-1) * (m[:, t] * beta[:, t].unsqueeze(-1) * v[:, t]).unsqueeze(-2)
-        r = (1 - m[:, t]) * fill[:, t].unsqueeze(-1) * r + m[:, t] * (far + own[:, t])
-        out.append(r + (1 - m[:, t]) * own[:, t])
+        read = (q_t.unsqueeze(-2) @ s).squeeze(-2) + (q_t * k_t).sum(-1, keepdim=True) * new
+        s = s + k_t.unsqueeze(-1) * (m[:, t] * new).unsqueeze(-2)
+        r = (1 - m[:, t]) * fade[:, t].unsqueeze(-1) * r + m[:, t] * read
+        out.append(r + (1 - m[:, t]) * own[:, t].unsqueeze(-1) * v[:, t])
     return torch.stack(out, dim=1), s, r
 
 
 def _packed(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, fill: Tensor, gate: Tensor, s0: Tensor, r0: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    fade: Tensor,
+    own: Tensor,
+    gate: Tensor,
+    s0: Tensor,
+    r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense scan on the packed sites that are kept, for backends without a kernel."""
-    m, own = _gate_and_own(q, k, v, beta, gate)
     keep = gate > 0
     packing = Packing(keep)
     site = packing.mask.unsqueeze(-1)
+    q, k, v_ = (torch.where(site.unsqueeze(-1), x[:, : site.shape[1]], 0) for x in (q, k, packing.pack(v)))
     # decay from one kept site to the next, and from the last one to the end
     run = (keep.cumsum(1) - keep.long()).unsqueeze(-1).expand_as(alpha)
     ones = alpha.new_ones(len(alpha), site.shape[1] + 1, alpha.shape[2])
     decay = ones.scatter_reduce(1, run, alpha, "prod")
     trailing = decay[torch.arange(len(alpha), device=alpha.device), packing.counts]
-    written = packing.pack(m.squeeze(-1) * beta)
-    q_, k_, v_ = (packing.pack(x) for x in (q, k, v))
-    read, s = scan(q_, k_, v_, torch.where(site, decay[:, :-1], 1), torch.where(site, written, 0), s0)
-    r = _Carry.apply((1 - m) * fill.unsqueeze(-1), m * (packing.merge(read) + (1 - m) * own), r0)
-    return r + (1 - m) * own, s * trailing[..., None, None], r[:, -1]
+    m = packing.pack(gate).unsqueeze(-1)
+    beta_ = torch.where(site, packing.pack(beta), 0)
+    read, s = scan(q, k, v_, torch.where(site, decay[:, :-1], 1), m * beta_, s0)
+    read = read + ((1 - m) * beta_ * (q * k).sum(-1)).unsqueeze(-1) * v_
+    rest = (1 - torch.where(keep, gate, 0)).unsqueeze(-1)
+    r = _Carry.apply((rest * fade).unsqueeze(-1), packing.merge(m.unsqueeze(-1) * read), r0)
+    return r + (rest * own).unsqueeze(-1) * v, s * trailing[..., None, None], r[:, -1]
 
 
 class _Carry(torch.autograd.Function):
@@ -109,17 +142,21 @@ def _carry_by_steps(fade: Tensor, new: Tensor, r0: Tensor) -> tuple[Tensor]:
     return (torch.stack(out, dim=1),)
 
 
-def _gate_and_own(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """m (B, N, 1, 1), constant where it is 0, and o (B, N, H, V) of :func:`sparse_scan`."""
-    return torch.where(gate == 0, 0, gate)[..., None, None], (beta * (q * k).sum(-1)).unsqueeze(-1) * v
-
-
 @torch.library.custom_op("resnet_bk::sparse_scan", mutates_args=())
 def sparse_scan_op(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, fill: Tensor, gate: Tensor, s0: Tensor, r0: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    fade: Tensor,
+    own: Tensor,
+    gate: Tensor,
+    s0: Tensor,
+    r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`sparse_scan`, and S and r entering each chunk, (B, H, M, K + 1, V), which the backward starts from."""
-    return backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fill, gate, s0, r0)
+    """As :func:`sparse_scan`, and S before each SCAN_CHUNK-th kept site, (B, H, chunks, K, V): the backward's start."""
+    return backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fade, own, gate, s0, r0)
 
 
 @torch.library.custom_op("resnet_bk::sparse_scan_backward", mutates_args=())
@@ -132,50 +169,55 @@ def sparse_scan_backward(
     v: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    fill: Tensor,
+    fade: Tensor,
+    own: Tensor,
     gate: Tensor,
+    r0: Tensor,
+    y: Tensor,
     states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = backend_for(q)
-    return backend.sparse_scan_backward(grad_y, grad_s, grad_r, q, k, v, alpha, beta, fill, gate, states)
+    return backend.sparse_scan_backward(grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, r0, y, states)
 
 
 @sparse_scan_op.register_fake
-def _(q, k, v, alpha, beta, fill, gate, s0, r0):
+def _(q, k, v, alpha, beta, fade, own, gate, s0, r0):
     chunks = (q.shape[1] + SCAN_CHUNK - 1) // SCAN_CHUNK
-    states = s0.new_empty(s0.shape[0], s0.shape[1], chunks, s0.shape[2] + 1, s0.shape[3])
+    states = s0.new_empty(s0.shape[0], s0.shape[1], chunks, s0.shape[2], s0.shape[3])
     return v.new_empty(v.shape), s0.new_empty(s0.shape), r0.new_empty(r0.shape), states
 
 
 @sparse_scan_backward.register_fake
-def _(grad_y, grad_s, grad_r, q, k, v, alpha, beta, fill, gate, states):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta, fill, gate, grad_s, grad_r))
+def _(grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, r0, y, states):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta, fade, own, gate, grad_s, grad_r))
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[3])
+    ctx.save_for_backward(*inputs, output[0], output[3])
 
 
 def _autograd(ctx, grad_y: Tensor, grad_s: Tensor, grad_r: Tensor, grad_states: Tensor):
-    *inputs, states = ctx.saved_tensors
+    *inputs, y, states = ctx.saved_tensors
     if torch.is_grad_enabled():
         return differentiable_vjp(_by_steps, tuple(inputs), (grad_y, grad_s, grad_r))
-    return sparse_scan_backward(grad_y, grad_s, grad_r, *inputs[:7], states)
+    return sparse_scan_backward(grad_y, grad_s, grad_r, *inputs[:8], inputs[9], y, states)
 
 
 sparse_scan_op.register_autograd(_autograd, setup_context=_setup)
 
 
-# Counted from the gates, so raw arguments: a kept site costs what one of the dense scan does, another 2 K + 4 V.
+# Counted from the gates, so raw arguments: a kept site costs what one of the dense scan does, another 3 V.
 
 
 @register_flop_formula(torch.ops.resnet_bk.sparse_scan, get_raw=True)
-def _flops(q, k, v, alpha, beta, fill, gate, *args, out_val=None, **kwargs) -> int:
-    heads, keys, values = k.shape[-2], k.shape[-1], v.shape[-1]
-    return heads * (5 * keys * values * int((gate > 0).sum()) + (2 * keys + 4 * values) * gate.numel())
+def _flops(q, k, v, alpha, beta, fade, own, gate, *args, out_val=None, **kwargs) -> int:
+    heads, keys, values, kept = k.shape[-2], k.shape[-1], v.shape[-1], int((gate > 0).sum())
+    return heads * (5 * keys * values * kept + 3 * values * (gate.numel() - kept))
 
 
 @register_flop_formula(torch.ops.resnet_bk.sparse_scan_backward, get_raw=True)
-def _backward_flops(grad_y, grad_s, grad_r, q, k, v, alpha, beta, fill, gate, *args, out_val=None, **kwargs) -> int:
-    heads, keys, values = k.shape[-2], k.shape[-1], v.shape[-1]
-    return heads * (14 * keys * values * int((gate > 0).sum()) + (6 * keys + 9 * values) * gate.numel())
+def _backward_flops(
+    grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, *args, out_val=None, **kwargs
+) -> int:
+    heads, keys, values, kept = k.shape[-2], k.shape[-1], v.shape[-1], int((gate > 0).sum())
+    return heads * (14 * keys * values * kept + 8 * values * (gate.numel() - kept))
