@@ -32,7 +32,11 @@ Page = Callable[[list[dict[str, Any]], Tensor, Path | None], str]
 
 
 class Trained:
-    """The models of one benchmark, trained on the default corpus. models: name -> fields of the model."""
+    """The models of one benchmark, trained on the default corpus.
+
+    models: name -> fields of the model. timed: name -> a model and a share: trained not for so many steps, but for that
+    share of the seconds that the other one took (the median of its seeds).
+    """
 
     def __init__(
         self,
@@ -43,8 +47,9 @@ class Trained:
         batch: int,
         steps: int,
         seeds: tuple[int, ...],
+        timed: dict[str, tuple[str, float]] | None = None,
     ):
-        self.benchmark, self.shape, self.models = benchmark, shape, models
+        self.benchmark, self.shape, self.models, self.timed = benchmark, shape, models, timed or {}
         self.batch, self.steps, self.seeds = batch, steps, seeds
 
     def main(self, script: str, about: str | None, title: str, page: Page) -> None:
@@ -58,15 +63,24 @@ class Trained:
         if options.cell is not None:
             print(json.dumps(self._train(options.cell)))
             return
-        cells = [
-            {"model": name, "fields": {**self.shape, **fields}, "seed": seed, "steps": self.steps}
-            for name, fields in self.models.items()
-            for seed in self.seeds
-        ]
-        results = run_cells(script, cells, workers=2, log=options.log)
+        by_steps = self._cells({name: {"steps": self.steps} for name in self.models if name not in self.timed})
+        results = run_cells(script, by_steps, workers=2, log=options.log)
+        seconds: dict[str, dict[str, Any]] = {}
+        for name, (other, share) in self.timed.items():
+            taken = statistics.median(r["seconds"] for r in results if r["cell"]["model"] == other)
+            seconds[name] = {"seconds": round(share * taken)}
+        results += run_cells(script, self._cells(seconds), workers=2, log=options.log)
         if not options.train_only:
             head = f"# {title}\n\n" + conditions(f"python benchmarks/{self.benchmark}.py")
             publish(head + page(results, held_out(), options.out), options.out)
+
+    def _cells(self, budgets: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """One for each model and seed. budgets: name -> {"steps": ...} or {"seconds": ...}."""
+        return [
+            {"model": name, "fields": {**self.shape, **self.models[name]}, "seed": seed, **budget}
+            for name, budget in budgets.items()
+            for seed in self.seeds
+        ]
 
     def _train(self, spec: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(1)
@@ -78,7 +92,7 @@ class Trained:
 
         ids, _ = stdlib_ids()
         draw = batches(ids, self.batch, self.shape["n_seq"], spec["seed"])
-        result: dict[str, Any] = dict(train(loss_of, model, draw, steps=spec["steps"]))
+        result: dict[str, Any] = dict(train(loss_of, model, draw, spec.get("steps"), spec.get("seconds")))
         result["parameters"] = sum(p.numel() for p in model.parameters())
         save_model(model, str(self._path(spec["model"], spec["seed"])))
         return result

@@ -34,14 +34,16 @@ def left_out(output: ModelOutput) -> str:
 def clock(console: Console, length: int = 16_384, heads: int = 4, width: int = 32) -> None:
     """Forward and backward of a core alone, by how many of its sites are left out."""
     a, z = Energies(heads * width, heads, "real")(torch.randn(1, length, heads * width))
-    qkv = [torch.randn(1, length, heads, width, requires_grad=True) for _ in range(3)]
+    v = torch.randn(1, length, heads, width, requires_grad=True)
     for share in (0.0, 0.25, 0.5, 0.75):
         gate = (torch.rand(1, length) >= share).float()
-        sparsity = Sparsity(gate, torch.full_like(a, 0.9)) if share else None
+        sparsity = Sparsity(gate, torch.full((heads,), 0.9), torch.full((heads,), 0.5)) if share else None
+        sites = length if sparsity is None else int(gate.sum())
+        q, k = (torch.randn(1, sites, heads, width, requires_grad=True) for _ in range(2))
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
-            y, _ = propagate(*qkv, a.detach(), z.detach(), sparsity=sparsity)
+            y, _ = propagate(q, k, v, a.detach(), z.detach(), sparsity=sparsity)
             y.backward(torch.ones_like(y))
             seconds.append(time.perf_counter() - started)
         console.print(f"{length:,} sites, {share:.2f} left out: {1000 * min(seconds):.0f} ms forward and backward")

@@ -47,7 +47,8 @@ def test_each_tokens_own_work_is_booked_for_it():
     with Ledger(sparse) as ledger:
         records = sparse(ids).records
     kept = sum(r.kept.long() for r in records)
-    rest = ledger.by_token - 5 * 2 * 8**2 * kept
+    read, scan, fill = 4 * 16**2, 5 * 2 * 8**2, 3 * 2 * 8  # D = 16: two heads of width 8
+    rest = ledger.by_token - (read + scan - fill) * kept
     assert rest.max() - rest.min() < 1e-6 * rest.max()
 
 
@@ -120,8 +121,12 @@ def test_single_steps_of_sparse_cores_count_in_full():
     """They compute everything: skipping would save nothing there."""
     model = checks.build(**ROOMS["sparse"])
     with Ledger(model) as ledger:
-        model(checks.tokens(model, 64, 1))
-    assert ledger.by_token.max() == pytest.approx(ledger.by_token.min().item(), rel=1e-12)
+        records = model(checks.tokens(model, 64, 1)).records
+    left_out = sum((~r.kept).double().squeeze(1) for r in records)
+    assert left_out.max() > left_out.min()
+    whole = ledger.by_token.squeeze(1) + 4 * 16**2 * left_out  # queries and keys that nobody asks for
+    assert whole.max() == pytest.approx(whole.min().item(), rel=1e-12)
+    assert ledger.unused == 4 * 16**2 * left_out.sum()
 
 
 @pytest.mark.parametrize("fields", [{}, {"readout": "diagonal"}, {"num_experts": 4}, ROOMS["act"], ROOMS["stride-4"]])

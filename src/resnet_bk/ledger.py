@@ -20,9 +20,10 @@ from resnet_bk.adaptive.multiscale import ChunkRecord, MultiScale
 from resnet_bk.config import ROOMS, ModelConfig
 from resnet_bk.layers.block import Block, place_of, placed
 from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
-from resnet_bk.layers.mixer import DiagonalMixer, KeptReads, PropagatorMixer, ShortConv
+from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
 from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.model import LanguageModel, ModelOutput
+from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record
 
 LAYERS = (Block, MultiScale, LearnedLength, AdaptiveDepth)
@@ -69,10 +70,8 @@ class Ledger:
             if isinstance(module, LAYERS):
                 layers.append(name)
                 self._hook(module, self._enter(name), self._leave)
-            elif isinstance(module, KeptReads):
-                self._hook(module, None, self._kept_reads)
-            elif isinstance(self.model.get_submodule(name.rpartition(".")[0]), KeptReads):
-                continue  # counted with it, site by site
+            elif name.endswith(".qk_proj"):
+                continue  # counted site by site, with the sparse core
             elif (count := _COUNTED.get(type(module))) is not None:
                 layer = next((n for n in reversed(layers) if name.startswith(f"{n}.")), "")
                 part = name.removeprefix(layer).strip(".").split(".")[0]
@@ -160,17 +159,14 @@ class Ledger:
         self.unused += flops
 
     def _sparse_core(self, mixer: PropagatorMixer, record: SparsityRecord) -> None:
-        sites = (1 if mixer.causal else 2) * mixer.heads
-        scan, fill = 5.0 * mixer.width**2 * sites, 3.0 * mixer.width * sites
+        assert mixer.qk_proj is not None
+        chains = (1 if mixer.causal else 2) * mixer.heads
+        scan, fill = 5.0 * mixer.width**2 * chains, 3.0 * mixer.width * chains
         computed = record.kept if record.kept.shape[1] > 1 else torch.ones_like(record.kept)  # single steps are dense
-        self._add_each(torch.where(computed, scan, fill).double(), "mixer")
-
-    def _kept_reads(self, module: KeptReads, args: tuple[Any, ...], output: Any) -> None:
-        x, _, sites = args
-        each = float(2 * module.proj.weight.numel() + (2 * module.conv.weight.numel() if x.shape[1] > 1 else 0))
-        self._running()
-        self._add_each(sites.merge(each * sites.mask.double()), "mixer")
-        self._add_filling(each * int((~sites.mask).sum()), "mixer")
+        each = torch.where(computed, scan, fill).double()
+        reads = 2.0 * mixer.qk_proj.weight.numel()
+        self._add_each(each + reads * record.kept.double(), "mixer")
+        self._add_filling(reads * int((~Packing(record.kept, TILE).mask).sum()), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
         each = 2.0 * (experts.up[0].numel() + experts.down[0].numel())

@@ -4,6 +4,7 @@ A new technique is one more entry in ROOMS, and its typical bugs more entries in
 """
 
 from dataclasses import replace
+from itertools import combinations
 
 import contract_checks as checks
 import pytest
@@ -117,6 +118,22 @@ ROOMS = {
     },
     "skip-in-chunks": {"multiscale": {"factors": [2], "layers": [1, 3, 1]}, "depth": {"policy": "skip"}},
 }
+# One of each kind of room, to be combined: all pairs, and all of them at once.
+PARTS = {
+    "multiscale": {"multiscale": {"factors": [3], "layers": [1, 3, 0], "boundaries": "learned"}},
+    "length": {"length": {**LENGTH, "mode": "pool", "pooling": "attention"}},
+    "depth": {"n_layers": 4, "depth": {"policy": "act", "threshold": 0.6}},
+    "sparsity": {"sparsity": {"target": 0.5}},
+    "experts": {"d_model": 64, "num_experts": 4, "experts": {"policy": "top_p"}},
+}
+for chosen in [*combinations(PARTS, 2), tuple(PARTS)]:
+    ROOMS["+".join(chosen)] = {name: value for room in chosen for name, value in PARTS[room].items()}
+ROOMS["all-skip"] = {**ROOMS["+".join(PARTS)], "depth": {"policy": "skip"}}
+ROOMS["exit+sparsity+experts"] = {
+    **ROOMS["sparsity+experts"],
+    "n_layers": 4,
+    "depth": {"policy": "exit", "threshold": 0.7},
+}
 CONTRACTS = [
     checks.causal,
     checks.batch_mates_and_padding,
@@ -146,7 +163,9 @@ def test_what_is_left_out_is_not_computed(room):
 @torch.no_grad()
 def test_experts_used_vary_in_the_models_under_contract(room):
     model = checks.build(**ROOMS[room])
-    used = [r.used for r in model(checks.tokens(model, 8, 65)).records if isinstance(r, feedforward.ExpertsRecord)]
+    used = [
+        r.used.flatten() for r in model(checks.tokens(model, 8, 65)).records if isinstance(r, feedforward.ExpertsRecord)
+    ]
     assert len(torch.cat(used).unique()) > 1
 
 

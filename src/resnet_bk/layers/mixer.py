@@ -15,19 +15,17 @@ from resnet_bk.layers.norm import Norm
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.ops import PropagatorState, SparseState, Sparsity, left_green, propagate, resolvent_diagonal
 from resnet_bk.ops.conv import short_conv
-from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record
 
 
 class MixerState(NamedTuple):
     """All that a mixer remembers of the past; its size does not depend on how long that was.
 
-    conv: (B, W - 1, C), the last inputs of the short convolution; in sparse propagators of that of v and of that of
-      q and k, of kept sites.
+    conv: (B, W - 1, C), the last inputs of the short convolution.
     core: g of the last site (B, H) for the diagonal readout, a PropagatorState or SparseState for the propagator.
     """
 
-    conv: Tensor | tuple[Tensor, Tensor]
+    conv: Tensor
     core: Tensor | PropagatorState | SparseState
 
 
@@ -101,34 +99,24 @@ def _inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
-class KeptReads(nn.Module):
-    """Queries and keys of the kept sites, from nothing but these: their convolution runs over the last W kept ones."""
-
-    def __init__(self, d_model: int, conv_width: int, causal: bool):
-        super().__init__()
-        self.proj = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.conv = ShortConv(2 * d_model, conv_width, causal)
-
-    def forward(self, x: Tensor, state: Tensor | None, sites: Packing) -> tuple[Tensor, Tensor]:
-        """(B, N, D) -> (B, M, 2 D), packed, and the last W - 1 inputs of the convolution."""
-        return self.conv(self.proj(sites.pack(x)), state, sites.mask)
-
-
 class PropagatorMixer(nn.Module):
-    """Linear attention whose gates are the chain's propagator: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D)."""
+    """Linear attention whose gates are the chain's propagator: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D).
+
+    On sparse chains q and k are of kept sites alone, and not convolved.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, self.heads, self.causal = config.d_model, config.heads, config.causal
         self.width = d // self.heads
         self.energies = Energies(d, self.heads, config.energy)
-        everywhere = 1 if config.sparsity.target else 3  # v alone, or q, k and v
-        self.in_proj = nn.Linear(d, (everywhere + 1) * d, bias=False)
-        self.conv = ShortConv(everywhere * d, config.conv_width, config.causal)
+        dense = not config.sparsity.target
+        self.in_proj = nn.Linear(d, (4 if dense else 2) * d, bias=False)
+        self.conv = ShortConv((3 if dense else 1) * d, config.conv_width, config.causal)
+        self.sparse = None if dense else SparseBKCore(config, self.heads)
+        self.qk_proj = None if dense else nn.Linear(d, 2 * d, bias=False)  # of kept sites alone
         self.norm = Norm(self.width)
         self.out_proj = nn.Linear(d, d, bias=False)
-        self.sparse = SparseBKCore(config, self.heads) if config.sparsity.target else None
-        self.reads = KeptReads(d, config.conv_width, config.causal) if config.sparsity.target else None
 
     def forward(
         self, x: Tensor, state: MixerState | None, mask: Tensor | None
@@ -137,15 +125,12 @@ class PropagatorMixer(nn.Module):
         sparsity, records = _decide(self.sparse, x, mask)
         a, z = self.energies(x)
         u, gate = self.in_proj(x).split([self.conv.channels, x.shape[-1]], dim=-1)
-        if sparsity is None or self.reads is None:
-            u, conv = self.conv(u, past.conv, mask)
+        u, conv = self.conv(u, past.conv, mask)
+        if sparsity is None or self.qk_proj is None:
             q, k, v = self._heads(u, a.dtype)
         else:
-            conv_v, conv_qk = past.conv or (None, None)
-            u, conv_v = self.conv(u, conv_v, mask)
-            qk, conv_qk = self.reads(x, conv_qk, sparsity.sites)
-            q, k, v = *self._heads(qk, a.dtype), *self._heads(u, a.dtype)
-            conv = conv_v, conv_qk
+            (v,) = self._heads(u, a.dtype)
+            q, k = self._heads(self.qk_proj(sparsity.sites.pack(x)), a.dtype)
         q = q / math.sqrt(self.width)
         y, core = propagate(
             q,

@@ -14,7 +14,7 @@ from resnet_bk.ops import Sparsity
 from resnet_bk.record import Record
 
 BAND = 0.02  # shares of sites around the goal in which the price rises from -1 to 1
-START = 2.0  # before learning nearly every site is kept, and what it read fades little
+START, OWN = 2.0, 0.2  # before learning nearly every site is kept, and what it read fades little
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class SparseBKCore(nn.Module):
         self.importance = nn.Linear(config.d_model, 1)
         nn.init.constant_(self.importance.bias, START)
         self.fill = nn.Parameter(torch.full((heads,), START))
-        self.own = nn.Parameter(torch.full((heads,), 0.5))
+        self.own = nn.Parameter(torch.full((heads,), OWN)) if config.readout == "propagator" else None
         self.progress = 1.0  # of training, 0 to 1: see `anneal`
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Sparsity, SparsityRecord]:
@@ -66,7 +66,9 @@ class SparseBKCore(nn.Module):
         soft = importance.sigmoid()
         gate = torch.where(kept, soft / soft.detach(), 0)  # exactly 1 or 0
         record = SparsityRecord(losses={"sparsity": loss}, kept=kept, sites=real.sum())
-        return Sparsity(gate, self.fill.to(exact).sigmoid(), self.own.to(exact), TILE), record
+        fill = self.fill.to(exact).sigmoid()
+        own = torch.zeros_like(fill) if self.own is None else self.own.to(exact)
+        return Sparsity(gate, fill, own, TILE), record
 
 
 def anneal(model: nn.Module, progress: float) -> None:

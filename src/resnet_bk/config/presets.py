@@ -1,0 +1,23 @@
+"""Models to start from, by name: a recipe's settings, packaged as the YAML files of :mod:`resnet_bk.presets`."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resnet_bk.config.checks import ConfigError, shown
+
+PRESETS = ("plain", "quality", "balanced", "fast")  # from the slowest to the fastest
+_FOLDER = Path(__file__).resolve().parent.parent / "presets"
+
+
+def preset_file(name: str) -> Path:
+    """The file of a preset; ConfigError where there is none of that name."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: got {shown(name)}, allowed {', '.join(map(repr, PRESETS))}")
+    return _FOLDER / f"{name}.yaml"
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Fields of the model of a preset, as :class:`resnet_bk.config.ModelConfig` takes them."""
+    return yaml.safe_load(preset_file(name).read_text())["model"]
