@@ -15,37 +15,23 @@ from common import spread, table
 from torch import Tensor
 from trained import Trained, bits, prefill, scored, training_step, worse
 
+from resnet_bk.config import PRESETS, preset
 from resnet_bk.ledger import Ledger, plain_flops
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.measure import greedy
 
-SHAPE = {"d_model": 128, "n_seq": 256, "num_experts": 4, "top_k": 4, "d_ff": 176, "balance_weight": 0.03}
-WORDS = {"factors": [4], "layers": [2, 6, 0], "boundaries": "whitespace"}
-ROOMS = {
-    "experts": {"policy": "top_p", "target": 1.3},
-    "depth": {"policy": "act", "target": 0.6},
-    "sparsity": {"target": 0.5},
-}
-NARROW = {"d_model": 64, "d_ff": 88, "multiscale": {**WORDS, "widths": [128], "hidden": [176]}, **ROOMS}
+SHAPE = {name: value for name, value in preset("plain").items() if name != "n_layers"}
 
 # name -> fields of the model
 MODELS: dict[str, dict[str, Any]] = {
-    "plain": {"n_layers": 8},
+    **{name: preset(name) for name in PRESETS},
     "plain, 3 blocks": {"n_layers": 3},
-    "words": {"multiscale": WORDS},
-    "words, experts": {"multiscale": WORDS, "experts": ROOMS["experts"]},
-    "everything": {"multiscale": WORDS, **ROOMS},
-    "everything, narrow on bytes": NARROW,
-    "everything, as long as plain": {"multiscale": WORDS, **ROOMS},
-    "everything, narrow on bytes, 0.35 as long as plain": NARROW,
-    "everything, narrow on bytes, as long as plain": NARROW,
+    "quality, experts": {**preset("quality"), "balance_weight": 0.03, "experts": preset("balanced")["experts"]},
+    "fast, 0.35 as long as plain": preset("fast"),
+    "fast, as long as plain": preset("fast"),
 }
-TIMED = {
-    "everything, as long as plain": ("plain", 1.0),
-    "everything, narrow on bytes, 0.35 as long as plain": ("plain", 0.35),
-    "everything, narrow on bytes, as long as plain": ("plain", 1.0),
-}
-SHOWN = "everything, narrow on bytes, as long as plain"
+TIMED = {"fast, 0.35 as long as plain": ("plain", 0.35), "fast, as long as plain": ("plain", 1.0)}
+SHOWN = "fast, as long as plain"
 TRAINED = Trained("together", SHAPE, MODELS, batch=12, steps=300, seeds=(0, 1, 2), timed=TIMED)
 
 
@@ -115,10 +101,10 @@ def stages(rows: Tensor) -> str:
 def page(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
     text = (
         f"\nPlain: 8 blocks, four experts of hidden width {SHAPE['d_ff']}, all of them for every byte; "
-        f"{TRAINED.described()} words: two blocks on bytes, six on words (2-6-0). experts: as many as make up half of "
-        "the router's probability, 1.3 aimed at. everything: adaptive computation time on the words' blocks and half "
-        "of all sites left out as well. narrow on bytes: the two blocks on bytes are 64 wide, those on words 128. as "
-        "long as plain: trained for the seconds that the plain model's steps took, not for as many steps.\n\n"
+        f"{TRAINED.described()} quality: two blocks on bytes, six on words (2-6-0). experts: as many as make up half "
+        "of the router's probability, 1.3 aimed at. balanced: adaptive computation time on the words' blocks and half "
+        "of all sites left out as well. fast: the same, and the two blocks on bytes are 64 wide, those on words 128. "
+        "as long as plain: trained for the seconds that the plain model's steps took, not for as many steps.\n\n"
         "## Quality\n\n"
     )
     text += quality(results, rows)

@@ -80,10 +80,10 @@ def model(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command; commands: train, eval, generate, inspect, tune, ablate"),
+        ([], "no command; commands: train, eval, generate, inspect, report, tune, ablate"),
         (["trian"], "unknown command 'trian'; did you mean train?"),
-        (["zzz"], "unknown command 'zzz'; commands: train, eval, generate, inspect, tune, ablate"),
-        ([""], "unknown command ''; commands: train, eval, generate, inspect, tune, ablate"),
+        (["zzz"], "unknown command 'zzz'; commands: train, eval, generate, inspect, report, tune, ablate"),
+        ([""], "unknown command ''; commands: train, eval, generate, inspect, report, tune, ablate"),
         (["--versoin"], "command line: unknown option '--versoin'; did you mean --version?"),
         (["eval"], "eval.checkpoint: missing; usage: resnet-bk eval CHECKPOINT"),
         (["tune"], "tune.base: missing; usage: resnet-bk tune BASE"),
@@ -240,7 +240,9 @@ def test_broken_yaml_names_file_line_and_column(refused, tmp_path, text):
 
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "", "a\0b", "missing/too.yaml"])
 def test_a_configuration_file_that_is_none(refused, name):
-    assert refused("train", "--config", name) == f"--config: {name!r} is no file; give a YAML file"
+    assert refused("train", "--config", name) == (
+        f"--config: {name!r} is no file; give a YAML file, or one of plain, quality, balanced, fast"
+    )
 
 
 def test_a_configuration_file_that_is_not_utf8(refused, tmp_path):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from resnet_bk.config import ConfigError, ModelConfig
     from resnet_bk.layers.sparse import SparseBKCore
-    from resnet_bk.model import LanguageModel, ModelOutput
+    from resnet_bk.model import ConfigurableResNetBK, LanguageModel, ModelOutput
     from resnet_bk.training.length_trainer import LearnedSequenceLengthTrainer
     from resnet_bk.wrapper import AdaptiveSequenceLengthWrapper
 
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "resnet_bk.config": ("ConfigError", "ModelConfig"),
     "resnet_bk.layers.sparse": ("SparseBKCore",),
-    "resnet_bk.model": ("LanguageModel", "ModelOutput"),
+    "resnet_bk.model": ("ConfigurableResNetBK", "LanguageModel", "ModelOutput"),
     "resnet_bk.wrapper": ("AdaptiveSequenceLengthWrapper",),
     "resnet_bk.training.length_trainer": ("LearnedSequenceLengthTrainer",),
     "resnet_bk.adaptive.length_predictor": ("SequenceLengthPredictor",),
@@ -44,6 +44,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "AdaptiveSequenceLengthWrapper",
     "ConfigError",
+    "ConfigurableResNetBK",
     "HierarchicalMultiScaleLayer",
     "LanguageModel",
     "LearnedDownsampling",

@@ -1,31 +1,34 @@
 """The command line, ``resnet-bk COMMAND``. Heavy imports wait until a command runs."""
 
-import dataclasses
 import difflib
 import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
+import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from resnet_bk import __version__
 from resnet_bk.config import (
+    PRESETS,
     AblateConfig,
     ConfigError,
     EvalConfig,
     GenerateConfig,
     InspectConfig,
+    ReportConfig,
     TrainConfig,
     TuneConfig,
     all_fields,
     check_fields,
     in_words,
     is_section,
+    preset_file,
     shown,
 )
 
@@ -34,6 +37,7 @@ _COMMANDS = {
     "eval": (EvalConfig, "Score a checkpoint: bits per byte and perplexities."),
     "generate": (GenerateConfig, "Continue a prompt."),
     "inspect": (InspectConfig, "Show what a checkpoint spends on a text, byte by byte, as colors."),
+    "report": (ReportConfig, "Compare finished runs on one page: table, curves, Pareto fronts, texts in colors."),
     "tune": (TuneConfig, "Search settings for the trade between held-out bits per byte and measured time."),
     "ablate": (AblateConfig, "Train every combination of a recipe's techniques; measure what each one buys."),
 }
@@ -52,23 +56,46 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     for name, (config, text) in _COMMANDS.items():
         command = ArgumentParser(exit_on_error=False, description=text)
-        command.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-        command.add_class_arguments(config, as_positional=True, fail_untyped=True)
+        preset = f", or a model to start from: {', '.join(PRESETS)}" if config is TrainConfig else ""
+        command.add_argument("--config", action="config", help=f"YAML file with any of the settings below{preset}.")
+        lists = {setting: usage for setting, usage in _positional(name).items() if usage.endswith("...")}
+        command.add_class_arguments(config, as_positional=True, fail_untyped=True, skip=set(lists))
+        for setting in docstring_parser.parse_from_object(config).params:
+            if usage := lists.get(setting.arg_name):  # the parser's own way is one word, '[a, b]'
+                metavar = usage.removesuffix("...")
+                command.add_argument(setting.arg_name, nargs="+", type=str, metavar=metavar, help=setting.description)
         commands.add_subcommand(name, command, help=text)
     return parser
+
+
+def _positional(command: str | None) -> dict[str, str]:
+    """Settings without a default -> how the usage line shows them; a list as RUN... of its items."""
+    every = fields(_COMMANDS[command][0]) if command else ()
+    names = {f.name: get_origin(f.type) is list for f in every if f.default is f.default_factory is MISSING}
+    return {name: f"{name.removesuffix('s').upper()}..." if many else name.upper() for name, many in names.items()}
 
 
 # -------------------------------------------------------------------------------- configuration files
 
 
-def _config_files(arguments: Sequence[str]) -> Iterator[str]:
+def _config_files(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Where each configuration file is named: the argument's index, what stands before the name in it, the name."""
     for i, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if len(option) > 2 and "--config".startswith(option):
             if equals:
-                yield value
+                yield i, f"{option}=", value
             elif i + 1 < len(arguments):
-                yield arguments[i + 1]
+                yield i + 1, "", arguments[i + 1]
+
+
+def _with_presets(arguments: Sequence[str]) -> list[str]:
+    """The names of presets, where no file has such a name, as their files."""
+    found = list(arguments)
+    for i, before, name in _config_files(arguments):
+        if name in PRESETS and not Path(name).is_file():
+            found[i] = f"{before}{preset_file(name)}"
+    return found
 
 
 def _check_config_file(name: str, kind: type, given_as: str = "--config") -> None:
@@ -76,7 +103,8 @@ def _check_config_file(name: str, kind: type, given_as: str = "--config") -> Non
     path = Path(name)
     try:
         if not path.is_file():
-            raise ConfigError(f"{given_as}: {shown(name)} is no file; give a YAML file")
+            preset = f", or one of {', '.join(PRESETS)}" if kind is TrainConfig else ""
+            raise ConfigError(f"{given_as}: {shown(name)} is no file; give a YAML file{preset}")
         if (size := path.stat().st_size) > _LARGEST_CONFIG:
             raise ConfigError(f"{given_as}: {name} has {size} bytes, allowed at most {_LARGEST_CONFIG}")
         text = path.read_bytes().decode()
@@ -122,12 +150,6 @@ def _settings(command: str | None) -> dict[str, str]:
     return {name: in_words(kind) for name, kind in all_fields(_COMMANDS[command][0]).items()} if command else {}
 
 
-def _positional(command: str | None) -> list[str]:
-    """Settings without a default, as the usage line shows them."""
-    every = fields(_COMMANDS[command][0]) if command else ()
-    return [f.name.upper() for f in every if f.default is f.default_factory is dataclasses.MISSING]
-
-
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {prefix}{near[0]}?" if near else ""
@@ -136,7 +158,7 @@ def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
 def _explain(error: Exception, command: str | None) -> str:
     """An error of the parser as one line: which setting, what it got, what is allowed."""
     text, allowed = str(error), _settings(command)
-    where = f"{command}." if command else ""
+    where, usage = f"{command}." if command else "", " ".join(_positional(command).values())
     if match := re.search(r"invalid choice: '(.*)' \(choose from", text, re.DOTALL):
         near = _nearest(match[1], list(_COMMANDS))
         return f"unknown command {shown(match[1])}; {near or 'commands: ' + ', '.join(_COMMANDS)}"
@@ -145,7 +167,7 @@ def _explain(error: Exception, command: str | None) -> str:
     if match := re.search(r"[Uu]nrecognized arguments: ([^\s=]*)", text):
         name = match[1].lstrip("-")
         if name in allowed:
-            return f"{command}: {name} is given without its name: resnet-bk {command} {' '.join(_positional(command))}"
+            return f"{command}: {name} is given without its name: resnet-bk {command} {usage}"
         if not match[1].startswith("-"):
             got = f"{command or 'command line'}: unexpected argument {shown(match[1])}"
             return f"{got}; settings are given as --name value"
@@ -156,7 +178,7 @@ def _explain(error: Exception, command: str | None) -> str:
         near = _nearest(match[1], list(allowed))
         return f"{command}: unknown setting {shown(match[1])}; {near or f'see resnet-bk {command} --help'}"
     if match := re.search(r"arguments are required: ([\w.]+)", text):
-        return f"{match[1]}: missing; usage: resnet-bk {command} {' '.join(_positional(command))}"
+        return f"{match[1]}: missing; usage: resnet-bk {command} {usage}"
     if (match := re.search(r"argument --([\w.]+): expected one argument", text)) and match[1] in allowed:
         name = match[1] if "." in match[1] else f"{where}{match[1]}"
         return f"{name}: got nothing, allowed {allowed[match[1]]}"
@@ -191,7 +213,8 @@ def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, A
     try:
         if command:
             _check_no_whole_section(arguments, _COMMANDS[command][0])
-            for name in _config_files(arguments):
+            arguments = _with_presets(arguments) if command == "train" else arguments
+            for _, _, name in _config_files(arguments):
                 _check_config_file(name, _COMMANDS[command][0], given_as)
         parser = _parser()
         parsed = parser.parse_args(arguments)
@@ -226,6 +249,7 @@ def _run(command: str, config: Any) -> int:
         "eval": run.evaluate_checkpoint,
         "generate": run.generate,
         "inspect": _inspect,
+        "report": _report,
         "tune": _tune,
         "ablate": _ablate,
     }
@@ -251,6 +275,12 @@ def _inspect(config: InspectConfig, console: Any) -> None:
     from resnet_bk.training.inspection import inspect
 
     inspect(config, console)
+
+
+def _report(config: ReportConfig, console: Any) -> None:
+    from resnet_bk.training.comparison import report
+
+    report(config, console)
 
 
 def _tune(config: TuneConfig, console: Any) -> None:

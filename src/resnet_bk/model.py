@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.adaptive.compose import build
-from resnet_bk.config import ModelConfig
+from resnet_bk.config import BYTE_VOCABULARY, ModelConfig, preset
 from resnet_bk.layers.block import placed
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.packing import Packing
@@ -68,6 +68,12 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(config.d_model))
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
+
+    @classmethod
+    def from_preset(cls, name: str, vocab_size: int = BYTE_VOCABULARY, **fields: Any) -> Self:
+        """One of :data:`resnet_bk.config.PRESETS`: "plain", "quality", "balanced", "fast". Further fields, whole
+        sections among them, take the place of the preset's. ConfigError for any other name."""
+        return cls(vocab_size, **{**preset(name), **fields})
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
@@ -181,3 +187,6 @@ class LanguageModel(nn.Module):
                 raise ValueError(
                     f"ids: token id {wrong} is outside the vocabulary, allowed 0 to {self.config.vocab_size - 1}"
                 )
+
+
+ConfigurableResNetBK = LanguageModel  # any subset of the techniques is on in it, see ModelConfig

@@ -7,7 +7,7 @@ import pytest
 
 from resnet_bk.report import html
 
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
 METRICS = [
     {"step": i, "seconds": float(i), "bits_per_byte": 8.0 / i, "bytes_per_second": 1000.0 * i} for i in range(1, 5)
 ]
@@ -121,3 +121,48 @@ def test_a_trade_off_shows_all_points_the_front_and_the_chosen_one():
     assert [tuple(xy) for xy in front.get_xydata()] == [(1.0, 3.0), (4.0, 2.5), (9.0, 2.0)]
     assert [tuple(xy) for xy in chosen.get_xydata()] == [(4.0, 2.5)]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["trials", "Pareto front", "chosen"]
+
+
+def test_compared_curves_have_a_color_a_name_and_both_scales():
+    curves = {"a": [[(1.0, 0.1, 4.0), (2.0, 0.2, 3.0)], [(1.5, 0.1, 3.5)]], "b": [[(3.0, 0.3, 2.0)]]}
+    figure = html.compared_curves(curves, "million bytes read")
+    assert [axes.get_xlabel() for axes in figure.axes] == ["seconds of training", "million bytes read"]
+    for x, axes in enumerate(figure.axes):
+        drawn = [[tuple(xy) for xy in line.get_xydata()] for line in axes.lines]
+        assert drawn == [[(line[x], line[2]) for line in run] for runs in curves.values() for run in runs]
+        first, second, other = (line.get_color() for line in axes.lines)
+        assert first == second != other
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_the_pareto_figure_has_a_point_and_a_name_for_each_and_the_front(count):
+    points = {f"name {i}": ((2.0 + i, 1.5 + i, 2.5 + i), (9.0 - i / 2, 8.0 - i / 2, 9.5)) for i in range(count)}
+    front = list(range(count))[::-1]
+    (axes,) = html.pareto(points, front, "decode, us a byte").axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("decode, us a byte", "held-out bits per byte")
+    line, *rest = axes.lines
+    assert [tuple(xy) for xy in line.get_xydata()] == [(9.0 - i / 2, 2.0 + i) for i in front]
+    dots = [dot for dot in rest if dot.get_marker() == "o"]
+    assert [tuple(dot.get_xydata()[0]) for dot in dots] == [(9.0 - i / 2, 2.0 + i) for i in range(count)]
+    assert len({tuple(dot.get_color()) for dot in dots}) == count
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [
+        (f"name {i}", (9.0 - i / 2, 2.0 + i)) for i in range(count)
+    ]
+
+
+def test_names_keep_off_each_other_and_stay_within_the_axes():
+    points = {name: ((bits,) * 3, (cost,) * 3) for name, bits, cost in (("aaaa", 2, 1), ("bbbb", 2, 1.1), ("cc", 3, 5))}
+    figure = html.pareto(points, [0], "cost")
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not boxes[0].overlaps(boxes[1])
+    assert axes.get_window_extent().x1 >= boxes[2].x1
+
+
+def test_a_table_of_columns_scrolls_and_breaks_paths():
+    checker = parse(html.table_html([("a<b", "runs/x/y", "1")], ["name", "folder", "n"]))
+    assert checker.text == "namefolderna<bruns/x/y1"
+    assert ("div", "class", "scrolls") in checker.attributes
+    assert checker.tags.count("wbr") == 2

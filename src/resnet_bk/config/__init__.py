@@ -21,6 +21,7 @@ from resnet_bk.config.commands import (
     EvalConfig,
     GenerateConfig,
     InspectConfig,
+    ReportConfig,
     TrainConfig,
     TuneConfig,
 )
@@ -31,12 +32,14 @@ from resnet_bk.config.model import (
     ROOMS,
     ModelConfig,
 )
+from resnet_bk.config.presets import PRESETS, preset, preset_file
 from resnet_bk.config.rooms import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
 
 __all__ = [
     "BYTE_OFFSET",
     "BYTE_VOCABULARY",
     "END_OF_DOCUMENT",
+    "PRESETS",
     "ROOMS",
     "AblateConfig",
     "ConfigError",
@@ -49,6 +52,7 @@ __all__ = [
     "LengthConfig",
     "ModelConfig",
     "MultiScaleConfig",
+    "ReportConfig",
     "SparsityConfig",
     "TrainConfig",
     "TuneConfig",
@@ -62,6 +66,8 @@ __all__ = [
     "in_words",
     "is_section",
     "number_kind",
+    "preset",
+    "preset_file",
     "shown",
     "unknown_field",
 ]

@@ -71,6 +71,8 @@ def check_fields(where: str, kind: type, values: Any) -> None:
         inner = known[name]
         if isinstance(inner, type) and is_dataclass(inner) and not isinstance(value, inner):
             check_fields(f"{where}.{name}", inner, value)
+        if get_origin(inner) is list and not isinstance(value, list):
+            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed {in_words(inner)}")
 
 
 def is_section(kind: Any) -> bool:
@@ -94,6 +96,8 @@ def in_words(kind: Any) -> str:
         return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
         return "a list of integers, as [4] or [2, 2]"
+    if get_origin(kind) is list:
+        return f"a list, each {in_words(*get_args(kind))}"
     if get_origin(kind) is dict:
         return "a mapping of settings to [low, high], as {learning_rate: [0.001, 0.01]}"
     if isinstance(kind, types.UnionType):

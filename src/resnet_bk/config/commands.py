@@ -219,6 +219,28 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Settings of `resnet-bk report`."""
+
+    runs: list[str]
+    """Folders of finished runs of `resnet-bk train`, all scored on the same held-out text."""
+    output: str = "report.html"
+    """The page to write; a file that is there is replaced only if it is such a page."""
+    text: str | None = None
+    """File to color by what each model spends on it. Default: the first held-out document of the first run."""
+    max_tokens: int = 600
+    """Tokens of it to look at, from the beginning."""
+
+    def __post_init__(self) -> None:
+        check_text("report", output=self.output, **{f"runs[{i}]": run for i, run in enumerate(self.runs)})
+        if not self.runs:
+            raise ConfigError("report.runs: got [], allowed at least one")
+        if self.text is not None:
+            check_text("report", text=self.text)
+        check_integer("report", 1, 2**20, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
 class AblateConfig:
     """Settings of `resnet-bk ablate`."""
 

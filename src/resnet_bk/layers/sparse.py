@@ -14,7 +14,8 @@ from resnet_bk.ops import Sparsity
 from resnet_bk.record import Record
 
 BAND = 0.02  # shares of sites around the goal in which the price rises from -1 to 1
-START, OWN = 2.0, 0.2  # before learning nearly every site is kept, and what it read fades little
+# Before learning nearly every site is kept, what it read fades little, and little of a left out one's value is read.
+START, OWN = 2.0, 0.2
 
 
 @dataclass(kw_only=True)

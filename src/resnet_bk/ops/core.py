@@ -44,7 +44,7 @@ class Sparsity:
       passes the site decays there as ever: it is eliminated exactly (a Schur complement). Its gradient is what keeping
       the site is worth; a gate of 0 gets none.
     fill: (H,), fading at each site left out in turn, beside the chain's own decay there.
-    own: (H,), how much of ``g_t v_t`` is read where a site is left out. The diagonal readout, which has no v, ignores it.
+    own: (H,), how much of ``g_t v_t`` is read where a site is left out. The diagonal, which has no v, ignores it.
     tile: the number of kept sites is rounded up to a multiple of it in packed tensors.
     """
 

@@ -1,7 +1,7 @@
 """The sparse scan compiled by numba: sites left out cost O(V) instead of O(K V), and nothing is moved.
 
-Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK kept sites. The recurrence is in
-:mod:`resnet_bk.ops.sparse`, the derivation of the gradients in README.md, section 4.
+Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK kept sites. The recurrence
+is in :mod:`resnet_bk.ops.sparse`, the derivation of the gradients in README.md, section 4.
 """
 
 import numpy as np

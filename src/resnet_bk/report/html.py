@@ -1,22 +1,37 @@
-"""One self-contained HTML page a run: figures as inline SVG, no script, no network."""
+"""Self-contained HTML pages, of a run or of several: figures as inline SVG, no script, no network."""
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib import color_sequences, colormaps, ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
+
+Spread = tuple[float, float, float]  # median, least, greatest
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; } th { font-weight: 600; }
-th, td { text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; }
-pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; white-space: pre-wrap; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; margin-bottom: 0; }
+h1, h3, footer { overflow-wrap: anywhere; }
+.scrolls { overflow-x: auto; } table { border-collapse: collapse; } th { font-weight: 600; }
+th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; }
+.columns { font-size: .8rem; } .columns th, .columns td { padding-right: .6rem; }
+pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
+.pairs { orphans: 1; widows: 1; } .pairs figure { display: inline-block; width: 49%; vertical-align: top; }
+@media screen and (max-width: 45rem) { .pairs figure { width: 100%; } }
 pre span { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 footer { color: #666; margin-top: 2rem; font-size: .85rem; }
-@media print { body { margin: 0; } figure, table { break-inside: avoid; } }
+@media print {
+  body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  .scrolls { overflow: visible; } .columns { font-size: 7pt; }
+}
 """
 
 
@@ -38,8 +53,7 @@ def training_curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     rate.plot(seconds, [line["bytes_per_second"] / 1000 for line in metrics], color="#b3541e", linewidth=1.2)
     rate.set(xlabel="seconds of training", ylabel="kB per second", title="Training speed", ylim=(0, None))
     for axes in (loss, rate):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _lighten(axes)
     return figure
 
 
@@ -54,22 +68,120 @@ def trade_off(points: Sequence[tuple[float, float]], front: Sequence[int], chose
     axes.plot([time], [bits], "*", color="#b3541e", markersize=14, label="chosen")
     axes.set(xlabel=time_label, ylabel="held-out bits per byte")
     axes.legend(frameon=False)
+    _lighten(axes)
+    return figure
+
+
+def compared_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float, float]]]], read: str) -> Figure:
+    """Training loss of several runs, over time and over text. curves: name -> of each run of that name and color,
+    (seconds, read, bits per byte) at each log line; read: what is read, and its unit."""
+    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+    for x, (axes, label) in enumerate(zip(figure.subplots(2, 1), ("seconds of training", read), strict=True)):
+        for color, (name, runs) in zip(_colors(len(curves)), curves.items(), strict=True):
+            for i, run in enumerate(runs):
+                own = {"label": name} if i == 0 else {}
+                bits = [line[2] for line in run]
+                axes.plot([line[x] for line in run], bits, ".-", color=color, linewidth=1.2, markersize=2, **own)
+        axes.set(xlabel=label, ylabel="training bits per byte", yscale="log")  # the end matters more than the beginning
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        _lighten(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def pareto(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[int], cost_label: str) -> Figure:
+    """Quality against a cost. points: name -> bits per byte and cost; front: indices of points, cheapest first."""
+    figure = Figure(figsize=(5.5, 4.2))
+    axes = figure.subplots()
+    places = [(cost[0], bits[0]) for bits, cost in points.values()]
+    axes.plot(*zip(*(places[i] for i in front), strict=True), color="#999999", linewidth=1.2, label="Pareto front")
+    for color, (bits, cost) in zip(_colors(len(points)), points.values(), strict=True):
+        axes.plot(cost[1:], [bits[0]] * 2, color=color, linewidth=1)
+        axes.plot([cost[0]] * 2, bits[1:], color=color, linewidth=1)
+        axes.plot(cost[0], bits[0], "o", color=color, markersize=5)
+    axes.set(xlabel=cost_label, ylabel="held-out bits per byte")
+    axes.margins(0.15)
+    axes.legend(frameon=False)
+    _lighten(axes)
+    _name(axes, places, list(points))
+    return figure
+
+
+def _lighten(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
+
+
+def _colors(count: int) -> list[Any]:
+    if count <= 10:
+        return list(color_sequences["tab10"][:count])
+    return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
+
+
+def _name(axes: Axes, places: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """A name beside each place, on the side where it covers least of what is there and stays within the axes."""
+    axes.autoscale_view()  # else only drawing would settle where places are
+    renderer = FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()
+    frame = axes.get_window_extent(renderer)
+    drawn = [line.get_transform().transform_path(line.get_path()).interpolated(20) for line in axes.lines]
+    dots = np.concatenate([np.asarray(path.vertices) for path in drawn])
+    taken: list[Bbox] = []
+    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+
+    def box(text: Annotation, side: tuple[int, int]) -> Bbox:
+        text.xyann = (6 * side[0], 6 * side[1])  # points
+        text.set(ha=("center", "left", "right")[side[0]], va=("center", "bottom", "top")[side[1]])
+        return text.get_window_extent(renderer)
+
+    def crowding(one: Bbox) -> float:
+        lines = 16 * float(((dots > one.min) & (dots < one.max)).all(axis=1).sum())
+        return lines + _shared(one, one) - _shared(one, frame) + sum(_shared(one, other) for other in taken)
+
+    for name, place in zip(names, places, strict=True):
+        text = axes.annotate(name, place, (0, 0), textcoords="offset points", fontsize=8)
+        best = min(sides, key=lambda side: crowding(box(text, side)))
+        taken.append(box(text, best))
+
+
+def _shared(one: Bbox, other: Bbox) -> float:
+    """Area of what two boxes have in common."""
+    common = Bbox.intersection(one, other)
+    return 0.0 if common is None else float(common.width * common.height)
 
 
 def figures_html(figures: Sequence[Figure]) -> str:
     return "".join(f"<figure>{figure_svg(figure)}</figure>" for figure in figures)
 
 
-def table_html(rows: Sequence[Sequence[str]]) -> str:
-    """The first cell of each row is its name."""
-    lines = []
+def paired(figures: Sequence[Figure]) -> str:
+    """Two side by side, where the page is wide enough."""
+    return f'<div class="pairs">{figures_html(figures)}</div>'
+
+
+def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """The first cell of each row is its name. head: names of the columns, where there are several."""
+    lines = [f"<tr>{''.join(f'<th>{_cell(name)}</th>' for name in head)}</tr>"] if head else []
     for name, *values in rows:
-        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
-        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+        cells = "".join(f"<td>{_cell(value)}</td>" for value in values)
+        lines.append(f"<tr><th>{_cell(name)}</th>{cells}</tr>")
+    table = '<table class="columns">' if head else "<table>"
+    return f'<div class="scrolls">{table}{"".join(lines)}</table></div>'
+
+
+def _cell(text: str) -> str:
+    """Escaped; a path may be broken between its folders."""
+    return html.escape(text).replace("/", "/<wbr>")
+
+
+def titled(heading: str, body: str) -> str:
+    """A part of a section. body: HTML."""
+    return f"<h3>{html.escape(heading)}</h3>{body}"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
 
 
 def preformatted(text: str) -> str:

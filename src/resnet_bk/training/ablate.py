@@ -110,6 +110,12 @@ def name_of(on: Sequence[str]) -> str:
     return "+".join(on) or "plain"
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median (least to greatest), the latter where they differ as shown."""
+    middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.median, min, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 def _run(
     config: AblateConfig, recipe: TrainConfig, rooms: Sequence[str], on: tuple[str, ...], seed: int, console: Console
 ) -> dict[str, Any]:
@@ -201,9 +207,7 @@ def _combinations(cells: Sequence[tuple[tuple[str, ...], int]], values: dict[str
         row = [name_of(on)]
         for name, column in values.items():
             found = [column[i] for i in own]
-            digits = 3 if name == BITS else 1
-            low, high = (f"{f(found):,.{digits}f}" for f in (min, max))
-            row.append(f"{statistics.median(found):,.{digits}f} ({low} to {high})")
+            row.append(spread(found, 3 if name == BITS else 1))
         rows.append(row)
     return rows
 

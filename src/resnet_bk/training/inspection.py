@@ -5,6 +5,7 @@ Dimensions: B sequences, N tokens.
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from resnet_bk.adaptive.length import LengthRecord
 from resnet_bk.adaptive.multiscale import ChunkRecord
 from resnet_bk.checkpoint import write_whole
 from resnet_bk.config import ConfigError, InspectConfig
+from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.feedforward import ExpertsRecord
 from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.ledger import Ledger, plain_flops
@@ -33,47 +35,81 @@ from resnet_bk.training.trainer import quiet_transformers
 TITLE = "What the model spends"
 
 
-def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
-    """Prints the text in colors and two tables, writes the page; returns the figures."""
-    quiet_transformers()
-    page = Path(config.output)
-    _check_output(page)
-    text = _read(config.text)
-    model, tokenizer = load(config.checkpoint, config.depth_threshold)
-    ids, spans = _tokens(text, tokenizer, config)
+@dataclass(frozen=True)
+class Spending:
+    """What a model spent on a text of N tokens. text: what they cover; spans: of each token, its characters; cost:
+    (N,), FLOPs; bits: (N - 1,), of each token but the first; blocks: a token's mean, where depth is adaptive."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    cost: Tensor
+    bits: Tensor
+    records: list[Record]
+    ledger: Ledger
+    blocks: float | None
+
+    @property
+    def share(self) -> float:
+        """FLOPs beside those of the plain model with all experts on."""
+        return self.ledger.total / len(self.cost) / plain_flops(self.ledger.model.config)
+
+    def pieces(self, scale: tuple[float, float] | None = None) -> list[tuple[str, float, str]]:
+        """As html.heat_map takes them. scale: FLOPs of heat 0 and 1, by default of the cheapest and dearest token."""
+        closes = _closes(self.records, len(self.cost))
+        return _pieces(self.text, self.spans, self.cost, self.bits, closes, scale)
+
+
+def spend(
+    model: ResNetBKForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, name: str
+) -> Spending:
+    """Run the model on the beginning of a text. name: how the error calls a text without a token."""
+    ids, spans = _tokens(text, tokenizer, max_tokens, name)
     with torch.no_grad(), measured_depth(model.model) as blocks, Ledger(model.model) as ledger:
         output = model.model(ids.to(model.device))
     assert output.logits is not None
     bits = F.cross_entropy(output.logits[0, :-1], ids[0, 1:].to(model.device), reduction="none") / math.log(2)
-    cost = ledger.by_token[0].cpu()
-    plain = plain_flops(model.model.config)
+    shown = text[: spans[-1][1]]
+    return Spending(shown, spans, ledger.by_token[0].cpu(), bits.cpu(), output.records, ledger, blocks())
+
+
+def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
+    """Prints the text in colors and two tables, writes the page; returns the figures."""
+    quiet_transformers()
+    page = Path(config.output)
+    check_output("inspect.output", page, TITLE)
+    text = read_text("inspect.text", config.text)
+    model, tokenizer = load(config.checkpoint, config.depth_threshold)
+    spent = spend(model, tokenizer, text, config.max_tokens, f"inspect.text: {config.text}")
+    cost, bits, ledger = spent.cost, spent.bits, spent.ledger
     values = {
         "FLOPs per token": ledger.total / len(cost),
-        "of the plain model's, all experts on": ledger.total / len(cost) / plain,
+        "of the plain model's, all experts on": spent.share,
         "cheapest token": cost.min().item(),
         "dearest token": cost.max().item(),
         "filling up batches and tiles, share": ledger.unused / ledger.total,
         "bits per token": bits.mean().item() if len(bits) else math.nan,
-        "rank correlation of cost and bits": rank_correlation(cost[1:], bits.cpu()),
-        **decisions(output.records),
+        "rank correlation of cost and bits": rank_correlation(cost[1:], bits),
+        **decisions(spent.records),
     }
-    if (depth := blocks()) is not None:
-        values["blocks a token"] = depth
+    if spent.blocks is not None:
+        values["blocks a token"] = spent.blocks
     rows = [(name, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}") for name, value in values.items()]
     stages = _stages(ledger)
-    shown = text[: spans[-1][1]]
-    pieces = _pieces(shown, spans, cost, bits.cpu(), _closes(output.records, len(cost)))
+    pieces = spent.pieces()
     console.print(colored((piece, heat) for piece, heat, _ in pieces))
     for title, lines in ((f"{config.checkpoint} on {config.text}", rows), ("where", stages)):
         table = Table(title=Text(title), show_header=False)
         for line in lines:
             table.add_row(*line)
         console.print(table)
-    if len(shown) < len(text):
+    if len(spent.text) < len(text):
         console.print(f"looked at the first {len(cost):,} tokens; give --max_tokens to see more")
     footer = [f"{name} {version}" for name, version in versions().items()]
     footer.append(f"resnet-bk inspect {config.checkpoint} {config.text} --max_tokens {config.max_tokens}")
-    sections = [("Byte by byte", _legend(cost) + html.heat_map(pieces)), ("Where", html.table_html(stages))]
+    sections = [
+        ("Byte by byte", legend(cost.min().item(), cost.max().item()) + html.heat_map(pieces)),
+        ("Where", html.table_html(stages)),
+    ]
     write_whole(page, html.page(f"{TITLE}: {config.checkpoint} on {config.text}", rows, sections, footer))
     console.print(f"wrote {page}", markup=False)
     return values
@@ -95,41 +131,49 @@ def decisions(records: list[Record]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _check_output(page: Path) -> None:
+def check_output(where: str, page: Path, title: str) -> None:
+    """May the page be written? where: the setting that names it; title: how those of its command begin."""
     if page.is_dir():
-        raise ConfigError(f"inspect.output: {page} is a folder; name a file")
-    if page.exists() and f"<title>{TITLE}" not in page.read_text(errors="replace")[:500]:
-        raise ConfigError(f"inspect.output: {page} exists and is no page of this command; choose another")
+        raise ConfigError(f"{where}: {page} is a folder; name a file")
+    if page.exists() and f"<title>{title}" not in page.read_text(errors="replace")[:500]:
+        raise ConfigError(f"{where}: {page} exists and is no page of this command; choose another")
     if not page.parent.is_dir():
-        raise ConfigError(f"inspect.output: there is no folder {page.parent}; make it, or choose another")
+        raise ConfigError(f"{where}: there is no folder {page.parent}; make it, or choose another")
 
 
-def _read(name: str) -> str:
+def read_text(where: str, name: str) -> str:
+    """A file's text, or that of standard input. where: the setting that names it."""
     if name == "-":
         return sys.stdin.read()
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"inspect.text: {name} is no file; give a text file, or '-'")
+        raise ConfigError(f"{where}: {name} is no file; give a text file, or '-'")
     return path.read_bytes().decode()
 
 
 def _tokens(
-    text: str, tokenizer: PreTrainedTokenizerBase, config: InspectConfig
+    text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, name: str
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """Ids (1, N), and of each token the characters it covers, from and to; bytes of one character all cover it."""
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    ids, spans = encoded["input_ids"][: config.max_tokens], encoded["offset_mapping"][: config.max_tokens]
+    ids, spans = encoded["input_ids"][:max_tokens], encoded["offset_mapping"][:max_tokens]
     if not ids:
-        raise ConfigError(f"inspect.text: {config.text} is empty; give at least one character")
+        raise ConfigError(f"{name} is empty; give at least one character")
     return torch.tensor([ids]), spans
 
 
 def _pieces(
-    text: str, spans: list[tuple[int, int]], cost: Tensor, bits: Tensor, closes: Tensor
+    text: str,
+    spans: list[tuple[int, int]],
+    cost: Tensor,
+    bits: Tensor,
+    closes: Tensor,
+    scale: tuple[float, float] | None = None,
 ) -> list[tuple[str, float, str]]:
-    """Text, heat, and a note, of each character or longer token: the sums over its tokens. Heat 0 is the cheapest
-    token, 1 the dearest."""
-    low, high, mean = cost.min().item(), cost.max().item(), cost.mean().item()
+    """Text, heat, and a note, of each character or longer token: the sums over its tokens. scale: FLOPs of heat 0 and
+    1, by default of the cheapest token and the dearest."""
+    low, high = scale or (cost.min().item(), cost.max().item())
+    mean = cost.mean().item()
     pieces: list[tuple[str, float, str]] = []
     first = end = 0
     while first < len(spans):
@@ -156,8 +200,9 @@ def _closes(records: list[Record], length: int) -> Tensor:
     return torch.zeros(length, dtype=torch.bool)
 
 
-def _legend(cost: Tensor) -> str:
-    low, high = cost.min().item() / 1e6, cost.max().item() / 1e6
+def legend(low: float, high: float) -> str:
+    """The colors from low to high, FLOPs of heat 0 and 1."""
+    low, high = low / 1e6, high / 1e6
     steps = [(f" {low + (high - low) * i / 7:.2f} ", i / 7, "MFLOPs a token") for i in range(8)]
     return html.heat_map([("MFLOPs a token: ", 0.0, ""), *steps])
 

@@ -180,7 +180,7 @@ def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> 
 
 
 # What may differ when a run goes on: where things are, when it ends, how often it reports.
-_FREE = {
+FREE = {
     "output_dir",
     "resume",
     "max_steps",
@@ -203,7 +203,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
         kind = type(error).__name__
         raise ConfigError(f"{folder / CONFIG}: cannot be read ({kind}); choose another output_dir") from error
     for name, value in flat(dataclasses.asdict(config)).items():
-        if name not in _FREE and name in saved and saved[name] != value:
+        if name not in FREE and name in saved and saved[name] != value:
             raise ConfigError(
                 f"train.{name}: got {value!r}, the run in {folder} was started with {saved[name]!r}; "
                 "set it to that to continue the run, or choose another output_dir"

@@ -26,16 +26,20 @@ class Point:
         return float(2**self.bits_per_byte)
 
 
+def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices, cheapest first, of the pairs (bits per byte, cost) than which no other is better in one way and at least
+    as good in both."""
+    found: list[int] = []
+    for i in sorted(range(len(pairs)), key=lambda i: (pairs[i][1], pairs[i][0])):
+        last = pairs[found[-1]] if found else None
+        if last is None or pairs[i][0] < last[0] or pairs[i] == last:
+            found.append(i)
+    return found
+
+
 def pareto_front(points: Sequence[Point]) -> list[int]:
-    """Indices, fastest first, of the points than which no other is better in one way and at least as good in both."""
-    order = sorted(range(len(points)), key=lambda i: (points[i].ms_per_kb, points[i].bits_per_byte))
-    front: list[int] = []
-    for i in order:
-        last = points[front[-1]] if front else None
-        same = last and (last.bits_per_byte, last.ms_per_kb) == (points[i].bits_per_byte, points[i].ms_per_kb)
-        if last is None or points[i].bits_per_byte < last.bits_per_byte or same:
-            front.append(i)
-    return front
+    """Indices of the trials on the front of bits per byte and time, fastest first."""
+    return front([(point.bits_per_byte, point.ms_per_kb) for point in points])
 
 
 def choose(points: Sequence[Point], max_loss: float) -> int:

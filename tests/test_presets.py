@@ -1,0 +1,79 @@
+"""Presets: models to start from, in Python and on the command line."""
+
+import pytest
+import torch
+import yaml
+
+from resnet_bk import ConfigError, ConfigurableResNetBK, LanguageModel, cli
+from resnet_bk.config import PRESETS, TrainConfig, preset, preset_file
+from resnet_bk.ledger import Ledger
+
+TEXT = b"def forward(self, x):\n    return self.head(self.norm(x))\n" * 4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_is_a_model_and_nothing_else(name):
+    assert set(yaml.safe_load(preset_file(name).read_text())) == {"model"}
+    model = LanguageModel.from_preset(name)
+    assert model.config.blocks == 8
+    assert bool(model.config.rooms) == (name != "plain")
+
+
+def test_they_are_named_from_the_dearest_to_the_cheapest():
+    ids = torch.tensor([list(TEXT)]) + 3
+    costs = []
+    for name in PRESETS:
+        torch.manual_seed(0)
+        model = LanguageModel.from_preset(name)
+        with Ledger(model) as ledger, torch.no_grad():
+            model(ids)
+        costs.append(ledger.total)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > 3 * costs[-1]
+
+
+def test_further_fields_take_the_place_of_the_presets():
+    model = ConfigurableResNetBK.from_preset("balanced", 300, d_model=64, sparsity={})
+    assert model.config.vocab_size == 300
+    assert model.config.d_model == 64
+    assert model.config.rooms == ["multiscale", "depth", "experts"]
+
+
+def test_an_unknown_name_is_refused():
+    for run in (preset, preset_file, LanguageModel.from_preset):
+        with pytest.raises(ConfigError, match="preset: got 'quick', allowed 'plain', 'quality', 'balanced', 'fast'"):
+            run("quick")
+
+
+@pytest.fixture
+def parsed(monkeypatch, tmp_path):
+    """The configuration that a command line stands for; no command is run."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(cli, "_run", lambda command, config: seen.append(config) or 0)
+
+    def parse(*arguments):
+        assert cli.main(arguments) == 0
+        return seen[-1]
+
+    return parse
+
+
+@pytest.mark.parametrize("form", [["--config", "fast"], ["--config=fast"]], ids=["two", "one"])
+def test_on_the_command_line(parsed, form):
+    config = parsed("train", *form, "--model.n_seq", "512", "--seed", "3", "--max_steps", "1")
+    assert isinstance(config, TrainConfig)
+    assert (config.model.d_model, config.model.n_seq, config.seed) == (64, 512, 3)
+    assert config.model.rooms == ["multiscale", "depth", "sparsity", "experts"]
+
+
+def test_a_file_of_that_name_comes_first(parsed, tmp_path):
+    (tmp_path / "fast").write_text("seed: 7\nmax_steps: 1\n")
+    config = parsed("train", "--config", "fast")
+    assert (config.seed, config.model.rooms) == (7, [])
+
+
+def test_a_recipe_on_top_of_a_preset(parsed, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {n_seq: 64}\nmax_steps: 5\n")
+    config = parsed("train", "--config", "quality", "--config", "mine.yaml")
+    assert (config.max_steps, config.model.n_seq, config.model.multiscale.layers) == (5, 64, (2, 6, 0))
