@@ -27,7 +27,7 @@ soak: .venv/installed
 	$(BIN)/python -m pytest -m soak
 
 bench: .venv/installed
-	cd benchmarks && for name in ops decode mixers tinyshakespeare multiscale length depth sparsity experts together; do ../$(BIN)/python $$name.py || exit; done
+	cd benchmarks && for name in ops decode mixers tinyshakespeare multiscale length depth sparsity experts together peers; do ../$(BIN)/python $$name.py || exit; done
 
 clean:
 	rm -rf .venv

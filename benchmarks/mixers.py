@@ -23,7 +23,7 @@ from common import (
     table,
     train,
 )
-from peers import SigmoidGatedAttention, SoftmaxAttention
+from peer_mixers import SigmoidGatedAttention, SoftmaxAttention
 
 from resnet_bk.config import ModelConfig
 from resnet_bk.model import LanguageModel

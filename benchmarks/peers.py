@@ -1,66 +1,394 @@
-"""Token mixers of others, in the same block as ours: what the benchmarks compare with.
+"""Families of language models on the same bytes, machine and clock: what equal training time buys, and what it costs.
 
-Dimensions: B batch, N positions, D width, H heads.
+``python benchmarks/peers.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
+(two single-thread processes at a time), then the clocks on the then quiet machine.
+
+Dimensions: B sequences, N tokens, V vocabulary.
 """
 
-import math
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import matplotlib
 import torch
+import transformers
+from common import arguments, batches, conditions, interleaved, publish, run_cells, spread, stdlib_ids, table, train
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from trained import HELD_OUT, bits, held_out
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from resnet_bk.config import ModelConfig
-from resnet_bk.layers.mixer import MixerState, ShortConv
-from resnet_bk.layers.norm import Norm
-from resnet_bk.ops.kernels import scan
+from resnet_bk.ledger import Ledger
+from resnet_bk.model import LanguageModel
 
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
-class SoftmaxAttention(nn.Module):
-    """Causal softmax attention, RoPE (Su et al. 2021, arXiv:2104.09864), torch's SDPA. Parallel form only."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-
-    def forward(self, x: Tensor, state: None, mask: None) -> tuple[Tensor, None]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q), rotate(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(y.transpose(1, 2).flatten(-2)), None
+SECONDS, BATCH, LENGTH, SEEDS = 90, 12, 256, (0,)
+WINDOWS = (LENGTH, 1_024)  # bytes scored at a time
+AT_ONCE = 16_384  # bytes of a prefill, or one sequence
+PREFILLS = {512: 7, 2_048: 7, 8_192: 3, 32_768: 1}  # N -> repeats
+QUALITY_AT = 2_048  # N of the prefill and of the FLOPs that quality is held against
+PROMPT, NEW, REPEATS = 64, 128, 7
+VOCABULARY = 259
+Times = dict[str, dict[str, list[float]]]  # measurement -> name -> milliseconds
+MODELS_AT = Path("runs/benchmarks/peers")
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding, (B, H, N, K)."""
-    half = x.shape[-1] // 2
-    frequency = 10000 ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(x.shape[-2], device=x.device).unsqueeze(-1) * frequency
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1).to(x.dtype)
+# ------------------------------------------------------------------------------------------------ families
 
 
-class SigmoidGatedAttention(nn.Module):
-    """Our propagator mixer with the resolvent's decay replaced by ``sigmoid(linear)``, as in gated linear attention and
-    Mamba-2: everything else, the kernel included, is the same."""
+class Peer:
+    """A model of whatever family, by what this benchmark asks of it.
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        d, self.heads = config.d_model, config.heads
-        self.width = d // self.heads
-        self.decay = nn.Linear(d, self.heads)
+    logits(ids): (B, N, V) of ids (B, N). flops(ids): operations of a forward pass.
+    read(ids, state=None): logits (B, 1, V) after the last of ids, and the state there, from which reading goes on.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(x).flatten(0, 1), y.flatten())
+
+
+class Ours(Peer):
+    """LanguageModel; operations by its ledger."""
+
+    def __init__(self, **fields: Any):
+        super().__init__(LanguageModel(VOCABULARY, n_seq=LENGTH, num_experts=1, **fields))
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.model(ids).logits
+
+    def read(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        features = self.model.features(ids, state=state)
+        return self.model.head(features.x[:, -1:]), features.state
+
+    def flops(self, ids: Tensor) -> float:
+        with Ledger(self.model) as ledger:
+            self.model(ids)
+        return ledger.total
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, targets=y, logits=False).loss
+
+
+class HuggingFace(Peer):
+    """A model of transformers, by its `model_type`."""
+
+    def __init__(self, kind: str, width: int, layers: int, **fields: Any):
+        shape = {"vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": layers}
+        special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        config = AutoConfig.for_model(kind, tie_word_embeddings=True, **shape, **special, **fields)
+        super().__init__(AutoModelForCausalLM.from_config(config))
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+    def read(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        output = self.model(ids, use_cache=True, logits_to_keep=1, cache=state)
+        return output.logits, output.cache
+
+    def flops(self, ids: Tensor) -> float:
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter leaves out
+        with FlopCounterMode(display=False, custom_mapping={attention: causal_attention_flops}) as counter:
+            self.model(ids, use_cache=False)
+        return counter.get_total_flops()
+
+
+def causal_attention_flops(query: Sequence[int], key: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of both products, without what lies above the diagonal."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * (key[2] + 1) * width
+
+
+def llama(width: int, layers: int) -> Peer:
+    """RoPE, SwiGLU; heads and feed-forwards as wide as ours."""
+    shape = {"num_attention_heads": width // 32, "intermediate_size": -(-width // 3) * 8}
+    return HuggingFace(
+        "llama", width, layers, max_position_embeddings=max(PREFILLS), attn_implementation="sdpa", **shape
+    )
+
+
+def nano_gpt(width: int, layers: int) -> Peer:
+    """GPT-2 without dropout. Positions are learned, as many as it is trained at; beyond, they start again, so that
+    the clock can run."""
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attn_implementation": "sdpa"}
+    peer = HuggingFace("gpt2", width, layers, num_attention_heads=width // 32, n_positions=LENGTH, **off)
+    positions = peer.model.transformer.wpe
+    positions.register_forward_pre_hook(lambda module, args: (args[0] % LENGTH,))
+    return peer
+
+
+def mamba2(width: int, layers: int) -> Peer:
+    """In plain torch: its own kernels need CUDA. Inner width twice the model's, heads 64 wide."""
+    shape = {"num_heads": width // 32, "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 64}
+    return HuggingFace("mamba2", width, layers, rescale_prenorm_residual=True, **shape)
+
+
+ADAPTIVE = "ResNet-BK adaptive"
+FAMILIES: dict[str, Callable[..., Peer]] = {
+    "Llama": llama,
+    "nanoGPT": nano_gpt,
+    "Mamba-2": mamba2,
+    "ResNet-BK plain": Ours,
+    ADAPTIVE: Ours,
+}
+
+
+class Entry(NamedTuple):
+    family: str
+    fields: dict[str, Any]
+    learning_rate: float
+
+
+def words(*layers: int) -> dict[str, Any]:
+    """Some blocks on bytes, some on words; half of all sites left out."""
+    scales = {"factors": [4], "layers": list(layers), "boundaries": "whitespace"}
+    return {"multiscale": scales, "sparsity": {"target": 0.5}}
+
+
+# name -> family, fields of its constructor, learning rate
+MODELS: dict[str, Entry] = {
+    "Llama 96 x 4": Entry("Llama", {"width": 96, "layers": 4}, 1e-3),
+    "Llama 128 x 6": Entry("Llama", {"width": 128, "layers": 6}, 1e-3),
+    "Llama 192 x 8": Entry("Llama", {"width": 192, "layers": 8}, 1e-3),
+    "nanoGPT 96 x 4": Entry("nanoGPT", {"width": 96, "layers": 4}, 1e-3),
+    "nanoGPT 128 x 6": Entry("nanoGPT", {"width": 128, "layers": 6}, 1e-3),
+    "nanoGPT 192 x 8": Entry("nanoGPT", {"width": 192, "layers": 8}, 1e-3),
+    "Mamba-2 96 x 4": Entry("Mamba-2", {"width": 96, "layers": 4}, 3e-3),
+    "Mamba-2 128 x 6": Entry("Mamba-2", {"width": 128, "layers": 6}, 3e-3),
+    "Mamba-2 192 x 8": Entry("Mamba-2", {"width": 192, "layers": 8}, 3e-3),
+    "plain 96 x 4": Entry("ResNet-BK plain", {"d_model": 96, "n_layers": 4}, 3e-3),
+    "plain 128 x 6": Entry("ResNet-BK plain", {"d_model": 128, "n_layers": 6}, 3e-3),
+    "plain 192 x 8": Entry("ResNet-BK plain", {"d_model": 192, "n_layers": 8}, 3e-3),
+    "adaptive 96, 2-3-0": Entry(ADAPTIVE, {"d_model": 96, **words(2, 3, 0)}, 3e-3),
+    "adaptive 128, 2-6-0": Entry(ADAPTIVE, {"d_model": 128, **words(2, 6, 0)}, 3e-3),
+    "adaptive 192, 2-6-0": Entry(ADAPTIVE, {"d_model": 192, **words(2, 6, 0)}, 3e-3),
+}
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def planned(kind: str, seed: int) -> list[dict[str, Any]]:
+    """A cell for every model. kind: "training"; or "memory", of one step of the trained model."""
+    common = {"batch": BATCH, "length": LENGTH, "seconds": SECONDS, "seed": seed}
+    return [{"kind": kind, "model": name, **entry._asdict(), **common} for name, entry in MODELS.items()]
+
+
+def cell(spec: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    if spec["kind"] == "memory":
+        return {"peak_MiB": peak_of_step(load(spec["model"], spec["seed"]))}
+    torch.manual_seed(spec["seed"])
+    peer = FAMILIES[spec["family"]](**spec["fields"])
+    peer.model.train()
+    draw = batches(stdlib_ids()[0], spec["batch"], spec["length"], spec["seed"])
+    rate = spec["learning_rate"]
+    result: dict[str, Any] = dict(train(peer.loss, peer.model, draw, seconds=spec["seconds"], learning_rate=rate))
+    path = weights(spec["model"], spec["seed"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(peer.model, str(path))
+    peer.model.eval()
+    result |= {f"bits_{window}": bits_per_byte(peer.logits, held_out(), window) for window in WINDOWS}
+    return result | {"parameters": sum(p.numel() for p in peer.model.parameters())}
+
+
+@torch.no_grad()
+def bits_per_byte(logits: Callable[[Tensor], Tensor], rows: Tensor, window: int) -> float:
+    """Of rows (B, N + 1), cut into windows that are read alone. logits: (B, N, V) of ids (B, N)."""
+    x, y = (part.reshape(-1, window).split(AT_ONCE // window) for part in (rows[:, :-1], rows[:, 1:]))
+    pairs = zip(x, y, strict=True)
+    return bits(torch.cat([F.cross_entropy(logits(a).transpose(1, 2), b, reduction="none") for a, b in pairs]))
+
+
+def peak_of_step(peer: Peer) -> float:
+    """MiB of resident memory, at its highest in a training step, above that before it. Linux.
+
+    Not getrusage's ru_maxrss, which starts at what the parent process had."""
+
+    def resident(what: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+    rows = held_out()
+    training_step(rows[:1, :17], peer)  # compiles kernels
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    before = resident("VmRSS")
+    training_step(rows[:BATCH, : LENGTH + 1], peer)
+    return (resident("VmHWM") - before) / 1024
+
+
+def weights(name: str, seed: int) -> Path:
+    return MODELS_AT / f"{name.replace(',', '').replace(' ', '-')}-{seed}.safetensors"
+
+
+def load(name: str, seed: int) -> Peer:
+    peer = FAMILIES[MODELS[name].family](**MODELS[name].fields)
+    load_model(peer.model, str(weights(name, seed)))
+    peer.model.eval()
+    return peer
+
+
+# ------------------------------------------------------------------------------------------------- clocks
+
+
+def in_turn(peers: dict[str, Peer], run: Callable[[Peer], Any], per: float, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each by `per`."""
+    times = interleaved({name: partial(run, peer) for name, peer in peers.items()}, repeats)
+    return {name: [1000 * s / per for s in seconds] for name, seconds in times.items()}
+
+
+@torch.no_grad()
+def decode(ids: Tensor, peer: Peer) -> None:
+    """The likeliest byte NEW times, one at a time, from the state after ids (B, N)."""
+    logits, state = peer.read(ids)
+    for _ in range(NEW):
+        logits, state = peer.read(logits.argmax(-1), state)
+
+
+def training_step(rows: Tensor, peer: Peer) -> None:
+    """Forward and backward of rows (B, N + 1)."""
+    peer.model.train()
+    peer.loss(rows[:, :-1], rows[:, 1:]).backward()
+    peer.model.zero_grad()
+    peer.model.eval()
+
+
+def clocks(peers: dict[str, Peer], rows: Tensor) -> Times:
+    """Prefill a byte at each N, decoding a byte, a training step."""
+    text = rows[:, :-1].flatten()
+    found = {}
+    for length, repeats in PREFILLS.items():
+        ids = text[: max(AT_ONCE, length)].view(-1, length)
+        read = torch.no_grad()(lambda peer, ids=ids: peer.read(ids))
+        found[f"prefill {length}"] = in_turn(peers, read, ids.numel(), repeats)
+    found["decode"] = in_turn(peers, partial(decode, text[:PROMPT].unsqueeze(0)), NEW, REPEATS)
+    step = partial(training_step, rows[:BATCH, : LENGTH + 1])
+    return found | {"step": in_turn(peers, step, 1, REPEATS)}
+
+
+# --------------------------------------------------------------------------------------------------- page
+
+PREFILL = f"prefill {QUALITY_AT}"
+COSTS = {
+    PREFILL: f"prefill at N = {QUALITY_AT:,}, ms a byte",
+    "decode": "decoding, ms a byte",
+    "step": "training step, ms",
+    "flops": f"MFLOPs a byte, N = {QUALITY_AT:,}",
+    "memory": "peak memory of a training step, MiB",
+}
+Found = dict[str, dict[str, float]]  # name -> "bits" and each of COSTS
+
+
+def quality(runs: dict[str, list[dict[str, Any]]]) -> str:
+    rows = []
+    for name, found in runs.items():
+        scores = [spread([r[f"bits_{window}"] for r in found], 3) for window in WINDOWS]
+        seen = statistics.median(r["steps"] for r in found) * BATCH * LENGTH / 1e6
+        row = [name, f"{found[0]['parameters']:,}", MODELS[name].learning_rate, spread([r["steps"] for r in found], 0)]
+        rows.append([*row, f"{seen:.2f}", *scores])
+    header = ["model", "parameters", "learning rate", "steps", "million bytes seen"]
+    return table([*header, *(f"bits per byte, windows of {window:,}" for window in WINDOWS)], rows)
+
+
+def equal_quality(found: Found) -> str:
+    """Beside the best adaptive model: of each family, the fastest in prefill that is as good."""
+    members = {family: [n for n in found if MODELS[n].family == family] for family in FAMILIES}
+    ours = min(members[ADAPTIVE], key=lambda n: found[n]["bits"])
+    rows = []
+    for family, names in members.items():
+        reach = [n for n in names if found[n]["bits"] <= found[ours]["bits"]]
+        name = min(reach or names, key=lambda n: found[n][PREFILL if reach else "bits"])
+        shown = name if reach else f"none reaches it; the nearest, {name}"
+        row = [family, ours if family == ADAPTIVE else shown, f"{found[name]['bits']:.3f}"]
+        rows.append([*row, *(f"{found[name][c] / found[ours][c]:.2f}" for c in COSTS)])
+    return table(["family", "model", "bits per byte", *(f"{c}, x ours" for c in COSTS.values())], rows)
+
+
+def plot(found: Found, out: Path) -> None:
+    """Bits per byte against three costs, beside the page: all models, and the best that each family has for a cost."""
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True)
+    for axes, cost in zip(panels, list(COSTS)[:3], strict=True):
+        for number, family in enumerate(FAMILIES):
+            points = sorted((f[cost], f["bits"]) for name, f in found.items() if MODELS[name].family == family)
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, color=f"C{number}", s=20)
+            axes.step(x, list(accumulate(y, min)), where="post", color=f"C{number}", label=family)
+        axes.set(xlabel=COSTS[cost], xscale="log")
+    panels[0].set_ylabel(f"held-out bits per byte after {SECONDS} s")
+    panels[0].legend(frameon=False)
+    figure.savefig(out.with_suffix(".svg"), bbox_inches="tight")
+
+
+def page(results: list[dict[str, Any]], memory: dict[str, float], out: Path | None) -> str:
+    runs = {name: [r for r in results if r["cell"]["model"] == name] for name in MODELS}
+    rows, peers = held_out(), {name: load(name, SEEDS[0]) for name in MODELS}
+    text = rows[: 8 * QUALITY_AT // 1024, :-1].reshape(8, QUALITY_AT)
+    times = clocks(peers, rows)
+    found: Found = {}
+    for name, peer in peers.items():
         with torch.no_grad():
-            self.decay.bias.copy_(torch.logit(torch.linspace(0.4, 0.87, self.heads)))
-        self.in_proj = nn.Linear(d, 4 * d, bias=False)
-        self.conv = ShortConv(3 * d, config.conv_width, True)
-        self.norm = Norm(self.width)
-        self.out_proj = nn.Linear(d, d, bias=False)
+            flops = peer.flops(text) / text.numel() / 1e6
+        found[name] = {cost: statistics.median(times[cost][name]) for cost in (PREFILL, "decode", "step")}
+        found[name] |= {"flops": flops, "memory": memory[name]}
+        found[name]["bits"] = statistics.median(min(r[f"bits_{w}"] for w in WINDOWS) for r in runs[name])
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        plot(found, out)
+    prefill = [[name, *(spread(times[f"prefill {n}"][name], 4) for n in PREFILLS)] for name in MODELS]
+    others = []
+    for name, f in found.items():
+        clocked = [spread(times[cost][name], 2) for cost in ("decode", "step")]
+        others.append([name, *clocked, f"{f['flops']:.2f}", f"{f['memory']:.0f}"])
+    return (
+        f"\nBytes of the default corpus. {SECONDS} s of training for each model, one thread a run, two runs at a time, "
+        f"batches of {BATCH} x {LENGTH}, AdamW, cosine, at the learning rate given. Llama, GPT-2 (nanoGPT: no dropout) "
+        f"and Mamba-2 are transformers {transformers.__version__}'s, attention by torch's SDPA, Mamba-2 in plain torch "
+        "(its fast kernels need CUDA); ours with numba. Width x layers; adaptive: width, blocks on bytes - on words - "
+        "on bytes, half of all sites left out. Median (least to greatest).\n"
+        f"\n## Quality in equal time\n\n{HELD_OUT:,} held-out bytes, {len(SEEDS)} seed(s). Learned positions and RoPE "
+        "do not reach beyond the length of training: below, each model counts by the better of its two scores.\n\n"
+        f"{quality(runs)}"
+        f"\n## Prefill, ms a byte\n\nBoth cores, all models in turn; {AT_ONCE:,} bytes, or one sequence; caches and "
+        "states are kept, logits of the last position alone. nanoGPT's positions start again after "
+        f"{LENGTH}.\n\n{table(['model', *(f'N = {n:,}' for n in PREFILLS)], prefill)}"
+        f"\n## Decoding, training, operations, memory\n\nDecoding: one sequence, {NEW} bytes after {PROMPT}, greedy, "
+        f"through caches and states. Training: forward and backward of {BATCH} x {LENGTH}, both cores. FLOPs: matrix "
+        "products, convolutions, causal attention, scans of a forward pass; ours by the ledger. Memory: resident, "
+        "at its highest in forward and backward, above that before, in a process of its own with one thread.\n\n"
+        f"{table(['model', *list(COSTS.values())[1:]], others)}"
+        "\n## As good as the best adaptive model\n\nOf each family the model fastest in prefill that reaches its bits "
+        f"per byte; where none does, the nearest. More than 1: ours is cheaper.\n\n{equal_quality(found)}"
+    )
 
-    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState | None]:
-        alpha = self.decay(x).sigmoid()
-        qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
-        qkv, _ = self.conv(qkv, None, mask)
-        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.width)).unbind(2)
-        start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
-        y, _ = scan(q / math.sqrt(self.width), k, v, alpha, torch.ones_like(alpha), start)
-        return self.out_proj(self.norm(y).flatten(-2) * F.silu(gate)), None
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--cell", type=json.loads, help="internal: one run, as JSON")
+    parser.add_argument("--log", type=Path, default=Path("runs/benchmarks/peers.jsonl"))
+    parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the clocks")
+    options = parser.parse_args()
+    if options.cell is not None:
+        print(json.dumps(cell(options.cell)))
+        return
+    training = [spec for seed in SEEDS for spec in planned("training", seed)]
+    results = run_cells(__file__, training, workers=2, log=options.log)
+    memory = run_cells(__file__, planned("memory", SEEDS[0]), workers=2, log=options.log)
+    if not options.train_only:
+        head = "# Families of language models\n\n" + conditions("python benchmarks/peers.py")
+        peaks = {r["cell"]["model"]: r["peak_MiB"] for r in memory}
+        publish(head + page(results, peaks, options.out), options.out)
+
+
+if __name__ == "__main__":
+    main()

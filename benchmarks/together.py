@@ -26,7 +26,6 @@ SHAPE = {name: value for name, value in preset("plain").items() if name != "n_la
 MODELS: dict[str, dict[str, Any]] = {
     **{name: preset(name) for name in PRESETS},
     "plain, 3 blocks": {"n_layers": 3},
-    "quality, experts": {**preset("quality"), "balance_weight": 0.03, "experts": preset("balanced")["experts"]},
     "fast, 0.35 as long as plain": preset("fast"),
     "fast, as long as plain": preset("fast"),
 }
