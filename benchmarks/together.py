@@ -7,13 +7,14 @@ Dimensions: B sequences, N tokens.
 """
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import spread, table
+from common import interleaved, spread, table
 from torch import Tensor
-from trained import Trained, bits, prefill, scored, training_step, worse
+from trained import Run, Trained, bits, prefill, scored, training_step, worse
 
 from resnet_bk.config import PRESETS, preset
 from resnet_bk.ledger import Ledger, plain_flops
@@ -83,6 +84,23 @@ def clock(rows: Tensor) -> str:
     return table(header, lines)
 
 
+def counted(rows: Tensor) -> str:
+    """What the ledger itself costs: the same with it open, in turn."""
+    lines = []
+    for name in ("plain", "balanced", "fast"):
+        model, row = TRAINED.load(name, 0), [name]
+        for run in (prefill(rows), training_step(rows)):
+
+            def with_ledger(run: Run = run, model: LanguageModel = model) -> None:
+                with Ledger(model):
+                    run(model)
+
+            times = interleaved({"off": partial(run, model), "on": with_ledger}, 15)
+            row.append(spread([100 * (on / off - 1) for on, off in zip(times["on"], times["off"], strict=True)], 1))
+        lines.append(row)
+    return table(["model", "prefill, % longer", "training step, % longer"], lines)
+
+
 def stages(rows: Tensor) -> str:
     """Where the FLOPs of everything together run, one seed."""
     model = TRAINED.load(SHOWN, 0)
@@ -108,7 +126,8 @@ def page(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
     )
     text += quality(results, rows)
     text += "\n## The clock\n\nBoth cores, in turn, seven times each seed. Decoding: 100 bytes, one sequence.\n\n"
-    return text + clock(rows) + f"\n## Where the FLOPs run: {SHOWN}\n\n" + stages(rows)
+    text += clock(rows) + "\n## The ledger's own cost\n\nOpen or not, in turn, fifteen times.\n\n" + counted(rows)
+    return text + f"\n## Where the FLOPs run: {SHOWN}\n\n" + stages(rows)
 
 
 if __name__ == "__main__":
