@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
+from resnet_bk.layers.mixer import PropagatorMixer
 from resnet_bk.layers.score import Score
 from resnet_bk.layers.sparse import SparseBKCore, SparsityRecord
 from resnet_bk.model import LanguageModel
@@ -172,6 +173,8 @@ def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
         expected = heads * (5 * width**2 * kept + 3 * width * (sites - kept))
         assert flops.get("resnet_bk.sparse_scan", 0) == expected
         assert "resnet_bk.scan" not in flops
+        if len(sparse) == len(records):  # so all matrices are the mixers', the feed-forwards' and the head's
+            assert flops["aten.mm"] == _dense_flops(model) + _kept_flops(model, sparse)
     experts = [m for m in model.modules() if isinstance(m, Experts)]
     reports = [r for r in records if isinstance(r, ExpertsRecord)]
     for report in reports:
@@ -180,7 +183,7 @@ def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
     if experts:
         each = 6 * model.config.d_model * model.config.d_hidden
         router = sum(2 * 128 * r.weight.numel() for r in (m.router for m in experts))
-        dense = _dense_flops(model) + router
+        dense = _dense_flops(model) + _kept_flops(model, sparse) + router
         ran = flops["aten.mm"] - dense
         load = [int(n) for r in reports for n in r.load]
         assert ran == each * sum(-(-n // TILE) * TILE for n in load), "experts ran on other rows than they report"
@@ -191,7 +194,15 @@ def _dense_flops(model: LanguageModel) -> int:
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     routers = [m.router for m in model.modules() if isinstance(m, Experts)]
     biased = [m for m in layers if m.bias is not None]  # these are counted as addmm
-    return sum(2 * 128 * m.weight.numel() for m in layers if m not in routers and m not in biased)
+    kept = [m.qk_proj for m in model.modules() if isinstance(m, PropagatorMixer)]
+    return sum(2 * 128 * m.weight.numel() for m in layers if m not in routers and m not in biased and m not in kept)
+
+
+def _kept_flops(model: LanguageModel, records: list[SparsityRecord]) -> int:
+    """Of queries and keys, which are those of kept sites alone, in tiles as full as the fullest row needs."""
+    mixers = [m for m in model.modules() if isinstance(m, PropagatorMixer)]
+    rows = [len(r.kept) * -(-int(r.kept.sum(1).max()) // TILE) * TILE for r in records]
+    return sum(2 * n * m.qk_proj.weight.numel() for n, m in zip(rows, mixers, strict=True)) if records else 0
 
 
 def close(x: Tensor, y: Tensor, what: str) -> None:
