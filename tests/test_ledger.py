@@ -64,7 +64,12 @@ def test_the_work_of_a_chunk_is_booked_where_it_closes():
 
 @pytest.mark.parametrize(
     ("room", "tolerance"),
-    [("act", 1e-12), ("skip", 1e-12), ("exit", 1e-12), ("act-in-words", 0.05), ("length-pool", 0.15)],
+    [
+        *((room, 1e-12) for room in ("act", "skip", "exit", "sparse")),
+        ("experts-top-p", 0.05),
+        ("act-in-words", 0.05),
+        ("length-pool", 0.15),
+    ],
 )
 def test_what_a_token_cost_is_the_same_alone_and_in_a_padded_batch(room, tolerance):
     """But for what chunks and windows share: rooms pack, reorder and group rows, and places stay with their tokens."""

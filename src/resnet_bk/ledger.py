@@ -148,9 +148,12 @@ class Ledger:
         frame.evenly += flops
 
     def _add_each(self, flops: Tensor, part: str) -> None:
-        """Book operations (B, M) of single positions."""
+        """Book operations (B, M) of single positions; those of padding are its own."""
         frame = self._frames[-1]
         self.stages[f"{frame.name} {part}".strip()] += flops.sum().item()
+        if frame.mask is not None:
+            self.unused += flops[~frame.mask].sum().item()
+            flops = torch.where(frame.mask, flops, 0)
         frame.each = flops if frame.each is None else frame.each + flops
 
     def _add_filling(self, flops: float, part: str) -> None:

@@ -148,6 +148,41 @@ def test_the_gradient_of_a_gate_is_what_its_site_is_worth(backend):
     torch.testing.assert_close(grad[:, -1], (y - without)[:, -1].sum((1, 2)), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 31, 32, 33, 64, 70])
+def test_whatever_the_rows_keep(backend, kept):
+    """One row keeps that many sites, another none, the third all; decays of 0; what follows the kept ones is ignored."""
+    gate = torch.zeros(3, 70, dtype=torch.float64)
+    gate[0, torch.randperm(70)[:kept]] = 1
+    gate[2] = 1
+    *_, values, alpha, beta, fade, own, _, s0, r0 = (x.detach() for x in scan_inputs(70, batch=3))
+    alpha[:, [0, 9, 40, 69]] = 0
+    q, k = torch.randn(2, 3, 80, 3, 3, dtype=torch.float64)
+    for row, count in enumerate((kept, 0, 70)):
+        q[row, count:], k[row, count:] = torch.nan, torch.nan
+    results = []
+    for run in (sparse_scan, _by_steps):
+        inputs = [x.clone().requires_grad_() for x in (q, k, values, alpha, beta, fade, own, gate, s0, r0)]
+        out = run(*inputs)
+        results.append([*out, *torch.autograd.grad(sum(x.square().sum() for x in out), inputs)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_single_site_left_out_ignores_queries_and_keys(backend):
+    *_, values, alpha, beta, fade, own, gate, s0, r0 = (x.detach() for x in scan_inputs(1))
+    nothing = torch.full((2, 1, 3, 3), torch.nan, dtype=torch.float64)
+    out = sparse_scan(nothing, nothing, values, alpha, beta, fade, own, torch.zeros_like(gate), s0, r0)
+    assert all(x.isfinite().all() for x in out)
+
+
+def test_fewer_queries_than_kept_sites_are_refused(backend):
+    q, k, *rest = scan_inputs(37)
+    with pytest.raises(ValueError, match=rf"expected the {q.shape[1]} sites that the fullest row keeps, got 3"):
+        sparse_scan(q[:, :3], k[:, :3], *rest)
+    with pytest.raises(ValueError, match=r"k: expected shape .* as q, got \(2, 1, 3, 3\)"):
+        sparse_scan(q, k[:, :1], *rest)
+
+
 @pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")
 @pytest.mark.parametrize("n", [2, 31, 32, 33, 100])
 def test_backends_agree_on_outputs_and_gradients(n):

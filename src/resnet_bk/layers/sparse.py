@@ -35,10 +35,10 @@ class SparsityRecord(Record):
 class SparseBKCore(nn.Module):
     """An importance predictor for the sites of one mixer: those above 0 are kept, in all heads alike.
 
-    Each head learns how fast what its last kept site read fades at sites left out, and how much of their own value
-    these read. Decisions are hard and have the
-    gradient of a log-sigmoid (straight-through): kept sites tell what they are worth to the task, the price pushes all
-    of them towards the target. A decision reads its own position, so it is causal, and indifferent to batch-mates.
+    Each head learns how fast what its last kept site read fades at sites left out (`fill`), and how much of their own
+    value these read (`own`; the diagonal readout has no values). Decisions are hard and have the gradient of a
+    log-sigmoid (straight-through): kept sites tell what they are worth to the task, the price pushes all of them
+    towards the target. A decision reads its own position, so it is causal, and indifferent to batch-mates.
     """
 
     def __init__(self, config: ModelConfig, heads: int):

@@ -43,10 +43,17 @@ def sparse_scan(
 
     Returns:
         y (B, N, H, V), and S (B, H, K, V) and r (B, H, V) after the last site.
+
+    Raises:
+        ValueError: q and k differ in shape, or hold fewer sites than the gates keep.
     """
     inputs = (q, k, v, alpha, beta, fade, own, gate, s0, r0)
     if v.shape[1] == 1:
         return _by_steps(*inputs)
+    if q.shape != k.shape:
+        raise ValueError(f"k: expected shape {tuple(q.shape)} as q, got {tuple(k.shape)}")
+    if q.shape[1] < (most := int((gate != 0).sum(1).max())):  # a kernel would read beyond their end
+        raise ValueError(f"q and k: expected the {most} sites that the fullest row keeps, got {q.shape[1]}")
     if hasattr(backend_for(v), "sparse_scan_forward"):
         return sparse_scan_op(*inputs)[:3]
     return _packed(*inputs)
@@ -70,7 +77,7 @@ def _by_steps(
     row, place = torch.arange(len(q), device=q.device), (keep.cumsum(1) - 1).clamp(min=0)
     s, r, out = s0, r0, []
     for t in range(v.shape[1]):
-        q_t, k_t = q[row, place[:, t]], k[row, place[:, t]]
+        q_t, k_t = (torch.where(keep[:, t, None, None], x[row, place[:, t]], 0) for x in (q, k))
         new = beta[:, t].unsqueeze(-1) * v[:, t]
         s = alpha[:, t, :, None, None] * s
         read = (q_t.unsqueeze(-2) @ s).squeeze(-2) + (q_t * k_t).sum(-1, keepdim=True) * new
