@@ -38,6 +38,25 @@ def stdlib_ids() -> tuple[np.ndarray, np.ndarray]:
     return parts[0], parts[1]
 
 
+def prose_ids() -> tuple[np.ndarray, np.ndarray]:
+    """Train and held-out byte ids of Tiny Shakespeare and WikiText-2's validation text: nine tenths and the rest."""
+    files = SHARED / "data/tinyshakespeare/input.txt", SHARED / "data/wikitext-2/wiki.valid.raw"
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for file in files:
+        ids = tokens.byte_ids(file.read_bytes())
+        cut = int(0.9 * len(ids))
+        for part, piece in zip(parts, (ids[:cut], ids[cut:]), strict=True):
+            part.append(np.append(piece, np.uint16(tokens.END_OF_DOCUMENT)))
+    return np.concatenate(parts[0]), np.concatenate(parts[1])
+
+
+# name -> train and held-out byte ids, and what they are
+CORPORA: dict[str, tuple[Callable[[], tuple[np.ndarray, np.ndarray]], str]] = {
+    "stdlib": (stdlib_ids, "the default corpus"),
+    "prose": (prose_ids, "Tiny Shakespeare and WikiText-2's validation text, a tenth of each held out"),
+}
+
+
 def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
     """Random windows, (B, N) inputs and the tokens that follow; the same ones for the same seed."""
     rng = np.random.default_rng(seed)

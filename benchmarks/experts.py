@@ -103,7 +103,7 @@ def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> st
         "than always one, %",
         "busiest expert, x uniform",
         "idlest",
-        "s a step, beside another",
+        "processor s a step",
     ]
     text = table(header, lines)
     text += "\n## Who gets more\n\nMean computing experts of the bytes in each tenth by the loss of always four.\n\n"

@@ -135,7 +135,7 @@ def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> st
             curves[name] = tenths
     plot_tenths(curves, "dense", "share of sites kept", out)
     header = ["model", "parameters", "bits per byte", "perplexity worse than dense, %", "sparsity"]
-    return table([*header, "rank correlation of sites kept and loss", "s a step, beside another"], lines)
+    return table([*header, "rank correlation of sites kept and loss", "processor s a step"], lines)
 
 
 def _kept(records: list[Any]) -> Tensor:

@@ -6,6 +6,7 @@ Dimensions: B sequences, N tokens.
 import json
 import math
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from common import arguments, batches, conditions, interleaved, publish, run_cells, stdlib_ids, train
+from common import CORPORA, arguments, batches, conditions, interleaved, publish, run_cells, train
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,10 +33,10 @@ Page = Callable[[list[dict[str, Any]], Tensor, Path | None], str]
 
 
 class Trained:
-    """The models of one benchmark, trained on the default corpus.
+    """The models of one benchmark, trained on one of CORPORA.
 
     models: name -> fields of the model. timed: name -> a model and a share: trained not for so many steps, but for that
-    share of the seconds that the other one took (the median of its seeds).
+    share of the processor's seconds that the other one took (the median of its seeds).
     """
 
     def __init__(
@@ -50,34 +51,46 @@ class Trained:
         timed: dict[str, tuple[str, float]] | None = None,
     ):
         self.benchmark, self.shape, self.models, self.timed = benchmark, shape, models, timed or {}
-        self.batch, self.steps, self.seeds = batch, steps, seeds
+        self.batch, self.steps, self.seeds, self.corpus = batch, steps, seeds, "stdlib"
 
     def main(self, script: str, about: str | None, title: str, page: Page) -> None:
         """The whole command line. page: from the results of the training cells, held-out rows and where the page goes,
         what it says below its title and conditions."""
         parser = arguments(about)
         parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
-        parser.add_argument("--log", type=Path, default=Path(f"runs/benchmarks/{self.benchmark}.jsonl"))
+        parser.add_argument("--corpus", choices=CORPORA, default=self.corpus)
         parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the timings")
         options = parser.parse_args()
         if options.cell is not None:
+            self.corpus = options.cell["corpus"]
             print(json.dumps(self._train(options.cell)))
             return
+        self.corpus = options.corpus
+        log = self._folder.with_suffix(".jsonl")
         by_steps = self._cells({name: {"steps": self.steps} for name in self.models if name not in self.timed})
-        results = run_cells(script, by_steps, workers=2, log=options.log)
+        results = run_cells(script, by_steps, workers=2, log=log)
         seconds: dict[str, dict[str, Any]] = {}
         for name, (other, share) in self.timed.items():
             taken = statistics.median(r["seconds"] for r in results if r["cell"]["model"] == other)
             seconds[name] = {"seconds": round(share * taken)}
-        results += run_cells(script, self._cells(seconds), workers=2, log=options.log)
+        results += run_cells(script, self._cells(seconds), workers=2, log=log)
         if not options.train_only:
-            head = f"# {title}\n\n" + conditions(f"python benchmarks/{self.benchmark}.py")
-            publish(head + page(results, held_out(), options.out), options.out)
+            command = f"python benchmarks/{self.benchmark}.py --corpus {self.corpus}"
+            if options.out is not None:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+            text = page(results, held_out(self.corpus), options.out)
+            publish(f"# {title}\n\n" + conditions(command) + text, options.out)
 
     def _cells(self, budgets: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """One for each model and seed. budgets: name -> {"steps": ...} or {"seconds": ...}."""
         return [
-            {"model": name, "fields": {**self.shape, **self.models[name]}, "seed": seed, **budget}
+            {
+                "corpus": self.corpus,
+                "model": name,
+                "fields": {**self.shape, **self.models[name]},
+                "seed": seed,
+                **budget,
+            }
             for name, budget in budgets.items()
             for seed in self.seeds
         ]
@@ -90,17 +103,21 @@ class Trained:
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
             return model(x, targets=y, logits=False).loss  # type: ignore[return-value]
 
-        ids, _ = stdlib_ids()
+        ids, _ = CORPORA[self.corpus][0]()
         draw = batches(ids, self.batch, self.shape["n_seq"], spec["seed"])
-        result: dict[str, Any] = dict(train(loss_of, model, draw, spec.get("steps"), spec.get("seconds")))
+        budget = spec.get("steps"), spec.get("seconds")
+        result: dict[str, Any] = dict(train(loss_of, model, draw, *budget, clock=time.process_time))
         result["parameters"] = sum(p.numel() for p in model.parameters())
         save_model(model, str(self._path(spec["model"], spec["seed"])))
         return result
 
+    @property
+    def _folder(self) -> Path:
+        return Path("runs/benchmarks") / f"{self.benchmark}-{self.corpus}"
+
     def _path(self, name: str, seed: int) -> Path:
-        folder = Path("runs/benchmarks") / self.benchmark
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.safetensors"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.safetensors"
 
     def load(self, name: str, seed: int) -> LanguageModel:
         model = LanguageModel(259, **{**self.shape, **self.models[name]})
@@ -126,15 +143,15 @@ class Trained:
     def described(self) -> str:
         """How they were trained, in words."""
         return (
-            f"D = {self.shape['d_model']}, the default corpus, {self.steps} steps of {self.batch} x "
-            f"{self.shape['n_seq']} bytes, AdamW 3e-3 cosine, one thread a run, two runs at a time; {HELD_OUT:,} "
+            f"D = {self.shape['d_model']}, {CORPORA[self.corpus][1]}, {self.steps} steps of {self.batch} x "
+            f"{self.shape['n_seq']} bytes, AdamW 3e-3 cosine, one thread a run, two runs at a time; up to {HELD_OUT:,} "
             f"held-out bytes in windows of {WINDOW:,}. Median (least to greatest) of {len(self.seeds)} seeds."
         )
 
 
-def held_out() -> Tensor:
+def held_out(corpus: str = "stdlib") -> Tensor:
     """(B, N + 1) ids, end to end."""
-    _, ids = stdlib_ids()
+    _, ids = CORPORA[corpus][0]()
     count = min(HELD_OUT, len(ids) - 1) // WINDOW
     return torch.from_numpy(np.stack([ids[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(count)]).astype(np.int64))
 

@@ -210,8 +210,8 @@ class SparsityConfig:
     sampling: Literal["threshold", "gumbel"] = "threshold"
     """Sites kept in training: those whose importance is above 0, as always outside it; or a Gumbel-sigmoid sample."""
     penalty: float = 0.3
-    """Weight of the loss that holds each mixer's sparsity at the target: of the mean probability to be kept, in full
-    where more sites are kept, vanishing at the target, negative below it."""
+    """Weight of the loss that holds each mixer's sparsity at the target: of the mean probability to be kept, the more
+    the further the share of kept sites is above, vanishing at the target, negative below it."""
     warmup: float = 0.3
     """Share of training over which the target rises from 0."""
 

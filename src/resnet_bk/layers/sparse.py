@@ -13,7 +13,8 @@ from resnet_bk.layers.feedforward import TILE
 from resnet_bk.ops import Sparsity
 from resnet_bk.record import Record
 
-BAND = 0.02  # shares of sites around the goal in which the price rises from -1 to 1
+# The price of keeping a site is 1 for each BAND of the sites that are kept above the goal, and never beyond STEEPEST.
+BAND, STEEPEST = 0.02, 4.0
 # Before learning nearly every site is kept, what it read fades little, and little of a left out one's value is read.
 START, OWN = 2.0, 0.2
 
@@ -51,16 +52,15 @@ class SparseBKCore(nn.Module):
         self.progress = 1.0  # of training, 0 to 1: see `anneal`
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Sparsity, SparsityRecord]:
-        """x: (B, N, D). The record's loss "sparsity" is the mean probability to be kept times its price: 1 where more
-        sites would be kept outside training than the goal by BAND or more, in proportion where the share is closer,
-        negative below."""
+        """x: (B, N, D). The record's loss "sparsity" is the mean probability to be kept times its price, which follows
+        the share that would be kept outside training: negative below the goal."""
         exact = torch.promote_types(x.dtype, torch.float32)
         importance = self.importance(x).squeeze(-1).to(exact)
         real = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
         number = real.sum().clamp(min=1)
         goal = 1 - self.settings.target * min(1.0, self.progress / max(1e-9, self.settings.warmup))
         above = ((importance > 0) & real).sum() / number - goal
-        loss = (above / BAND).clamp(-1, 1) * (importance.sigmoid() * real).sum() / number
+        loss = (above / BAND).clamp(-STEEPEST, STEEPEST) * (importance.sigmoid() * real).sum() / number
         if self.training and self.settings.sampling == "gumbel":  # logistic noise: the difference of two Gumbel's
             importance = importance + torch.rand_like(importance).logit(1e-6)
         kept = (importance > 0) & real
