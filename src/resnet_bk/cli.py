@@ -189,7 +189,8 @@ def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, A
     try:
         if command:
             _check_no_whole_section(arguments, _COMMANDS[command][0])
-            presets = PRESETS if command == "train" and given_as == "--config" else ()  # no recipe: without a budget
+            # a preset alone has no budget, so it is no recipe for other commands
+            presets = PRESETS if command == "train" and given_as == "--config" else ()
             arguments = _with_presets(arguments, presets)
             for _, _, name in _config_files(arguments):
                 _check_config_file(name, _COMMANDS[command][0], given_as, presets)
