@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from resnet_bk import __version__, cli
 from resnet_bk.checkpoint import MANIFEST, seal
 from resnet_bk.cli import main
-from resnet_bk.config import ConfigError, TrainConfig
+from resnet_bk.config import ConfigError, TrainConfig, shown
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer
 
 
@@ -91,6 +91,11 @@ def model(trained, tmp_path):
         (["eval", "--checkpoint", "x"], "eval: checkpoint is given without its name: resnet-bk eval CHECKPOINT"),
         (["train", "x"], "train: unexpected argument 'x'; settings are given as --name value"),
         (["generate", "x", "y", "z"], "generate: unexpected argument 'z'; settings are given as --name value"),
+        (["report", "--runs", "a"], "report: runs is given without its name: resnet-bk report RUN..."),
+        (
+            ["report", "a", "--output", "o", "b"],
+            "report: unexpected argument 'b'; give all of RUN... in one place: resnet-bk report RUN... --name value",
+        ),
         (["train", "--max_steps"], "train.max_steps: got nothing, allowed an integer or null"),
         (["train", "--model.d_model"], "model.d_model: got nothing, allowed an integer"),
         (
@@ -232,6 +237,12 @@ def test_a_bad_configuration_file(refused, tmp_path, text, message, form):
     assert refused("train", *form) == message
 
 
+@pytest.mark.parametrize(("text", "got"), [("[1]", "1"), ("[a, [b]]", "['b']"), ("[null]", "None")])
+def test_a_list_of_other_items(refused, tmp_path, text, got):
+    (tmp_path / "c.yaml").write_text(f"runs: {text}\n")
+    assert refused("report", "--config", "c.yaml") == f"report.runs: got {shown(got)}, allowed a list, each text"
+
+
 @pytest.mark.parametrize("text", ["model: [1,", "a: b: c", "\tx", "'", "%", "a: 'b\nc"])
 def test_broken_yaml_names_file_line_and_column(refused, tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
@@ -247,7 +258,7 @@ def test_a_configuration_file_that_is_none(refused, name):
 
 def test_a_configuration_file_that_is_not_utf8(refused, tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"seed: 1\n\xff")
-    assert refused("train", "--config", "c.yaml") == "--config: c.yaml is not UTF-8 at byte 8; give a YAML file"
+    assert refused("train", "--config", "c.yaml") == "--config: c.yaml is not UTF-8 at byte 8; save it as UTF-8"
 
 
 def test_a_configuration_file_that_is_too_large(refused, tmp_path):
@@ -365,11 +376,11 @@ def test_a_run_that_exists_is_not_overwritten(refused, tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_text() == "mine"
 
 
-@pytest.mark.parametrize("text", ["", "[1", "- 1", "!!python/name:os.system", "\0"])
+@pytest.mark.parametrize("text", ["", "[1", "- 1", "!!python/name:os.system", "\0", "a: &a [1]\nb: *a"])
 def test_an_unfinished_run_with_a_damaged_configuration(refused, tmp_path, text):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(text)
-    assert "config.yaml: cannot be read" in refused(*train("--resume", "true"))
+    assert refused(*train("--resume", "true")).startswith("train.output_dir: run/config.yaml ")
 
 
 # --------------------------------------------------------------------------------------- checkpoints
@@ -522,12 +533,15 @@ def test_a_model_alone_has_no_held_out_text(refused, model):
     assert refused("eval", "model").startswith("eval.source: model is no run folder, so it has no held-out text")
 
 
-@pytest.mark.parametrize("text", ["", "[1", "- 1", "{}", "data: 5", "data: {sorce: x}", "data: {val_fraction: 7}"])
+@pytest.mark.parametrize(
+    "text", ["", "[1", "- 1", "{}", "data: 5", "data: {sorce: x}", "data: {val_fraction: 7}", "a: &a [1]\ndata: *a"]
+)
 def test_a_run_with_a_damaged_configuration(refused, model, tmp_path, text):
     (tmp_path / "run").mkdir()
     shutil.move(model, tmp_path / "run" / "model")
     (tmp_path / "run" / "config.yaml").write_text(text)
-    assert "data" in refused("eval", "run")
+    said = refused("eval", "run")
+    assert said.startswith(("run/config.yaml: ", "eval.checkpoint: run/config.yaml ", "data.val_fraction: "))
 
 
 # ----------------------------------------------------------------------------------- errors while running

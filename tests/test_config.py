@@ -19,6 +19,8 @@ from resnet_bk.config import (
     TrainConfig,
     TuneConfig,
     check_fields,
+    read_limited,
+    read_yaml,
     shown,
     unknown_field,
 )
@@ -272,6 +274,48 @@ def test_settings_cannot_be_changed_past_their_checks():
 def test_long_values_are_cut_in_messages():
     assert shown("x" * 10_000) == "'" + "x" * 76 + "..."
     assert shown(HUGE) == "an integer too long to print"
+    assert shown([1, {"a": HUGE}]) == "an integer too long to print"
+    for value in ({"b": [1, "x'"], 5: {}}, [[]] * 20, (1,), b"x", None, 1.5, "é\n" * 20, "x" * 78):
+        assert len(repr(value)) <= 80
+        assert shown(value) == repr(value)
+    for value in (list(range(50)), dict.fromkeys(range(20), "x"), b"x" * 90, "\n" * 79, "x" * 79):
+        assert shown(value) == repr(value)[:77] + "..."
+
+
+def test_of_a_giant_value_no_more_than_is_shown_is_formatted():
+    bomb = "lol"
+    for _ in range(100):
+        bomb = [bomb] * 10
+    assert shown(bomb) == "[" * 77 + "..."
+    assert shown({"a": bomb})[:5] == "{'a':"
+    formatted = []
+
+    class Item:
+        def __repr__(self):
+            formatted.append(self)
+            return "item"
+
+    assert shown([Item()] * 10_000).endswith(", item...")
+    assert len(formatted) < 20
+
+
+def test_a_file_is_read_only_where_it_is_small(tmp_path):
+    (tmp_path / "a").write_text("12é")
+    assert read_limited("x", tmp_path / "a", 4) == "12é"
+    with pytest.raises(ConfigError, match=r"^x: .*a has 4 bytes, allowed at most 3$"):
+        read_limited("x", tmp_path / "a", 3)
+    (tmp_path / "a").write_bytes(b"1\xff")
+    with pytest.raises(ConfigError, match=r"^x: .*a is not UTF-8 at byte 1; save it as UTF-8$"):
+        read_limited("x", tmp_path / "a", 4)
+
+
+@pytest.mark.parametrize(
+    "tagged", ['!!int ""', '!!float ""', "!!bool x", "!!timestamp x", '!!float "1:x"', "2001-99-99"]
+)
+def test_values_that_the_yaml_library_stumbles_over_are_one_error(tmp_path, tagged):
+    (tmp_path / "a").write_text(f"x: {tagged}")
+    with pytest.raises(ConfigError, match=r"^x: .*a' cannot be read as YAML \("):
+        read_yaml("x", tmp_path / "a")
 
 
 # ---------------------------------------------------------------------------------------- multi-scale

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from resnet_bk import ConfigError, ConfigurableResNetBK, LanguageModel, cli
-from resnet_bk.config import PRESETS, TrainConfig, preset, preset_file
+from resnet_bk.config import PRESETS, ModelConfig, TrainConfig, preset, preset_file
 from resnet_bk.ledger import Ledger
 
 TEXT = b"def forward(self, x):\n    return self.head(self.norm(x))\n" * 4
@@ -70,7 +70,14 @@ def test_on_the_command_line(parsed, form):
 def test_a_file_of_that_name_comes_first(parsed, tmp_path):
     (tmp_path / "fast").write_text("seed: 7\nmax_steps: 1\n")
     config = parsed("train", "--config", "fast")
-    assert (config.seed, config.model.rooms) == (7, [])
+    assert (config.seed, config.model) == (7, ModelConfig())
+
+
+@pytest.mark.parametrize("command", ["tune", "ablate"])
+def test_the_recipe_of_another_command_is_no_preset(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, "fast"]) == 2
+    assert capsys.readouterr().err == f"resnet-bk: error: {command}.base: 'fast' is no file; give a YAML file\n"
 
 
 def test_a_recipe_on_top_of_a_preset(parsed, tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import docstring_parser
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from resnet_bk import __version__
@@ -29,6 +28,7 @@ from resnet_bk.config import (
     in_words,
     is_section,
     preset_file,
+    read_yaml,
     shown,
 )
 
@@ -41,7 +41,6 @@ _COMMANDS = {
     "tune": (TuneConfig, "Search settings for the trade between held-out bits per byte and measured time."),
     "ablate": (AblateConfig, "Train every combination of a recipe's techniques; measure what each one buys."),
 }
-_LARGEST_CONFIG, _DEEPEST_CONFIG = 1 << 20, 10  # bytes, levels
 
 
 @functools.cache
@@ -89,44 +88,19 @@ def _config_files(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
                 yield i + 1, "", arguments[i + 1]
 
 
-def _with_presets(arguments: Sequence[str]) -> list[str]:
+def _with_presets(arguments: Sequence[str], presets: Sequence[str]) -> list[str]:
     """The names of presets, where no file has such a name, as their files."""
     found = list(arguments)
     for i, before, name in _config_files(arguments):
-        if name in PRESETS and not Path(name).is_file():
+        if name in presets and not Path(name).is_file():
             found[i] = f"{before}{preset_file(name)}"
     return found
 
 
-def _check_config_file(name: str, kind: type, given_as: str = "--config") -> None:
+def _check_config_file(name: str, kind: type, given_as: str, presets: Sequence[str]) -> None:
     """One clear line for whatever can be wrong with a configuration file as such; values are checked later."""
-    path = Path(name)
-    try:
-        if not path.is_file():
-            preset = f", or one of {', '.join(PRESETS)}" if kind is TrainConfig else ""
-            raise ConfigError(f"{given_as}: {shown(name)} is no file; give a YAML file{preset}")
-        if (size := path.stat().st_size) > _LARGEST_CONFIG:
-            raise ConfigError(f"{given_as}: {name} has {size} bytes, allowed at most {_LARGEST_CONFIG}")
-        text = path.read_bytes().decode()
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for gigabytes
-                raise ConfigError(f"{given_as}: {name} has a YAML alias (*name), not allowed; write the value out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST_CONFIG:
-                raise ConfigError(f"{given_as}: {name} nests deeper than the {_DEEPEST_CONFIG} levels allowed")
-        values = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{given_as}: {name} is not UTF-8 at byte {error.start}; give a YAML file") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{given_as}: {name} is not plain YAML{at}: {problem}; correct it there") from error
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{given_as}: {shown(name)} cannot be read as YAML ({error})") from error
+    wanted = "a YAML file" + (f", or one of {', '.join(presets)}" if presets else "")
+    values = read_yaml(given_as, name, wanted)
     if values is None:
         hint = "write settings as 'name: value'" + (", or leave --config out" if given_as == "--config" else "")
         raise ConfigError(f"{given_as}: {name} is empty; {hint}")
@@ -170,6 +144,8 @@ def _explain(error: Exception, command: str | None) -> str:
             return f"{command}: {name} is given without its name: resnet-bk {command} {usage}"
         if not match[1].startswith("-"):
             got = f"{command or 'command line'}: unexpected argument {shown(match[1])}"
+            if usage.endswith("..."):
+                return f"{got}; give all of {usage} in one place: resnet-bk {command} {usage} --name value"
             return f"{got}; settings are given as --name value"
         near = _nearest(name, [*allowed, "config", "help"] if command else ["help", "version"], "--")
         helped = f"see resnet-bk {command} --help" if command else "see resnet-bk --help"
@@ -182,7 +158,7 @@ def _explain(error: Exception, command: str | None) -> str:
     if (match := re.search(r"argument --([\w.]+): expected one argument", text)) and match[1] in allowed:
         name = match[1] if "." in match[1] else f"{where}{match[1]}"
         return f"{name}: got nothing, allowed {allowed[match[1]]}"
-    if match := re.match(r'Parser key "([\w.]+)":\s*(.*)', text, re.DOTALL):
+    if match := re.match(r'Parser key "([\w.]+)"(?: element \d+)?:\s*(.*)', text, re.DOTALL):
         name = match[1] if "." in match[1] else f"{where}{match[1]}"
         if match[1] not in allowed:
             return f"{name}: {match[2]}"
@@ -213,9 +189,11 @@ def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, A
     try:
         if command:
             _check_no_whole_section(arguments, _COMMANDS[command][0])
-            arguments = _with_presets(arguments) if command == "train" else arguments
+            # a preset alone has no budget, so it is no recipe for other commands
+            presets = PRESETS if command == "train" and given_as == "--config" else ()
+            arguments = _with_presets(arguments, presets)
             for _, _, name in _config_files(arguments):
-                _check_config_file(name, _COMMANDS[command][0], given_as)
+                _check_config_file(name, _COMMANDS[command][0], given_as, presets)
         parser = _parser()
         parsed = parser.parse_args(arguments)
         values = dict(vars(parser.instantiate(parsed)[parsed.command]))

@@ -152,6 +152,21 @@ def test_the_pareto_figure_has_a_point_and_a_name_for_each_and_the_front(count):
     ]
 
 
+ODD = ["a$b$c", "$\\frac", "$\\frac$", "a\\$b", "%_^{&", "a\nb", "--><script>"]
+
+
+def test_names_are_no_formulas():
+    places = {name: ((2.0 + i,) * 3, (9.0 - i,) * 3) for i, name in enumerate(ODD)}
+    pareto = html.pareto(places, [0], "cost")
+    curves = html.compared_curves({name: [[(1.0, 0.1, 4.0), (2.0, 0.2, 3.0)]] for name in ODD}, "bytes")
+    for figure, texts in ((pareto, pareto.axes[0].texts), (curves, curves.legends[0].get_texts())):
+        assert [text.get_text() for text in texts] == ODD
+        assert not any(text.get_parse_math() for text in texts)
+        drawn = html.figure_svg(figure)
+        assert ElementTree.fromstring(drawn).tag.endswith("svg")
+        assert "<script" not in drawn
+
+
 def test_names_keep_off_each_other_and_stay_within_the_axes():
     points = {name: ((bits,) * 3, (cost,) * 3) for name, bits, cost in (("aaaa", 2, 1), ("bbbb", 2, 1.1), ("cc", 3, 5))}
     figure = html.pareto(points, [0], "cost")

@@ -133,6 +133,12 @@ def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_
     assert len(made_up) == 16  # nothing is trained twice
     with pytest.raises(ConfigError, match=r"ablate\.base: max_steps is 6, the finished run in .* had 5"):
         ablate.ablate(config, TrainConfig(model=MODEL, max_steps=6), Console(quiet=True))
+    saved = tmp_path / "out" / "depth" / "seed-0" / run.CONFIG
+    kept = saved.read_text()
+    saved.write_text("a: &a [1]\nb: *a\n")
+    with pytest.raises(ConfigError, match=r"depth/seed-0/config\.yaml has a YAML alias"):
+        ablate.ablate(config, recipe, Console(quiet=True))
+    saved.write_text(kept)
     text[0] = "changed"
     with pytest.raises(ConfigError, match=r"has other text \(train_sha256\) than the first one"):
         ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0, 2]), recipe, Console(quiet=True))

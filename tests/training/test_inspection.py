@@ -7,10 +7,11 @@ import torch
 
 from resnet_bk.checkpoint import seal
 from resnet_bk.cli import main
+from resnet_bk.config import ConfigError
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.hf.tokenizer import byte_tokenizer
 from resnet_bk.ledger import Ledger
-from resnet_bk.training.inspection import _pieces, decisions
+from resnet_bk.training.inspection import _pieces, check_output, decisions, heated
 
 ALL = {
     "n_layers": 5,
@@ -96,4 +97,15 @@ def test_what_no_token_covers_is_shown_all_the_same():
     cost, bits, closes = torch.tensor([1.0, 2.0, 3.0]), torch.ones(2), torch.zeros(3, dtype=torch.bool)
     pieces = _pieces("a b  c", [(0, 1), (2, 3), (5, 6)], cost, bits, closes)
     assert [text for text, _, _ in pieces] == ["a", " b", "  c"]
-    assert [heat for _, heat, _ in pieces] == [0.0, 0.5, 1.0]
+    assert [own for _, own, _ in pieces] == [1.0, 2.0, 3.0]
+    assert [heat for _, heat, _ in heated(pieces, 1.0, 5.0)] == [0.0, 0.25, 0.5]
+    assert [heat for _, heat, _ in heated(pieces, 1.0, 1.0)] == [0.0] * 3
+
+
+def test_of_a_giant_file_only_the_beginning_is_read(tmp_path):
+    with (tmp_path / "a.html").open("wb") as file:
+        file.write(b"<title>mine")
+        file.truncate(1 << 40)  # sparse
+    check_output("x", tmp_path / "a.html", "mine")
+    with pytest.raises(ConfigError, match="exists and is no page of this command"):
+        check_output("x", tmp_path / "a.html", "yours")

@@ -1,20 +1,24 @@
 """``resnet-bk report``: what the page shows of which runs, how runs are grouped, what is refused."""
 
+import gc
 import json
 import math
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import yaml
 
 from resnet_bk.cli import main
+from resnet_bk.config import shown
 from resnet_bk.training import comparison, run
-from resnet_bk.training.finished import grouped, read_runs
+from resnet_bk.training.finished import LARGEST_METRICS, LARGEST_RESULTS, grouped, read_runs
 
 TEXT = "def add(a, b):\n    return a + b  # <sum> & more\n" * 8
 MEASURE = run.measure
+AGAIN = "It was read from the run&#x27;s data again and is shown as the source is now."
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +192,7 @@ def test_curves_are_over_seconds_and_over_bytes_read(make, monkeypatch):
     figure = comparison.html.compared_curves
     monkeypatch.setattr(comparison.html, "compared_curves", lambda *args: seen.append(args) or figure(*args))
     make("a")
-    make("short", settings=[("seed", 1)])
+    make("short", settings=[("seed", 1)], training__bytes_per_second=math.nan)
     metrics = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
     Path("short/metrics.jsonl").unlink()
     page = page_of("a", "short")
@@ -205,6 +209,21 @@ def test_a_run_without_a_log_line_has_neither_speed_nor_curve(make):
     page = page_of("short")
     assert lines_of(page)[1][-1] == "not logged"
     assert page.count("<svg") == 4
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, "x", None], ids=repr)
+def test_the_speed_of_a_run_with_log_lines_is_a_positive_number(make, refused, value):
+    make("a", training__bytes_per_second=value)
+    said = f"a/results.json: training.bytes_per_second: got {value!r}, allowed 1e-12 to 1e+24"
+    assert refused("a") == said
+
+
+@pytest.mark.parametrize("value", [5.0, 0, math.inf, "x", None], ids=repr)
+def test_a_run_without_a_log_line_has_no_other_speed(make, refused, value):
+    make("a", training__bytes_per_second=value)
+    Path("a", "metrics.jsonl").unlink()
+    said = f"a/results.json: training.bytes_per_second: got {value!r}, allowed NaN: no speed was logged"
+    assert refused("a") == said
 
 
 def test_one_text_is_colored_by_what_each_group_spends_on_one_scale(make, monkeypatch):
@@ -227,15 +246,33 @@ def test_one_text_is_colored_by_what_each_group_spends_on_one_scale(make, monkey
     assert texts == [held_out] * 2
     assert re.findall("<h3>(.*?)</h3>", page) == ["plain (a)", "plain (b)"]
     assert "The beginning of 0.py" in page
+    assert AGAIN in page
     assert set(backgrounds[40:]) == {"236,112,20"}
     assert "236,112,20" not in backgrounds[:40]
     assert "1.00 of the mean; " in notes[1]
 
 
+def test_models_are_let_go_one_by_one(make, monkeypatch):
+    models, alive = [], []
+
+    def load(folder):
+        gc.collect()
+        alive.append(sum(model() is not None for model in models))
+        model, tokenizer = run.load(folder)
+        models.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(comparison, "load", load)
+    page_of(*(make(f"a{i}", settings=[("max_steps", i + 1)]) for i in range(4)))
+    assert max(alive) == 1
+
+
 def test_the_text_may_be_given(make, refused):
     make("a")
     Path("mine.txt").write_text("x < y")
-    assert colored(page_of("a", "--text", "mine.txt"))[0] == ["x &lt; y"]
+    page = page_of("a", "--text", "mine.txt")
+    assert colored(page)[0] == ["x &lt; y"]
+    assert AGAIN not in page
     Path("mine.txt").write_text("")
     assert refused("a", "--text", "mine.txt") == "report.text: mine.txt is empty; give at least one character"
     assert refused("a", "--text", "none") == "report.text: none is no file; give a text file, or '-'"
@@ -265,6 +302,15 @@ def test_versions_that_differ_are_told_with_whose_they_are(make):
     assert "<br>resnet-bk report a b &#x27;c d&#x27; --output report.html --max_tokens 600</footer>" in footer
 
 
+def test_clocks_of_different_machines_are_not_compared(make):
+    said = "Machines or threads differ among the runs, as the end of this page tells: their times and speeds are not"
+    make("a", versions__machine="m, 2 threads")
+    make("b", settings=[("seed", 1)], versions__machine="m, 2 threads")
+    make("c", settings=[("seed", 2)], versions__machine="m, 1 threads")
+    assert said not in page_of("a", "b")
+    assert page_of("a", "b", "c").count(said) == 1
+
+
 def test_runs_that_cannot_be_compared(make, refused):
     make("a")
     make("b", training__held_out_sha256="0")
@@ -285,45 +331,87 @@ def test_folders_that_are_no_finished_run(make, refused):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("text", "message"),
     [
-        ("config.yaml", b""),
-        ("config.yaml", b"[1"),
-        ("config.yaml", b"- 1"),
-        ("config.yaml", b"max_steps: 3"),
-        ("config.yaml", b"model: {d_modle: 8}\ndata: {}\nmax_steps: 1"),
-        ("config.yaml", b"model: {d_model: x}\ndata: {}\nmax_steps: 1"),
-        ("config.yaml", b"model: {}\ndata: {}\nmax_steps: x"),
-        ("config.yaml", b"model: {}\ndata: {source: 5}\nmax_steps: 1"),
-        ("config.yaml", b"model: !!python/object/apply:os.system ['touch canary']"),
-        ("config.yaml", b"\xff"),
-        ("metrics.jsonl", b'{"step": 1, "sec'),
-        ("metrics.jsonl", b"5"),
-        ("metrics.jsonl", b'{"step": 1, "seconds": 1.0}'),
-        ("metrics.jsonl", b'{"step": 1, "seconds": 1.0, "bits_per_byte": NaN}'),
-        ("metrics.jsonl", b"\xff"),
-        ("results.json", b""),
-        ("results.json", b"{"),
-        ("results.json", b"[]"),
-        ("results.json", b"{}"),
-        ("results.json", b"\xff"),
-        ("results.json", b"[" * 100_000),
+        (b"", "a/config.yaml: train: got None, allowed a mapping of fields to values"),
+        (b"- 1", "a/config.yaml: train: got [1], allowed a mapping of fields to values"),
+        (b"[1", "report.runs: a/config.yaml is not plain YAML at line 1"),
+        (b"\xff", "report.runs: a/config.yaml is not UTF-8 at byte 0"),
+        (b"max_steps: 3", "a/config.yaml: is damaged (KeyError: 'model')"),
+        (b"model: {d_modle: 8}", "a/config.yaml: train.model: unknown field 'd_modle'; did you mean 'd_model'?"),
+        (b"model: {d_model: x}\ndata: {}", "a/config.yaml: model.d_model: got 'x', allowed an integer from 1"),
+        (b"model: {}\ndata: {}\nmax_steps: x", "a/config.yaml: train.max_steps: got 'x', allowed an integer from 1"),
+        (b"model: {}\ndata: {source: 5}\nmax_steps: 1", "a/config.yaml: data.source: got 5, allowed text"),
+        (b"x: !!python/object/apply:os.system ['touch canary']", "report.runs: a/config.yaml is not plain YAML at"),
+        (b"x: &x [1]\ny: *x", "report.runs: a/config.yaml has a YAML alias (*name), not allowed; write the value out"),
+        (b"x: " + b"[" * 99, "report.runs: a/config.yaml nests deeper than the 10 levels allowed"),
+        (b"x: " + b"1" * (1 << 20), "report.runs: a/config.yaml has 1048579 bytes, allowed at most 1048576"),
     ],
-    ids=range(21),
+    ids=range(13),
 )
-def test_a_damaged_file_is_named(make, refused, name, content):
+def test_what_is_wrong_with_a_runs_settings_is_told(make, refused, text, message):
     make("a")
-    Path("a", name).write_bytes(content)
-    assert refused("a").startswith(f"a/{name}: is damaged (")
+    Path("a/config.yaml").write_bytes(text)
+    assert refused("a").startswith(message)
     assert not Path("canary").exists()
     assert not Path("report.html").exists()
 
 
-@pytest.mark.parametrize("value", [None, "x", True, -1.0, 0, math.inf, 10**400, []], ids=range(8))
-@pytest.mark.parametrize("name", ["costs__decode", "training__seconds", "versions__torch"])
-def test_a_result_of_another_kind_is_damage(make, refused, name, value):
-    make("a", **{name: 5 if value == "x" and name == "versions__torch" else value})
-    assert refused("a").startswith("a/results.json: is damaged (")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b'{"step": 1, "sec', "is damaged (JSONDecodeError: "),
+        ("metrics.jsonl", b"5", "is damaged (TypeError: "),
+        ("metrics.jsonl", b'{"step": 1, "seconds": 1.0}', "is damaged (KeyError: 'bits_per_byte')"),
+        (
+            "metrics.jsonl",
+            b'{"step": 1, "seconds": 1.0, "bits_per_byte": NaN}',
+            "line 1.bits_per_byte: got nan, allowed",
+        ),
+        ("metrics.jsonl", b'{"step": 1, "seconds": 1.0, "bits_per_byte": 65}', "line 1.bits_per_byte: got 65, allowed"),
+        ("results.json", b"", "is damaged (JSONDecodeError: "),
+        ("results.json", b"{", "is damaged (JSONDecodeError: "),
+        ("results.json", b"[]", "is damaged (TypeError: "),
+        ("results.json", b"{}", "is damaged (KeyError: 'held_out')"),
+        ("results.json", b"[" * 100_000, "is damaged (RecursionError: "),
+    ],
+    ids=range(10),
+)
+def test_a_damaged_file_is_named(make, refused, name, content, message):
+    make("a")
+    Path("a", name).write_bytes(content)
+    assert refused("a").startswith(f"a/{name}: {message}")
+    assert not Path("report.html").exists()
+
+
+@pytest.mark.parametrize(("name", "limit"), [("results.json", LARGEST_RESULTS), ("metrics.jsonl", LARGEST_METRICS)])
+def test_a_giant_file_is_not_read(make, refused, name, limit):
+    make("a")
+    with Path("a", name).open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    assert refused("a") == f"report.runs: a/{name} has {1 << 40} bytes, allowed at most {limit}"
+    Path("a", name).write_bytes(b"\xff")
+    assert refused("a") == f"report.runs: a/{name} is not UTF-8 at byte 0; save it as UTF-8"
+
+
+@pytest.mark.parametrize("value", [None, "x", True, -1.0, 0, 1e-300, math.inf, 10**400, []], ids=range(9))
+@pytest.mark.parametrize("name", ["costs.decode", "training.seconds"])
+def test_a_result_of_another_kind_is_refused(make, refused, name, value):
+    make("a", **{name: value})
+    assert refused("a") == f"a/results.json: {name}: got {shown(value)}, allowed 1e-12 to 1e+24"
+
+
+@pytest.mark.parametrize("bits", [-0.1, 64.1, 1e9, math.nan, None])
+def test_bits_per_byte_are_from_0_to_64(make, refused, bits):
+    make("a", bits)
+    assert refused("a") == f"a/results.json: held_out.bits_per_byte: got {bits}, allowed 0 to 64"
+
+
+@pytest.mark.parametrize("value", [None, 5, [], "", "\ud800"], ids=range(5))
+@pytest.mark.parametrize(("name", "told"), [("versions.torch", "versions.version"), ("costs.decode_setting",) * 2])
+def test_a_text_of_another_kind_is_refused(make, refused, name, told, value):
+    make("a", **{name: value})
+    assert refused("a").startswith(f"a/results.json: {told}: ")
 
 
 def test_a_page_of_ours_is_replaced_and_nothing_else(make, refused):

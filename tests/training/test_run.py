@@ -192,7 +192,10 @@ def test_when_a_run_ends_and_what_it_reports_may_change(place):
     }
     module.check_same_run(settings(place, **changed), folder)
     (folder / "config.yaml").write_text("model: [")
-    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"^train\.output_dir: .*config\.yaml is not plain YAML at line 1"):
+        module.check_same_run(settings(place), folder)
+    (folder / "config.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match=r"^train\.output_dir: .*config\.yaml holds \[1\] instead of settings"):
         module.check_same_run(settings(place), folder)
 
 

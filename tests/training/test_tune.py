@@ -455,6 +455,7 @@ def test_a_bad_recipe_is_one_line(place, capsys, text, message):
     said = capsys.readouterr().err
     assert said.startswith(f"resnet-bk: error: {message}")
     assert said.count("\n") == 1
+    assert "plain, quality" not in said  # a preset has no budget
     assert not (place / "runs").exists()
 
 

@@ -12,6 +12,8 @@ from resnet_bk.config.checks import (
     in_words,
     is_section,
     number_kind,
+    read_limited,
+    read_yaml,
     shown,
     unknown_field,
 )
@@ -68,6 +70,8 @@ __all__ = [
     "number_kind",
     "preset",
     "preset_file",
+    "read_limited",
+    "read_yaml",
     "shown",
     "unknown_field",
 ]

@@ -1,9 +1,15 @@
-"""What a setting may be, and the one line that says so where it is not."""
+"""What a setting may be, and a file that holds some; the one line that says so where it is not."""
 
 import difflib
 import types
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+_LARGEST_YAML, _DEEPEST_YAML = 1 << 20, 10  # bytes, levels
 
 
 class ConfigError(ValueError):
@@ -11,12 +17,36 @@ class ConfigError(ValueError):
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it: on one line, cut where it is long."""
+    """A value as an error message quotes it: on one line, cut where it is long. No more of a giant one is formatted."""
+    text = ""
     try:
-        text = repr(value)
+        for piece in _repr(value):
+            text += piece
+            if len(text) > 80:
+                return text[:77] + "..."
     except ValueError:  # Python refuses to print integers of more than some 4,300 digits
-        text = "an integer too long to print"
-    return text if len(text) <= 80 else text[:77] + "..."
+        return "an integer too long to print"
+    return text
+
+
+def _repr(value: object) -> Iterator[str]:
+    """The repr of what a file can hold, piece by piece; of a long text, of its beginning."""
+    if type(value) is dict:
+        yield "{"
+        for i, (name, inner) in enumerate(value.items()):
+            yield ", " * (i > 0)
+            yield from _repr(name)
+            yield ": "
+            yield from _repr(inner)
+        yield "}"
+    elif type(value) is list:
+        yield "["
+        for i, inner in enumerate(value):
+            yield ", " * (i > 0)
+            yield from _repr(inner)
+        yield "]"
+    else:
+        yield repr(value[:80] if isinstance(value, str | bytes) else value)
 
 
 def unknown_field(name: object, known: list[str], where: str) -> ConfigError:
@@ -73,6 +103,45 @@ def check_fields(where: str, kind: type, values: Any) -> None:
             check_fields(f"{where}.{name}", inner, value)
         if get_origin(inner) is list and not isinstance(value, list):
             raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed {in_words(inner)}")
+
+
+def read_limited(where: str, path: Path, limit: int) -> str:
+    """A file's UTF-8 text; ConfigError where it is none or has more than `limit` bytes. where: what names the file."""
+    if (size := path.stat().st_size) > limit:
+        raise ConfigError(f"{where}: {path} has {size} bytes, allowed at most {limit}")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+
+
+def read_yaml(where: str, name: str | Path, wanted: str = "a YAML file") -> Any:
+    """What a YAML file holds; ConfigError for whatever can be wrong with it as such. No file can fill the memory.
+
+    where: what names the file; wanted: what may be given.
+    """
+    try:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"{where}: {shown(str(name))} is no file; give {wanted}")
+        text = read_limited(where, path, _LARGEST_YAML)
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+                raise ConfigError(f"{where}: {name} has a YAML alias (*name), not allowed; write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST_YAML:
+                raise ConfigError(f"{where}: {name} nests deeper than the {_DEEPEST_YAML} levels allowed")
+        return yaml.safe_load(text)
+    except ConfigError:
+        raise
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}: {name} is not plain YAML{at}: {problem}; correct it there") from error
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:  # '!!int ""' is an IndexError
+        raise ConfigError(f"{where}: {shown(str(name))} cannot be read as YAML ({error})") from error
 
 
 def is_section(kind: Any) -> bool:

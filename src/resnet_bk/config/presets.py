@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
+from resnet_bk.config.checks import ConfigError, read_yaml, shown
 
-from resnet_bk.config.checks import ConfigError, shown
-
-PRESETS = ("plain", "quality", "balanced", "fast")  # from the slowest to the fastest
+PRESETS = ("plain", "quality", "balanced", "fast")  # from the dearest to the cheapest in operations
 _FOLDER = Path(__file__).resolve().parent.parent / "presets"
 
 
@@ -20,4 +18,5 @@ def preset_file(name: str) -> Path:
 
 def preset(name: str) -> dict[str, Any]:
     """Fields of the model of a preset, as :class:`resnet_bk.config.ModelConfig` takes them."""
-    return yaml.safe_load(preset_file(name).read_text())["model"]
+    fields: dict[str, Any] = read_yaml("preset", preset_file(name))["model"]
+    return fields

@@ -87,7 +87,9 @@ def compared_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float, f
         axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         _lighten(axes)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may have dollars in it
     return figure
 
 
@@ -140,7 +142,7 @@ def _name(axes: Axes, places: Sequence[tuple[float, float]], names: Sequence[str
         return lines + _shared(one, one) - _shared(one, frame) + sum(_shared(one, other) for other in taken)
 
     for name, place in zip(names, places, strict=True):
-        text = axes.annotate(name, place, (0, 0), textcoords="offset points", fontsize=8)
+        text = axes.annotate(name, place, (0, 0), textcoords="offset points", fontsize=8, parse_math=False)
         best = min(sides, key=lambda side: crowding(box(text, side)))
         taken.append(box(text, best))
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from resnet_bk.checkpoint import write_whole
-from resnet_bk.config import AblateConfig, ConfigError, TrainConfig
+from resnet_bk.config import AblateConfig, ConfigError, TrainConfig, shown
 from resnet_bk.hf.tokenizer import load_tokenizer
 from resnet_bk.training import run
 
@@ -135,12 +134,12 @@ def _run(
 
 def _check_same_budget(settings: TrainConfig, folder: Path) -> None:
     """Finished runs may go on with a larger budget; those of one table must not differ in it."""
-    saved = yaml.safe_load((folder / run.CONFIG).read_text())
+    saved = run.saved_settings("ablate.output_dir", folder)
     for name in ("max_steps", "max_seconds"):
         if saved.get(name) != (now := getattr(settings, name)):
             raise ConfigError(
-                f"ablate.base: {name} is {now}, the finished run in {folder} had {saved.get(name)}; set it to that, or "
-                "choose another output_dir"
+                f"ablate.base: {name} is {now}, the finished run in {folder} had {shown(saved.get(name))}; set it to "
+                "that, or choose another output_dir"
             )
 
 

@@ -16,7 +16,7 @@ from resnet_bk.data import corpus
 from resnet_bk.report import html
 from resnet_bk.training.ablate import BITS, RESPONSES, spread
 from resnet_bk.training.finished import FinishedRun, Group, grouped, read_runs
-from resnet_bk.training.inspection import Spending, check_output, legend, read_text, spend
+from resnet_bk.training.inspection import Spending, check_output, heated, legend, read_text, spend
 from resnet_bk.training.run import CONFIG, load, versions
 from resnet_bk.training.search import front
 from resnet_bk.training.trainer import quiet_transformers
@@ -46,7 +46,7 @@ def report(config: ReportConfig, console: Console) -> list[Group]:
     runs = read_runs("report.runs", config.runs)
     groups = grouped(runs)
     sections = [
-        ("Runs", _table(groups)),
+        ("Runs", _table(groups) + _clocks(runs)),
         ("What quality costs", html.paired([_pareto(groups, cost) for cost in COSTS])),
         ("Training", _curves(groups)),
         ("What each byte costs", _colored(groups, text, config)),
@@ -88,6 +88,16 @@ def _table(groups: Sequence[Group]) -> str:
     return html.table_html(rows, ["techniques", "runs", *MEASURES])
 
 
+def _clocks(runs: Sequence[FinishedRun]) -> str:
+    """Where not all runs were timed alike, a sentence that says so."""
+    if len({run.results["versions"].get("machine") for run in runs}) == 1:
+        return ""
+    return html.paragraph(
+        "Machines or threads differ among the runs, as the end of this page tells: their times and speeds are not "
+        "comparable."
+    )
+
+
 def _pareto(groups: Sequence[Group], cost: str) -> Figure:
     """Quality against one cost."""
 
@@ -121,13 +131,14 @@ def _curve(run: FinishedRun) -> list[tuple[float, float, float]]:
 
 def _colored(groups: Sequence[Group], text: str | None, config: ReportConfig) -> str:
     """A text colored by what the first run of each group spends on it, all on one scale. text: None for held-out."""
-    name = str(config.text)
+    name, source = str(config.text), ""
     if text is None:
+        source = " It was read from the run's data again and is shown as the source is now."
         try:
             name, text = _held_out(groups[0].runs[0])
         except (ConfigError, OSError) as error:
             return html.paragraph(f"No text to color: {error}. Give one with --text FILE.")
-    spent: dict[str, Spending] = {}
+    spent: dict[str, tuple[list[tuple[str, float, str]], str]] = {}  # pieces and summary: no model is kept
     left_out = ""
     for group in groups:
         folder = group.runs[0].folder
@@ -136,19 +147,20 @@ def _colored(groups: Sequence[Group], text: str | None, config: ReportConfig) ->
         except (CheckpointError, ConfigError) as error:
             left_out += html.paragraph(f"{group.name}: no colors, the model of {folder} cannot be loaded: {error}")
             continue
-        spent[folder] = spend(model, tokenizer, text, config.max_tokens, f"report.text: {name}")
-        text = spent[folder].text  # runs on one held-out text have one tokenizer: the rest would be cut off again
+        found = spend(model, tokenizer, text, config.max_tokens, f"report.text: {name}")
+        spent[folder] = (found.pieces(), _summary(found))
+        text = found.text  # runs on one held-out text have one tokenizer: the rest would be cut off again
     if not spent:
         return left_out
-    low = min(own.cost.min().item() for own in spent.values())
-    high = max(own.cost.max().item() for own in spent.values())
+    costs = [cost for pieces, _ in spent.values() for _, cost, _ in pieces]
+    low, high = min(costs), max(costs)
     intro = f"The beginning of {name}, on one scale for all models. A pointer that rests on a character is told more."
-    parts = [html.paragraph(intro), legend(low, high)]
+    parts = [html.paragraph(intro + source), legend(low, high)]
     for group in groups:
         if own := spent.get(group.runs[0].folder):
-            parts.append(
-                html.titled(group.name, html.paragraph(_summary(own)) + html.heat_map(own.pieces((low, high))))
-            )
+            pieces, summary = own
+            heat = html.heat_map(heated(pieces, low, high))
+            parts.append(html.titled(group.name, html.paragraph(summary) + heat))
     return "".join(parts) + left_out
 
 

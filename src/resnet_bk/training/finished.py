@@ -1,20 +1,32 @@
 """Finished runs of ``resnet-bk train``, read back from their folders and grouped by settings."""
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from resnet_bk.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    check_fields,
+    check_range,
+    check_text,
+    read_limited,
+    read_yaml,
+    shown,
+)
+from resnet_bk.training.run import CONFIG, MAY_DIFFER, METRICS, RESULTS, flat
 
-from resnet_bk.config import ConfigError, DataConfig, ModelConfig, TrainConfig, check_fields, shown
-from resnet_bk.training.run import CONFIG, FREE, METRICS, RESULTS, flat
+LARGEST_RESULTS, LARGEST_METRICS = 16 << 20, 256 << 20  # bytes
 
 # What runs of one group may differ in, beside all of data.*, for which the hash of the training text stands.
-_BUT_FOR = (FREE - {"max_steps", "max_seconds"}) | {"seed"}
+_BUT_FOR = (MAY_DIFFER - {"max_steps", "max_seconds"}) | {"seed"}
 _LINE = ("step", "seconds", "bits_per_byte")
 _NUMBERS = {
     "held_out": ("bits_per_byte", "bytes", "documents"),
@@ -81,21 +93,30 @@ def _read(where: str, folder: str) -> FinishedRun:
     if not results.is_file():
         go_on = f"resnet-bk train --config {settings} --resume true"
         raise ConfigError(f"{where}: {folder} is not finished: there is no {results}; go on with: {go_on}")
-    at = settings
+    values = read_yaml(where, settings)
+    with _named(settings):
+        config = _settings(values)
+    text = read_limited(where, metrics, LARGEST_METRICS) if metrics.is_file() else ""
+    with _named(metrics):
+        lines = _metrics(text)
+    text = read_limited(where, results, LARGEST_RESULTS)
+    with _named(results):
+        return FinishedRun(folder, config, lines, _results(text, logged=bool(lines)))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever is wrong with what a file holds: a ConfigError that names it."""
     try:
-        config = _settings(settings.read_bytes().decode())
-        at = metrics
-        lines = _metrics(metrics.read_bytes().decode()) if metrics.exists() else []
-        at = results
-        return FinishedRun(folder, config, lines, _results(results.read_bytes().decode(), logged=bool(lines)))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{at}: is damaged ({type(error).__name__}: {error}); restore it, or leave the run out"
-        ) from error
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        kind = type(error).__name__
+        raise ConfigError(f"{path}: is damaged ({kind}: {error}); restore it, or leave the run out") from error
 
 
-def _settings(text: str) -> TrainConfig:
-    values = yaml.safe_load(text)
+def _settings(values: Any) -> TrainConfig:
     check_fields("train", TrainConfig, values)
     sections = {"model": ModelConfig.from_dict(values["model"]), "data": DataConfig(**values["data"])}
     return TrainConfig(**(values | sections))
@@ -103,9 +124,9 @@ def _settings(text: str) -> TrainConfig:
 
 def _metrics(text: str) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in text.splitlines()]
-    for line in lines:
+    for i, line in enumerate(lines, 1):
         for name in _LINE:
-            _check_number(line, name)
+            _check_number(f"line {i}", line, name)
     return lines
 
 
@@ -114,19 +135,20 @@ def _results(text: str, logged: bool) -> dict[str, Any]:
     values = json.loads(text)
     for section, names in _NUMBERS.items():
         for name in names:
-            _check_number(values[section], name)
+            _check_number(section, values[section], name)
+    speed = values["training"]["bytes_per_second"]
     if logged:
-        _check_number(values["training"], "bytes_per_second")
-    texts = [values[section][name] for section, names in _TEXTS.items() for name in names]
-    for value in [*texts, *values["versions"].values()]:
-        if not isinstance(value, str):
-            raise ValueError(f"{shown(value)} stands where a text belongs")
+        _check_number("training", values["training"], "bytes_per_second")
+    elif not isinstance(speed, float) or not math.isnan(speed):
+        raise ConfigError(f"training.bytes_per_second: got {shown(speed)}, allowed NaN: no speed was logged")
+    for section, names in _TEXTS.items():
+        check_text(section, **{name: values[section][name] for name in names})
+    for name, version in values["versions"].items():
+        check_text("versions", name=name, version=version)
     return dict(values)
 
 
-def _check_number(values: dict[str, Any], name: str) -> None:
-    """Finite and positive; bits per byte may be 0, as those of a text of one letter are."""
-    value = values[name]
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (value == 0 and name != "bits_per_byte"):
-        raise ValueError(f"{name} is {shown(value)}")
+def _check_number(where: str, values: dict[str, Any], name: str) -> None:
+    """Bits per byte are 0 for a text of one letter; all else is positive, and in a range that figures can draw."""
+    low, high = (0, 64) if name == "bits_per_byte" else (1e-12, 1e24)
+    check_range(where, low, high, **{name: values[name]})

@@ -53,10 +53,9 @@ class Spending:
         """FLOPs beside those of the plain model with all experts on."""
         return self.ledger.total / len(self.cost) / plain_flops(self.ledger.model.config)
 
-    def pieces(self, scale: tuple[float, float] | None = None) -> list[tuple[str, float, str]]:
-        """As html.heat_map takes them. scale: FLOPs of heat 0 and 1, by default of the cheapest and dearest token."""
-        closes = _closes(self.records, len(self.cost))
-        return _pieces(self.text, self.spans, self.cost, self.bits, closes, scale)
+    def pieces(self) -> list[tuple[str, float, str]]:
+        """Text, mean FLOPs, and a note, of each character or longer token."""
+        return _pieces(self.text, self.spans, self.cost, self.bits, _closes(self.records, len(self.cost)))
 
 
 def spend(
@@ -81,11 +80,12 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
     spent = spend(model, tokenizer, text, config.max_tokens, f"inspect.text: {config.text}")
     cost, bits, ledger = spent.cost, spent.bits, spent.ledger
+    low, high = cost.min().item(), cost.max().item()
     values = {
         "FLOPs per token": ledger.total / len(cost),
         "of the plain model's, all experts on": spent.share,
-        "cheapest token": cost.min().item(),
-        "dearest token": cost.max().item(),
+        "cheapest token": low,
+        "dearest token": high,
         "filling up batches and tiles, share": ledger.unused / ledger.total,
         "bits per token": bits.mean().item() if len(bits) else math.nan,
         "rank correlation of cost and bits": rank_correlation(cost[1:], bits),
@@ -95,7 +95,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
         values["blocks a token"] = spent.blocks
     rows = [(name, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}") for name, value in values.items()]
     stages = _stages(ledger)
-    pieces = spent.pieces()
+    pieces = heated(spent.pieces(), low, high)
     console.print(colored((piece, heat) for piece, heat, _ in pieces))
     for title, lines in ((f"{config.checkpoint} on {config.text}", rows), ("where", stages)):
         table = Table(title=Text(title), show_header=False)
@@ -107,7 +107,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
     footer = [f"{name} {version}" for name, version in versions().items()]
     footer.append(f"resnet-bk inspect {config.checkpoint} {config.text} --max_tokens {config.max_tokens}")
     sections = [
-        ("Byte by byte", legend(cost.min().item(), cost.max().item()) + html.heat_map(pieces)),
+        ("Byte by byte", legend(low, high) + html.heat_map(pieces)),
         ("Where", html.table_html(stages)),
     ]
     write_whole(page, html.page(f"{TITLE}: {config.checkpoint} on {config.text}", rows, sections, footer))
@@ -135,8 +135,10 @@ def check_output(where: str, page: Path, title: str) -> None:
     """May the page be written? where: the setting that names it; title: how those of its command begin."""
     if page.is_dir():
         raise ConfigError(f"{where}: {page} is a folder; name a file")
-    if page.exists() and f"<title>{title}" not in page.read_text(errors="replace")[:500]:
-        raise ConfigError(f"{where}: {page} exists and is no page of this command; choose another")
+    if page.exists():
+        with page.open(errors="replace") as file:
+            if f"<title>{title}" not in file.read(500):
+                raise ConfigError(f"{where}: {page} exists and is no page of this command; choose another")
     if not page.parent.is_dir():
         raise ConfigError(f"{where}: there is no folder {page.parent}; make it, or choose another")
 
@@ -163,16 +165,9 @@ def _tokens(
 
 
 def _pieces(
-    text: str,
-    spans: list[tuple[int, int]],
-    cost: Tensor,
-    bits: Tensor,
-    closes: Tensor,
-    scale: tuple[float, float] | None = None,
+    text: str, spans: list[tuple[int, int]], cost: Tensor, bits: Tensor, closes: Tensor
 ) -> list[tuple[str, float, str]]:
-    """Text, heat, and a note, of each character or longer token: the sums over its tokens. scale: FLOPs of heat 0 and
-    1, by default of the cheapest token and the dearest."""
-    low, high = scale or (cost.min().item(), cost.max().item())
+    """Text, mean FLOPs of its tokens, and a note, of each character or longer token."""
     mean = cost.mean().item()
     pieces: list[tuple[str, float, str]] = []
     first = end = 0
@@ -181,15 +176,19 @@ def _pieces(
         while last + 1 < len(spans) and spans[last + 1] == spans[first]:
             last += 1
         own = cost[first : last + 1].mean().item()
-        heat = (own - low) / (high - low) if high > low else 0.0
         note = f"{own / 1e6:.3f} MFLOPs, {own / mean:.2f} of the mean"
         if first > 0:
             note += f"; {bits[first - 1 : last].sum().item():.2f} bits"
         if bool(closes[first : last + 1].any()):
             note += "; closes a chunk"
-        pieces.append((text[end : spans[first][1]], heat, note))  # with whatever no token covers before it
+        pieces.append((text[end : spans[first][1]], own, note))  # with whatever no token covers before it
         first, end = last + 1, spans[first][1]
     return pieces
+
+
+def heated(pieces: list[tuple[str, float, str]], low: float, high: float) -> list[tuple[str, float, str]]:
+    """Their FLOPs as heat, from 0 at `low` to 1 at `high`: as html.heat_map takes them."""
+    return [(text, (own - low) / (high - low) if high > low else 0.0, note) for text, own, note in pieces]
 
 
 def _closes(records: list[Record], length: int) -> Tensor:

@@ -19,7 +19,17 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from resnet_bk import __version__
 from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.checkpoint import CheckpointError, newest_valid, replacing, verify, write_whole
-from resnet_bk.config import ConfigError, DataConfig, EvalConfig, GenerateConfig, TrainConfig, check_fields, check_text
+from resnet_bk.config import (
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    GenerateConfig,
+    TrainConfig,
+    check_fields,
+    check_text,
+    read_yaml,
+    shown,
+)
 from resnet_bk.data import corpus, tokens
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer, load_tokenizer
 from resnet_bk.speculative import speculate
@@ -180,7 +190,7 @@ def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> 
 
 
 # What may differ when a run goes on: where things are, when it ends, how often it reports.
-FREE = {
+MAY_DIFFER = {
     "output_dir",
     "resume",
     "max_steps",
@@ -197,17 +207,21 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError where `config` differs from the unfinished run in `folder`, if there is one."""
     if not (folder / CONFIG).exists():
         return
-    try:
-        saved = flat(yaml.safe_load((folder / CONFIG).read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        kind = type(error).__name__
-        raise ConfigError(f"{folder / CONFIG}: cannot be read ({kind}); choose another output_dir") from error
+    saved = saved_settings("train.output_dir", folder)
     for name, value in flat(dataclasses.asdict(config)).items():
-        if name not in FREE and name in saved and saved[name] != value:
+        if name not in MAY_DIFFER and name in saved and saved[name] != value:
             raise ConfigError(
-                f"train.{name}: got {value!r}, the run in {folder} was started with {saved[name]!r}; "
+                f"train.{name}: got {value!r}, the run in {folder} was started with {shown(saved[name])}; "
                 "set it to that to continue the run, or choose another output_dir"
             )
+
+
+def saved_settings(where: str, folder: Path) -> dict[str, Any]:
+    """Dotted name -> value of the settings that the run in `folder` saved. where: the setting that names the folder."""
+    values = read_yaml(where, folder / CONFIG)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {folder / CONFIG} holds {shown(values)} instead of settings; choose another")
+    return flat(values)
 
 
 def _check_same_text(source: str, train_hash: str, folder: Path) -> None:
@@ -369,13 +383,11 @@ def print_table(console: Console, title: str, rows: list[tuple[str, str]]) -> No
 
 
 def _saved_data(path: Path) -> DataConfig:
-    try:
-        values = yaml.safe_load(path.read_text())["data"]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        kind = type(error).__name__
-        raise ConfigError(f"{path}: has no readable section 'data' ({kind}); the file is damaged") from error
-    check_fields(f"{path}: data", DataConfig, values)
-    return DataConfig(**values)
+    values = read_yaml("eval.checkpoint", path)
+    if not isinstance(values, dict) or "data" not in values:
+        raise ConfigError(f"{path}: has no section 'data'; the file is damaged")
+    check_fields(f"{path}: data", DataConfig, values["data"])
+    return DataConfig(**values["data"])
 
 
 def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
