@@ -36,7 +36,8 @@ class Trained:
     """The models of one benchmark, trained on one of CORPORA.
 
     models: name -> fields of the model. timed: name -> a model and a share: trained not for so many steps, but for that
-    share of the processor's seconds that the other one took (the median of its seeds).
+    share of the processor's seconds that the other one took (the median of its seeds). only: corpus -> the models that
+    are trained on it, where not all are.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class Trained:
         steps: int,
         seeds: tuple[int, ...],
         timed: dict[str, tuple[str, float]] | None = None,
+        only: dict[str, tuple[str, ...]] | None = None,
     ):
         self.benchmark, self.shape, self.models, self.timed = benchmark, shape, models, timed or {}
-        self.batch, self.steps, self.seeds, self.corpus = batch, steps, seeds, "stdlib"
+        self.batch, self.steps, self.seeds, self.corpus, self.only = batch, steps, seeds, "stdlib", only or {}
 
     def main(self, script: str, about: str | None, title: str, page: Page) -> None:
         """The whole command line. page: from the results of the training cells, held-out rows and where the page goes,
@@ -62,10 +64,10 @@ class Trained:
         parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the timings")
         options = parser.parse_args()
         if options.cell is not None:
-            self.corpus = options.cell["corpus"]
+            self._choose(options.cell["corpus"])
             print(json.dumps(self._train(options.cell)))
             return
-        self.corpus = options.corpus
+        self._choose(options.corpus)
         log = self._folder.with_suffix(".jsonl")
         by_steps = self._cells({name: {"steps": self.steps} for name in self.models if name not in self.timed})
         results = run_cells(script, by_steps, workers=2, log=log)
@@ -80,6 +82,13 @@ class Trained:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
             text = page(results, held_out(self.corpus), options.out)
             publish(f"# {title}\n\n" + conditions(command) + text, options.out)
+
+    def _choose(self, corpus: str) -> None:
+        self.corpus = corpus
+        self.models = {
+            name: fields for name, fields in self.models.items() if name in self.only.get(corpus, self.models)
+        }
+        self.timed = {name: timed for name, timed in self.timed.items() if name in self.models}
 
     def _cells(self, budgets: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """One for each model and seed. budgets: name -> {"steps": ...} or {"seconds": ...}."""

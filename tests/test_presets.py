@@ -63,7 +63,7 @@ def parsed(monkeypatch, tmp_path):
 def test_on_the_command_line(parsed, form):
     config = parsed("train", *form, "--model.n_seq", "512", "--seed", "3", "--max_steps", "1")
     assert isinstance(config, TrainConfig)
-    assert (config.model.d_model, config.model.n_seq, config.seed) == (64, 512, 3)
+    assert (config.model.d_model, config.model.n_seq, config.seed) == (48, 512, 3)
     assert config.model.rooms == ["multiscale", "depth", "sparsity", "experts"]
 
 

@@ -150,7 +150,7 @@ def test_the_gradient_of_a_gate_is_what_its_site_is_worth(backend):
 
 @pytest.mark.parametrize("kept", [0, 1, 31, 32, 33, 64, 70])
 def test_whatever_the_rows_keep(backend, kept):
-    """One row keeps that many sites, another none, the third all; decays of 0; what follows the kept ones is ignored."""
+    """One row keeps so many sites, another none, a third all; decays of 0; what follows the kept ones is ignored."""
     gate = torch.zeros(3, 70, dtype=torch.float64)
     gate[0, torch.randperm(70)[:kept]] = 1
     gate[2] = 1
