@@ -23,7 +23,7 @@ from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
 from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.model import LanguageModel, ModelOutput
-from resnet_bk.ops.packing import Packing
+from resnet_bk.ops.packing import packed_width
 from resnet_bk.record import Record
 
 LAYERS = (Block, MultiScale, LearnedLength, AdaptiveDepth)
@@ -165,11 +165,12 @@ class Ledger:
         assert mixer.qk_proj is not None
         chains = (1 if mixer.causal else 2) * mixer.heads
         scan, fill = 5.0 * mixer.width**2 * chains, 3.0 * mixer.width * chains
-        computed = record.kept if record.kept.shape[1] > 1 else torch.ones_like(record.kept)  # single steps are dense
-        each = torch.where(computed, scan, fill).double()
         reads = 2.0 * mixer.qk_proj.weight.numel()
-        self._add_each(each + reads * record.kept.double(), "mixer")
-        self._add_filling(reads * int((~Packing(record.kept, TILE).mask).sum()), "mixer")
+        kept, (batch, length) = record.kept.double(), record.kept.shape
+        left_out, tile = (fill, TILE) if length > 1 else (scan, 1)  # single steps are dense
+        self._add_each(kept * (reads + scan - left_out) + left_out, "mixer")
+        counts = record.kept.sum(1)
+        self._add_filling(reads * (batch * packed_width(counts, tile) - int(counts.sum())), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
         each = 2.0 * (experts.up[0].numel() + experts.down[0].numel())

@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def packed_width(counts: Tensor, tile: int) -> int:
+    """Positions that rows need of which `counts` are selected, in whole tiles."""
+    return -(-max(1, int(counts.max())) // tile) * tile
+
+
 class Packing:
     """Selected positions of each row moved to its front, order kept, and cut to the fullest row's count M.
 
@@ -31,7 +36,7 @@ class Packing:
 
     def width(self, counts: Tensor) -> int:
         """Positions that rows with these counts need."""
-        return -(-max(1, int(counts.max())) // self.tile) * self.tile
+        return packed_width(counts, self.tile)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, ...) -> (B, M, ...); rows with fewer than M selected positions end in positions to ignore."""
