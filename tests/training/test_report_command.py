@@ -259,7 +259,7 @@ def test_models_are_let_go_one_by_one(make, monkeypatch):
         gc.collect()
         alive.append(sum(model() is not None for model in models))
         model, tokenizer = run.load(folder)
-        models.append(weakref.ref(model))
+        models.append(weakref.ref(model.model))  # which a ledger holds
         return model, tokenizer
 
     monkeypatch.setattr(comparison, "load", load)
