@@ -169,7 +169,8 @@ def _conclude(
         "Combinations": _combinations(cells, values),
         "Effects and interactions": _effects(found),
     }
-    text = f"# Ablation of {config.base}\n\n{len(config.seeds)} seeds: median (least to greatest).\n"
+    made_with = "; ".join(f"{name} {version}" for name, version in run.versions().items())
+    text = f"# Ablation of {config.base}\n\n{len(config.seeds)} seeds: median (least to greatest). {made_with}.\n"
     for title, rows in tables.items():
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
