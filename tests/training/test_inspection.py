@@ -5,13 +5,16 @@ import re
 import pytest
 import torch
 
+from resnet_bk import LanguageModel
+from resnet_bk.adaptive.depth import DepthRecord
 from resnet_bk.checkpoint import seal
 from resnet_bk.cli import main
 from resnet_bk.config import ConfigError
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.hf.tokenizer import byte_tokenizer
+from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.ledger import Ledger
-from resnet_bk.training.inspection import _pieces, check_output, decisions, heated
+from resnet_bk.training.inspection import _decided, _pieces, check_output, decisions, heated
 
 ALL = {
     "n_layers": 5,
@@ -44,7 +47,8 @@ def test_the_whole_text_is_shown_with_what_it_cost(checkpoint, capsys):
     page = (checkpoint / "inspect.html").read_text()
     shown = "".join(re.findall(r'title="[^"]*bits[^"]*">([^<]*)</span>', page))
     assert "ef read(self):\n    return &#x27;a\u00df\u20ac &lt;b&gt; &amp; c&#x27;" in shown
-    assert "closes a chunk" in page
+    for note in ("closes a chunk", "kept in ", "of 2 mixers", "experts", "its chunk "):  # two blocks are on bytes
+        assert note in page
     assert "resnet-bk inspect model text.py" in page
 
 
@@ -93,9 +97,31 @@ def test_a_single_character(checkpoint):
     assert main(["inspect", "model", "one"]) == 0
 
 
+@torch.no_grad()
+def test_what_was_decided_is_told_of_each_token():
+    torch.manual_seed(0)
+    ids = torch.tensor([list(b"one two three fou")]) + 3
+    deep = LanguageModel(259, d_model=16, n_layers=4, num_experts=1, depth={"policy": "skip"}).eval()
+    record = deep(ids).records[0]
+    assert _decided([record], 17) == [[f"{n} of 4 blocks"] for n in record.blocks[0].tolist()]
+    words = LanguageModel(259, d_model=16, num_experts=1, depth={"policy": "act"}, multiscale=ALL["multiscale"]).eval()
+    records = words(ids).records
+    blocks = next(r.blocks[0].tolist() for r in records if isinstance(r, DepthRecord))
+    told = _decided(records, 17)
+    for i, chunk in enumerate([0] * 4 + [1] * 4 + [2] * 6):
+        assert told[i][0] == f"its chunk {blocks[chunk]} of 3 blocks"
+    assert [i for i in range(17) if "closes a chunk" in told[i]] == [3, 7, 13]
+    assert told[14:] == [[]] * 3  # an open chunk has had none
+    length = LanguageModel(259, d_model=16, n_layers=4, num_experts=1, length={"max_length": 16, "bins": 4}).eval()
+    record = length(ids).records[0]
+    expected = [["goes deep" if deep else "leaves after the trunk"] for deep in record.kept[0]]
+    assert _decided([record], 17) == expected
+    assert _decided([SparsityRecord(kept=torch.ones(1, 5), sites=torch.tensor(5))], 17) == [[]] * 17  # packed rows
+
+
 def test_what_no_token_covers_is_shown_all_the_same():
-    cost, bits, closes = torch.tensor([1.0, 2.0, 3.0]), torch.ones(2), torch.zeros(3, dtype=torch.bool)
-    pieces = _pieces("a b  c", [(0, 1), (2, 3), (5, 6)], cost, bits, closes)
+    cost, bits, decided = torch.tensor([1.0, 2.0, 3.0]), torch.ones(2), [[], [], []]
+    pieces = _pieces("a b  c", [(0, 1), (2, 3), (5, 6)], cost, bits, decided)
     assert [text for text, _, _ in pieces] == ["a", " b", "  c"]
     assert [own for _, own, _ in pieces] == [1.0, 2.0, 3.0]
     assert [heat for _, heat, _ in heated(pieces, 1.0, 5.0)] == [0.0, 0.25, 0.5]

@@ -5,6 +5,7 @@ Dimensions: B sequences, N tokens.
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from resnet_bk.adaptive.depth import measured_depth
+from resnet_bk.adaptive.depth import DepthRecord, measured_depth
 from resnet_bk.adaptive.length import LengthRecord
 from resnet_bk.adaptive.multiscale import ChunkRecord
 from resnet_bk.checkpoint import write_whole
@@ -55,7 +56,7 @@ class Spending:
 
     def pieces(self) -> list[tuple[str, float, str]]:
         """Text, mean FLOPs, and a note, of each character or longer token."""
-        return _pieces(self.text, self.spans, self.cost, self.bits, _closes(self.records, len(self.cost)))
+        return _pieces(self.text, self.spans, self.cost, self.bits, _decided(self.records, len(self.cost)))
 
 
 def spend(
@@ -165,9 +166,9 @@ def _tokens(
 
 
 def _pieces(
-    text: str, spans: list[tuple[int, int]], cost: Tensor, bits: Tensor, closes: Tensor
+    text: str, spans: list[tuple[int, int]], cost: Tensor, bits: Tensor, decided: list[list[str]]
 ) -> list[tuple[str, float, str]]:
-    """Text, mean FLOPs of its tokens, and a note, of each character or longer token."""
+    """Text, mean FLOPs of its tokens, and a note, of each character or longer token. decided: of each token."""
     mean = cost.mean().item()
     pieces: list[tuple[str, float, str]] = []
     first = end = 0
@@ -179,8 +180,7 @@ def _pieces(
         note = f"{own / 1e6:.3f} MFLOPs, {own / mean:.2f} of the mean"
         if first > 0:
             note += f"; {bits[first - 1 : last].sum().item():.2f} bits"
-        if bool(closes[first : last + 1].any()):
-            note += "; closes a chunk"
+        note = "; ".join(dict.fromkeys([note, *(said for token in decided[first : last + 1] for said in token)]))
         pieces.append((text[end : spans[first][1]], own, note))  # with whatever no token covers before it
         first, end = last + 1, spans[first][1]
     return pieces
@@ -191,12 +191,36 @@ def heated(pieces: list[tuple[str, float, str]], low: float, high: float) -> lis
     return [(text, (own - low) / (high - low) if high > low else 0.0, note) for text, own, note in pieces]
 
 
-def _closes(records: list[Record], length: int) -> Tensor:
-    """(N,) bool: where chunks of the outermost level close."""
+def _decided(records: list[Record], length: int) -> list[list[str]]:
+    """What the rooms decided for each of N tokens: on tokens themselves, and how many blocks their chunk had.
+
+    Records of rows that depth or length packed are left out: whose they are, they do not say.
+    """
+    said: list[list[str]] = [[] for _ in range(length)]
+
+    def say(words: Iterable[str]) -> None:
+        for own, word in zip(said, words, strict=True):
+            own += [word] if word else []
+
+    chunks = [r.closes[0].long().cpu() for r in records if isinstance(r, ChunkRecord) and r.closes is not None]
+    kept = [r.kept[0] for r in records if isinstance(r, SparsityRecord) and r.kept.shape[1] == length]
+    used = [r.used[0] for r in records if isinstance(r, ExpertsRecord) and r.used.shape[1] == length]
     for record in records:
-        if isinstance(record, ChunkRecord) and record.closes is not None and record.closes.shape[1] == length:
-            return record.closes[0].cpu()
-    return torch.zeros(length, dtype=torch.bool)
+        if isinstance(record, LengthRecord):
+            say("goes deep" if deep else "leaves after the trunk" for deep in record.kept[0])
+        elif isinstance(record, DepthRecord) and record.blocks.shape[1] == length:
+            say(f"{n} of {record.available} blocks" for n in record.blocks[0].tolist())
+        elif isinstance(record, DepthRecord) and len(chunks) == 1:
+            own = [*record.blocks[0, : chunks[0].sum()].tolist(), 0]  # the last chunk may still be open
+            mine = (chunks[0].cumsum(0) - chunks[0]).tolist()
+            say(f"its chunk {own[i]} of {record.available} blocks" if own[i] else "" for i in mine)
+    if kept:
+        say(f"kept in {n} of {len(kept)} mixers" for n in torch.stack(kept).sum(0).tolist())
+    if used:
+        say(f"{mean:.1f} experts" for mean in torch.stack(used).double().mean(0).tolist())
+    if chunks:
+        say("closes a chunk" if closes else "" for closes in chunks[0])
+    return said
 
 
 def legend(low: float, high: float) -> str:
