@@ -126,16 +126,15 @@ def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> st
                 curve, rank = by_tenth(reference, kept)
                 tenths.append(curve)
                 correlation.append(rank)
-        runs = [r for r in results if r["cell"]["model"] == name]
-        row = [name, f"{runs[0]['parameters']:,}", spread(bpb, 3), spread(against, 1)]
+        parameters = next(r["parameters"] for r in results if r["cell"]["model"] == name)
+        row = [name, f"{parameters:,}", spread(bpb, 3), spread(against, 1)]
         row.append(spread(sparsity, 3) if sparsity else "")
-        row.append(spread(correlation, 2) if sparsity else "")
-        lines.append([*row, spread([r["seconds"] / r["steps"] for r in runs], 2)])
+        lines.append([*row, spread(correlation, 2) if sparsity else ""])
         if tenths:
             curves[name] = tenths
     plot_tenths(curves, "dense", "share of sites kept", out)
     header = ["model", "parameters", "bits per byte", "perplexity worse than dense, %", "sparsity"]
-    return table([*header, "rank correlation of sites kept and loss", "processor s a step"], lines)
+    return table([*header, "rank correlation of sites kept and loss"], lines)
 
 
 def _kept(records: list[Any]) -> Tensor:
