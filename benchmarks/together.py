@@ -45,7 +45,7 @@ TRAINED = Trained(
     steps=300,
     seeds=(0, 1, 2),
     timed=TIMED,
-    only={"prose": ("plain", "fast", *TIMED)},
+    only={"prose": ("plain", "fast", "fast, 0.35 as long as plain", "fast, as long as plain")},
 )
 
 

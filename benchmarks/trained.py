@@ -61,6 +61,7 @@ class Trained:
         parser = arguments(about)
         parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
         parser.add_argument("--corpus", choices=CORPORA, default=self.corpus)
+        parser.add_argument("--steps", type=int, default=self.steps, help="training steps of models without a time")
         parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the timings")
         options = parser.parse_args()
         if options.cell is not None:
@@ -68,6 +69,7 @@ class Trained:
             print(json.dumps(self._train(options.cell)))
             return
         self._choose(options.corpus)
+        self.steps = options.steps
         log = self._folder.with_suffix(".jsonl")
         by_steps = self._cells({name: {"steps": self.steps} for name in self.models if name not in self.timed})
         results = run_cells(script, by_steps, workers=2, log=log)
@@ -77,7 +79,7 @@ class Trained:
             seconds[name] = {"seconds": round(share * taken)}
         results += run_cells(script, self._cells(seconds), workers=2, log=log)
         if not options.train_only:
-            command = f"python benchmarks/{self.benchmark}.py --corpus {self.corpus}"
+            command = f"python benchmarks/{self.benchmark}.py --corpus {self.corpus} --steps {self.steps}"
             if options.out is not None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
             text = page(results, held_out(self.corpus), options.out)
