@@ -1,24 +1,24 @@
 """The gated scan in Triton, chunks of SCAN_CHUNK sites as products on tensor cores (README, sections 3 and 6).
 
-Dimensions: B batch, N sites, H chains, K key width, V value width, C sites in a chunk, G segments of whole chunks.
+Dimensions: B batch, N sites, H chains, K key width, V value width, C sites in a chunk, M chunks, G segments of chunks.
 
-A program takes one segment of one chain, and at most BLOCK_V of its values, and keeps the state in registers from chunk
-to chunk. Where chains alone fill the GPU there is one segment. Otherwise a first pass over keys and values gives each
-segment's own part of the state, a short one passes states on from segment to segment, and the main pass starts each
-segment from the right one.
+One kernel carries a block of the state from chunk to chunk and keeps what enters each; another, all chunks at once,
+makes outputs or gradients of that. Where there are too few chains to fill a GPU they are cut into segments: each first
+adds up its own part of the state, and a short kernel passes states on from one to the next.
 
-Everything in a program is float32 (float64 where the inputs are). Products of float32 are three of TF32, or one where
-torch.set_float32_matmul_precision allows TF32 or the inputs have 16 bits, which it does not round.
+Sums are float32 (float64 where the inputs are). Products of float32 are three of TF32, or one where
+torch.set_float32_matmul_precision allows it or the inputs have 16 bits, which TF32 does not round.
 
-Numbers that a site of one chain moves (times 4 bytes in float32), with P = ceil(V / BLOCK_V) programs side by side:
+Numbers that a site of one chain moves (of 4 bytes in float32), and at K = V = 32:
 
-    forward     P K reads of q and of k; V reads of v, V writes of y; K V / C writes of states
-    backward    P K reads of q and of k, V of v and of dy, K V / C of states; K writes of dq and of dk, V of dv
-                (if P > 1 first P partial sums of dq and dk: another 2 P K writes and 2 P K reads)
-    segments    a forward P K of k and V of v more, a backward P K of q and V of dy, but for one segment's sites
+    carry      reads k, v (q, dy), writes states       K + V + KV/C           96
+    outputs    reads q, k, v, states, writes y         2K + 2V + KV/C        160
+    gradients  reads q, k, v, dy, states of both       2K + 2V + 2KV/C       192
+               writes dq, dk, dv                       2K + V                 96
+    segments   reads k, v (q, dy), not of all sites    K + V, at most         64
 
-and 2 of alpha and beta, in the backward 2 of their gradients. At K = V = 32: 160 in the forward, 256 in the backward,
-64 more each with many segments.
+so 256 forward and 384 backward; and 2 of alpha and beta in each, 2 of their gradients. Where K or V is above BLOCK, the
+operands of a block are read again for the next one, from the cache.
 """
 
 import torch
@@ -26,11 +26,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_bk.ops import chunked
 from resnet_bk.ops.chunked import SCAN_CHUNK
 
-PROGRAMS = 512  # about four for each of the 132 multiprocessors of an H100: chains are cut into segments until so many
-WIDEST = 256  # key width up to which a chunk's operands fit the shared memory of a multiprocessor
+PROGRAMS = 512  # about four for each of the 132 multiprocessors of an H100: chains are cut until there are so many
+STAGES = 3  # chunks loaded ahead of the one added to the state
+BLOCK = 32  # of K and V in a product: three times TF32 keeps both halves of operands in registers, where 64 spill
+
+
+@triton.jit
+def _dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
@@ -47,10 +52,16 @@ def _store_tile(x, value, stride, column, count, WIDTH: tl.constexpr, C: tl.cons
 
 
 @triton.jit
-def _state_at(column, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Offsets of a (BLOCK_K, BLOCK_V) part of a (K, V) state, and which exist."""
-    i, j = tl.arange(0, BLOCK_K)[:, None], column + tl.arange(0, BLOCK_V)[None, :]
+def _in_state(row, column, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Offsets of a block of a (K, V) state, and which exist; (BLOCK_K, BLOCK_V)."""
+    i, j = row + tl.arange(0, BLOCK_K)[:, None], column + tl.arange(0, BLOCK_V)[None, :]
     return i * V + j, (i < K) & (j < V)
+
+
+@triton.jit
+def _state(x, row, column, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    at, inside = _in_state(row, column, K, V, BLOCK, BLOCK)
+    return tl.load(x + at, mask=inside, other=0).to(ACC)
 
 
 @triton.jit
@@ -88,14 +99,15 @@ def _first(x, C: tl.constexpr):
 
 
 @triton.jit
-def _place(heads, segments):
-    """Row, chain and segment of this program; chains, neighbours in memory, run side by side."""
-    chain = tl.program_id(0) // (heads * segments) * heads + tl.program_id(0) % heads
-    return (chain // heads).to(tl.int64), chain % heads, tl.program_id(0) // heads % segments, chain.to(tl.int64)
+def _place(heads, pieces):
+    """Row, chain and piece of this program, and the chain among all; neighbours in memory run side by side."""
+    program = tl.program_id(0)
+    row, head = (program // (heads * pieces)).to(tl.int64), program % heads
+    return row, head, program // heads % pieces, row * heads + head
 
 
 @triton.jit
-def _sum_segments(
+def _carry(
     x,
     xb,
     xn,
@@ -106,8 +118,10 @@ def _sum_segments(
     yh,
     alpha,
     beta,
-    parts,
+    entering,
     decays,
+    states,
+    last,
     length,
     heads,
     segments,
@@ -115,37 +129,53 @@ def _sum_segments(
     K: tl.constexpr,
     V: tl.constexpr,
     REVERSE: tl.constexpr,
+    KEEP: tl.constexpr,
     C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """What each segment adds to the state, parts (B, H, G, K, V), and its decay, decays (B, H, G).
+    """A block of the state, through the chunks of a segment.
 
-    x, y: k and v; REVERSE, from the last chunk to the first: q and the gradient of y.
+    x, y: k and v. REVERSE: q and dy, and from the last chunk to the first.
+    KEEP: from what is entering, (B, H, G, K, V), to the states that enter each chunk (B, H, M, K, V), and the last.
+    Otherwise from nothing, for all segments but the last in order: the state takes its place in entering, and decays,
+    (B, H, G), are written.
     """
-    row, head, segment, chain = _place(heads, segments - 1)
-    segment += REVERSE  # nothing comes after the last one
-    column = tl.program_id(1) * BLOCK_V
+    row, head, segment, chain = _place(heads, segments if KEEP else segments - 1)
+    if REVERSE and not KEEP:
+        segment += 1
+    row_k, row_v = tl.program_id(1) * BLOCK_K, tl.program_id(2) * BLOCK_V
+    at, inside = _in_state(row_k, row_v, K, V, BLOCK_K, BLOCK_V)
+    entering += (chain * segments + segment) * K * V
+    of_chain = tl.cdiv(length, C)
+    chunks_here = tl.minimum(chunks, of_chain - segment * chunks)
     state = tl.zeros([BLOCK_K, BLOCK_V], ACC)
+    if KEEP:
+        state = tl.load(entering + at, mask=inside, other=0).to(ACC)
     decay = tl.full([], 1, ACC)
-    for n in tl.range(chunks):
-        m = segment * chunks + (chunks - 1 - n if REVERSE else n)
+    for n in tl.range(chunks_here, num_stages=STAGES):
+        m = segment * chunks + (chunks_here - 1 - n if REVERSE else n)
         start = m.to(tl.int64) * C
         count = length - m * C
         gates = (row * length + start) * heads + head
-        x_ = _tile(x + row * xb + start * xn + head * xh, xn, 0, count, K, C, BLOCK_K, ACC)
-        y_ = _tile(y + row * yb + start * yn + head * yh, yn, column, count, V, C, BLOCK_V, ACC)
-        here, _, past, until = _decays(alpha + gates, heads, count, C, ACC)
-        weight = past * here if REVERSE else until * _row(beta + gates, heads, 0, count, 0, C, ACC)
-        whole = _first(here * until, C)
-        state = whole * state + tl.dot(tl.trans(x_ * weight[:, None]), y_, input_precision=PRECISION, out_dtype=ACC)
+        if KEEP:
+            here = states + (chain * of_chain + m) * K * V
+            tl.store(here + at, state.to(states.dtype.element_ty), mask=inside)
+        x_ = _tile(x + row * xb + start * xn + head * xh, xn, row_k, count, K, C, BLOCK_K, ACC)
+        y_ = _tile(y + row * yb + start * yn + head * yh, yn, row_v, count, V, C, BLOCK_V, ACC)
+        a, _, past, until = _decays(alpha + gates, heads, count, C, ACC)
+        weight = past * a if REVERSE else until * _row(beta + gates, heads, 0, count, 0, C, ACC)
+        whole = _first(a * until, C)
+        state = whole * state + _dot(tl.trans(x_ * weight[:, None]), y_, ACC, PRECISION)
         decay *= whole
-    at, inside = _state_at(column, K, V, BLOCK_K, BLOCK_V)
-    place = chain * segments + segment
-    tl.store(parts + place * K * V + at, state, mask=inside)
-    tl.store(decays + place, decay)
+    if not KEEP:
+        tl.store(entering + at, state, mask=inside)
+        tl.store(decays + chain * segments + segment, decay)
+    elif segment == (0 if REVERSE else segments - 1):
+        tl.store(last + chain * K * V + at, state.to(last.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -164,7 +194,7 @@ def _pass_on(start, parts, decays, segments, size, REVERSE: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _forward(
+def _outputs(
     q,
     qb,
     qn,
@@ -179,51 +209,43 @@ def _forward(
     vh,
     alpha,
     beta,
-    entering,
-    y,
-    last,
     states,
+    y,
     length,
     heads,
-    segments,
     chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row, head, segment, chain = _place(heads, segments)
-    column = tl.program_id(1) * BLOCK_V
-    at, inside = _state_at(column, K, V, BLOCK_K, BLOCK_V)
-    state = tl.load(entering + (chain * segments + segment) * K * V + at, mask=inside, other=0).to(ACC)
-    of_chain = tl.cdiv(length, C)
-    for n in tl.range(tl.minimum(chunks, of_chain - segment * chunks)):
-        m = segment * chunks + n
-        start = m.to(tl.int64) * C
-        count = length - m * C
-        gates = (row * length + start) * heads + head
-        tl.store(states + (chain * of_chain + m) * K * V + at, state.to(states.dtype.element_ty), mask=inside)
-        q_ = _tile(q + row * qb + start * qn + head * qh, qn, 0, count, K, C, BLOCK_K, ACC)
-        k_ = _tile(k + row * kb + start * kn + head * kh, kn, 0, count, K, C, BLOCK_K, ACC)
-        v_ = _tile(v + row * vb + start * vn + head * vh, vn, column, count, V, C, BLOCK_V, ACC)
-        here, before, past, until = _decays(alpha + gates, heads, count, C, ACC)
-        u = v_ * _row(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
-        scores = tl.dot(q_, tl.trans(k_), input_precision=PRECISION, out_dtype=ACC)
-        scores *= _through(here, _between(before, C), C)
-        read = tl.dot(q_, state, input_precision=PRECISION, out_dtype=ACC) * (past * here)[:, None]
-        read += tl.dot(scores, u, input_precision=PRECISION, out_dtype=ACC)
-        _store_tile(y + gates * V, read, heads * V, column, count, V, C, BLOCK_V)
-        new = tl.dot(tl.trans(k_ * until[:, None]), u, input_precision=PRECISION, out_dtype=ACC)
-        state = _first(here * until, C) * state + new
-    if segment == segments - 1:
-        tl.store(last + chain * K * V + at, state.to(last.dtype.element_ty), mask=inside)
+    """y of one chunk and BLOCK values."""
+    row, head, m, chain = _place(heads, chunks)
+    column = tl.program_id(1) * BLOCK
+    start = m.to(tl.int64) * C
+    count = length - m * C
+    gates = (row * length + start) * heads + head
+    q += row * qb + start * qn + head * qh
+    k += row * kb + start * kn + head * kh
+    states += (chain * chunks + m) * K * V
+    scores, read = tl.zeros([C, C], ACC), tl.zeros([C, BLOCK], ACC)
+    for i in tl.range(0, K, BLOCK):
+        q_ = _tile(q, qn, i, count, K, C, BLOCK, ACC)
+        k_ = _tile(k, kn, i, count, K, C, BLOCK, ACC)
+        scores += _dot(q_, tl.trans(k_), ACC, PRECISION)
+        read += _dot(q_, _state(states, i, column, K, V, BLOCK, ACC), ACC, PRECISION)
+    a, before, past, _ = _decays(alpha + gates, heads, count, C, ACC)
+    u = _tile(v + row * vb + start * vn + head * vh, vn, column, count, V, C, BLOCK, ACC)
+    u *= _row(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
+    scores *= _through(a, _between(before, C), C)
+    read = read * (past * a)[:, None] + _dot(scores, u, ACC, PRECISION)
+    _store_tile(y + gates * V, read, heads * V, column, count, V, C, BLOCK)
 
 
 @triton.jit
-def _backward(
+def _gradients(
     q,
     qb,
     qn,
@@ -243,122 +265,129 @@ def _backward(
     alpha,
     beta,
     states,
-    leaving,
+    adjoints,
     dq,
     dk,
     dv,
     dalpha,
     dbeta,
-    ds0,
     length,
     heads,
-    segments,
     chunks,
-    sites,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq, dk, dalpha, dbeta: (P, B, N, H, ...), the part of each program of a chain's values; sites: B N H."""
-    row, head, segment, chain = _place(heads, segments)
-    column = tl.program_id(1) * BLOCK_V
-    part = tl.program_id(1).to(tl.int64) * sites
-    at, inside = _state_at(column, K, V, BLOCK_K, BLOCK_V)
-    adjoint = tl.load(leaving + (chain * segments + segment) * K * V + at, mask=inside, other=0).to(ACC)
-    of_chain = tl.cdiv(length, C)
-    here_chunks = tl.minimum(chunks, of_chain - segment * chunks)
-    for n in tl.range(here_chunks):
-        m = segment * chunks + here_chunks - 1 - n
-        start = m.to(tl.int64) * C
-        count = length - m * C
-        gates = (row * length + start) * heads + head
-        q_ = _tile(q + row * qb + start * qn + head * qh, qn, 0, count, K, C, BLOCK_K, ACC)
-        k_ = _tile(k + row * kb + start * kn + head * kh, kn, 0, count, K, C, BLOCK_K, ACC)
-        v_ = _tile(v + row * vb + start * vn + head * vh, vn, column, count, V, C, BLOCK_V, ACC)
-        dy = _tile(grad + row * gb + start * gn + head * gh, gn, column, count, V, C, BLOCK_V, ACC)
-        state = tl.load(states + (chain * of_chain + m) * K * V + at, mask=inside, other=0).to(ACC)
-        here, before, past, until = _decays(alpha + gates, heads, count, C, ACC)
-        between = _between(before, C)
-        through = _through(here, between, C)
-        weight = _row(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
-        u = v_ * weight
-        scores = tl.dot(q_, tl.trans(k_), input_precision=PRECISION, out_dtype=ACC)
-        dscores = tl.dot(dy, tl.trans(u), input_precision=PRECISION, out_dtype=ACC)
-        pairs = scores * dscores
-        scores *= through
-        dscores *= through
-        from_state = tl.dot(dy, tl.trans(state), input_precision=PRECISION, out_dtype=ACC)
-        to_adjoint = tl.dot(u, tl.trans(adjoint), input_precision=PRECISION, out_dtype=ACC)
-        dq_ = from_state * (past * here)[:, None] + tl.dot(dscores, k_, input_precision=PRECISION, out_dtype=ACC)
-        dk_ = to_adjoint * until[:, None] + tl.dot(tl.trans(dscores), q_, input_precision=PRECISION, out_dtype=ACC)
-        du = tl.dot(k_, adjoint, input_precision=PRECISION, out_dtype=ACC) * until[:, None]
-        du += tl.dot(tl.trans(scores), dy, input_precision=PRECISION, out_dtype=ACC)
-        _store_tile(dq + (part + gates) * K, dq_, heads * K, 0, count, K, C, BLOCK_K)
-        _store_tile(dk + (part + gates) * K, dk_, heads * K, 0, count, K, C, BLOCK_K)
-        _store_tile(dv + gates * V, du * weight, heads * V, column, count, V, C, BLOCK_V)
-        # alpha_t is on every path from a writer before t, or the entering state, to a reader from t on, or the leaving
-        # state; the products on either side of t are at hand, so that nothing is divided by it
-        read = tl.dot(pairs, tl.trans(between), input_precision=PRECISION, out_dtype=ACC)
-        read += tl.sum(q_ * from_state, 1)[:, None] * past[None, :]
-        left = tl.sum(between * tl.sum(k_ * to_adjoint, 1)[None, :], 1) + past * tl.sum(state * adjoint)
-        flow = tl.sum(through * read, 0) + until * left
-        i = tl.arange(0, C)
-        gate_at = part + gates + i * heads
-        tl.store(dalpha + gate_at, flow.to(dalpha.dtype.element_ty), mask=i < count)
-        tl.store(dbeta + gate_at, tl.sum(du * v_, 1).to(dbeta.dtype.element_ty), mask=i < count)
-        new = tl.dot(tl.trans(q_ * (past * here)[:, None]), dy, input_precision=PRECISION, out_dtype=ACC)
-        adjoint = _first(here * until, C) * adjoint + new
-    if segment == 0:
-        tl.store(ds0 + chain * K * V + at, adjoint.to(ds0.dtype.element_ty), mask=inside)
+    """All gradients of one chunk, from the states that enter and the gradients of those that leave."""
+    row, head, m, chain = _place(heads, chunks)
+    start = m.to(tl.int64) * C
+    count = length - m * C
+    gates = (row * length + start) * heads + head
+    q += row * qb + start * qn + head * qh
+    k += row * kb + start * kn + head * kh
+    v += row * vb + start * vn + head * vh
+    grad += row * gb + start * gn + head * gh
+    states += (chain * chunks + m) * K * V
+    adjoints += (chain * chunks + m) * K * V
+    a, before, past, until = _decays(alpha + gates, heads, count, C, ACC)
+    weight = _row(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
+    between = _between(before, C)
+    through = _through(a, between, C)
+    scores, dscores = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
+    for i in tl.range(0, K, BLOCK):
+        k_ = _tile(k, kn, i, count, K, C, BLOCK, ACC)
+        scores += _dot(_tile(q, qn, i, count, K, C, BLOCK, ACC), tl.trans(k_), ACC, PRECISION)
+    for j in tl.range(0, V, BLOCK):
+        u = _tile(v, vn, j, count, V, C, BLOCK, ACC) * weight
+        dscores += _dot(_tile(grad, gn, j, count, V, C, BLOCK, ACC), tl.trans(u), ACC, PRECISION)
+    # alpha_t is on every path from a writer before t, or the entering state, to a reader from t on, or the leaving
+    # state. The products on either side of it are at hand, so nothing is divided by it. First between two sites:
+    read = _dot(scores * dscores, tl.trans(between), ACC, PRECISION)
+    flow = tl.sum(through * read, 0)
+    scores *= through
+    dscores *= through
+    written = tl.zeros([C], ACC)
+    for j in tl.range(0, V, BLOCK):
+        du = tl.zeros([C, BLOCK], ACC)
+        for i in tl.range(0, K, BLOCK):
+            k_ = _tile(k, kn, i, count, K, C, BLOCK, ACC)
+            du += _dot(k_, _state(adjoints, i, j, K, V, BLOCK, ACC), ACC, PRECISION)
+        dy = _tile(grad, gn, j, count, V, C, BLOCK, ACC)
+        du = du * until[:, None] + _dot(tl.trans(scores), dy, ACC, PRECISION)
+        _store_tile(dv + gates * V, du * weight, heads * V, j, count, V, C, BLOCK)
+        written += tl.sum(du * _tile(v, vn, j, count, V, C, BLOCK, ACC), 1)
+    entered, left, passed = tl.zeros([C], ACC), tl.zeros([C], ACC), tl.zeros([BLOCK], ACC)
+    for i in tl.range(0, K, BLOCK):
+        from_state, to_adjoint = tl.zeros([C, BLOCK], ACC), tl.zeros([C, BLOCK], ACC)
+        for j in tl.range(0, V, BLOCK):
+            state, adjoint = _state(states, i, j, K, V, BLOCK, ACC), _state(adjoints, i, j, K, V, BLOCK, ACC)
+            from_state += _dot(_tile(grad, gn, j, count, V, C, BLOCK, ACC), tl.trans(state), ACC, PRECISION)
+            u = _tile(v, vn, j, count, V, C, BLOCK, ACC) * weight
+            to_adjoint += _dot(u, tl.trans(adjoint), ACC, PRECISION)
+            passed += tl.sum(state * adjoint, 0)
+        q_, k_ = _tile(q, qn, i, count, K, C, BLOCK, ACC), _tile(k, kn, i, count, K, C, BLOCK, ACC)
+        entered += tl.sum(q_ * from_state, 1)
+        left += tl.sum(k_ * to_adjoint, 1)
+        from_state = from_state * (past * a)[:, None] + _dot(dscores, k_, ACC, PRECISION)
+        to_adjoint = to_adjoint * until[:, None] + _dot(tl.trans(dscores), q_, ACC, PRECISION)
+        _store_tile(dq + gates * K, from_state, heads * K, i, count, K, C, BLOCK)
+        _store_tile(dk + gates * K, to_adjoint, heads * K, i, count, K, C, BLOCK)
+    # then from the entering state, and to the leaving one
+    flow += past * tl.sum(through * entered[:, None], 0)
+    flow += until * (tl.sum(between * left[None, :], 1) + past * tl.sum(passed))
+    i = tl.arange(0, C)
+    tl.store(dalpha + gates + i * heads, flow.to(dalpha.dtype.element_ty), mask=i < count)
+    tl.store(dbeta + gates + i * heads, written.to(dbeta.dtype.element_ty), mask=i < count)
 
 
 class _Launch:
-    """How the chains of a call are cut, in which precision, and the entering (leaving) states of the segments."""
+    """What the kernels of a call are told, and how the chains are cut."""
 
     def __init__(self, q: Tensor, v: Tensor):
-        batch, length, heads, width = q.shape
-        values = v.shape[3]
-        block_k = max(16, triton.next_power_of_2(width))
-        block_v = min(max(16, triton.next_power_of_2(values)), 64)
-        self.parts = triton.cdiv(values, block_v)  # programs side by side
-        self.chains = batch * heads
-        chunks = triton.cdiv(length, SCAN_CHUNK)
-        self.chunks = triton.cdiv(chunks, triton.cdiv(PROGRAMS, self.chains * self.parts))
-        self.segments = triton.cdiv(chunks, self.chunks)
-        self.size = (length, heads, self.segments, self.chunks)
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
-        single = q.element_size() < 4 or torch.get_float32_matmul_precision() != "highest"
+        self.batch, self.length, self.heads, width = q.shape
+        self.widths = width, v.shape[3]
+        self.chunks = triton.cdiv(self.length, SCAN_CHUNK)
+        rounded = q.element_size() < 4 or torch.get_float32_matmul_precision() != "highest"
         self.options = {
             "K": width,
-            "V": values,
+            "V": v.shape[3],
             "C": SCAN_CHUNK,
-            "BLOCK_K": block_k,
-            "BLOCK_V": block_v,
             "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
-            "PRECISION": "ieee" if q.dtype == torch.float64 else "tf32" if single else "tf32x3",
-            "num_warps": 4 if block_k * block_v <= 4096 else 8,
+            "PRECISION": "ieee" if q.dtype == torch.float64 else "tf32" if rounded else "tf32x3",
         }
-        self.grid = (self.chains * self.segments, self.parts)
+        self.all_chunks = (self.length, self.heads, self.chunks)
+        self.grid = self.batch * self.heads * self.chunks
 
-    def segment_states(self, start: Tensor, x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor, reverse: bool) -> Tensor:
-        if self.segments == 1:
-            return start
-        width, values = start.shape[2:]
-        parts = start.new_empty(self.chains, self.segments, width, values, dtype=self.dtype)
-        decays = start.new_empty(self.chains, self.segments, dtype=self.dtype)
-        grid = (self.chains * (self.segments - 1), self.parts)
-        _sum_segments[grid](
-            *_strided(x), *_strided(y), alpha, beta, parts, decays, *self.size, REVERSE=reverse, **self.options
-        )
-        entries = width * values
-        block = min(1024, triton.next_power_of_2(entries))
-        grid = (self.chains, triton.cdiv(entries, block))
-        _pass_on[grid](start, parts, decays, self.segments, entries, reverse, BLOCK=block, ACC=self.options["ACC"])
-        return parts
+    def states(
+        self, start: Tensor, x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The states entering each chunk (from the end, if in reverse) and the last."""
+        chains, (width, values) = self.batch * self.heads, self.widths
+        block_k, block_v = (min(64, max(16, triton.next_power_of_2(n))) for n in self.widths)
+        blocks = triton.cdiv(width, block_k), triton.cdiv(values, block_v)
+        chunks = triton.cdiv(self.chunks, triton.cdiv(PROGRAMS, chains * blocks[0] * blocks[1]))
+        segments = triton.cdiv(self.chunks, chunks)
+        last, states = torch.empty_like(start), start.new_empty(*start.shape[:2], self.chunks, width, values)
+        entering, decays = start, alpha
+        if segments > 1:
+            exact = torch.promote_types(start.dtype, torch.float32)
+            entering = start.new_empty(chains, segments, width, values, dtype=exact)
+            decays = entering.new_empty(chains, segments)
+        sequence = (*_strided(x), *_strided(y), alpha, beta, entering, decays, states, last)
+        options = {"BLOCK_K": block_k, "BLOCK_V": block_v, "REVERSE": reverse, "STAGES": STAGES, **self.options}
+        sizes = (self.length, self.heads, segments, chunks)
+        if segments > 1:
+            _carry[chains * (segments - 1), *blocks](*sequence, *sizes, KEEP=False, **options)
+            entries = width * values
+            block = min(1024, triton.next_power_of_2(entries))
+            _pass_on[chains, triton.cdiv(entries, block)](
+                start, entering, decays, segments, entries, reverse, BLOCK=block, ACC=self.options["ACC"]
+            )
+        _carry[chains * segments, *blocks](*sequence, *sizes, KEEP=True, **options)
+        return states, last
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -369,17 +398,15 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
 def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`resnet_bk.ops.chunked.scan_forward`, which does it where K > WIDEST."""
-    if q.shape[3] > WIDEST:
-        return chunked.scan_forward(q, k, v, alpha, beta, s0)
+    """As :func:`resnet_bk.ops.chunked.scan_forward`."""
     launch = _Launch(q, v)
     alpha, beta, s0 = alpha.contiguous(), beta.contiguous(), s0.contiguous()
-    y, last = v.new_empty(v.shape), torch.empty_like(s0)
-    states = s0.new_empty(*s0.shape[:2], triton.cdiv(q.shape[1], SCAN_CHUNK), *s0.shape[2:])
+    y = v.new_empty(v.shape)
     with torch.cuda.device_of(q):
-        entering = launch.segment_states(s0, k, v, alpha, beta, reverse=False)
-        inputs = (*_strided(q), *_strided(k), *_strided(v), alpha, beta, entering)
-        _forward[launch.grid](*inputs, y, last, states, *launch.size, **launch.options)
+        states, last = launch.states(s0, k, v, alpha, beta, reverse=False)
+        inputs = (*_strided(q), *_strided(k), *_strided(v), alpha, beta, states)
+        grid = launch.grid, triton.cdiv(v.shape[3], BLOCK)
+        _outputs[grid](*inputs, y, *launch.all_chunks, BLOCK=BLOCK, **launch.options)
     return y, last, states
 
 
@@ -394,18 +421,11 @@ def scan_backward(
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`resnet_bk.ops.chunked.scan_backward`."""
-    if q.shape[3] > WIDEST:
-        return chunked.scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
     launch = _Launch(q, v)
     alpha, beta, states, grad_last = (x.contiguous() for x in (alpha, beta, states, grad_last))
-    many = launch.parts > 1
-    sums = [x.new_empty(launch.parts, *x.shape, dtype=launch.dtype if many else None) for x in (q, k, alpha, beta)]
-    dv, ds0 = v.new_empty(v.shape), torch.empty_like(grad_last)
+    found = tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta))
     with torch.cuda.device_of(q):
-        leaving = launch.segment_states(grad_last, q, grad_y, alpha, beta, reverse=True)
-        inputs = (*_strided(q), *_strided(k), *_strided(v), *_strided(grad_y), alpha, beta, states, leaving)
-        dq, dk, dalpha, dbeta = sums
-        sites = alpha.numel()
-        _backward[launch.grid](*inputs, dq, dk, dv, dalpha, dbeta, ds0, *launch.size, sites, **launch.options)
-    dq, dk, dalpha, dbeta = (x.sum(0).to(q.dtype) if many else x[0] for x in sums)
-    return dq, dk, dv, dalpha, dbeta, ds0
+        adjoints, grad_s0 = launch.states(grad_last, q, grad_y, alpha, beta, reverse=True)
+        inputs = (*_strided(q), *_strided(k), *_strided(v), *_strided(grad_y), alpha, beta, states, adjoints)
+        _gradients[launch.grid,](*inputs, *found, *launch.all_chunks, BLOCK=BLOCK, **launch.options)
+    return *found, grad_s0
