@@ -22,28 +22,19 @@ STAGES = 4  # sites loaded ahead: a step is one division, far less than memory t
 
 @triton.jit
 def _times(a, ai, b, bi, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return a * b - ai * bi, a * bi + ai * b
-    else:  # noqa: RET505 - what is not taken is not compiled
-        return a * b, ai
+    return (a * b - ai * bi, a * bi + ai * b) if COMPLEX else (a * b, ai)
 
 
 @triton.jit
 def _inverse(a, ai, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        scale = 1 / (a * a + ai * ai)
-        return a * scale, -ai * scale
-    else:  # noqa: RET505
-        return 1 / a, ai
+    scale = 1 / (a * a + ai * ai if COMPLEX else a)
+    return (a * scale, -ai * scale) if COMPLEX else (scale, ai)
 
 
 @triton.jit
 def _load(x, at, live, COMPLEX: tl.constexpr, other: tl.constexpr = 0):
-    if COMPLEX:
-        return tl.load(x + 2 * at, mask=live, other=other), tl.load(x + 2 * at + 1, mask=live, other=other)
-    else:  # noqa: RET505
-        real = tl.load(x + at, mask=live, other=other)
-        return real, real
+    real = tl.load(x + (2 * at if COMPLEX else at), mask=live, other=other)
+    return real, tl.load(x + 2 * at + 1, mask=live, other=other) if COMPLEX else real
 
 
 @triton.jit
@@ -65,10 +56,7 @@ def _lanes(heads, chunks, LANES: tl.constexpr):
 
 @triton.jit
 def _is_site(mask, at, live, MASKED: tl.constexpr):
-    if MASKED:
-        return live & (tl.load(mask + at, mask=live, other=0) != 0)
-    else:  # noqa: RET505
-        return live
+    return live & (tl.load(mask + at, mask=live, other=0) != 0) if MASKED else live
 
 
 @triton.jit
@@ -111,9 +99,7 @@ def _compose(
 
 
 @triton.jit
-def _enter(
-    pieces, g0, heads, chunks, size, lanes, COMPLEX: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr
-):
+def _enter(pieces, g0, heads, chunks, size, lanes, COMPLEX: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr):
     """From piece to piece: the g that enters each chunk takes the place of its r."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     live = lane < lanes
@@ -143,6 +129,7 @@ def _recur(
     heads,
     chunk,
     chunks,
+    size,
     COMPLEX: tl.constexpr,
     MASKED: tl.constexpr,
     LANES: tl.constexpr,
@@ -244,22 +231,22 @@ def _leave(
     _store(grad_g0, lane, later, later_i, live, COMPLEX)
 
 
-class _Grid:
-    """How the chains are cut, and what all kernels are told."""
+class _Launch:
+    """How the chains of a call are cut, and what its kernels are told."""
 
     def __init__(self, w: Tensor, mask: Tensor | None, is_complex: bool):
         batch, length, heads = w.shape
         chunk = max(1, math.isqrt(length))
-        chunks = -(-length // chunk)
+        chunks = triton.cdiv(length, chunk)
         self.mask = w if mask is None else mask.contiguous().view(torch.uint8)
-        self.shape = (length, heads, chunk, chunks)
-        self.pieces = (batch, chunks, heads)
-        self.size = batch * chunks * heads
-        self.lanes = batch * heads
+        self.pieces = batch, chunks, heads
+        size, lanes = batch * chunks * heads, batch * heads
+        self.sites = length, heads, chunk, chunks, size
+        self.chains = heads, chunks, size, lanes
         self.kind = {"COMPLEX": is_complex, "LANES": LANES, "STAGES": STAGES}
-        self.of_sites = {**self.kind, "MASKED": mask is not None}
-        self.chunks_grid = (batch * triton.cdiv(chunks * heads, LANES),)
-        self.chains_grid = (triton.cdiv(self.lanes, LANES),)
+        self.kind_of_sites = {**self.kind, "MASKED": mask is not None}
+        self.by_site = (batch * triton.cdiv(chunks * heads, LANES),)
+        self.by_chain = (triton.cdiv(lanes, LANES),)
 
 
 def _numbers(x: Tensor) -> Tensor:
@@ -269,16 +256,13 @@ def _numbers(x: Tensor) -> Tensor:
 
 def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
     """As :func:`resnet_bk.ops.chunked.green_forward`."""
-    w = w.contiguous()
-    grid = _Grid(w, mask, d.is_complex())
-    length, heads, chunk, chunks = grid.shape
+    launch, w = _Launch(w, mask, d.is_complex()), w.contiguous()
     out = torch.empty_like(d, memory_format=torch.contiguous_format)
-    pieces = d.new_empty(3, *grid.pieces)
-    d_, g0_, out_, pieces_ = (_numbers(x) for x in (d, g0, out, pieces))
+    d, g0, pieces, g = (_numbers(x) for x in (d, g0, d.new_empty(3, *launch.pieces), out))
     with torch.cuda.device_of(w):
-        _compose[grid.chunks_grid](d_, w, grid.mask, pieces_, *grid.shape, grid.size, **grid.of_sites)
-        _enter[grid.chains_grid](pieces_, g0_, heads, chunks, grid.size, grid.lanes, **grid.kind)
-        _recur[grid.chunks_grid](d_, w, grid.mask, pieces_, out_, *grid.shape, **grid.of_sites)
+        _compose[launch.by_site](d, w, launch.mask, pieces, *launch.sites, **launch.kind_of_sites)
+        _enter[launch.by_chain](pieces, g0, *launch.chains, **launch.kind)
+        _recur[launch.by_site](d, w, launch.mask, pieces, g, *launch.sites, **launch.kind_of_sites)
     return out
 
 
@@ -286,18 +270,13 @@ def green_backward(
     grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`resnet_bk.ops.chunked.green_backward`."""
-    w = w.contiguous()
-    grid = _Grid(w, mask, g.is_complex())
-    length, heads, chunk, chunks = grid.shape
-    grad_d, grad_w, grad_g0 = out = tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, w, g0)
-    )
-    leaving = g.new_empty(2, *grid.pieces)
-    inputs = [_numbers(x) for x in (grad, g, w, g0)]
-    leaving_, grad_d_, grad_g0_ = (_numbers(x) for x in (leaving, grad_d, grad_g0))
-    sites = (*inputs, grid.mask, leaving_, grad_d_, grad_w, *grid.shape, grid.size)
+    launch, w = _Launch(w, mask, g.is_complex()), w.contiguous()
+    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, w, g0))
+    grad_d, grad_w, grad_g0 = (_numbers(x) for x in out)
+    leaving = _numbers(g.new_empty(2, *launch.pieces))
+    inputs = (*(_numbers(x) for x in (grad, g)), w, _numbers(g0), launch.mask, leaving, grad_d, grad_w)
     with torch.cuda.device_of(w):
-        _adjoint[grid.chunks_grid](*sites, COMPOSE=True, **grid.of_sites)
-        _leave[grid.chains_grid](leaving_, grad_g0_, heads, chunks, grid.size, grid.lanes, **grid.kind)
-        _adjoint[grid.chunks_grid](*sites, COMPOSE=False, **grid.of_sites)
-    return out
+        _adjoint[launch.by_site](*inputs, *launch.sites, COMPOSE=True, **launch.kind_of_sites)
+        _leave[launch.by_chain](leaving, grad_g0, *launch.chains, **launch.kind)
+        _adjoint[launch.by_site](*inputs, *launch.sites, COMPOSE=False, **launch.kind_of_sites)
+    return out  # type: ignore[return-value]
