@@ -72,7 +72,7 @@ def _backward(
         tap = tl.load(weight + i * channels + c, mask=c < channels, other=0).to(ACC)
         arriving = _rows(grad, row, t - i, c, length, channels, ACC)
         total += arriving * tap[None, :]
-        at = (tl.program_id(0) * WIDTH + i) * channels + c
+        at = (tl.program_id(0).to(tl.int64) * WIDTH + i) * channels + c
         tl.store(partial + at, tl.sum(arriving * here, 0), mask=c < channels)
     at = (row * longer + t)[:, None] * channels + c[None, :]
     tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), mask=(t < longer)[:, None] & (c < channels)[None, :])

@@ -6,8 +6,8 @@ One kernel carries a block of the state from chunk to chunk and keeps what enter
 makes outputs or gradients of that. Where there are too few chains to fill a GPU they are cut into segments: each first
 adds up its own part of the state, and a short kernel passes states on from one to the next.
 
-Sums are float32 (float64 where the inputs are). Products of float32 are three of TF32, or one where
-torch.set_float32_matmul_precision allows it or the inputs have 16 bits, which TF32 does not round.
+Sums are float32 (float64 where the inputs are). Products of float32 are three of TF32, or one where torch may use it
+(``torch.backends.cuda.matmul.fp32_precision``) or the inputs have 16 bits, which TF32 does not round.
 
 Numbers that a site of one chain moves (of 4 bytes in float32), and at K = V = 32:
 
@@ -27,75 +27,22 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_bk.ops.chunked import SCAN_CHUNK
+from resnet_bk.ops.triton_tiles import (
+    between_sites,
+    decays_of,
+    dot,
+    first_of,
+    in_state,
+    row_of,
+    state_block,
+    store_tile,
+    through_sites,
+    tile,
+)
 
 PROGRAMS = 512  # about four for each of the 132 multiprocessors of an H100: chains are cut until there are so many
 STAGES = 3  # chunks loaded ahead of the one added to the state
 BLOCK = 32  # of K and V in a product: three times TF32 keeps both halves of operands in registers, where 64 spill
-
-
-@triton.jit
-def _dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
-
-
-@triton.jit
-def _tile(x, stride, column, count, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """(C, BLOCK): columns from `column` on of the chunk that x points to, 0 beyond its sites and its width."""
-    i, j = tl.arange(0, C)[:, None], column + tl.arange(0, BLOCK)[None, :]
-    return tl.load(x + i * stride + j, mask=(i < count) & (j < WIDTH), other=0).to(ACC)
-
-
-@triton.jit
-def _store_tile(x, value, stride, column, count, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    i, j = tl.arange(0, C)[:, None], column + tl.arange(0, BLOCK)[None, :]
-    tl.store(x + i * stride + j, value.to(x.dtype.element_ty), mask=(i < count) & (j < WIDTH))
-
-
-@triton.jit
-def _in_state(row, column, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Offsets of a block of a (K, V) state, and which exist; (BLOCK_K, BLOCK_V)."""
-    i, j = row + tl.arange(0, BLOCK_K)[:, None], column + tl.arange(0, BLOCK_V)[None, :]
-    return i * V + j, (i < K) & (j < V)
-
-
-@triton.jit
-def _state(x, row, column, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    at, inside = _in_state(row, column, K, V, BLOCK, BLOCK)
-    return tl.load(x + at, mask=inside, other=0).to(ACC)
-
-
-@triton.jit
-def _row(x, stride, first, last, other: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """Elements i of the chunk that x points to, first <= i < last; (C,)."""
-    i = tl.arange(0, C)
-    return tl.load(x + i * stride, mask=(i >= first) & (i < last), other=other).to(ACC)
-
-
-@triton.jit
-def _decays(alpha, stride, count, C: tl.constexpr, ACC: tl.constexpr):
-    """alpha and its products over a chunk's sites before each, and after each: (C,). No logarithm: 0 is a decay."""
-    before = _row(alpha - stride, stride, 1, count, 1, C, ACC)
-    after = _row(alpha + stride, stride, 0, tl.minimum(count, C) - 1, 1, C, ACC)
-    return _row(alpha, stride, 0, count, 1, C, ACC), before, tl.cumprod(before), tl.cumprod(after, reverse=True)
-
-
-@triton.jit
-def _between(before, C: tl.constexpr):
-    """(C, C): row t, column s < t: the product of alpha over the sites between s and t; else 0."""
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return tl.where(t > s, tl.cumprod(tl.where(t > s + 1, before[:, None], 1), axis=0), 0)
-
-
-@triton.jit
-def _through(alpha, between, C: tl.constexpr):
-    """(C, C): row t, column s <= t: the product of alpha over the sites after s, t included; else 0."""
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return tl.where(t == s, 1, between * alpha[:, None])
-
-
-@triton.jit
-def _first(x, C: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, C) == 0, x, 0))
 
 
 @triton.jit
@@ -148,7 +95,7 @@ def _carry(
     if REVERSE and not KEEP:
         segment += 1
     row_k, row_v = tl.program_id(1) * BLOCK_K, tl.program_id(2) * BLOCK_V
-    at, inside = _in_state(row_k, row_v, K, V, BLOCK_K, BLOCK_V)
+    at, inside = in_state(row_k, row_v, K, V, BLOCK_K, BLOCK_V)
     entering += (chain * segments + segment) * K * V
     of_chain = tl.cdiv(length, C)
     chunks_here = tl.minimum(chunks, of_chain - segment * chunks)
@@ -164,12 +111,12 @@ def _carry(
         if KEEP:
             here = states + (chain * of_chain + m) * K * V
             tl.store(here + at, state.to(states.dtype.element_ty), mask=inside)
-        x_ = _tile(x + row * xb + start * xn + head * xh, xn, row_k, count, K, C, BLOCK_K, ACC)
-        y_ = _tile(y + row * yb + start * yn + head * yh, yn, row_v, count, V, C, BLOCK_V, ACC)
-        a, _, past, until = _decays(alpha + gates, heads, count, C, ACC)
-        weight = past * a if REVERSE else until * _row(beta + gates, heads, 0, count, 0, C, ACC)
-        whole = _first(a * until, C)
-        state = whole * state + _dot(tl.trans(x_ * weight[:, None]), y_, ACC, PRECISION)
+        x_ = tile(x + row * xb + start * xn + head * xh, xn, row_k, count, K, C, BLOCK_K, ACC)
+        y_ = tile(y + row * yb + start * yn + head * yh, yn, row_v, count, V, C, BLOCK_V, ACC)
+        a, _, past, until = decays_of(alpha + gates, heads, count, C, ACC)
+        weight = past * a if REVERSE else until * row_of(beta + gates, heads, 0, count, 0, C, ACC)
+        whole = first_of(a * until, C)
+        state = whole * state + dot(tl.trans(x_ * weight[:, None]), y_, ACC, PRECISION)
         decay *= whole
     if not KEEP:
         tl.store(entering + at, state, mask=inside)
@@ -179,12 +126,22 @@ def _carry(
 
 
 @triton.jit
-def _pass_on(start, parts, decays, segments, size, REVERSE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _pass_on(
+    start,
+    parts,
+    decays,
+    segments,
+    size,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """From segment to segment: the state that enters each takes the place of its own part."""
     chain = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     state = tl.load(start + chain * size + at, mask=at < size).to(ACC)
-    for n in tl.range(segments - 1):
+    for n in tl.range(segments - 1, num_stages=STAGES):
         place = chain * segments + (segments - 1 - n if REVERSE else n)
         part = tl.load(parts + place * size + at, mask=at < size)
         tl.store(parts + place * size + at, state, mask=at < size)
@@ -232,16 +189,16 @@ def _outputs(
     states += (chain * chunks + m) * K * V
     scores, read = tl.zeros([C, C], ACC), tl.zeros([C, BLOCK], ACC)
     for i in tl.range(0, K, BLOCK):
-        q_ = _tile(q, qn, i, count, K, C, BLOCK, ACC)
-        k_ = _tile(k, kn, i, count, K, C, BLOCK, ACC)
-        scores += _dot(q_, tl.trans(k_), ACC, PRECISION)
-        read += _dot(q_, _state(states, i, column, K, V, BLOCK, ACC), ACC, PRECISION)
-    a, before, past, _ = _decays(alpha + gates, heads, count, C, ACC)
-    u = _tile(v + row * vb + start * vn + head * vh, vn, column, count, V, C, BLOCK, ACC)
-    u *= _row(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
-    scores *= _through(a, _between(before, C), C)
-    read = read * (past * a)[:, None] + _dot(scores, u, ACC, PRECISION)
-    _store_tile(y + gates * V, read, heads * V, column, count, V, C, BLOCK)
+        q_ = tile(q, qn, i, count, K, C, BLOCK, ACC)
+        k_ = tile(k, kn, i, count, K, C, BLOCK, ACC)
+        scores += dot(q_, tl.trans(k_), ACC, PRECISION)
+        read += dot(q_, state_block(states, i, column, K, V, BLOCK, ACC), ACC, PRECISION)
+    a, before, past, _ = decays_of(alpha + gates, heads, count, C, ACC)
+    u = tile(v + row * vb + start * vn + head * vh, vn, column, count, V, C, BLOCK, ACC)
+    u *= row_of(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
+    scores *= through_sites(a, between_sites(before, C), C)
+    read = read * (past * a)[:, None] + dot(scores, u, ACC, PRECISION)
+    store_tile(y + gates * V, read, heads * V, column, count, V, C, BLOCK)
 
 
 @triton.jit
@@ -292,20 +249,20 @@ def _gradients(
     grad += row * gb + start * gn + head * gh
     states += (chain * chunks + m) * K * V
     adjoints += (chain * chunks + m) * K * V
-    a, before, past, until = _decays(alpha + gates, heads, count, C, ACC)
-    weight = _row(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
-    between = _between(before, C)
-    through = _through(a, between, C)
+    a, before, past, until = decays_of(alpha + gates, heads, count, C, ACC)
+    weight = row_of(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
+    between = between_sites(before, C)
+    through = through_sites(a, between, C)
     scores, dscores = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
     for i in tl.range(0, K, BLOCK):
-        k_ = _tile(k, kn, i, count, K, C, BLOCK, ACC)
-        scores += _dot(_tile(q, qn, i, count, K, C, BLOCK, ACC), tl.trans(k_), ACC, PRECISION)
+        k_ = tile(k, kn, i, count, K, C, BLOCK, ACC)
+        scores += dot(tile(q, qn, i, count, K, C, BLOCK, ACC), tl.trans(k_), ACC, PRECISION)
     for j in tl.range(0, V, BLOCK):
-        u = _tile(v, vn, j, count, V, C, BLOCK, ACC) * weight
-        dscores += _dot(_tile(grad, gn, j, count, V, C, BLOCK, ACC), tl.trans(u), ACC, PRECISION)
+        u = tile(v, vn, j, count, V, C, BLOCK, ACC) * weight
+        dscores += dot(tile(grad, gn, j, count, V, C, BLOCK, ACC), tl.trans(u), ACC, PRECISION)
     # alpha_t is on every path from a writer before t, or the entering state, to a reader from t on, or the leaving
     # state. The products on either side of it are at hand, so nothing is divided by it. First between two sites:
-    read = _dot(scores * dscores, tl.trans(between), ACC, PRECISION)
+    read = dot(scores * dscores, tl.trans(between), ACC, PRECISION)
     flow = tl.sum(through * read, 0)
     scores *= through
     dscores *= through
@@ -313,28 +270,28 @@ def _gradients(
     for j in tl.range(0, V, BLOCK):
         du = tl.zeros([C, BLOCK], ACC)
         for i in tl.range(0, K, BLOCK):
-            k_ = _tile(k, kn, i, count, K, C, BLOCK, ACC)
-            du += _dot(k_, _state(adjoints, i, j, K, V, BLOCK, ACC), ACC, PRECISION)
-        dy = _tile(grad, gn, j, count, V, C, BLOCK, ACC)
-        du = du * until[:, None] + _dot(tl.trans(scores), dy, ACC, PRECISION)
-        _store_tile(dv + gates * V, du * weight, heads * V, j, count, V, C, BLOCK)
-        written += tl.sum(du * _tile(v, vn, j, count, V, C, BLOCK, ACC), 1)
+            k_ = tile(k, kn, i, count, K, C, BLOCK, ACC)
+            du += dot(k_, state_block(adjoints, i, j, K, V, BLOCK, ACC), ACC, PRECISION)
+        dy = tile(grad, gn, j, count, V, C, BLOCK, ACC)
+        du = du * until[:, None] + dot(tl.trans(scores), dy, ACC, PRECISION)
+        store_tile(dv + gates * V, du * weight, heads * V, j, count, V, C, BLOCK)
+        written += tl.sum(du * tile(v, vn, j, count, V, C, BLOCK, ACC), 1)
     entered, left, passed = tl.zeros([C], ACC), tl.zeros([C], ACC), tl.zeros([BLOCK], ACC)
     for i in tl.range(0, K, BLOCK):
         from_state, to_adjoint = tl.zeros([C, BLOCK], ACC), tl.zeros([C, BLOCK], ACC)
         for j in tl.range(0, V, BLOCK):
-            state, adjoint = _state(states, i, j, K, V, BLOCK, ACC), _state(adjoints, i, j, K, V, BLOCK, ACC)
-            from_state += _dot(_tile(grad, gn, j, count, V, C, BLOCK, ACC), tl.trans(state), ACC, PRECISION)
-            u = _tile(v, vn, j, count, V, C, BLOCK, ACC) * weight
-            to_adjoint += _dot(u, tl.trans(adjoint), ACC, PRECISION)
+            state, adjoint = state_block(states, i, j, K, V, BLOCK, ACC), state_block(adjoints, i, j, K, V, BLOCK, ACC)
+            from_state += dot(tile(grad, gn, j, count, V, C, BLOCK, ACC), tl.trans(state), ACC, PRECISION)
+            u = tile(v, vn, j, count, V, C, BLOCK, ACC) * weight
+            to_adjoint += dot(u, tl.trans(adjoint), ACC, PRECISION)
             passed += tl.sum(state * adjoint, 0)
-        q_, k_ = _tile(q, qn, i, count, K, C, BLOCK, ACC), _tile(k, kn, i, count, K, C, BLOCK, ACC)
+        q_, k_ = tile(q, qn, i, count, K, C, BLOCK, ACC), tile(k, kn, i, count, K, C, BLOCK, ACC)
         entered += tl.sum(q_ * from_state, 1)
         left += tl.sum(k_ * to_adjoint, 1)
-        from_state = from_state * (past * a)[:, None] + _dot(dscores, k_, ACC, PRECISION)
-        to_adjoint = to_adjoint * until[:, None] + _dot(tl.trans(dscores), q_, ACC, PRECISION)
-        _store_tile(dq + gates * K, from_state, heads * K, i, count, K, C, BLOCK)
-        _store_tile(dk + gates * K, to_adjoint, heads * K, i, count, K, C, BLOCK)
+        from_state = from_state * (past * a)[:, None] + dot(dscores, k_, ACC, PRECISION)
+        to_adjoint = to_adjoint * until[:, None] + dot(tl.trans(dscores), q_, ACC, PRECISION)
+        store_tile(dq + gates * K, from_state, heads * K, i, count, K, C, BLOCK)
+        store_tile(dk + gates * K, to_adjoint, heads * K, i, count, K, C, BLOCK)
     # then from the entering state, and to the leaving one
     flow += past * tl.sum(through * entered[:, None], 0)
     flow += until * (tl.sum(between * left[None, :], 1) + past * tl.sum(passed))
@@ -350,7 +307,7 @@ class _Launch:
         self.batch, self.length, self.heads, width = q.shape
         self.widths = width, v.shape[3]
         self.chunks = triton.cdiv(self.length, SCAN_CHUNK)
-        rounded = q.element_size() < 4 or torch.get_float32_matmul_precision() != "highest"
+        rounded = q.element_size() < 4 or torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.options = {
             "K": width,
             "V": v.shape[3],
@@ -383,9 +340,9 @@ class _Launch:
             _carry[chains * (segments - 1), *blocks](*sequence, *sizes, KEEP=False, **options)
             entries = width * values
             block = min(1024, triton.next_power_of_2(entries))
-            _pass_on[chains, triton.cdiv(entries, block)](
-                start, entering, decays, segments, entries, reverse, BLOCK=block, ACC=self.options["ACC"]
-            )
+            grid = chains, triton.cdiv(entries, block)
+            shared = {"BLOCK": block, "ACC": self.options["ACC"], "STAGES": STAGES}
+            _pass_on[grid](start, entering, decays, segments, entries, reverse, **shared)
         _carry[chains * segments, *blocks](*sequence, *sizes, KEEP=True, **options)
         return states, last
 
@@ -428,4 +385,4 @@ def scan_backward(
         adjoints, grad_s0 = launch.states(grad_last, q, grad_y, alpha, beta, reverse=True)
         inputs = (*_strided(q), *_strided(k), *_strided(v), *_strided(grad_y), alpha, beta, states, adjoints)
         _gradients[launch.grid,](*inputs, *found, *launch.all_chunks, BLOCK=BLOCK, **launch.options)
-    return *found, grad_s0
+    return *found, grad_s0  # type: ignore[return-value]
