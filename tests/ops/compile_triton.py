@@ -29,11 +29,10 @@ driver.set_active(
 )
 JITFunction.__getitem__ = compile_only
 
-for dtype in (torch.float32, torch.complex64, torch.float64):
-    d, w = torch.zeros(2, 64, 4, dtype=dtype), torch.zeros(2, 64, 4, dtype=dtype.to_real())
-    for mask in (None, torch.ones(2, 64, dtype=torch.bool)):
-        triton_kernels.green_forward(d, w, d[:, 0], mask)
-        triton_kernels.green_backward(d, d, w, d[:, 0], mask)
+for dtype, mask in ((torch.float32, None), (torch.complex64, torch.ones(2, 64, dtype=torch.bool))):
+    d, w = torch.zeros(2, 64, 4, dtype=dtype), torch.zeros(2, 64, 4)
+    triton_kernels.green_forward(d, w, d[:, 0], mask)
+    triton_kernels.green_backward(d, d, w, d[:, 0], mask)
 
 for dtype in (torch.float32, torch.bfloat16, torch.float64):
     q, v = torch.zeros(2, 128, 4, 64, dtype=dtype), torch.zeros(2, 128, 4, 40, dtype=dtype)

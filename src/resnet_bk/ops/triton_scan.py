@@ -42,7 +42,7 @@ from resnet_bk.ops.triton_tiles import (
 
 PROGRAMS = 512  # about four for each of the 132 multiprocessors of an H100: chains are cut until there are so many
 STAGES = 3  # chunks loaded ahead of the one added to the state
-BLOCK = 32  # of K and V in a product: three times TF32 keeps both halves of operands in registers, where 64 spill
+BLOCK = 32  # of K and V in a product: both halves of its operands must fit in registers where TF32 is taken three times
 
 
 @triton.jit
