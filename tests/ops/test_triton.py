@@ -15,7 +15,17 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'resn
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
-from resnet_bk.ops import Sparsity, available_backends, chunked, naive, propagate, triton_scan, use_backend
+from resnet_bk.ops import (
+    Sparsity,
+    available_backends,
+    chunked,
+    kernels,
+    left_green,
+    naive,
+    propagate,
+    triton_scan,
+    use_backend,
+)
 from resnet_bk.ops.conv import short_conv
 from resnet_bk.ops.kernels import _green_by_steps, _scan_by_steps, backend_for, green_op, scan_op
 
@@ -36,7 +46,7 @@ def chain(regime, n, batch=1, heads=1, k=4, v=3):
     return [x.to(DEVICE) for x in (q, key, torch.randn(batch, n, heads, v, dtype=torch.float64), a, hop)]
 
 
-def scan_inputs(n, k, v, batch=2, heads=2, dtype=torch.float64):
+def scan_inputs(n, k, v, batch=1, heads=2, dtype=torch.float64):
     """Decays of either sign, some of them 0."""
     q, key = torch.randn(2, batch, n, heads, k, dtype=torch.float64)
     alpha, beta = torch.randn(2, batch, n, heads, dtype=torch.float64).tanh()
@@ -94,7 +104,7 @@ def test_the_scan_and_its_gradients_equal_the_recurrence(n, k, v):
     assert_equal([scan_op(*inputs)[2]], [chunked.scan_forward(*inputs)[2]])
 
 
-@pytest.mark.parametrize("programs", [1, 8, 12])
+@pytest.mark.parametrize("programs", [1, 4, 6])
 def test_segments_of_several_chunks(programs, monkeypatch):
     """One segment a chain, two of three chunks and five sites, three of two."""
     monkeypatch.setattr(triton_scan, "PROGRAMS", programs)
@@ -139,7 +149,7 @@ def test_inputs_need_not_be_contiguous():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
 def test_less_precision_is_as_near_as_it_can_be(dtype, tolerance):
-    inputs = scan_inputs(100, 24, 16, dtype=dtype)
+    inputs = scan_inputs(70, 24, 16, dtype=dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     got = with_gradients(lambda *x: scan_op(*x)[:2], inputs)
     assert all(x.dtype == dtype for x in got)
@@ -151,7 +161,7 @@ def test_a_gradient_can_be_differentiated():
     found = []
     for name in ("triton", "chunked"):
         torch.manual_seed(3)
-        inputs = scan_inputs(3, 2, 2, batch=1)
+        inputs = scan_inputs(3, 2, 2)
         with use_backend(name):
             y, last, _ = scan_op(*inputs)
             grads = torch.autograd.grad(y.square().sum() + last.sum(), inputs, create_graph=True)
@@ -190,11 +200,11 @@ def test_it_is_for_gpus_unless_asked_for():
     assert backend_for(torch.zeros(1, device=DEVICE)).__name__ == "resnet_bk.ops.triton_kernels"
 
 
-def test_without_a_gpu_or_the_interpreter_it_is_refused():
-    code = "import torch; from resnet_bk.ops import left_green; left_green(torch.zeros(1, 2, 1) - 3, 0.0)"
-    environment = os.environ | {"TRITON_INTERPRET": "0", "RESNET_BK_BACKEND": "triton"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "ValueError: backend 'triton' is not available on cpu" in done.stderr
+def test_without_a_gpu_or_the_interpreter_it_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(kernels, "available_backends", available_backends.__wrapped__)
+    with pytest.raises(ValueError, match=r"backend 'triton' is not available on cpu; available: .*chunked$"):
+        left_green(torch.zeros(1, 2, 1) - 3, 0.0)
 
 
 def test_every_kernel_compiles_for_an_h100(tmp_path):

@@ -40,9 +40,11 @@ def state_block(x, row, column, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def row_of(x, stride, first, last, other: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """Elements i of the chunk that x points to, first <= i < last; (C,)."""
+    """Elements i of the chunk that x points to, first <= i < last, `other` elsewhere; (C,)."""
     i = tl.arange(0, C)
-    return tl.load(x + i * stride, mask=(i >= first) & (i < last), other=other).to(ACC)
+    inside = (i >= first) & (i < last)
+    # not as an argument of load: the interpreter takes the bits of an integer 1 for a bfloat16
+    return tl.where(inside, tl.load(x + i * stride, mask=inside, other=0).to(ACC), other)
 
 
 @triton.jit
