@@ -3,6 +3,7 @@
 The backend is called as ever, on CPU tensors; its kernels are compiled for what they are given and not launched.
 """
 
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -21,6 +22,7 @@ def compile_only(kernel, grid):
     return launch
 
 
+warnings.simplefilter("error")
 target = GPUTarget("cuda", 90, 32)
 driver.set_active(
     SimpleNamespace(

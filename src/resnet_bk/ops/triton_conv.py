@@ -82,7 +82,8 @@ def _launch(batch: int, positions: int, weight: Tensor) -> tuple[tuple[int, int]
     width, channels = weight.shape
     exact = tl.float64 if weight.dtype == torch.float64 else tl.float32
     grid = batch * triton.cdiv(positions, SITES), triton.cdiv(channels, CHANNELS)
-    return grid, {"WIDTH": width, "SITES": SITES, "CHANNELS": CHANNELS, "ACC": exact}
+    shape = {"WIDTH": width, "SITES": SITES, "CHANNELS": CHANNELS}
+    return grid, {**shape, "ACC": exact, "enable_fp_fusion": True}
 
 
 def conv_forward(x: Tensor, weight: Tensor) -> Tensor:

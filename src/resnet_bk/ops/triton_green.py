@@ -243,7 +243,7 @@ class _Launch:
         size, lanes = batch * chunks * heads, batch * heads
         self.sites = length, heads, chunk, chunks, size
         self.chains = heads, chunks, size, lanes
-        self.kind = {"COMPLEX": is_complex, "LANES": LANES, "STAGES": STAGES}
+        self.kind = {"COMPLEX": is_complex, "LANES": LANES, "STAGES": STAGES, "enable_fp_fusion": True}
         self.kind_of_sites = {**self.kind, "MASKED": mask is not None}
         self.by_site = (batch * triton.cdiv(chunks * heads, LANES),)
         self.by_chain = (triton.cdiv(lanes, LANES),)

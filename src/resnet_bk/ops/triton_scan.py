@@ -314,6 +314,7 @@ class _Launch:
             "C": SCAN_CHUNK,
             "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
             "PRECISION": "ieee" if q.dtype == torch.float64 else "tf32" if rounded else "tf32x3",
+            "enable_fp_fusion": True,
         }
         self.all_chunks = (self.length, self.heads, self.chunks)
         self.grid = self.batch * self.heads * self.chunks
@@ -341,8 +342,8 @@ class _Launch:
             entries = width * values
             block = min(1024, triton.next_power_of_2(entries))
             grid = chains, triton.cdiv(entries, block)
-            shared = {"BLOCK": block, "ACC": self.options["ACC"], "STAGES": STAGES}
-            _pass_on[grid](start, entering, decays, segments, entries, reverse, **shared)
+            shared = {name: self.options[name] for name in ("ACC", "enable_fp_fusion")}
+            _pass_on[grid](start, entering, decays, segments, entries, reverse, BLOCK=block, STAGES=STAGES, **shared)
         _carry[chains * segments, *blocks](*sequence, *sizes, KEEP=True, **options)
         return states, last
 
