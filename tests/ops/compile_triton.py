@@ -1,8 +1,10 @@
 """Compile every kernel of the Triton backend for an H100 that need not be there; prints names and bytes shared.
 
-The backend is called as ever, on CPU tensors; its kernels are compiled for what they are given and not launched.
+The backend is called as ever, on CPU tensors of the types named on the command line; its kernels are compiled for what
+they are given and not launched.
 """
 
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -36,7 +38,7 @@ for dtype, mask in ((torch.float32, None), (torch.complex64, torch.ones(2, 64, d
     triton_kernels.green_forward(d, w, d[:, 0], mask)
     triton_kernels.green_backward(d, d, w, d[:, 0], mask)
 
-for dtype in (torch.float32, torch.bfloat16, torch.float64):
+for dtype in (getattr(torch, name) for name in sys.argv[1:]):
     q, v = torch.zeros(2, 128, 4, 64, dtype=dtype), torch.zeros(2, 128, 4, 40, dtype=dtype)
     alpha, s0 = torch.zeros(2, 128, 4, dtype=dtype), torch.zeros(2, 4, 64, 40, dtype=dtype)
     y, last, states = triton_kernels.scan_forward(q, q, v, alpha, alpha, s0)

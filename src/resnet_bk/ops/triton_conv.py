@@ -2,7 +2,7 @@
 
 Dimensions: B batch, N positions, C channels, W width.
 
-Bytes that a position of one channel moves in float32: forward 8, backward 12, and 4 W / SITES of partial sums.
+Bytes that a position of one channel moves in float32: forward 8, backward 12, and 8 W / SITES of partial sums.
 """
 
 import torch

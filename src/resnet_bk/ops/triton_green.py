@@ -3,7 +3,7 @@
 Dimensions: B batch, N sites, H chains, C sites in a chunk, M chunks. In memory a complex number is a pair, in a kernel
 two tensors; the second is carried along unused where numbers are real, and the compiler drops it.
 
-Bytes that a site of one chain moves in float32 (real, complex), beside 2 of a mask and the ends of chunks, 1/C of 48:
+Bytes that a site of one chain moves in float32 (real, complex), beside 2 of a mask and 1/C of 24 to 64 between chunks:
 
     forward    reads d, w twice        16, 24    writes g        4, 8     together 20, 32
     backward   reads grad, g, w twice  24, 40    writes dd, dw   8, 12    together 32, 52
