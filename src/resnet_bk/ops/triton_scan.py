@@ -326,7 +326,7 @@ class _Launch:
         chains, (width, values) = self.batch * self.heads, self.widths
         block_k, block_v = (min(64, max(16, triton.next_power_of_2(n))) for n in self.widths)
         blocks = triton.cdiv(width, block_k), triton.cdiv(values, block_v)
-        chunks = triton.cdiv(self.chunks, triton.cdiv(PROGRAMS, chains * blocks[0] * blocks[1]))
+        chunks = triton.cdiv(self.chunks, triton.cdiv(PROGRAMS, max(1, chains * blocks[0] * blocks[1])))
         segments = triton.cdiv(self.chunks, chunks)
         last, states = torch.empty_like(start), start.new_empty(*start.shape[:2], self.chunks, width, values)
         entering, decays = start, alpha
