@@ -4,11 +4,12 @@ BIN := .venv/bin
 
 .PHONY: demo test check soak bench clean
 
-# torch first and alone: asked for together with other packages, pip may choose a build with CUDA.
+# torch first and alone: asked for together with other packages, pip may choose a build with CUDA. Triton needs no GPU
+# to be tested: its interpreter runs the kernels on the CPU, its compiler compiles them for a card that is not there.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu-fast,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu-fast,gpu,dev]'
 	touch $@
 
 demo: .venv/installed

@@ -1,4 +1,4 @@
-"""Shared by all tests: deterministic seeds, float64 helpers, both kernel backends."""
+"""Shared by all tests: deterministic seeds, kernel backends."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,9 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels on the CPU
 
 from resnet_bk.ops import available_backends, use_backend
 
@@ -24,7 +27,14 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=available_backends())
+@pytest.fixture(params=[name for name in available_backends() if name != "triton"])
 def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=available_backends())
+def every_backend(request):
+    """Triton's interpreter, too, a thousand times slower: for tests of a few calls."""
     with use_backend(request.param):
         yield request.param

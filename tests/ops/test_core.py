@@ -108,7 +108,7 @@ def test_complex64_error_is_small_and_g_stays_in_its_bounds(backend, eta):
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("causal", [True, False])
-def test_padding_anywhere_is_as_if_it_were_not_there(backend, regime, causal):
+def test_padding_anywhere_is_as_if_it_were_not_there(every_backend, regime, causal):
     z = REGIMES[regime]
     a, hop, q, k, v = chain(regime, 40)
     keep = torch.rand(2, 40) < 0.7
@@ -157,7 +157,7 @@ def test_steps_equal_the_parallel_form(backend, regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_nothing_depends_on_the_future(backend, regime):
+def test_nothing_depends_on_the_future(every_backend, regime):
     z = REGIMES[regime]
     inputs = chain(regime, 80)
     for x in inputs:
@@ -171,7 +171,7 @@ def test_nothing_depends_on_the_future(backend, regime):
     assert torch.equal(propagate(*changed, a, z, hop)[0][:, :33], y[:, :33])
 
 
-def test_a_zero_hopping_cuts_the_chain_and_its_gradient_is_finite(backend):
+def test_a_zero_hopping_cuts_the_chain_and_its_gradient_is_finite(every_backend):
     a, hop, q, k, v = chain("real", 20)
     hop[:, 7] = 0
     hop.requires_grad_()

@@ -35,24 +35,24 @@ def scan_inputs(dtype=torch.float64, n=37, k=3, v=5):
 
 @pytest.mark.parametrize("kind", ["real", "complex"])
 @pytest.mark.parametrize("masked", [True, False])
-def test_green_passes_opcheck(backend, kind, masked):
+def test_green_passes_opcheck(every_backend, kind, masked):
     d, w, g0, mask = green_inputs(kind)
     opcheck(green_op, (d, w, g0, mask if masked else None))
 
 
-def test_scan_and_conv_pass_opcheck(backend):
+def test_scan_and_conv_pass_opcheck(every_backend):
     opcheck(scan_op, scan_inputs())
     x, weight = torch.randn(2, 12, 3).requires_grad_(), torch.randn(4, 3).requires_grad_()
     opcheck(short_conv_op, (x, weight))
 
 
-@pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")
+@pytest.mark.parametrize("name", [name for name in available_backends() if name != "chunked"])
 @pytest.mark.parametrize("n", [2, 31, 32, 33, 100])
-def test_backends_agree_on_outputs_and_gradients(n):
+def test_backends_agree_on_outputs_and_gradients(name, n):
     results = []
-    for name in ("chunked", "numba"):
+    for each in ("chunked", name):
         torch.manual_seed(1)
-        with use_backend(name):
+        with use_backend(each):
             found = []
             for kind in ("real", "complex"):
                 d, w, g0, mask = green_inputs(kind, n=n)

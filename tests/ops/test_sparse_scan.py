@@ -205,7 +205,7 @@ def test_the_operator_passes_opcheck():
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("readout", ["propagator", "diagonal"])
-def test_state_and_padding(backend, regime, readout):
+def test_state_and_padding(every_backend, regime, readout):
     """In two pieces, the second with padding in it, as in one go."""
     q, k, v, a, hop = chain(regime, 50)
     whole = sparsity(50)

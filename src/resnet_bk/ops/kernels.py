@@ -7,7 +7,7 @@ A single step, as in decoding, is a handful of torch calls: :func:`green` and :f
 
 A backend is a module with ``green_forward``, ``green_backward``, ``scan_forward`` and ``scan_backward`` of the
 signatures in :mod:`resnet_bk.ops.chunked`, and, where it can skip sites, the pair that :mod:`resnet_bk.ops.sparse` asks
-for. A GPU one plugs in by adding its row to ``_BACKENDS``.
+for. Another one plugs in by adding its row to ``_BACKENDS``.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from resnet_bk.ops.chunked import SCAN_CHUNK
 
 # name -> (module, the package it needs, the device type it runs on or None for any), in order of preference
 _BACKENDS: dict[str, tuple[str, str, str | None]] = {
+    "triton": ("resnet_bk.ops.triton_kernels", "triton", "cuda"),
     "numba": ("resnet_bk.ops.numba_kernels", "numba", "cpu"),
     "chunked": ("resnet_bk.ops.chunked", "torch", None),
 }
@@ -39,12 +40,15 @@ def _load(name: str) -> ModuleType:
 
 @functools.cache
 def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
-    """Names of the installed backends for a device type, preferred first."""
-    return tuple(
-        name
-        for name, (_, package, device) in _BACKENDS.items()
-        if device in (None, device_type) and importlib.util.find_spec(package) is not None
-    )
+    """Names of the installed backends for a device type, preferred first.
+
+    Last on a CPU is ``triton`` where TRITON_INTERPRET is 1: its interpreter is for tests, and never chosen unasked.
+    """
+    installed = {name: row[2] for name, row in _BACKENDS.items() if importlib.util.find_spec(row[1]) is not None}
+    names = [name for name, device in installed.items() if device in (None, device_type)]
+    if device_type == "cpu" and "triton" in installed and os.environ.get("TRITON_INTERPRET") == "1":
+        names.append("triton")
+    return tuple(names)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,74 @@
+"""What the scan's Triton kernels share: blocks of memory, and the decays within a chunk.
+
+Dimensions: K key width, V value width, C sites in a chunk. ACC is what a kernel computes in.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def tile(x, stride, column, count, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """(C, BLOCK): columns from `column` on of the chunk that x points to, 0 beyond its sites and its width."""
+    i, j = tl.arange(0, C)[:, None], column + tl.arange(0, BLOCK)[None, :]
+    return tl.load(x + i * stride + j, mask=(i < count) & (j < WIDTH), other=0).to(ACC)
+
+
+@triton.jit
+def store_tile(x, value, stride, column, count, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    i, j = tl.arange(0, C)[:, None], column + tl.arange(0, BLOCK)[None, :]
+    tl.store(x + i * stride + j, value.to(x.dtype.element_ty), mask=(i < count) & (j < WIDTH))
+
+
+@triton.jit
+def in_state(row, column, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Offsets of a block of a (K, V) state, and which exist; (BLOCK_K, BLOCK_V)."""
+    i, j = row + tl.arange(0, BLOCK_K)[:, None], column + tl.arange(0, BLOCK_V)[None, :]
+    return i * V + j, (i < K) & (j < V)
+
+
+@triton.jit
+def state_block(x, row, column, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    at, inside = in_state(row, column, K, V, BLOCK, BLOCK)
+    return tl.load(x + at, mask=inside, other=0).to(ACC)
+
+
+@triton.jit
+def row_of(x, stride, first, last, other: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+    """Elements i of the chunk that x points to, first <= i < last, `other` elsewhere; (C,)."""
+    i = tl.arange(0, C)
+    inside = (i >= first) & (i < last)
+    # not as an argument of load: the interpreter takes the bits of an integer 1 for a bfloat16
+    return tl.where(inside, tl.load(x + i * stride, mask=inside, other=0).to(ACC), other)
+
+
+@triton.jit
+def decays_of(alpha, stride, count, C: tl.constexpr, ACC: tl.constexpr):
+    """alpha and its products over a chunk's sites before each, and after each: (C,). No logarithm: 0 is a decay."""
+    before = row_of(alpha - stride, stride, 1, count, 1, C, ACC)
+    after = row_of(alpha + stride, stride, 0, tl.minimum(count, C) - 1, 1, C, ACC)
+    return row_of(alpha, stride, 0, count, 1, C, ACC), before, tl.cumprod(before), tl.cumprod(after, reverse=True)
+
+
+@triton.jit
+def between_sites(before, C: tl.constexpr):
+    """(C, C): row t, column s < t: the product of alpha over the sites between s and t; else 0."""
+    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return tl.where(t > s, tl.cumprod(tl.where(t > s + 1, before[:, None], 1), axis=0), 0)
+
+
+@triton.jit
+def through_sites(alpha, between, C: tl.constexpr):
+    """(C, C): row t, column s <= t: the product of alpha over the sites after s, t included; else 0."""
+    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return tl.where(t == s, 1, between * alpha[:, None])
+
+
+@triton.jit
+def first_of(x, C: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, C) == 0, x, 0))
