@@ -4,18 +4,23 @@ BIN := .venv/bin
 
 .PHONY: demo test check soak bench clean
 
-# torch first and alone: asked for together with other packages, pip may choose a build with CUDA. Triton needs no GPU
-# to be tested: its interpreter runs the kernels on the CPU, its compiler compiles them for a card that is not there.
+# torch first and alone: asked for together with other packages, pip may choose a build with CUDA.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu-fast,gpu,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu-fast,dev]'
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/resnet-bk train --config configs/demo.yaml --resume true
 
-test: .venv/installed
+# Triton needs no GPU to be tested: its interpreter runs the kernels on the CPU, its compiler compiles them for a card
+# that is not there.
+.venv/triton: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
+	touch $@
+
+test: .venv/triton
 	$(BIN)/python -m pytest
 
 check: .venv/installed
