@@ -1,7 +1,9 @@
 """The one primitive of adaptive compute: select what goes on, pack it, run, merge back.
 
-Dimensions: B batch, N positions, M positions kept by the fullest row.
+Dimensions: B batch, N positions, M positions kept by the fullest row, or as many as there is room for.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,13 +17,27 @@ class Packing:
     mask: (B, M) bool, True for the selected positions: what the packed computation may look at.
     """
 
-    def __init__(self, keep: Tensor, tile: int = 1):
+    def __init__(self, keep: Tensor, tile: int = 1, bound: int | None = None):
         """keep: (B, N) bool. tile: M is rounded up to a multiple of it where N > 1, so that the rows of matrix products
-        are rounded alike however many positions are selected."""
+        are rounded alike however many positions are selected. bound: room for at least so many positions, so that M
+        does not depend on what is selected and the host need not wait to know it.
+
+        Raises:
+            RuntimeError: a row selects more than there is room for. On a GPU its assertion stops the program later.
+        """
         batch, self.length = keep.shape
         self.tile = tile if self.length > 1 else 1
+        self.bound = bound
         self.counts = keep.sum(1)
-        width = self.width(self.counts)
+        if bound is None:
+            width = self.width(self.counts)
+        else:
+            width = -(-max(1, min(bound, self.length)) // self.tile) * self.tile
+            if width < self.length:
+                torch._assert_async(
+                    (self.counts <= width).all(),
+                    "more positions selected than there is room for: raise bound, or leave it out",
+                )
         self.mask = torch.arange(width, device=keep.device) < self.counts.unsqueeze(1)
         # rows of x.flatten(0, 1); where a row has nothing more to select, its first position stands in
         position = torch.arange(batch * self.length, device=keep.device).view(batch, self.length)
@@ -46,3 +62,8 @@ class Packing:
         index = torch.where(self.mask, self.index, nowhere).flatten()
         table = F.pad(flat, [0, 0] * (flat.dim() - 1) + [0, 1])
         return table.index_copy(0, index, packed.flatten(0, 1))[:nowhere].view_as(base)
+
+
+def room(share: float | None, positions: int) -> int | None:
+    """Of so many positions, a share rounded up; None, where there is no share, is as many as needed."""
+    return None if share is None else math.ceil(share * positions)
