@@ -7,7 +7,7 @@ Tokens stay on the device; the host looks at them now and then.
 Dimensions: B sequences, N tokens of a prompt, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,17 +74,24 @@ class StaticStep:
         if self.model.config.num_experts > 1 and computed_in(self.model.embed.weight) != torch.bfloat16:
             raise ValueError("model: experts without a host that waits are bfloat16's; make the step inside autocast")
         start = pytree.tree_map(torch.clone, self.state)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is compiled or allocated at first must not be captured
-            for _ in range(3):
-                self._run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self._run()
+        graph, self.logits = captured(self._run)
         self._move_to(start)
         return graph
+
+
+def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`run` as a CUDA graph, and the tensor that each replay writes what it returns to. It is called three times first,
+    and not once more: capturing runs nothing."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what is compiled or allocated at first must not be captured
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
 
 
 @torch.no_grad()
