@@ -80,18 +80,20 @@ def train(
     betas: tuple[float, float] = (0.9, 0.99),
     warmup: float = 0.05,
     final: float = 0.05,
+    first: tuple[int, int] = (1, 8),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """AdamW, cosine, clipping at 1, for a number of steps or of seconds; steps, seconds and the first gradient norm.
 
-    clock: what seconds are; with one thread and `time.process_time`, whatever else runs on the machine does not count.
+    first: sequences and tokens of a pass before the clock starts, in which kernels are compiled. clock: what seconds
+    are; with one thread and `time.process_time`, what else runs on the machine counts little.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     x, y = draw()
-    loss_of(x[:1, :8], y[:1, :8]).backward()  # compiles kernels outside the clock
+    loss_of(x[: first[0], : first[1]], y[: first[0], : first[1]]).backward()
     optimizer.zero_grad()
     done, started, first_norm = 0, clock(), math.nan
     while True:
@@ -193,8 +195,11 @@ def conditions(command: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + "".join(map(table_row, rows))
+
+
+def table_row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

@@ -89,7 +89,7 @@ def test_layers_import_in_one_direction_only():
     import ast
 
     order = {"ops": 0, "config": 0, "record": 0, "checkpoint": 0, "layers": 1, "adaptive": 2, "data": 2, "model": 3}
-    order |= {"report": 4, "hf": 4, "wrapper": 4, "speculative": 4, "ledger": 4, "training": 5, "cli": 6}
+    order |= {"report": 4, "hf": 4, "wrapper": 4, "speculative": 4, "decoding": 4, "ledger": 4, "training": 5, "cli": 6}
     root = Path(model_module.__file__).parent
     for path in root.rglob("*.py"):
         part = path.relative_to(root).parts[0].removesuffix(".py")

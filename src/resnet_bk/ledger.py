@@ -23,7 +23,7 @@ from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
 from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.model import LanguageModel, ModelOutput
-from resnet_bk.ops.packing import packed_width
+from resnet_bk.ops.packing import packed_width, room
 from resnet_bk.record import Record
 
 LAYERS = (Block, MultiScale, LearnedLength, AdaptiveDepth)
@@ -169,8 +169,8 @@ class Ledger:
         kept, (batch, length) = record.kept.double(), record.kept.shape
         left_out, tile = (fill, TILE) if length > 1 else (scan, 1)  # single steps are dense
         self._add_each(kept * (reads + scan - left_out) + left_out, "mixer")
-        counts = record.kept.sum(1)
-        self._add_filling(reads * (batch * packed_width(counts, tile) - int(counts.sum())), "mixer")
+        counts, bound = record.kept.sum(1), room(mixer.sparse.settings.bound, length)  # type: ignore[union-attr]
+        self._add_filling(reads * (batch * packed_width(counts, tile, bound) - int(counts.sum())), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
         each = 2.0 * (experts.up[0].numel() + experts.down[0].numel())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from resnet_bk.adaptive.select import run_rows
-from resnet_bk.ops.packing import Packing
+from resnet_bk.ops.packing import Packing, room
 from resnet_bk.record import Record
 
 
@@ -75,3 +75,20 @@ def test_rows_in_no_group_keep_their_state():
     y, after, _ = run_rows(running_sum, torch.ones(3, 2, 1), ids, state, packing, [torch.tensor([0, 2])])
     assert after.flatten().tolist() == [3, 2, 4]
     assert y[1].abs().sum() == 0
+
+
+def test_a_bound_makes_room_whatever_is_selected():
+    keep = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    x = torch.arange(10).view(2, 5)
+    packing = Packing(keep, bound=3)
+    assert packing.pack(x).shape == (2, 3)
+    assert packing.mask.tolist() == [[True, True, False], [True, False, False]]
+    assert packing.merge(packing.pack(x)).tolist() == [[0, 1, 0, 3, 0], [5, 0, 0, 0, 0]]
+    assert Packing(keep, tile=4, bound=3).mask.shape == (2, 4)
+    assert Packing(keep, bound=100).mask.shape == (2, 5)
+    with pytest.raises(RuntimeError, match="more positions selected than there is room for"):
+        Packing(keep, bound=1)
+
+
+def test_room_is_a_share_rounded_up():
+    assert [room(share, 10) for share in (None, 0.0, 0.31, 1.0)] == [None, 0, 4, 10]

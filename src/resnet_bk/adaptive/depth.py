@@ -22,7 +22,7 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.layers.score import Score
-from resnet_bk.ops.packing import Packing
+from resnet_bk.ops.packing import Packing, room
 from resnet_bk.record import Record, TaskLoss
 
 
@@ -114,7 +114,10 @@ class AdaptiveDepth(nn.Module):
 
     def _run_packed(self, segment: Stack, x: Tensor, ids: Tensor, state: Any, packing: Packing, spent: Spent) -> Tensor:
         """A segment on packed positions x (B, M, D), ids (B, M). Rows without any do not run, except where there is no
-        state yet."""
+        state yet, or a bound."""
+        if packing.bound is not None:
+            spent.computed += len(segment) * packing.mask.numel()
+            return self._run(segment, x, ids, state, packing.mask, spent)
         counts = packing.counts if state is not None else packing.counts.clamp(min=1)
         groups = rows_alike(counts, TILE)
         y, state, records = run_rows(segment, x, ids, state, packing, groups)
@@ -167,6 +170,7 @@ class Stopping(AdaptiveDepth):
         packings: list[Packing] = []
         waiting: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge the later ones into
         seen: list[Seen] = []
+        bound = room(self.settings.bound, x.shape[1])
         for i, segment in enumerate(self.stacks):
             if self.training:
                 seen.append(Seen(len(packings), x, present))
@@ -175,12 +179,12 @@ class Stopping(AdaptiveDepth):
             weight = torch.where(stops, left, halt)
             out = torch.addcmul(out, weight.unsqueeze(-1).to(x.dtype), x)
             left, goes = left - weight, present & ~stops
-            going = int(goes.sum())
+            going = None if bound is not None else int(goes.sum())
             if going == 0 and past[i] is not None:  # most steps of decoding
                 spent.states += past[i:]
                 break
-            packing = Packing(goes, TILE)
-            if going < goes.numel() or goes.shape[1] % packing.tile:
+            packing = Packing(goes, TILE, bound)
+            if going is None or going < goes.numel() or goes.shape[1] % packing.tile:
                 packings.append(packing)
                 waiting.append((out, blocks))
                 x, ids, out, blocks = (packing.pack(t) for t in (x, ids, out, blocks))
@@ -236,6 +240,7 @@ class Skipping(AdaptiveDepth):
         self.routers = nn.ModuleList(Score(config.d_model, math.log(share / (1 - share)), 1.0) for _ in self.segments)
 
     def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
+        bound = room(self.settings.bound, x.shape[1])
         for router, segment, state in zip(self.routers, self.stacks, past, strict=True):
             score = router(x)
             probability, gate = score.sigmoid(), None
@@ -244,10 +249,10 @@ class Skipping(AdaptiveDepth):
                 gate = (0.5 + score + noise).clamp(0, 1)
             goes = real & (probability >= self.threshold if gate is None else gate > 0)
             spent.expected = spent.expected + len(segment) * (probability * real).sum()
-            if state is not None and not bool(goes.any()):
+            if bound is None and state is not None and not bool(goes.any()):
                 spent.states.append(state)
                 continue
-            packing = Packing(goes, TILE)
+            packing = Packing(goes, TILE, bound)
             packed = packing.pack(x)
             y = self._run_packed(segment, packed, packing.pack(ids), state, packing, spent)
             if gate is not None:

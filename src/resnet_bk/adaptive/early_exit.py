@@ -47,7 +47,7 @@ class EarlyExit(Stopping):
     def _draw(self, x: Tensor) -> Tensor:
         """(B, 1) or (): the confidence from which positions stop."""
         if not self.training:
-            return x.new_tensor(self.threshold if self.threshold < 1 else NEVER)
+            return x.new_full((), self.threshold if self.threshold < 1 else NEVER)
         everywhere, drawn = torch.rand(2, len(x), 1, device=x.device).unbind()
         least = LEAST_SURE[self.kind]
         return torch.where(everywhere < self.settings.full_depth, NEVER, least + (1 - least) * drawn)

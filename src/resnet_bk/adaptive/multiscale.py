@@ -20,6 +20,7 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.kernels import scan
+from resnet_bk.ops.packing import room
 from resnet_bk.record import Record
 
 
@@ -105,7 +106,7 @@ def smooth(y: Tensor, probability: Tensor, mask: Tensor, first: Tensor) -> Tenso
 
 
 def _strided(batch: int, n: int, factor: int, device: torch.device) -> Chunks:
-    return Chunks((torch.arange(1, n + 1, device=device) % factor == 0).expand(batch, -1))
+    return Chunks((torch.arange(1, n + 1, device=device) % factor == 0).expand(batch, -1), bound=n // factor)
 
 
 def _at_least_2(factor: int) -> int:
@@ -142,7 +143,7 @@ class MultiScale(nn.Module):
     def __init__(self, config: ModelConfig, inner: nn.Module):
         super().__init__()
         settings = config.multiscale
-        self.factor, width = settings.factors[0], config.inside.d_model
+        self.factor, self.bound, width = settings.factors[0], settings.bound, config.inside.d_model
         self.boundaries = BOUNDARIES[settings.boundaries](config, self.factor)
         reach = LONGEST * self.factor if self.boundaries.by_content else self.factor
         self.down = LearnedDownsampling(config.d_model, self.factor, width)
@@ -168,10 +169,11 @@ class MultiScale(nn.Module):
             probability=decision.probability,
         )
         since = since_last(closes, past.since)
-        if state is None or bool(closes.any()):
-            chunks = Chunks(closes, TILE if self.boundaries.by_content else 1)
+        fresh = state is None
+        if fresh or self.bound is not None or bool(closes.any()):
+            chunks = Chunks(closes, TILE if self.boundaries.by_content else 1, self._room(x.shape[1], fresh))
             coarse, still_open = self.down.pool(x, chunks, past.open, mask)
-            y, inner, records = self._inside(coarse, chunks, ids, past.inner)
+            y, inner, records = self._inside(coarse, chunks, ids, past.inner, fresh and mask is None)
             y = self.up.expand(y).to(x.dtype)
             if decision.probability is not None:
                 wanted = torch.where(decision.closes, decision.probability, 1.0)  # 1 where a chunk was full
@@ -194,9 +196,23 @@ class MultiScale(nn.Module):
         since = torch.zeros(batch, dtype=torch.int64, device=x.device)
         return MultiScaleState(still_open, None, x.new_zeros(batch, width), since, torch.zeros_like(ids[:, 0]))
 
-    def _inside(self, coarse: Tensor, chunks: Chunks, ids: Tensor, state: Any) -> tuple[Tensor, Any, list[Record]]:
-        """The inner stack on the chunks. Rows in which none closes do not run."""
+    def _room(self, positions: int, fresh: bool) -> int | None:
+        """How many chunks there is room for where that is known before any closes; None: as many as close."""
+        if self.boundaries.by_content:
+            return room(self.bound, positions)
+        if fresh:
+            return positions // self.factor
+        return None if self.bound is None else -(-positions // self.factor)
+
+    def _inside(
+        self, coarse: Tensor, chunks: Chunks, ids: Tensor, state: Any, whole: bool
+    ) -> tuple[Tensor, Any, list[Record]]:
+        """The inner stack on the chunks. Rows in which none closes do not run, unless there is a bound. whole: all
+        positions are real ones from the start of their sequences."""
         ends = chunks.ends
+        if ends.bound is not None:
+            regular = whole and not self.boundaries.by_content and ends.bound > 0  # every row has the same chunks
+            return self.inner(coarse, ends.pack(ids), state, None if regular else ends.mask)
         rows = torch.arange(len(ids), device=ids.device) if state is None else ends.counts.nonzero().squeeze(1)
         return run_rows(self.inner, coarse, ends.pack(ids), state, ends, [rows])
 

@@ -22,9 +22,10 @@ class Chunks:
     ends: Packing of the closing positions; ``ends.mask`` (B, M) and ``ends.counts`` (B,) say which chunks exist.
     """
 
-    def __init__(self, closes: Tensor, tile: int = 1):
+    def __init__(self, closes: Tensor, tile: int = 1, bound: int | None = None):
+        """tile, bound: of the packing."""
         self.closes, self.closed = closes, closes.cumsum(1)
-        self.ends = Packing(closes, tile)
+        self.ends = Packing(closes, tile, bound)
         self.width = self.ends.mask.shape[1]
 
     def sums(self, x: Tensor, weight: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ class Chunks:
         batch, length, _ = x.shape
         row = torch.arange(batch, device=x.device)
         chunk = (row.unsqueeze(1) * (self.width + 1) + self.closed - self.closes.long()).flatten()
-        sizes = chunk.bincount(minlength=batch * (self.width + 1))
+        sizes = chunk.new_zeros(batch * (self.width + 1)).index_add(0, chunk, torch.ones_like(chunk))
         summed = F.embedding_bag(
             torch.arange(batch * length, device=x.device),
             x.flatten(0, 1),

@@ -262,6 +262,14 @@ class ModelConfig:
         }
         return [name for name in ROOMS if on[name]]
 
+    @property
+    def waiting(self) -> list[str]:
+        """Those among :attr:`rooms` that have the host wait for what they decide: without a bound, or, as learned length,
+        always. Experts do not where they compute in bfloat16 on a GPU."""
+        return [
+            name for name in self.rooms if name != "experts" and getattr(getattr(self, name), "bound", None) is None
+        ]
+
     def without(self, *rooms: str) -> "ModelConfig":
         """The same model with some of its techniques off: all positions through all blocks, all sites, all experts."""
         changes: dict[str, Any] = {name: ROOMS[name]() for name in rooms}

@@ -6,6 +6,11 @@ from typing import Literal
 from resnet_bk.config.checks import ConfigError, check_choice, check_integer, check_range, shown
 
 
+def check_bound(where: str, bound: float | None) -> None:
+    if bound is not None:
+        check_range(where, 0, 1, bound=bound)
+
+
 @dataclass(frozen=True)
 class MultiScaleConfig:
     """Stacks that run on chunks of neighbouring positions instead of on all of them."""
@@ -25,6 +30,10 @@ class MultiScaleConfig:
     factor."""
     ratio_weight: float = 0.1
     """Weight of the loss that holds learned boundaries to their factor."""
+    bound: float | None = None
+    """Room for chunks, as a share of the positions at each level. Shapes then do not depend on the text, as
+    torch.compile and CUDA graphs need it; more than fit are an error. Default: as many as there are, which the host
+    waits to know. Fixed boundaries need no bound but in steps of decoding, where any will do."""
 
     def __post_init__(self) -> None:
         where = "model.multiscale"
@@ -41,6 +50,7 @@ class MultiScaleConfig:
             object.__setattr__(self, name, tuple(values))
         check_choice(where, ("fixed", "whitespace", "learned", "learned-words"), boundaries=self.boundaries)
         check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
+        check_bound(where, self.bound)
         levels = len(self.factors)
         if levels > 8:
             raise ConfigError(f"{where}.factors: got {levels} levels, allowed at most 8")
@@ -176,6 +186,8 @@ class DepthConfig:
     full_depth: float = 0.5
     """exit: share of training sequences that go through all blocks. Positions of the others stop at a confidence drawn
     for each, from 0.9 (of gain) or 0.5 to 1, so that any threshold there can be chosen later."""
+    bound: float | None = None
+    """Room for positions that go on, as a share of all: see multiscale.bound."""
 
     def __post_init__(self) -> None:
         where = "model.depth"
@@ -185,6 +197,7 @@ class DepthConfig:
         check_integer(where, 0, 1_024, last=self.last)
         check_range(where, 0, 1_000, penalty=self.penalty, exit_weight=self.exit_weight)
         check_range(where, 0, 1, target=self.target, full_depth=self.full_depth)
+        check_bound(where, self.bound)
         if self.threshold is not None:
             check_range(where, 0, 1, threshold=self.threshold)
 
@@ -214,6 +227,8 @@ class SparsityConfig:
     the further the share of kept sites is above, vanishing at the target, negative below it."""
     warmup: float = 0.3
     """Share of training over which the target rises from 0."""
+    bound: float | None = None
+    """Room for kept sites, as a share of all: see multiscale.bound. Before learning nearly every site is kept."""
 
     def __post_init__(self) -> None:
         where = "model.sparsity"
@@ -221,6 +236,7 @@ class SparsityConfig:
         check_choice(where, ("threshold", "gumbel"), sampling=self.sampling)
         check_range(where, 0, 1_000, penalty=self.penalty)
         check_range(where, 0, 1, warmup=self.warmup)
+        check_bound(where, self.bound)
 
 
 @dataclass(frozen=True)

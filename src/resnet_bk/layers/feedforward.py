@@ -1,7 +1,7 @@
 """Feed-forwards: SwiGLU, and a dropless mixture of them.
 
 Dimensions: B batch, N positions, D model width, F hidden width, E experts that compute, A all experts, T tokens (real
-positions of the batch), K the most experts a token may use, P pairs of a token and an expert it uses.
+positions of the batch), K the most experts a token may use, P = T K pairs of a token and an expert.
 """
 
 import math
@@ -25,12 +25,12 @@ class ExpertsRecord(Record):
 
     used: Tensor
     load: Tensor
-    tokens: int
+    tokens: Tensor
 
     @property
     def mean_used(self) -> float:
         """Computing experts a token."""
-        return int(self.load.sum()) / max(1, self.tokens)
+        return int(self.load.sum()) / max(1, int(self.tokens))
 
 
 class SwiGLU(nn.Module):
@@ -68,31 +68,28 @@ class Experts(nn.Module):
         self.load_bias = nn.Parameter(torch.zeros(self.experts)) if self.settings.balance == "bias" else None
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
-        tokens = x.flatten(0, 1) if mask is None else x[mask]
+        tokens = x.flatten(0, 1)
+        real = tokens.new_ones(len(tokens), dtype=torch.bool) if mask is None else mask.flatten()
         exact = torch.promote_types(x.dtype, torch.float32)
         logits = self.router(_whole_tiles(tokens))[: len(tokens)].to(exact)
-        probabilities = logits.softmax(-1)  # (T, A)
+        probabilities = logits.softmax(-1) * real.unsqueeze(-1)  # (T, A)
         chosen, takes = self._choose(logits, probabilities)  # (T, K)
-        source, rank = takes.nonzero(as_tuple=True)  # (P,)
-        expert, order = chosen[source, rank].sort(stable=True)
-        source = source[order]
-        counts = expert.bincount(minlength=self.all)
-        sizes = counts.tolist()
-        working = sum(sizes[: self.experts + self.settings.identity])  # the others return zero
-        source, expert = source[:working], expert[:working]
-        *groups, same = source.split([*sizes[: self.experts], working - sum(sizes[: self.experts])])
-        results = [self._expert(e, tokens, group) for e, group in enumerate(groups)]
-        gates = probabilities[source, expert].unsqueeze(-1).to(x.dtype)
-        y = torch.zeros_like(tokens).index_add(0, source, torch.cat([*results, tokens[same]]) * gates)
-        used = (takes & (chosen < self.experts)).sum(-1)
-        losses = self._losses(probabilities, counts[: self.experts], used)
-        if mask is not None:
-            y = torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), y)
-            used = torch.zeros_like(mask, dtype=used.dtype).masked_scatter(mask, used)
-        record = ExpertsRecord(
-            losses=losses, used=used.view(x.shape[:2]), load=counts[: self.experts], tokens=len(tokens)
-        )
-        return y.view_as(x), [record]
+        takes = takes & real.unsqueeze(-1)
+        works = takes & (chosen < self.experts + self.settings.identity)  # the others return zero
+        # Pairs by expert: those that compute, those that return the token, and last, of no expert, all others.
+        expert, order = torch.where(works, chosen, self.all).flatten().sort(stable=True)
+        source = order // self.most
+        counts = expert.new_zeros(self.all + 1).index_add(0, expert, torch.ones_like(expert))
+        grouped = computed_in(tokens) == torch.bfloat16 and (tokens.is_cuda or torch.compiler.is_compiling())
+        results = (self._all_at_once if grouped else self._one_by_one)(tokens, source, counts)
+        source, expert = source[: len(results)], expert[: len(results)]
+        gates = F.pad(probabilities, (0, 1))[source, expert].unsqueeze(-1).to(x.dtype)
+        y = torch.zeros_like(tokens).index_add(0, source, results * gates)
+        used, load, number = (takes & (chosen < self.experts)).sum(-1), counts[: self.experts], real.sum()
+        losses = self._losses(probabilities, load, used, number)
+        return y.view_as(x), [
+            ExpertsRecord(losses=losses, used=used.view(x.shape[:2]), load=load, tokens=number),
+        ]
 
     def _choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """The K likeliest experts of each token (T, K), and which of them it uses, (T, K) bool."""
@@ -106,11 +103,11 @@ class Experts(nn.Module):
         takes[:, : self.settings.least] = True
         return chosen, takes
 
-    def _losses(self, probabilities: Tensor, counts: Tensor, used: Tensor) -> dict[str, Tensor]:
+    def _losses(self, probabilities: Tensor, counts: Tensor, used: Tensor, number: Tensor) -> dict[str, Tensor]:
         """Of computing experts "balance", E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4), 1 where all are
         equally busy; balanced by bias, that value with the gradient of the bias alone (Wang et al. 2024,
         arXiv:2408.15664). And "cost", of top_p: see :class:`resnet_bk.config.ExpertsConfig`."""
-        number = max(1, len(probabilities))
+        number = number.clamp(min=1)
         share = counts / counts.sum().clamp(min=1)
         computing = probabilities[:, : self.experts]
         balance = self.experts * (share * computing.sum(0)).sum() / computing.sum().clamp(min=1e-9)
@@ -125,11 +122,35 @@ class Experts(nn.Module):
             losses["cost"] = price * (entropy + computing.sum()) / number
         return losses
 
+    def _one_by_one(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:
+        """What experts return of the tokens (T, D) of each pair, `source` (P,), in groups of `counts` (A + 1,): (W, D),
+        without the pairs of no expert. No row is computed for nothing, but the host waits for the counts."""
+        sizes = counts.tolist()
+        *groups, same, _ = source.split([*sizes[: self.experts], sum(sizes[self.experts : -1]), sizes[-1]])
+        return torch.cat([*(self._expert(e, tokens, group) for e, group in enumerate(groups)), tokens[same]])
+
+    def _all_at_once(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:
+        """The same by grouped matrix products of bfloat16, whose sizes stay on the device: (P, D)."""
+        ends = counts[: self.experts].cumsum(0).int()
+        computes = (torch.arange(len(source), device=tokens.device) < ends[-1]).unsqueeze(-1)
+        mine, dtype = tokens[source], torch.bfloat16
+        # Rows beyond the last group are not written, forward or backward: they are kept out on both sides.
+        rows = torch.where(computes, mine, 0).to(dtype)
+        gate, value = F.grouped_mm(rows, self.up.to(dtype), offs=ends).chunk(2, dim=-1)
+        y = F.grouped_mm(F.silu(gate) * value, self.down.to(dtype), offs=ends)
+        return torch.where(computes, y.to(mine.dtype), mine)
+
     def _expert(self, e: int, tokens: Tensor, own: Tensor) -> Tensor:
         """One expert on the tokens (T, D) that are its own, (P,) indices -> (P, D)."""
         mine = tokens[_whole_tiles(own)]
         gate, value = (mine @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
         return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[: len(own)]
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """Of matrix products with x here: autocast's dtype, or x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _whole_tiles(rows: Tensor) -> Tensor:

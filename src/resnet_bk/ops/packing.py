@@ -1,16 +1,19 @@
 """The one primitive of adaptive compute: select what goes on, pack it, run, merge back.
 
-Dimensions: B batch, N positions, M positions kept by the fullest row.
+Dimensions: B batch, N positions, M positions kept by the fullest row, or as many as there is room for.
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def packed_width(counts: Tensor, tile: int) -> int:
-    """Positions that rows need of which `counts` are selected, in whole tiles."""
-    return -(-max(1, int(counts.max())) // tile) * tile
+def packed_width(counts: Tensor, tile: int, bound: int | None = None) -> int:
+    """Positions that rows need of which `counts` are selected, or that have room for `bound`, in whole tiles."""
+    most = int(counts.max()) if bound is None else bound
+    return -(-max(1, most) // tile) * tile
 
 
 class Packing:
@@ -20,13 +23,24 @@ class Packing:
     mask: (B, M) bool, True for the selected positions: what the packed computation may look at.
     """
 
-    def __init__(self, keep: Tensor, tile: int = 1):
+    def __init__(self, keep: Tensor, tile: int = 1, bound: int | None = None):
         """keep: (B, N) bool. tile: M is rounded up to a multiple of it where N > 1, so that the rows of matrix products
-        are rounded alike however many positions are selected."""
+        are rounded alike however many positions are selected. bound: room for at least so many positions, so that M
+        does not depend on what is selected and the host need not wait to know it.
+
+        Raises:
+            RuntimeError: a row selects more than there is room for. On a GPU its assertion stops the program later.
+        """
         batch, self.length = keep.shape
         self.tile = tile if self.length > 1 else 1
+        self.bound = bound
         self.counts = keep.sum(1)
-        width = self.width(self.counts)
+        width = packed_width(self.counts, self.tile, None if bound is None else min(bound, self.length))
+        if bound is not None and width < self.length:
+            torch._assert_async(
+                (self.counts <= width).all(),
+                "more positions selected than there is room for: raise bound, or leave it out",
+            )
         self.mask = torch.arange(width, device=keep.device) < self.counts.unsqueeze(1)
         # rows of x.flatten(0, 1); where a row has nothing more to select, its first position stands in
         position = torch.arange(batch * self.length, device=keep.device).view(batch, self.length)
@@ -51,3 +65,8 @@ class Packing:
         index = torch.where(self.mask, self.index, nowhere).flatten()
         table = F.pad(flat, [0, 0] * (flat.dim() - 1) + [0, 1])
         return table.index_copy(0, index, packed.flatten(0, 1))[:nowhere].view_as(base)
+
+
+def room(share: float | None, positions: int) -> int | None:
+    """Of so many positions, a share rounded up; None, where there is no share, is as many as needed."""
+    return None if share is None else math.ceil(share * positions)

@@ -52,11 +52,16 @@ def sparse_scan(
         return _by_steps(*inputs)
     if q.shape != k.shape:
         raise ValueError(f"k: expected shape {tuple(q.shape)} as q, got {tuple(k.shape)}")
-    if q.shape[1] < (most := int((gate != 0).sum(1).max())):  # a kernel would read beyond their end
+    looks = v.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would cost waiting
+    if looks and q.shape[1] < (most := int((gate != 0).sum(1).max())):  # a kernel would read beyond their end
         raise ValueError(f"q and k: expected the {most} sites that the fullest row keeps, got {q.shape[1]}")
-    if hasattr(backend_for(v), "sparse_scan_forward"):
-        return sparse_scan_op(*inputs)[:3]
-    return _packed(*inputs)
+    return sparse_scan_op(*inputs)[:3] if _skips_sites(v.device.type) else _packed(*inputs)
+
+
+@torch.compiler.assume_constant_result
+def _skips_sites(device_type: str) -> bool:
+    """Whether the backend of a device type has a kernel for sparse chains."""
+    return hasattr(backend_for(torch.empty(0, device=device_type)), "sparse_scan_forward")
 
 
 def _by_steps(
@@ -101,7 +106,7 @@ def _packed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense scan on the packed sites that are kept, for backends without a kernel."""
     keep = gate > 0
-    packing = Packing(keep)
+    packing = Packing(keep, bound=q.shape[1])
     site = packing.mask.unsqueeze(-1)
     q, k, v_ = (torch.where(site.unsqueeze(-1), x[:, : site.shape[1]], 0) for x in (q, k, packing.pack(v)))
     # decay from one kept site to the next, and from the last one to the end

@@ -1,0 +1,248 @@
+"""Models on a GPU: training in equal time, decoding, and a million tokens at once.
+
+Dimensions: B sequences, N tokens.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from common import batches, stdlib_ids, table, table_row, train
+from gpu_page import Machine
+from peers import VOCABULARY, HuggingFace, Ours, Peer, bits_per_byte
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+from trained import held_out
+from transformers import StaticCache
+
+from resnet_bk.decoding import StaticStep, captured
+from resnet_bk.layers.block import Block
+from resnet_bk.model import LanguageModel
+
+WORDS = 5 / 16  # room for words, a share of the bytes: no window of the corpus of 1,024 bytes has more than 0.27
+WINDOW = 1_024  # bytes scored at a time
+PIECE = 4_096  # tokens of a long prompt that are read at a time
+
+
+def sizes(machine: Machine) -> tuple[int, int, int]:
+    """Width, blocks, heads of about 50 million parameters."""
+    return (32, 3, 1) if machine.quick else (512, 16, 8)
+
+
+def plain(machine: Machine) -> Peer:
+    width, layers, heads = sizes(machine)
+    return Ours(d_model=width, n_layers=layers, n_heads=heads)
+
+
+def adaptive(machine: Machine) -> Peer:
+    """Two blocks on bytes, all others on words, in shapes that do not depend on the text."""
+    width, layers, heads = sizes(machine)
+    scales = {"factors": [4], "layers": [2, layers - 2, 0], "boundaries": "whitespace", "bound": WORDS}
+    return Ours(d_model=width, n_heads=heads, multiscale=scales)
+
+
+def transformer(machine: Machine) -> Peer:
+    width, layers, heads = sizes(machine)
+    shape = {"num_attention_heads": heads, "intermediate_size": -(-width // 3) * 8}
+    return HuggingFace("llama", width, layers, max_position_embeddings=2**17, attn_implementation="sdpa", **shape)
+
+
+MODELS: dict[str, tuple[Callable[[Machine], Peer], float]] = {  # name -> how it is made, its learning rate
+    "plain": (plain, 1e-3),
+    "adaptive, 2 blocks on bytes, the others on words": (adaptive, 1e-3),
+    "Transformer (Llama)": (transformer, 6e-4),
+}
+
+
+def compile_blocks(machine: Machine, model: torch.nn.Module) -> None:
+    """Each block by itself: all of one kind are compiled once."""
+    for module in model.modules():
+        if isinstance(module, Block) or type(module).__name__ == "LlamaDecoderLayer":
+            machine.compile(module)
+
+
+def training(machine: Machine, seconds: float) -> Iterator[str]:
+    """Each model so many seconds on the default corpus: tokens a second, utilisation, held-out bits per byte."""
+    batch, length = (2, WINDOW) if machine.quick else (32, 2_048)
+    ids, _ = stdlib_ids()
+    rows = held_out()[: 2 if machine.quick else None]
+    torch._dynamo.config.recompile_limit = 64  # blocks meet several widths, masks and modes
+    yield f"Default corpus, {len(ids):,} bytes. {seconds:.0f} s of training each, what is compiled before not counted; "
+    yield f"{batch} x {length:,} bytes a step, AdamW, cosine, bfloat16 by autocast, blocks compiled. MFU: the operations "
+    yield "of a forward pass (ours by the ledger, as they ran; the Transformer's with causal attention) times three, as "
+    yield f"a share of the {machine.name}'s dense bfloat16 peak. {rows.numel():,} held-out bytes in windows of "
+    yield f"{WINDOW:,}.\n\n"
+    header = ["model", "parameters", "learning rate", "steps", "passes over the corpus", "thousand tokens/s", "MFU, %"]
+    yield table([*header, "MFLOPs a byte, forward", "peak GiB", "bits per byte"], [])
+    for name, (make, rate) in MODELS.items():
+        if machine.late:
+            yield table_row([name, "left out: out of time", *[""] * 8])
+            continue
+        torch.manual_seed(0)
+        peer = make(machine)
+        with torch.no_grad():
+            sample = rows[:2, :-1].reshape(1, -1)
+            flops = peer.flops(sample) / sample.numel()
+        peer.model.to(machine.device).train()
+        compile_blocks(machine, peer.model)
+
+        def loss_of(x: Tensor, y: Tensor, peer: Peer = peer) -> Tensor:
+            with machine.autocast():
+                return peer.loss(x.to(machine.device), y.to(machine.device))
+
+        draw, found = batches(ids, batch, length, seed=0), {}
+
+        def run(found: dict[str, float] = found, loss_of: Any = loss_of, peer: Peer = peer, draw: Any = draw) -> None:
+            found |= train(loss_of, peer.model, draw, seconds=seconds, learning_rate=rate, first=(batch, length))
+
+        peak = machine.peak_gib(run)
+        score = bits_per_byte(functools.partial(_logits, machine, peer), rows, WINDOW)
+        seen = found["steps"] * batch * length
+        speed = seen / found["seconds"]
+        used = f"{300 * flops * speed / machine.peak_flops:.1f}" if machine.peak_flops else "peak not known"
+        count = sum(p.numel() for p in peer.model.parameters())
+        cells = [f"{count:,}", rate, found["steps"], f"{seen / len(ids):.2f}", f"{speed / 1e3:,.1f}", used]
+        yield table_row([name, *cells, f"{flops / 1e6:.1f}", f"{peak:.1f}", f"{score:.3f}"])
+
+
+@torch.compiler.set_stance("force_eager")  # shapes of scoring are not worth compiling
+def _logits(machine: Machine, peer: Peer, ids: Tensor) -> Tensor:
+    peer.model.eval()
+    with machine.autocast():
+        return peer.logits(ids.to(machine.device)).float().cpu()
+
+
+# --------------------------------------------------------------------------------------------- decoding
+
+
+@torch.no_grad()
+def decoding(machine: Machine) -> Iterator[str]:
+    """Steps of the plain model and of the adaptive one, of constant cost, beside a Transformer's with its cache."""
+    steps = 4 if machine.quick else 100
+    contexts, many = ((16, 64), 2) if machine.quick else ((1_000, 100_000), 64)
+    yield "Untrained weights in bfloat16; greedy, tokens stay on the device. Graph: the step replayed as one CUDA graph "
+    yield f"(on a CPU it runs as it is). The Transformer's cache is static. Median of {steps} steps at each context.\n\n"
+    yield table(["model", "context", "sequences", "ms a step", "tokens/s", "state or cache, MiB"], [])
+    for name, make in (("plain", plain), ("adaptive", adaptive)):
+        model = make(machine).model.to(machine.device, torch.bfloat16).eval()
+        state, done = None, 0
+        for context in contexts:
+            for piece in torch.randint(VOCABULARY, (1, context - done), device=machine.device).split(PIECE, dim=1):
+                state = model(piece, state=state, logits=False).state
+            done = context
+            for batch in (1, many):
+                many_states = pytree.tree_map(lambda s, b=batch: s.expand(b, *s.shape[1:]).clone(), state)
+                ways = {"graph": StaticStep(model, many_states)}
+                if context == contexts[0] and batch == 1 and name == "plain":
+                    ways["called"] = Called(model, many_states)
+                held = sum(x.numel() * x.element_size() for x in pytree.tree_leaves(many_states))
+                for way, step in ways.items():
+                    yield _steps(machine, f"{name}, {way}", context, batch, steps, step, held)
+    yield from _transformer_steps(machine, contexts, many, steps)
+
+
+class Called:
+    """A step by calling the model, kernel after kernel."""
+
+    def __init__(self, model: LanguageModel, state: Any):
+        self.model, self.state = model, state
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        output = self.model(ids, state=self.state)
+        self.state = output.state
+        return output.logits[:, 0]
+
+
+class CachedStep:
+    """A step of a transformers model in a static cache that is full up to `context`; as a graph on a GPU."""
+
+    def __init__(self, model: torch.nn.Module, batch: int, context: int, new: int, device: torch.device):
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=context + new)
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._run()
+        for layer in self.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        self._at(context - 4)
+        self.graph, self.logits = captured(self._run) if device.type == "cuda" else (None, None)
+        self._at(context)
+
+    def _at(self, position: int) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(position)
+
+    def _run(self) -> Tensor:
+        return self.model(self.ids, use_cache=True, cache=self.cache, logits_to_keep=1).logits[:, 0]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self.ids.copy_(ids)
+        if self.graph is None:
+            return self._run()
+        self.graph.replay()
+        return self.logits
+
+
+def _transformer_steps(machine: Machine, contexts: tuple[int, int], many: int, steps: int) -> Iterator[str]:
+    model = transformer(machine).model.to(machine.device, torch.bfloat16).eval()
+    width, layers, _ = sizes(machine)
+    for context in contexts:
+        for batch in (1, many):
+            room = context + 2 * steps + 8
+            held = 2 * 2 * layers * batch * room * width
+            free = torch.cuda.mem_get_info(machine.device)[0] if machine.on_gpu else 2**40
+            if held > 0.8 * free:
+                why = f"does not fit: {held / 2**30:,.0f} GiB"
+                yield table_row(["Transformer, graph", f"{context:,}", batch, why, "", f"{held / 2**20:,.1f}"])
+                continue
+            step = CachedStep(model, batch, context, room - context, machine.device)
+            yield _steps(machine, "Transformer, graph", context, batch, steps, step, held)
+            del step
+
+
+def _steps(
+    machine: Machine, name: str, context: int, batch: int, steps: int, step: Callable[[Tensor], Tensor], held: int
+) -> str:
+    """A row: `steps` steps one after the other, the host waiting at the end of them only."""
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=machine.device)
+
+    def run() -> None:
+        for _ in range(steps):
+            token.copy_(step(token).argmax(-1, keepdim=True))
+
+    seconds = machine.seconds(run, repeats=1, warmup=0) / steps
+    return table_row(
+        [name, f"{context:,}", batch, f"{1e3 * seconds:.3f}", f"{batch / seconds:,.0f}", f"{held / 2**20:,.1f}"]
+    )
+
+
+# ----------------------------------------------------------------------------------------------- memory
+
+
+def memory(machine: Machine) -> Iterator[str]:
+    """Forward and backward of a million bytes in one sequence."""
+    width, tokens = (32, 1_000) if machine.quick else (256, 2**20)
+    yield f"One sequence of {tokens:,} random bytes, D = {width}, bfloat16 by autocast, forward and backward. Again: each "
+    yield "block's forward pass is run again in the backward one, so that only its input is kept.\n\n"
+    yield table(["blocks", "run again", "parameters", "seconds", "thousand tokens/s", "peak GiB"], [])
+    ids = torch.randint(VOCABULARY, (1, tokens + 1), device=machine.device)
+    for blocks, again in ((8, True), (2, False)):
+        model = LanguageModel(VOCABULARY, d_model=width, n_layers=blocks, num_experts=1, n_heads=max(1, width // 64))
+        model.to(machine.device).train()
+        if again:
+            for block in model.blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+        def step(model: LanguageModel = model) -> None:
+            with machine.autocast():
+                loss = model(ids[:, :-1], targets=ids[:, 1:], logits=False).loss
+            loss.backward()
+            model.zero_grad()
+
+        step()
+        times: list[float] = []
+        peak = machine.peak_gib(lambda step=step, times=times: times.append(machine.seconds(step, 1, 0)))
+        count = sum(p.numel() for p in model.parameters())
+        cells = [f"{count:,}", f"{times[0]:.2f}", f"{tokens / times[0] / 1e3:,.0f}", f"{peak:.2f}"]
+        yield table_row([blocks, "yes" if again else "no", *cells])
