@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import sys
 import traceback
 from datetime import timedelta
 
@@ -41,11 +42,10 @@ def _job(module, name, arguments, rank, size, meeting):
 
 
 def _forget():
-    """accelerate remembers the processes of the last job."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    """accelerate, where a job used it, remembers the job's processes."""
+    if state := sys.modules.get("accelerate.state"):
+        for remembered in (state.AcceleratorState, state.GradientState, state.PartialState):
+            remembered._reset_state()
 
 
 class Crew:

@@ -59,7 +59,7 @@ def command(rank, words, fails_at=None):
 def test_two_processes_make_one_run(crew, place):
     first, second = crew.run(2, command, arguments(place))
     assert (first[0], second[0]) == (0, 0), first[2]
-    assert "2 processes" in first[1]
+    assert "2 processes of 1 threads" in " ".join(first[1].split())
     assert second[1:] == ("", "")
     run = place / "run"
     assert {path.name for path in place.iterdir()} == {"corpus", "cache", "run"}

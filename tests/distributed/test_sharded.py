@@ -122,5 +122,3 @@ def alone(rank):
     found = [p.grad.full_tensor() for p in model.parameters()]
     same = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
     return [same, all(isinstance(p, DTensor) for p in model.parameters())]
-
-

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -58,7 +58,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Windows(Dataset):
-    """Non-overlapping windows of a token file, end to end; the Trainer shuffles them by seed."""
+    """Non-overlapping windows of a token file, end to end."""
 
     def __init__(self, tokens: TokenFile, length: int):
         self.ids, self.length = tokens.ids, length
@@ -69,6 +69,20 @@ class Windows(Dataset):
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         window = self.ids[i * self.length : (i + 1) * self.length + 1].astype(np.int64)
         return {"input_ids": window[:-1], "shift_labels": window[1:]}
+
+
+class Shuffled(Sampler):
+    """All windows in an order that follows from the seed and the epoch alone, whatever process asks, and wherever in an
+    epoch a run goes on. (accelerate's own sampler forgets the epoch when several processes go on within one.)"""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -120,6 +134,8 @@ class BKTrainer(Trainer):
         self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"
         self.ranks = ranks or Ranks()
         self.tokens_per_step = config.batch_size * config.accumulate * windows.length
+        self.steps_per_epoch = math.ceil(len(windows) // config.batch_size / config.accumulate)
+        self.order = Shuffled(len(windows), config.seed)
         self.cross_entropy: list[Tensor] = []
         self.losses: list[Tensor] = []  # of this step
         self.seconds = 0.0  # of the first rank's clock, when all last looked at it
@@ -138,13 +154,13 @@ class BKTrainer(Trainer):
             logging_nan_inf_filter=False,
             save_steps=config.save_every,
             seed=config.seed,
-            data_seed=config.seed,
             report_to=[] if config.report_to == "none" else config.report_to.split(","),
             disable_tqdm=True,
             use_cpu=not on_gpu,
             dataloader_drop_last=True,
             dataloader_pin_memory=on_gpu,
             ddp_broadcast_buffers=False,
+            ddp_find_unused_parameters=False,  # every room takes part in every step, with a gradient of 0 if need be
             remove_unused_columns=False,
         )
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
@@ -161,6 +177,9 @@ class BKTrainer(Trainer):
     def _progress(self, step: int) -> float:
         seconds = 0.0 if self.run.max_seconds is None else self.seconds / self.run.max_seconds
         return min(1.0, max(step / (self.run.max_steps or NO_STEP_LIMIT), seconds))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return self.order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         parameters = [p for p in (model or self.network).parameters() if p.requires_grad]
@@ -296,11 +315,15 @@ class BKTrainer(Trainer):
 
 class Budget(TrainerCallback):
     """Ends the run, with a checkpoint, when its time is up or a signal came; refuses losses and gradients that are not
-    finite. And what rooms draw in a step follows from the seed, the step and the rank: no state of a generator to save,
-    and a run that goes on draws what it would have drawn."""
+    finite. And it deals out chance: the order of an epoch follows from the seed and the epoch, what rooms draw in a step
+    from the seed, the step and the rank. So there is no state of a generator to save, and a run that goes on draws what
+    it would have drawn."""
 
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.order.epoch = state.global_step // self.trainer.steps_per_epoch
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         numbers = [self.trainer.run.seed, state.global_step, self.trainer.ranks.rank]
