@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -209,9 +210,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Bad input: one line on standard error, code 2."""
     try:
         command, config = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        _check_launcher(command)
     except ConfigError as error:
-        return _fail(error, 2)
+        return _fail(error, 2) if _speaks() else 2
     return _run(command, config)
+
+
+def _speaks() -> bool:
+    """Whether this process says what it and all others of a run have to say."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _check_launcher(command: str) -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if command != "train" and world != "1" and "RANK" in os.environ:
+        raise ConfigError(f"{command}: got {world} processes, allowed 1: only train shares its work; start it alone")
 
 
 def _run(command: str, config: Any) -> int:
@@ -234,15 +247,20 @@ def _run(command: str, config: Any) -> int:
     try:
         functions[command](config, Console())
     except run.StoppedError as stopped:
-        print(f"resnet-bk: {stopped}", file=sys.stderr)
+        if _speaks():
+            print(f"resnet-bk: {stopped}", file=sys.stderr)
         return stopped.exit_code
+    except NonFiniteError as error:
+        return _fail(error, 1) if _speaks() else 1
     except UnicodeDecodeError as error:
         return _fail(f"{command}: the input is not UTF-8 at byte {error.start}", 2)
     except (ConfigError, CheckpointError) as error:
         return _fail(error, 2)
-    except (LeakError, NonFiniteError, OSError) as error:
+    except (LeakError, OSError) as error:
         return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
+        if re.search(r"Connection (closed|reset) by peer|Connection refused|Broken pipe", str(error)):
+            return _fail(f"{command}: another process of this run has ended; what it said tells why", 1)
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
         return _fail(f"{command}: out of memory; lower batch_size, model.n_seq or model.d_model ({error})", 1)

@@ -54,7 +54,7 @@ class TrainConfig:
     """Continue the unfinished run in output_dir. Beside a finished one a new run starts, in output_dir-2, -3, ...
     Without it a run that exists is an error. Nothing is ever overwritten."""
     batch_size: int = 12
-    """Sequences a step, of model.n_seq tokens each."""
+    """Sequences a step, of model.n_seq tokens each, of all processes together."""
     accumulate: int = 1
     """Batches whose gradients are added before each update."""
     max_steps: int | None = None
@@ -75,6 +75,10 @@ class TrainConfig:
     """Gradients are scaled down to this norm."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of matrix products; the recurrence stays in float32. bfloat16 pays where the machine has it."""
+    activation_checkpointing: bool = False
+    """Compute the insides of blocks again in backward instead of keeping them: less memory, about a third more time."""
+    shard: bool = False
+    """Of several processes, each keeps a part of weights and optimizer (FSDP2) instead of all of them."""
     seed: int = 0
     """Seeds initialisation and data order."""
     save_every: int = 200
@@ -97,7 +101,8 @@ class TrainConfig:
         check_range(where, 0, 10, weight_decay=self.weight_decay)
         check_range(where, 1e-6, 1e6, max_grad_norm=self.max_grad_norm)
         check_choice(where, ("float32", "bfloat16"), dtype=self.dtype)
-        check_boolean(where, resume=self.resume)
+        check_boolean(where, resume=self.resume, shard=self.shard)
+        check_boolean(where, activation_checkpointing=self.activation_checkpointing)
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
         if not self.model.causal:
             raise ConfigError("model.causal: got False, allowed True: a bidirectional model has no next token to learn")

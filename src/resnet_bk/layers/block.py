@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.feedforward import feed_forward
@@ -43,6 +44,8 @@ def place_of(ids: Tensor) -> Tensor:
 class Block(nn.Module):
     """``x + mixer(norm x)``, then ``x + feed_forward(norm x)``; (B, N, D) -> (B, N, D)."""
 
+    recomputes = False  # whether backward computes all but x again, see resnet_bk.training.sharded.recompute
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.mixer_norm, self.mixer = Norm(config.d_model), MIXERS[config.readout](config)
@@ -51,6 +54,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, ids: Tensor | None, state: MixerState | None, mask: Tensor | None
     ) -> tuple[Tensor, MixerState, list[Record]]:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self._run, x, state, mask, use_reentrant=False)
+        return self._run(x, state, mask)
+
+    def _run(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState, list[Record]]:
         y, state, records = self.mixer(self.mixer_norm(x), state, mask)
         x = x + y
         y, more = self.feed_forward(self.ff_norm(x), mask)

@@ -15,6 +15,7 @@ from resnet_bk.layers.norm import Norm
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.ops import PropagatorState, SparseState, Sparsity, left_green, propagate, resolvent_diagonal
 from resnet_bk.ops.conv import short_conv
+from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
 
@@ -99,7 +100,22 @@ def _inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
-class PropagatorMixer(nn.Module):
+class Mixer(nn.Module):
+    """What mixers share: the sequence may be split over processes, see
+    :func:`resnet_bk.training.sharded.split_sequences`; then `pieces` knows what enters the piece of this one."""
+
+    pieces: Pieces | None = None
+
+    def _past(self, state: MixerState | None, mask: Tensor | None) -> MixerState:
+        if self.pieces is not None and not (state is None and mask is None):
+            raise ValueError(
+                f"{'mask' if state is None else 'state'}: got one for a sequence that is split over processes, allowed "
+                "none: it starts with its first piece and has no padding"
+            )
+        return state or MixerState(None, None)  # type: ignore[arg-type]
+
+
+class PropagatorMixer(Mixer):
     """Linear attention whose gates are the chain's propagator: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D).
 
     On sparse chains q and k are of kept sites alone, and not convolved.
@@ -121,24 +137,26 @@ class PropagatorMixer(nn.Module):
     def forward(
         self, x: Tensor, state: MixerState | None, mask: Tensor | None
     ) -> tuple[Tensor, MixerState, list[Record]]:
-        past = state or MixerState(None, None)  # type: ignore[arg-type]
+        past = self._past(state, mask)
         sparsity, records = _decide(self.sparse, x, mask)
         a, z = self.energies(x)
         u, gate = self.in_proj(x).split([self.conv.channels, x.shape[-1]], dim=-1)
-        u, conv = self.conv(u, past.conv, mask)
+        before = past.conv if self.pieces is None else self.pieces.inputs(u, self.conv.width - 1)
+        u, conv = self.conv(u, before, mask)
         if sparsity is None or self.qk_proj is None:
             q, k, v = self._heads(u, a.dtype)
         else:
             (v,) = self._heads(u, a.dtype)
             q, k = self._heads(self.qk_proj(sparsity.sites.pack(x)), a.dtype)
         q = q / math.sqrt(self.width)
+        entering = past.core if self.pieces is None else self.pieces.state(k, v, a, z)
         y, core = propagate(
             q,
             k,
             v,
             a,
             z,
-            state=past.core,  # type: ignore[arg-type]
+            state=entering,  # type: ignore[arg-type]
             mask=mask,
             causal=self.causal,
             sparsity=sparsity,
@@ -151,7 +169,7 @@ class PropagatorMixer(nn.Module):
         return F.silu(u).to(dtype).unflatten(-1, (-1, self.heads, self.width)).unbind(2)
 
 
-class DiagonalMixer(nn.Module):
+class DiagonalMixer(Mixer):
     """The chain's Green's function as features: many heads, ``[Re g, Im g]`` each, mapped to D. (B, N, D) -> (B, N, D).
 
     Causal models read the left Green's function, bidirectional ones the diagonal of the whole resolvent.
@@ -172,14 +190,16 @@ class DiagonalMixer(nn.Module):
     def forward(
         self, x: Tensor, state: MixerState | None, mask: Tensor | None
     ) -> tuple[Tensor, MixerState, list[Record]]:
-        past = state or MixerState(None, None)  # type: ignore[arg-type]
+        past = self._past(state, mask)
         sparsity, records = _decide(self.sparse, x, mask)
         u, gate = self.in_proj(x).chunk(2, dim=-1)
-        u, conv = self.conv(u, past.conv, mask)
+        before = past.conv if self.pieces is None else self.pieces.inputs(u, self.conv.width - 1)
+        u, conv = self.conv(u, before, mask)
         u = F.silu(u)
         a, z = self.energies(u)
         if self.causal:
-            g, core = left_green(a, z, state=past.core, mask=mask, sparsity=sparsity)  # type: ignore[arg-type]
+            entering = past.core if self.pieces is None else self.pieces.green(a, z)
+            g, core = left_green(a, z, state=entering, mask=mask, sparsity=sparsity)  # type: ignore[arg-type]
         else:
             g = resolvent_diagonal(a, z, mask=mask, sparsity=sparsity)
             core = g[:, -1]

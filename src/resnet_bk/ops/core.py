@@ -70,7 +70,7 @@ class Sparsity:
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}  # dtype.to_complex() does not compile
 
 
-def _chain(
+def chain(
     a: Tensor, z: Tensor | complex, hop: Tensor | None, state: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check the inputs; the diagonal ``d = a - z``, the squared hoppings and the incoming g."""
@@ -146,7 +146,7 @@ def left_green(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
     """
-    d, w, state = _chain(a, z, hop, state, mask)
+    d, w, state = chain(a, z, hop, state, mask)
     _check_sparsity(sparsity, a, mask)
     g = green(d, w, state, mask if sparsity is None else sparsity.gate > 0)
     if sparsity is None:
@@ -173,7 +173,7 @@ def resolvent_diagonal(
 
     Arguments as in :func:`left_green`. Masked positions hold a finite value without meaning.
     """
-    d, w, nothing = _chain(a, z, hop, None, mask)
+    d, w, nothing = chain(a, z, hop, None, mask)
     _check_sparsity(sparsity, a, mask)
     from_left, from_right = _both_sides(d, w, nothing, mask if sparsity is None else sparsity.gate > 0)
     diagonal = 1 / (d - from_left - from_right)
@@ -238,7 +238,7 @@ def propagate(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
     """
-    d, w, g0 = _chain(a, z, hop, None if state is None else state.g, mask)
+    d, w, g0 = chain(a, z, hop, None if state is None else state.g, mask)
     _check_sparsity(sparsity, a, mask)
     sites = a.shape if sparsity is None else (len(a), sparsity.sites.mask.shape[1], a.shape[2])
     for name, x, shape in (("q", q, sites), ("k", k, sites), ("v", v, a.shape)):

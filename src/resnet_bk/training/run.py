@@ -35,6 +35,9 @@ from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer, lo
 from resnet_bk.speculative import speculate
 from resnet_bk.training.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
 from resnet_bk.training.measure import Costs, measure
+from resnet_bk.training.ranks import Ranks
+from resnet_bk.training.sharded import recompute, shard
+from resnet_bk.training.states import whole_weights
 from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Watch, Windows, quiet_transformers
 
 CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
@@ -140,56 +143,72 @@ def token_file(
 def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> dict[str, Any]:
     """Train, evaluate, measure, report. Returns what results.json holds.
 
+    Started by torchrun or accelerate, its processes share each batch; the first one alone decides about folders, prints
+    and writes, and ends the run without the others, for which this returns nothing: {}.
+
     watch: called at each log line; what it raises ends the training.
     """
     quiet_transformers()
-    folder = run_folder(config, console)
+    ranks = Ranks.start()
+    console = console if ranks.is_first else Console(quiet=True)
+    folder = Path(ranks.told(lambda: str(run_folder(config, console))))
     config = dataclasses.replace(config, output_dir=str(folder))
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = with_vocabulary(config, len(tokenizer))
-    check_same_run(config, folder)
-    train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
-    train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
-    _check_same_text(config.data.source, train_hash, folder)
-    windows = Windows(train_tokens, config.model.n_seq)
-    if len(windows) < config.batch_size:
-        raise ConfigError(
-            f"data.source: {len(train_tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
-            f"fewer than one batch of {config.batch_size}; give more text, or lower model.n_seq or batch_size"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
+    with ranks.first():  # what it finds wrong ends the run for all; the token files it makes are there for the others
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        config = with_vocabulary(config, len(tokenizer))
+        check_same_run(config, folder)
+        train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
+        train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
+        _check_same_text(config.data.source, train_hash, folder)
+        windows = Windows(train_tokens, config.model.n_seq)
+        _check_batch(config, windows, ranks)
+        folder.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
     model = ResNetBKForCausalLM(_hub_config(config, tokenizer))
     bytes_per_token = train_tokens.bytes / len(train_tokens.ids)
     console.print(
         f"{len(train_tokens.names)} documents, {train_tokens.bytes / 1e6:.1f} MB to train on; "
         f"{len(held_out)} documents held out; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
-        f"{torch.get_num_threads()} threads"
+        + (f"{ranks.world} processes of " if ranks.world > 1 else "")
+        + f"{torch.get_num_threads()} threads"
     )
     _warm_up(model)
-    try:
-        trainer = BKTrainer(model, config, windows, bytes_per_token, tokenizer)
-    except ValueError as error:  # of all settings, only a tracker's name is checked there and not here
-        raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
+    if config.activation_checkpointing:
+        recompute(model)
+    if config.shard and ranks.world > 1:
+        shard(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+    with ranks.first():
+        try:
+            trainer = BKTrainer(model, config, windows, bytes_per_token, tokenizer, ranks)
+        except ValueError as error:  # of all settings, only a tracker's name is checked there and not here
+            raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
     trainer.add_callback(Budget(trainer))
+    checkpoint = ranks.told(lambda: str(newest_valid(folder / CHECKPOINTS, console.print) or ""))
     recorder = Recorder(trainer, folder / METRICS, console, watch)
-    trainer.add_callback(recorder)
-    checkpoint = newest_valid(folder / CHECKPOINTS, console.print)
-    (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    (folder / TEXT_HASH).write_text(train_hash + "\n")
+    if ranks.is_first:
+        trainer.add_callback(recorder)
+        (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        (folder / TEXT_HASH).write_text(train_hash + "\n")
     try:
-        trainer.run_training(checkpoint)
+        trainer.run_training(Path(checkpoint) if checkpoint else None)
     finally:
         recorder.close()
+    weights = whole_weights(model, ranks.is_first)
+    ranks.leave()
     if trainer.stopped_by is not None:
         raise StoppedError(trainer.stopped_by, f"resnet-bk train --config {folder / CONFIG} --resume true")
+    if not ranks.is_first:
+        return {}
+    if config.shard and ranks.world > 1:
+        model = ResNetBKForCausalLM(model.config).to(model.device)
+        model.load_state_dict(weights)
     with replacing(folder / MODEL) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
     return _conclude(config, console, folder, trainer, model, tokenizer, held_out, train_hash)
 
 
-# What may differ when a run goes on: where things are, when it ends, how often it reports.
+# What may differ when a run goes on: where things are, when it ends, how often it reports, how memory is saved.
 MAY_DIFFER = {
     "output_dir",
     "resume",
@@ -199,6 +218,8 @@ MAY_DIFFER = {
     "log_every",
     "report_to",
     "sample",
+    "activation_checkpointing",
+    "shard",
     "data.cache",
 }
 
@@ -222,6 +243,20 @@ def saved_settings(where: str, folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {folder / CONFIG} holds {shown(values)} instead of settings; choose another")
     return flat(values)
+
+
+def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
+    """Raise ConfigError where there are not enough windows for a batch, or a batch cannot be shared out evenly."""
+    if len(windows) < config.batch_size:
+        raise ConfigError(
+            f"data.source: {len(windows.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
+            f"fewer than one batch of {config.batch_size}; give more text, or lower model.n_seq or batch_size"
+        )
+    if config.batch_size % ranks.world:
+        raise ConfigError(
+            f"train.batch_size: got {config.batch_size}, allowed a multiple of {ranks.world}, the number of processes "
+            "that share each batch"
+        )
 
 
 def _check_same_text(source: str, train_hash: str, folder: Path) -> None:
@@ -298,6 +333,7 @@ def _conclude(
             "steps": trainer.state.global_step,
             "seconds": trainer.clock.seconds,
             "bytes_per_second": speed,
+            "processes": trainer.ranks.world,
             "train_sha256": train_hash,
             "held_out_sha256": val_hash,
         },

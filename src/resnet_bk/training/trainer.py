@@ -1,4 +1,5 @@
-"""transformers' Trainer with what a run on any machine needs: a time budget, sealed checkpoints, honest logs.
+"""transformers' Trainer with what a run on any machine, or on several, needs: a time budget, sealed checkpoints, honest
+logs. Whatever ends or steers a run - the clock, a signal, a loss that is no number - all its processes agree on.
 
 Dimensions: B sequences a step, N tokens each.
 """
@@ -19,8 +20,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -35,10 +37,19 @@ from resnet_bk.config import TrainConfig
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.hf.modeling import ResNetBKForCausalLM
 from resnet_bk.layers.sparse import anneal
+from resnet_bk.training.ranks import Ranks
+from resnet_bk.training.states import (
+    load_moments,
+    load_weights,
+    save_moments,
+    whole,
+    whole_moments,
+    whole_weights,
+)
 
 NO_STEP_LIMIT = 10**9
 KEPT_CHECKPOINTS = 2
-_ELAPSED = "elapsed.json"
+_ELAPSED, _STATE = "elapsed.json", "trainer_state.json"
 Watch = Callable[[float, float], None]  # of progress, 0 to 1, and training bits per byte since the last log line
 
 
@@ -47,7 +58,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Windows(Dataset):
-    """Non-overlapping windows of a token file, end to end; the Trainer shuffles them by seed."""
+    """Non-overlapping windows of a token file, end to end."""
 
     def __init__(self, tokens: TokenFile, length: int):
         self.ids, self.length = tokens.ids, length
@@ -58,6 +69,20 @@ class Windows(Dataset):
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         window = self.ids[i * self.length : (i + 1) * self.length + 1].astype(np.int64)
         return {"input_ids": window[:-1], "shift_labels": window[1:]}
+
+
+class Shuffled(Sampler):
+    """All windows in an order that follows from the seed and the epoch alone, whatever process asks, and wherever in an
+    epoch a run goes on. (accelerate's own sampler forgets the epoch when several processes go on within one.)"""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -101,19 +126,26 @@ class BKTrainer(Trainer):
         windows: Windows,
         bytes_per_token: float,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        ranks: Ranks | None = None,
     ):
-        """tokenizer: saved in each checkpoint, so that it can be evaluated as it is."""
+        """tokenizer: saved in each checkpoint, so that it can be evaluated as it is. ranks: the processes that share
+        each batch; config.batch_size is of all of them."""
         self.run, self.clock, self.bytes_per_token = config, Clock(), bytes_per_token
         self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"
+        self.ranks = ranks or Ranks()
         self.tokens_per_step = config.batch_size * config.accumulate * windows.length
+        self.steps_per_epoch = math.ceil(len(windows) // config.batch_size / config.accumulate)
+        self.order = Shuffled(len(windows), config.seed)
         self.cross_entropy: list[Tensor] = []
-        self.stopped_by: int | None = None
-        self.saving_in: Path | None = None
+        self.losses: list[Tensor] = []  # of this step
+        self.seconds = 0.0  # of the first rank's clock, when all last looked at it
+        self.signalled: int | None = None  # what this process was sent
+        self.stopped_by: int | None = None  # what all of them stop for
         on_gpu = torch.cuda.is_available()
         arguments = TrainingArguments(
             output_dir=str(self.checkpoints),
             max_steps=config.max_steps or NO_STEP_LIMIT,
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=config.batch_size // self.ranks.world,
             gradient_accumulation_steps=config.accumulate,
             learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm,
@@ -127,10 +159,15 @@ class BKTrainer(Trainer):
             use_cpu=not on_gpu,
             dataloader_drop_last=True,
             dataloader_pin_memory=on_gpu,
+            ddp_broadcast_buffers=False,
+            ddp_find_unused_parameters=False,  # every room takes part in every step, with a gradient of 0 if need be
             remove_unused_columns=False,
         )
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
+        # The Trainer's name for a model that comes sharded: it wraps nothing around it, averages the gradients of what
+        # is not sharded, and clips over both. Not said before, since it cannot save such a model's optimizer; we can.
+        self.is_distributed_loading_by_transformers = isinstance(model, FSDPModule)
 
     @property
     def progress(self) -> float:
@@ -138,17 +175,22 @@ class BKTrainer(Trainer):
         return self._progress(self.state.global_step)
 
     def _progress(self, step: int) -> float:
-        seconds = 0.0 if self.run.max_seconds is None else self.clock.seconds / self.run.max_seconds
+        seconds = 0.0 if self.run.max_seconds is None else self.seconds / self.run.max_seconds
         return min(1.0, max(step / (self.run.max_steps or NO_STEP_LIMIT), seconds))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return self.order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         parameters = [p for p in (model or self.network).parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.dim() >= 2]
         others = [p for p in parameters if p.dim() < 2]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": self.run.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
+        for group in groups:
+            group["initial_lr"] = self.run.learning_rate  # where a schedule that goes on looks for it
         betas = (0.9, self.run.beta2)
         self.optimizer = torch.optim.AdamW(groups, lr=self.run.learning_rate, betas=betas, fused=True)
         return self.optimizer
@@ -159,7 +201,7 @@ class BKTrainer(Trainer):
 
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
-        self.lr_scheduler = LambdaLR(optimizer, factor)
+        self.lr_scheduler = LambdaLR(optimizer, factor, last_epoch=self.state.global_step - 1)
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -167,38 +209,62 @@ class BKTrainer(Trainer):
         output = model(**inputs)
         extra = 0.0 if output.aux_loss is None else output.aux_loss.detach()
         self.cross_entropy.append(output.loss.detach() - extra)
-        if not torch.isfinite(output.loss):
-            raise NonFiniteError(
-                f"step {self.state.global_step + 1}: the loss is {output.loss.item()}; no update was made"
-            )
+        self.losses.append(output.loss.detach())
         return (output.loss, output) if kwargs.get("return_outputs") else output.loss
+
+    def check_update(self) -> None:
+        """Before each update, on all ranks: one clock for all, and an error on all where any of them met NaN or
+        infinity."""
+        loss = torch.stack(self.losses).sum()
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        self.losses.clear()
+        found = 3 if torch.isnan(loss) else 2 if torch.isinf(loss) else int(not torch.isfinite(norm))
+        worst, self.seconds = self.ranks.largest(found, self.clock.seconds if self.ranks.is_first else 0.0)
+        if worst:
+            what = ("a gradient is not finite", "the loss is inf", "the loss is nan")[int(worst) - 1]
+            raise NonFiniteError(f"step {self.state.global_step + 1}: {what}; no update was made")
+
+    def check_signals(self) -> None:
+        """After each step, on all ranks: a signal to one of them is a signal to all."""
+        self.stopped_by = int(self.ranks.largest(self.signalled or 0)[0]) or None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.cross_entropy:
-            logs["loss"] = torch.stack(self.cross_entropy).mean().item()
+            logs["loss"] = self.ranks.mean(torch.stack(self.cross_entropy).mean().item())
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
             logs["seconds"] = self.clock.seconds
             self.cross_entropy.clear()
         super().log(logs, *args, **kwargs)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.saving_in or super()._get_output_dir(trial))
+    # ---------------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write beside the checkpoints, move the sealed folder among them, and only then delete old ones."""
-        folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
-        with replacing(folder) as scratch:
-            self.saving_in = scratch
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.saving_in = None
-            for path in (scratch / folder.name).iterdir():
-                path.rename(scratch / path.name)
-            (scratch / folder.name).rmdir()
-            (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; all settings are in config.yaml
-            (scratch / _ELAPSED).write_text(json.dumps({"seconds": self.clock.seconds}))
-        self._delete_old_checkpoints()
+        """All ranks gather, the first one writes: beside the checkpoints, then moved among them sealed, and only then
+        old ones are deleted."""
+        weights = whole_weights(self.network, self.ranks.is_first)
+        moments = whole_moments(self.network, self.optimizer, self.ranks.is_first)
+        with self.ranks.first():
+            if not self.ranks.is_first:
+                return
+            with replacing(self.checkpoints / f"checkpoint-{self.state.global_step}") as scratch:
+                self.network.save_pretrained(scratch, state_dict=weights)
+                if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                    self.processing_class.save_pretrained(scratch)
+                save_moments(moments, scratch)
+                self.state.save_to_json(str(scratch / _STATE))
+                (scratch / _ELAPSED).write_text(json.dumps({"seconds": self.clock.seconds}))
+            self._delete_old_checkpoints()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.network, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_moments(self.network, self.optimizer, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: see :class:`Budget`."""
 
     def _delete_old_checkpoints(self) -> None:
         """Keep the newest ones up to this step: later ones did not verify when this run was resumed."""
@@ -219,7 +285,7 @@ class BKTrainer(Trainer):
         """SIGTERM and Ctrl-C mean: finish the step, save, stop."""
 
         def stop(number: int, frame: Any) -> None:
-            self.stopped_by = number
+            self.signalled = number
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -230,14 +296,14 @@ class BKTrainer(Trainer):
 
     def _load_finished(self, checkpoint: Path) -> None:
         """The end of a run that was killed after its last step; the Trainer would make one step more."""
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        self.network.load_state_dict(ResNetBKForCausalLM.from_pretrained(checkpoint).state_dict())
+        self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
+        load_weights(self.network, checkpoint)
 
     def run_training(self, checkpoint: Path | None) -> None:
         """Train to the end of the budget, from the start or from a verified checkpoint."""
-        elapsed = json.loads((checkpoint / _ELAPSED).read_text())["seconds"] if checkpoint else 0.0
+        self.seconds = json.loads((checkpoint / _ELAPSED).read_text())["seconds"] if checkpoint else 0.0
         with self._signals():
-            self.clock.start(elapsed)
+            self.clock.start(self.seconds)
             try:
                 if checkpoint and self._progress(int(checkpoint.name.rpartition("-")[2])) >= 1:
                     self._load_finished(checkpoint)
@@ -248,17 +314,26 @@ class BKTrainer(Trainer):
 
 
 class Budget(TrainerCallback):
-    """Ends the run, with a checkpoint, when its time is up or a signal came; refuses gradients that are not finite."""
+    """Ends the run, with a checkpoint, when its time is up or a signal came; refuses losses and gradients that are not
+    finite. And it deals out chance: the order of an epoch follows from the seed and the epoch, what rooms draw in a step
+    from the seed, the step and the rank. So there is no state of a generator to save, and a run that goes on draws what
+    it would have drawn."""
 
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.order.epoch = state.global_step // self.trainer.steps_per_epoch
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        numbers = [self.trainer.run.seed, state.global_step, self.trainer.ranks.rank]
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in self.trainer.network.parameters() if p.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise NonFiniteError(f"step {state.global_step + 1}: a gradient is not finite; no update was made")
+        self.trainer.check_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_signals()
         if self.trainer.stopped_by is not None or self.trainer.progress >= 1:
             control.should_save = control.should_training_stop = True
 

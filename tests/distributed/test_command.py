@@ -1,0 +1,142 @@
+"""``resnet-bk train`` by several processes: one of them speaks and writes, and they end together."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from resnet_bk.checkpoint import newest_valid, verify
+from resnet_bk.cli import main
+from resnet_bk.training import run as module
+
+TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 6
+MEASURE = module.measure
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a corpus of 22 files, two of them held out."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(22):
+        (tmp_path / "corpus" / f"{i:02}.py").write_text(f"# file {i}\n" + TEXT)
+    return tmp_path
+
+
+def arguments(place, *more, steps=6):
+    model = ("--model.d_model=16", "--model.n_layers=1", "--model.n_seq=32", "--model.num_experts=1")
+    data = (f"--data.source={place / 'corpus'}", f"--data.cache={place / 'cache'}", f"--output_dir={place / 'run'}")
+    return ["train", *model, *data, "--batch_size=4", "--log_every=2", f"--max_steps={steps}", *more]
+
+
+def command(rank, words, fails_at=None):
+    """Exit code, standard output and standard error. fails_at: (rank, step) at which memory runs out there."""
+    out, err = io.StringIO(), io.StringIO()
+    real, module.measure = module.Budget.on_step_end, lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1)
+
+    def step_end(self, args, state, control, **kwargs):
+        if (rank, state.global_step) == fails_at:
+            raise MemoryError("out of memory")
+        real(self, args, state, control, **kwargs)
+
+    module.Budget.on_step_end = step_end
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main(words)
+            except SystemExit as left:
+                code = left.code
+    finally:
+        module.Budget.on_step_end, module.measure = real, MEASURE
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_two_processes_make_one_run(crew, place):
+    first, second = crew.run(2, command, arguments(place))
+    assert (first[0], second[0]) == (0, 0), first[2]
+    assert "2 processes of 1 threads" in " ".join(first[1].split())
+    assert second[1:] == ("", "")
+    run = place / "run"
+    assert {path.name for path in place.iterdir()} == {"corpus", "cache", "run"}
+    verify(run / "model")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    results = json.loads((run / "results.json").read_text())
+    assert results["training"]["processes"] == 2
+    assert results["held_out"]["documents"] == 2
+
+    (alone,) = crew.run(1, command, arguments(place, f"--output_dir={place / 'alone'}"))
+    assert alone[0] == 0
+    other = [json.loads(line) for line in (place / "alone" / "metrics.jsonl").read_text().splitlines()]
+    for line, as_one in zip(lines, other, strict=True):
+        assert line["bits_per_byte"] == pytest.approx(as_one["bits_per_byte"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(as_one["grad_norm"], rel=1e-4)
+
+    first, second = crew.run(2, command, arguments(place))
+    assert (first[0], second[0]) == (2, 1)
+    assert "holds a run already" in first[2]
+    assert second[1:] == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--batch_size=5",), "train.batch_size: got 5, allowed a multiple of 2, the number of processes"),
+        (("--report_to=nonesuch",), "train.report_to: got 'nonesuch'"),
+        (("--learning_rate=-1",), "train.learning_rate: got -1.0"),
+    ],
+)
+def test_bad_input_is_one_line_of_one_process(crew, place, more, message):
+    first, second = crew.run(2, command, arguments(place, *more))
+    assert first[0] == 2
+    assert message in first[2]
+    assert first[2].count("\n") == 1
+    assert second[0] in (1, 2)
+    assert second[1:] == ("", "")
+
+
+def test_only_train_shares_its_work(crew, place):
+    first, second = crew.run(2, command, ["eval", str(place)])
+    assert first[0] == second[0] == 2
+    assert "eval: got 2 processes, allowed 1" in first[2]
+
+
+def test_a_process_that_fails_takes_the_others_along(crew, place):
+    first, second = crew.run(2, command, arguments(place, steps=10**6), (1, 3))
+    assert second[0] == first[0] == 1
+    assert "out of memory" in second[2]
+    assert "another process of this run has ended" in first[2]
+
+
+def workers_of(process):
+    """Processes that it started."""
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "resnet_bk" in line]
+
+
+def test_torchrun_and_a_signal_to_one_of_its_processes(crew, place):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "resnet_bk"]
+    words = [*launcher, *arguments(place, "--save_every=5", steps=10**6)]
+    with (place / "log.txt").open("w") as log:
+        process = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 90
+        while not list(place.glob("run/checkpoints/checkpoint-*")):
+            assert process.poll() is None, (place / "log.txt").read_text()
+            assert time.monotonic() < until, (place / "log.txt").read_text()
+            time.sleep(0.1)
+        os.kill(workers_of(process)[-1], signal.SIGTERM)
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
+    text = (place / "log.txt").read_text()
+    assert text.count("stopped by signal 15; saved. Go on with") == 1, text
+    stopped = int(newest_valid(place / "run" / "checkpoints", pytest.fail).name.rpartition("-")[2])
+    (resumed,) = crew.run(1, command, arguments(place, "--resume=true", "--log_every=1", steps=stopped + 2))
+    assert resumed[0] == 0, resumed[2]
+    assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == stopped + 2
