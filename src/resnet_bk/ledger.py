@@ -23,7 +23,7 @@ from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
 from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.model import LanguageModel, ModelOutput
-from resnet_bk.ops.packing import Packing
+from resnet_bk.ops.packing import Packing, room
 from resnet_bk.record import Record
 
 LAYERS = (Block, MultiScale, LearnedLength, AdaptiveDepth)
@@ -166,7 +166,9 @@ class Ledger:
         each = torch.where(computed, scan, fill).double()
         reads = 2.0 * mixer.qk_proj.weight.numel()
         self._add_each(each + reads * record.kept.double(), "mixer")
-        self._add_filling(reads * int((~Packing(record.kept, TILE).mask).sum()), "mixer")
+        assert mixer.sparse is not None
+        sites = Packing(record.kept, TILE, room(mixer.sparse.settings.bound, record.kept.shape[1]))
+        self._add_filling(reads * int((~sites.mask).sum()), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
         each = 2.0 * (experts.up[0].numel() + experts.down[0].numel())
@@ -176,7 +178,9 @@ class Ledger:
     def _settle(self, frame: _Frame) -> None:
         """Give what a layer ran to the tokens at its positions."""
         real = torch.ones_like(frame.ids, dtype=torch.bool) if frame.mask is None else frame.mask
-        each = real.double() * frame.evenly / real.sum().clamp(min=1)
+        number = int(real.sum())
+        each = real.double() * frame.evenly / max(1, number)
+        self.unused += 0.0 if number else frame.evenly
         if frame.each is not None:
             each = each + frame.each
         self.by_token.index_add_(0, torch.where(real, place_of(frame.ids), 0).flatten(), each.flatten())
