@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check soak bench clean
+.PHONY: demo test check soak bench gpu clean
 
 # torch first and alone: asked for together with other packages, pip may choose a build with CUDA.
 .venv/installed: pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ soak: .venv/installed
 
 bench: .venv/installed
 	cd benchmarks && for name in ops decode mixers tinyshakespeare multiscale length depth sparsity experts together peers; do ../$(BIN)/python $$name.py || exit; done
+
+# All of it on one GPU, ten minutes; whatever torch the environment has is left as it is.
+gpu: .venv/installed
+	cd benchmarks && ../$(BIN)/python gpu.py --out ../runs/gpu.md
 
 clean:
 	rm -rf .venv

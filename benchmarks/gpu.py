@@ -11,7 +11,7 @@ import sys
 import torch
 from common import arguments, conditions
 from gpu_kernels import copy_bandwidth, kernels, mixers
-from gpu_models import MODELS, decoding, memory, training
+from gpu_models import MODELS, cached_decoding, decoding, memory, training
 from gpu_page import Machine, Page
 
 from resnet_bk.ops import available_backends
@@ -32,7 +32,8 @@ def main() -> None:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no CUDA device here; --device cpu --quick runs all parts in miniature")
     machine = Machine(options.device, options.quick, options.compile)
-    seconds = {part: 60 * options.minutes * share for part, share in SHARES.items()}
+    minutes = float("inf") if options.quick else options.minutes
+    seconds = {part: 60 * minutes * share for part, share in SHARES.items()}
     each = options.train_seconds or (2 if options.quick else max(5, seconds["training"] / len(MODELS) - COMPILING))
     page = Page(options.out)
     page.add("# On one GPU\n\n" + conditions("python benchmarks/gpu.py " + " ".join(sys.argv[1:])))
@@ -46,7 +47,8 @@ def main() -> None:
         page.section(f"Kernels: {backend}", machine, seconds["kernels"] / len(backends), part)
     page.section("Mixer layers", machine, seconds["mixers"], mixers(machine))
     page.section("Training", machine, seconds["training"], training(machine, each))
-    page.section("Decoding", machine, seconds["decoding"], decoding(machine))
+    page.section("Decoding", machine, seconds["decoding"] / 2, decoding(machine))
+    page.section("Decoding: a Transformer", machine, seconds["decoding"] / 2, cached_decoding(machine))
     page.section("A million tokens", machine, seconds["memory"], memory(machine))
     sys.exit(int(page.failed))
 

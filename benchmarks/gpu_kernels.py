@@ -80,12 +80,12 @@ def worst(got: list[Tensor], expected: list[Tensor]) -> float:
     return max(errors)
 
 
-class Red(AssertionError):
+class WrongNumbersError(AssertionError):
     """A backend whose numbers are wrong; no speed is measured of it."""
 
 
 def checked(machine: Machine, backend: str) -> Iterator[str]:
-    """Outputs and all gradients against the dense float64 definition, and at a model's sizes against chunked float64."""
+    """Outputs and all gradients against the dense float64 definition; at a model's sizes against chunked float64."""
     short, long = (2, 33) if machine.quick else (2, 33, 130), 100 if machine.quick else 4097
     wrong = []
     yield table(["regime", "N", "against", *(f"{kind}: relative error" for kind in ("float64", "float32"))], [])
@@ -105,7 +105,7 @@ def checked(machine: Machine, backend: str) -> Iterator[str]:
                     wrong.append(f"{regime}, N = {n}, {dtype}: {errors[dtype]:.1e} where {allowed:.0e} is allowed")
             yield table_row([regime, f"{n:,}", against, *(f"{error:.1e}" for error in errors.values())])
     if wrong:
-        raise Red("; ".join(wrong))
+        raise WrongNumbersError("; ".join(wrong))
 
 
 # ------------------------------------------------------------------------------------------------- fast

@@ -69,11 +69,13 @@ def training(machine: Machine, seconds: float) -> Iterator[str]:
     ids, _ = stdlib_ids()
     rows = held_out()[: 2 if machine.quick else None]
     torch._dynamo.config.recompile_limit = 64  # blocks meet several widths, masks and modes
-    yield f"Default corpus, {len(ids):,} bytes. {seconds:.0f} s of training each, what is compiled before not counted; "
-    yield f"{batch} x {length:,} bytes a step, AdamW, cosine, bfloat16 by autocast, blocks compiled. MFU: the operations "
-    yield "of a forward pass (ours by the ledger, as they ran; the Transformer's with causal attention) times three, as "
-    yield f"a share of the {machine.name}'s dense bfloat16 peak. {rows.numel():,} held-out bytes in windows of "
-    yield f"{WINDOW:,}.\n\n"
+    yield (
+        f"Default corpus, {len(ids):,} bytes. {seconds:.0f} s of training each, what is compiled before not counted; "
+        f"{batch} x {length:,} bytes a step, AdamW, cosine, bfloat16 by autocast, blocks compiled. MFU: the operations "
+        "of a forward pass (ours by the ledger, as they ran; the Transformer's with causal attention), times three, as "
+        f"a share of the dense bfloat16 peak of {machine.name}. {rows.numel():,} held-out bytes in windows of "
+        f"{WINDOW:,}.\n\n"
+    )
     header = ["model", "parameters", "learning rate", "steps", "passes over the corpus", "thousand tokens/s", "MFU, %"]
     yield table([*header, "MFLOPs a byte, forward", "peak GiB", "bits per byte"], [])
     for name, (make, rate) in MODELS.items():
@@ -92,9 +94,10 @@ def training(machine: Machine, seconds: float) -> Iterator[str]:
             with machine.autocast():
                 return peer.loss(x.to(machine.device), y.to(machine.device))
 
-        draw, found = batches(ids, batch, length, seed=0), {}
+        found: dict[str, float] = {}
 
-        def run(found: dict[str, float] = found, loss_of: Any = loss_of, peer: Peer = peer, draw: Any = draw) -> None:
+        def run(found: dict[str, float] = found, loss_of: Any = loss_of, peer: Peer = peer, rate: float = rate) -> None:
+            draw = batches(ids, batch, length, seed=0)
             found |= train(loss_of, peer.model, draw, seconds=seconds, learning_rate=rate, first=(batch, length))
 
         peak = machine.peak_gib(run)
@@ -119,12 +122,13 @@ def _logits(machine: Machine, peer: Peer, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decoding(machine: Machine) -> Iterator[str]:
-    """Steps of the plain model and of the adaptive one, of constant cost, beside a Transformer's with its cache."""
-    steps = 4 if machine.quick else 100
-    contexts, many = ((16, 64), 2) if machine.quick else ((1_000, 100_000), 64)
-    yield "Untrained weights in bfloat16; greedy, tokens stay on the device. Graph: the step replayed as one CUDA graph "
-    yield f"(on a CPU it runs as it is). The Transformer's cache is static. Median of {steps} steps at each context.\n\n"
-    yield table(["model", "context", "sequences", "ms a step", "tokens/s", "state or cache, MiB"], [])
+    """Steps of the plain model and of the adaptive one, whose cost does not depend on the context."""
+    contexts, many = _contexts(machine)
+    yield (
+        "Untrained weights in bfloat16; greedy, tokens stay on the device. Graph: the step replayed as a CUDA graph "
+        f"(on a CPU it runs as it is); called: kernel by kernel. Mean of {_steps_of(machine)} steps, median of 3.\n\n"
+    )
+    yield table(STEP_HEADER, [])
     for name, make in (("plain", plain), ("adaptive", adaptive)):
         model = make(machine).model.to(machine.device, torch.bfloat16).eval()
         state, done = None, 0
@@ -133,14 +137,19 @@ def decoding(machine: Machine) -> Iterator[str]:
                 state = model(piece, state=state, logits=False).state
             done = context
             for batch in (1, many):
-                many_states = pytree.tree_map(lambda s, b=batch: s.expand(b, *s.shape[1:]).clone(), state)
-                ways = {"graph": StaticStep(model, many_states)}
-                if context == contexts[0] and batch == 1 and name == "plain":
-                    ways["called"] = Called(model, many_states)
-                held = sum(x.numel() * x.element_size() for x in pytree.tree_leaves(many_states))
-                for way, step in ways.items():
-                    yield _steps(machine, f"{name}, {way}", context, batch, steps, step, held)
-    yield from _transformer_steps(machine, contexts, many, steps)
+                start = pytree.tree_map(lambda s, b=batch: s.expand(b, *s.shape[1:]).clone(), state)
+                held = sum(x.numel() * x.element_size() for x in pytree.tree_leaves(start))
+                for way, kind in (("called", Called), ("graph", StaticStep)):
+                    yield _measured(machine, f"{name}, {way}", context, batch, kind(model, start), held)
+
+
+def _contexts(machine: Machine) -> tuple[tuple[int, int], int]:
+    """Tokens before the steps, and how many sequences beside one."""
+    return ((16, 64), 2) if machine.quick else ((1_000, 100_000), 64)
+
+
+def _steps_of(machine: Machine) -> int:
+    return 4 if machine.quick else 100
 
 
 class Called:
@@ -156,17 +165,18 @@ class Called:
 
 
 class CachedStep:
-    """A step of a transformers model in a static cache that is full up to `context`; as a graph on a GPU."""
+    """A step of a transformers model in a static cache that is full up to `context`."""
 
-    def __init__(self, model: torch.nn.Module, batch: int, context: int, new: int, device: torch.device):
-        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=context + new)
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._run()
+    def __init__(self, model: torch.nn.Module, batch: int, context: int, room: int, graph: bool):
+        """room: positions of the cache. graph: whether it is captured and replayed."""
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=room)
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self._run()  # makes the buffers
         for layer in self.cache.layers:
             layer.keys.normal_()
             layer.values.normal_()
         self._at(context - 4)
-        self.graph, self.logits = captured(self._run) if device.type == "cuda" else (None, None)
+        self.graph, self.logits = captured(self._run) if graph else (None, None)
         self._at(context)
 
     def _at(self, position: int) -> None:
@@ -184,34 +194,44 @@ class CachedStep:
         return self.logits
 
 
-def _transformer_steps(machine: Machine, contexts: tuple[int, int], many: int, steps: int) -> Iterator[str]:
+@torch.no_grad()
+def cached_decoding(machine: Machine) -> Iterator[str]:
+    """Steps of a Transformer with its cache of keys and values."""
     model = transformer(machine).model.to(machine.device, torch.bfloat16).eval()
+    contexts, many = _contexts(machine)
     width, layers, _ = sizes(machine)
-    for context in contexts:
-        for batch in (1, many):
-            room = context + 2 * steps + 8
-            held = 2 * 2 * layers * batch * room * width
-            free = torch.cuda.mem_get_info(machine.device)[0] if machine.on_gpu else 2**40
-            if held > 0.8 * free:
-                why = f"does not fit: {held / 2**30:,.0f} GiB"
-                yield table_row(["Transformer, graph", f"{context:,}", batch, why, "", f"{held / 2**20:,.1f}"])
-                continue
-            step = CachedStep(model, batch, context, room - context, machine.device)
-            yield _steps(machine, "Transformer, graph", context, batch, steps, step, held)
-            del step
+    yield "As above, with a static cache that random keys and values fill up to the context.\n\n"
+    yield table(STEP_HEADER, [])
+    for way in ("called", "graph"):
+        for context in contexts:
+            for batch in (1, many):
+                room = context + 5 * _steps_of(machine)
+                held = 2 * 2 * layers * batch * room * width
+                if machine.on_gpu and held > 0.8 * torch.cuda.mem_get_info(machine.device)[0]:
+                    why = f"does not fit: {held / 2**30:,.0f} GiB"
+                    yield table_row([f"Transformer, {way}", f"{context:,}", batch, why, "", f"{held / 2**20:,.1f}"])
+                    continue
+                step = CachedStep(model, batch, context, room, way == "graph" and machine.on_gpu)
+                yield _measured(machine, f"Transformer, {way}", context, batch, step, held)
+                del step
+                machine.forget()
 
 
-def _steps(
-    machine: Machine, name: str, context: int, batch: int, steps: int, step: Callable[[Tensor], Tensor], held: int
+STEP_HEADER = ["model", "context", "sequences", "ms a step", "tokens/s", "state or cache, MiB"]
+
+
+def _measured(
+    machine: Machine, name: str, context: int, batch: int, step: Callable[[Tensor], Tensor], held: int
 ) -> str:
-    """A row: `steps` steps one after the other, the host waiting at the end of them only."""
+    """A row: steps one after the other, the host waiting at the end of them only."""
     token = torch.zeros(batch, 1, dtype=torch.int64, device=machine.device)
+    steps = _steps_of(machine)
 
     def run() -> None:
         for _ in range(steps):
             token.copy_(step(token).argmax(-1, keepdim=True))
 
-    seconds = machine.seconds(run, repeats=1, warmup=0) / steps
+    seconds = machine.seconds(run, repeats=3, warmup=1) / steps
     return table_row(
         [name, f"{context:,}", batch, f"{1e3 * seconds:.3f}", f"{batch / seconds:,.0f}", f"{held / 2**20:,.1f}"]
     )
@@ -223,8 +243,10 @@ def _steps(
 def memory(machine: Machine) -> Iterator[str]:
     """Forward and backward of a million bytes in one sequence."""
     width, tokens = (32, 1_000) if machine.quick else (256, 2**20)
-    yield f"One sequence of {tokens:,} random bytes, D = {width}, bfloat16 by autocast, forward and backward. Again: each "
-    yield "block's forward pass is run again in the backward one, so that only its input is kept.\n\n"
+    yield (
+        f"One sequence of {tokens:,} random bytes, D = {width}, bfloat16 by autocast, forward and backward. Run again: "
+        "each block's forward pass is repeated in the backward one, so that only its input is kept.\n\n"
+    )
     yield table(["blocks", "run again", "parameters", "seconds", "thousand tokens/s", "peak GiB"], [])
     ids = torch.randint(VOCABULARY, (1, tokens + 1), device=machine.device)
     for blocks, again in ((8, True), (2, False)):

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import os
 import statistics
 import time
 import traceback
@@ -71,6 +70,12 @@ class Machine:
 
         return statistics.median(seconds_of(whole, 2 if self.quick else repeats, 1 if self.quick else warmup))
 
+    def forget(self) -> None:
+        """Give back memory that nothing uses."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
     def peak_gib(self, run: Callable[[], Any]) -> float:
         """GiB of the card's memory at its highest while it ran; nan on a CPU."""
         if not self.on_gpu:
@@ -95,7 +100,7 @@ class Page:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             scratch = self.out.with_suffix(".partial")
             scratch.write_text(self.text)
-            os.replace(scratch, self.out)
+            scratch.replace(self.out)
 
     def section(self, title: str, machine: Machine, seconds: float, parts: Iterator[str]) -> None:
         """Whatever comes of it: an error is written down, and the page goes on. seconds: what it should take."""
@@ -109,7 +114,5 @@ class Page:
             self.failed = True
             self.add(f"\n**Failed here; what is above stands.**\n\n```\n{traceback.format_exc()}```\n")
         self.add(f"\nThis part took {time.perf_counter() - started:.0f} s.\n")
-        gc.collect()
         torch.compiler.reset()
-        if machine.on_gpu:
-            torch.cuda.empty_cache()
+        machine.forget()

@@ -80,10 +80,10 @@ def test_autocast_is_the_same_in_a_static_step():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"multiscale": CHUNKS}, "multiscale decides.*set model.multiscale.bound,"),
+        ({"multiscale": CHUNKS}, "multiscale decides.*set model.multiscale.bound, or"),
         (
             {"depth": {"policy": "act"}, "sparsity": {"target": 0.5}},
-            "depth, sparsity decides.*model.depth.bound and model.sparsity.bound",
+            "depth, sparsity decides.*set model.depth.bound and set model.sparsity.bound",
         ),
         ({"length": {"bins": 4}}, "length decides.*leave model.length out"),
     ],

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from resnet_bk.config import ROOMS
 from resnet_bk.layers.feedforward import computed_in
 from resnet_bk.model import LanguageModel
+
+REMEDIES = {name: f"set model.{name}.bound" for name in ROOMS} | {"length": "leave model.length out"}
 
 
 class StaticStep:
@@ -36,9 +39,8 @@ class StaticStep:
         """
         if waiting := model.config.waiting:
             raise ValueError(
-                f"model: the host waits for what {', '.join(waiting)} decides, so no step is the same work as the last; "
-                f"set {' and '.join(f'model.{name}.bound' for name in waiting if name != 'length') or 'it'}"
-                f"{' and leave model.length out' if 'length' in waiting else ''}, or decode by calling the model"
+                f"model: the host waits for what {', '.join(waiting)} decides, so steps are not all the same work; "
+                f"{' and '.join(REMEDIES[name] for name in waiting)}, or decode by calling the model"
             )
         self.model = model
         self.state = pytree.tree_map(torch.clone, list(state))

@@ -357,7 +357,7 @@ def open_chunk_forgotten(model: LanguageModel, monkeypatch) -> None:
 def batch_steps_together(model: LanguageModel, monkeypatch) -> None:
     """Where any row's chunk closes, the inner stack steps for every row."""
 
-    def inside(self, coarse, chunks, ids, state):
+    def inside(self, coarse, chunks, ids, state, whole):
         return self.inner(coarse, chunks.ends.pack(ids), state, None)
 
     monkeypatch.setattr(multiscale.MultiScale, "_inside", inside)
@@ -436,7 +436,7 @@ def halted_token_still_mixes(model: LanguageModel, monkeypatch) -> None:
     """Positions that have stopped change no more, but stay in the chains of the later blocks."""
 
     class Everyone(Packing):
-        def __init__(self, keep, tile=1):
+        def __init__(self, keep, tile=1, bound=None):
             super().__init__(keep if keep.shape[1] == 1 else torch.ones_like(keep), tile)
 
     monkeypatch.setattr(depth, "Packing", Everyone)
@@ -457,7 +457,7 @@ def as_deep_as_the_deepest(model: LanguageModel, monkeypatch) -> None:
     """Where any row of the batch goes on, all do."""
 
     class Together(Packing):
-        def __init__(self, keep, tile=1):
+        def __init__(self, keep, tile=1, bound=None):
             super().__init__(keep.any(0, keepdim=True).expand_as(keep), tile)
 
     monkeypatch.setattr(depth, "Packing", Together)

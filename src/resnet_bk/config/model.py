@@ -264,8 +264,8 @@ class ModelConfig:
 
     @property
     def waiting(self) -> list[str]:
-        """Those among :attr:`rooms` that have the host wait for what they decide: without a bound, or, as learned length,
-        always. Experts do not where they compute in bfloat16 on a GPU."""
+        """Those among :attr:`rooms` that have the host wait for what they decide: without a bound, or, learned length,
+        always. Experts, in bfloat16 on a GPU, do not."""
         return [
             name for name in self.rooms if name != "experts" and getattr(getattr(self, name), "bound", None) is None
         ]
