@@ -3,7 +3,7 @@
 The past of a chain reaches its future through very little: g of the last site, the state S, and the last inputs of the
 short convolution. A piece changes what enters it by a map of the same size - a Moebius map of g, a decay of S - so
 each process computes the map of its own piece, all maps are gathered, and every process composes those of the pieces
-before its own. No process waits for another one's piece to be done (README, section 6).
+before its own. No process waits for another one's piece to be done (README, section 7).
 
 Dimensions: B batch, N sites of this process's piece, H chains, K key width, V value width, P processes.
 """
