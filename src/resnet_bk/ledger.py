@@ -178,7 +178,7 @@ class Ledger:
     def _settle(self, frame: _Frame) -> None:
         """Give what a layer ran to the tokens at its positions."""
         real = torch.ones_like(frame.ids, dtype=torch.bool) if frame.mask is None else frame.mask
-        number = int(real.sum())
+        number = real.numel() if frame.mask is None else int(real.sum())
         each = real.double() * frame.evenly / max(1, number)
         self.unused += 0.0 if number else frame.evenly
         if frame.each is not None:
