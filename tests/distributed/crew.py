@@ -11,7 +11,7 @@ PATIENCE = 60  # seconds that a job may take
 
 
 def _work(rank, world, connection):
-    os.environ |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     import torch
 
     torch.set_num_threads(1)
@@ -27,7 +27,11 @@ def _job(module, name, arguments, rank, size, meeting):
     import torch
     from torch import distributed as dist
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    for name, value in place.items():  # as a launcher says it; it says nothing to a process that is alone
+        os.environ.pop(name, None)
+        if size > 1:
+            os.environ[name] = str(value)
     function = getattr(importlib.import_module(module), name)
     torch.manual_seed(0)
     if size > 1:

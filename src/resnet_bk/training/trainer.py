@@ -159,7 +159,6 @@ class BKTrainer(Trainer):
             use_cpu=not on_gpu,
             dataloader_drop_last=True,
             dataloader_pin_memory=on_gpu,
-            ddp_broadcast_buffers=False,
             ddp_find_unused_parameters=False,  # every room takes part in every step, with a gradient of 0 if need be
             remove_unused_columns=False,
         )
@@ -180,6 +179,16 @@ class BKTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.order
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Of a sharded model, while batches accumulate."""
+        assert isinstance(self.network, FSDPModule)
+        self.network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.network.set_requires_gradient_sync(True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         parameters = [p for p in (model or self.network).parameters() if p.requires_grad]
@@ -315,9 +324,8 @@ class BKTrainer(Trainer):
 
 class Budget(TrainerCallback):
     """Ends the run, with a checkpoint, when its time is up or a signal came; refuses losses and gradients that are not
-    finite. And it deals out chance: the order of an epoch follows from the seed and the epoch, what rooms draw in a step
-    from the seed, the step and the rank. So there is no state of a generator to save, and a run that goes on draws what
-    it would have drawn."""
+    finite. And it deals out chance: the order of an epoch follows from seed and epoch, what rooms draw in a step from
+    seed, step and rank. So no state of a generator is saved, and a run that goes on draws what it would have drawn."""
 
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
