@@ -111,7 +111,7 @@ def test_several_techniques_and_experts_are_one_graph_in_bfloat16():
 def test_without_a_bound_shapes_follow_the_text(name):
     """The planted bug of the tests above: they can fail."""
     model = make(ROOMS[name][0])
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         torch.compile(loss_of(model), fullgraph=True, backend="aot_eager")(text()[:, :-1], text()[:, 1:])
 
 
@@ -130,11 +130,12 @@ def test_a_bound_changes_no_number(name, training):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, section) in ROOMS.items() if section])
+@pytest.mark.parametrize("name", ["words", "act", "skip", "exit", "sparse"])
 def test_what_does_not_fit_is_an_error(name):
-    model = make(bounded(*ROOMS[name], bound=0.05))
+    model, ids = make(bounded(*ROOMS[name], bound=0.05)), text()
+    ids[:, ::2] = 35  # more words than a tile has rows
     with pytest.raises(RuntimeError, match="more positions selected than there is room for"):
-        model(text())
+        model(ids)
 
 
 def test_a_bound_is_a_share():

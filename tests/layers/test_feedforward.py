@@ -60,14 +60,19 @@ def test_the_balancing_loss_moves_tokens_away_from_a_crowded_expert():
     assert largest_share() < 0.5
 
 
-def test_padding_is_neither_computed_nor_balanced():
-    experts = Experts(ModelConfig(d_model=8, num_experts=4, top_k=2))
+@pytest.mark.parametrize("policy", ["top_k", "top_p"])
+def test_padding_is_neither_computed_nor_balanced(policy):
+    settings = ExpertsConfig(policy=policy, least=2, most=2)
+    experts = Experts(ModelConfig(d_model=8, num_experts=4, top_k=2, experts=settings))
     x = torch.randn(2, 6, 8)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     y, (record,) = experts(x, mask)
     alone, (expected,) = experts(x[mask].unsqueeze(0), None)
     torch.testing.assert_close(y[mask], alone[0])
-    torch.testing.assert_close(record.losses["balance"], expected.losses["balance"])
+    torch.testing.assert_close(record.losses, expected.losses)
+    for loss in record.losses.values():
+        (gradient,) = torch.autograd.grad(loss, experts.router.weight, retain_graph=True)
+        assert gradient.isfinite().all()
     assert (y[~mask] == 0).all()
     assert (record.used == 2 * mask).all()
     assert record.load.sum() == 18

@@ -72,7 +72,7 @@ class Experts(nn.Module):
         real = tokens.new_ones(len(tokens), dtype=torch.bool) if mask is None else mask.flatten()
         exact = torch.promote_types(x.dtype, torch.float32)
         logits = self.router(_whole_tiles(tokens))[: len(tokens)].to(exact)
-        probabilities = logits.softmax(-1) * real.unsqueeze(-1)  # (T, A)
+        probabilities = logits.softmax(-1)  # (T, A)
         chosen, takes = self._choose(logits, probabilities)  # (T, K)
         takes = takes & real.unsqueeze(-1)
         works = takes & (chosen < self.experts + self.settings.identity)  # the others return zero
@@ -85,10 +85,10 @@ class Experts(nn.Module):
         source, expert = source[: len(results)], expert[: len(results)]
         gates = F.pad(probabilities, (0, 1))[source, expert].unsqueeze(-1).to(x.dtype)
         y = torch.zeros_like(tokens).index_add(0, source, results * gates)
-        used, load, number = (takes & (chosen < self.experts)).sum(-1), counts[: self.experts], real.sum()
-        losses = self._losses(probabilities, load, used, number)
+        used, load = (takes & (chosen < self.experts)).sum(-1), counts[: self.experts]
+        losses = self._losses(probabilities, load, used, real)
         return y.view_as(x), [
-            ExpertsRecord(losses=losses, used=used.view(x.shape[:2]), load=load, tokens=number),
+            ExpertsRecord(losses=losses, used=used.view(x.shape[:2]), load=load, tokens=real.sum()),
         ]
 
     def _choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,13 +103,13 @@ class Experts(nn.Module):
         takes[:, : self.settings.least] = True
         return chosen, takes
 
-    def _losses(self, probabilities: Tensor, counts: Tensor, used: Tensor, number: Tensor) -> dict[str, Tensor]:
+    def _losses(self, probabilities: Tensor, counts: Tensor, used: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Of computing experts "balance", E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4), 1 where all are
         equally busy; balanced by bias, that value with the gradient of the bias alone (Wang et al. 2024,
         arXiv:2408.15664). And "cost", of top_p: see :class:`resnet_bk.config.ExpertsConfig`."""
-        number = number.clamp(min=1)
+        number = real.sum().clamp(min=1)
         share = counts / counts.sum().clamp(min=1)
-        computing = probabilities[:, : self.experts]
+        computing = probabilities[:, : self.experts] * real.unsqueeze(-1)
         balance = self.experts * (share * computing.sum(0)).sum() / computing.sum().clamp(min=1e-9)
         if self.load_bias is not None:
             moved = (self.load_bias * (share - 1 / self.experts).sign()).sum()
@@ -118,7 +118,7 @@ class Experts(nn.Module):
         if self.settings.policy == "top_p":
             above = used.sum() / number - self.settings.target
             price = (above / BAND).clamp(-1, 1) if self.settings.target else 1.0
-            entropy = torch.special.entr(probabilities).sum() / math.log(max(2, self.all))
+            entropy = (torch.special.entr(probabilities).sum(-1) * real).sum() / math.log(max(2, self.all))
             losses["cost"] = price * (entropy + computing.sum()) / number
         return losses
 
