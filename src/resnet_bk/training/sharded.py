@@ -39,8 +39,8 @@ def shard(model: nn.Module, mesh: dist.DeviceMesh | None = None) -> nn.Module:
 
 
 def recompute(model: nn.Module) -> nn.Module:
-    """Have every block keep its input alone and compute the rest again in backward: the same gradients for a third
-    more time and a fraction of the memory. Changed in place."""
+    """Have every block keep its input alone and compute the rest again in backward: the same gradients for another
+    forward pass and a fraction of the memory. Changed in place."""
     for module in model.modules():
         if isinstance(module, Block):
             module.recomputes = True
