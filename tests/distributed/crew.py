@@ -28,10 +28,10 @@ def _job(module, name, arguments, rank, size, meeting):
     from torch import distributed as dist
 
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    for name, value in place.items():  # as a launcher says it; it says nothing to a process that is alone
-        os.environ.pop(name, None)
+    for variable, value in place.items():  # as a launcher says it; it says nothing to a process that is alone
+        os.environ.pop(variable, None)
         if size > 1:
-            os.environ[name] = str(value)
+            os.environ[variable] = str(value)
     function = getattr(importlib.import_module(module), name)
     torch.manual_seed(0)
     if size > 1:

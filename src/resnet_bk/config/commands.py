@@ -76,7 +76,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of matrix products; the recurrence stays in float32. bfloat16 pays where the machine has it."""
     activation_checkpointing: bool = False
-    """Compute the insides of blocks again in backward instead of keeping them: less memory, about a third more time."""
+    """Compute the insides of blocks again in backward instead of keeping them: less memory, one more forward pass."""
     shard: bool = False
     """Of several processes, each keeps a part of weights and optimizer (FSDP2) instead of all of them."""
     seed: int = 0

@@ -115,8 +115,13 @@ def load(path: str, threshold: float | None = None) -> tuple[ResNetBKForCausalLM
             raise ConfigError(f"depth_threshold: got {threshold}, but {folder} has no adaptive depth; leave it out")
         for room in rooms:
             room.threshold = threshold
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), load_tokenizer(str(folder))
+    return on_device(model).eval(), load_tokenizer(str(folder))
+
+
+def on_device(model: ResNetBKForCausalLM) -> ResNetBKForCausalLM:
+    """On this process's GPU, where there is one."""
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
 def token_cache(data: DataConfig) -> Path:
@@ -176,7 +181,7 @@ def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> 
     if config.activation_checkpointing:
         recompute(model)
     if config.shard and ranks.world > 1:
-        shard(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+        shard(on_device(model))
     with ranks.first():
         try:
             trainer = BKTrainer(model, config, windows, bytes_per_token, tokenizer, ranks)
@@ -200,7 +205,7 @@ def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> 
     if not ranks.is_first:
         return {}
     if config.shard and ranks.world > 1:
-        model = ResNetBKForCausalLM(model.config).to(model.device)
+        model = on_device(ResNetBKForCausalLM(model.config))
         model.load_state_dict(weights)
     with replacing(folder / MODEL) as scratch:
         model.save_pretrained(scratch)

@@ -39,8 +39,8 @@ def shard(model: nn.Module, mesh: dist.DeviceMesh | None = None) -> nn.Module:
 
 
 def recompute(model: nn.Module) -> nn.Module:
-    """Have every block keep its input alone and compute the rest again in backward: the same gradients for a third
-    more time and a fraction of the memory. Changed in place."""
+    """Have every block keep its input alone and compute the rest again in backward: the same gradients for another
+    forward pass and a fraction of the memory. Changed in place."""
     for module in model.modules():
         if isinstance(module, Block):
             module.recomputes = True
@@ -56,7 +56,11 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup | None = None
 
     Raises:
         ConfigError: the model is bidirectional, or a room decides about positions, which would cross pieces.
+        ValueError: no group, and none was initialised.
     """
+    group = group or dist.group.WORLD
+    if group is None:
+        raise ValueError("group: got none; call torch.distributed.init_process_group first")
     config = model.config
     rooms = {
         "multiscale": bool(config.multiscale.factors),
@@ -72,5 +76,5 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup | None = None
         raise ConfigError("model.causal: got False, allowed True for sequences that are split over processes")
     for module in model.modules():
         if isinstance(module, Mixer):
-            module.pieces = Pieces(group or dist.group.WORLD)
+            module.pieces = Pieces(group)
     return model

@@ -251,6 +251,7 @@ class BKTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """All ranks gather, the first one writes: beside the checkpoints, then moved among them sealed, and only then
         old ones are deleted."""
+        assert self.optimizer is not None
         weights = whole_weights(self.network, self.ranks.is_first)
         moments = whole_moments(self.network, self.optimizer, self.ranks.is_first)
         with self.ranks.first():
@@ -270,6 +271,7 @@ class BKTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            assert self.optimizer is not None
             load_moments(self.network, self.optimizer, Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
