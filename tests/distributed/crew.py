@@ -7,7 +7,7 @@ import sys
 import traceback
 from datetime import timedelta
 
-PATIENCE = 60  # seconds that a job may take
+PATIENCE = 180  # seconds that a job may take, the first one compiling kernels
 
 
 def _work(rank, world, connection):

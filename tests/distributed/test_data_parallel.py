@@ -206,6 +206,7 @@ def by_the_clock(rank, folder, settings, own=False):
 
     if own:
         trainer.check_update = check
+        trainer.add_callback(At(after=lambda step: step == 4 and signal.raise_signal(signal.SIGTERM)))
     try:
         trainer.run_training(None)
         return trainer.state.global_step, trainer.seconds, real.fget(trainer.clock), outcome(trainer)
@@ -221,7 +222,8 @@ def test_all_ranks_go_by_one_clock(crew, tmp_path):
 
 
 def test_a_clock_for_each_rank_is_seen(crew, tmp_path):
-    one, two = crew.run(2, by_the_clock, str(tmp_path), {"max_seconds": 10.0}, True)
+    settings = {"max_steps": None, "max_seconds": 10.0, "warmup": 1.0}
+    one, two = crew.run(2, by_the_clock, str(tmp_path), settings, True)
     with pytest.raises(AssertionError):
         assert_alike(one[3], two[3], rtol=0)
 

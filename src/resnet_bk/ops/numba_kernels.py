@@ -295,11 +295,12 @@ def _conv_backward(grad, x, weight, grad_x, grad_weight):
 
 def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
-    _conv_forward(*arrays(x, weight, y))
+    # a copy: the storage of a parameter that numpy has seen could not be freed any more, as sharding does
+    _conv_forward(*arrays(x, weight.clone(), y))
     return y
 
 
 def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
-    _conv_backward(*arrays(grad, x, weight, grad_x, grad_weight))
+    _conv_backward(*arrays(grad, x, weight.clone(), grad_x, grad_weight))
     return grad_x, grad_weight

@@ -1,5 +1,6 @@
 """A model over several processes: parameters sharded by FSDP2, activations recomputed, one sequence in pieces."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,8 @@ def shard(model: nn.Module, mesh: dist.DeviceMesh | None = None) -> nn.Module:
     state is gathered by :func:`resnet_bk.training.states.whole_weights`.
     """
     numbers = {p for p in model.parameters() if p.dim() == 0}  # has no parts; whoever trains averages its gradient
+    # a block's state holds views, and FSDP2 warns of work in place on them; there is none
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     core: Any = model if isinstance(model, LanguageModel) else model.model
     for layer in (*units(core.blocks), model):
         fully_shard(layer, mesh=mesh, ignored_params=numbers)
