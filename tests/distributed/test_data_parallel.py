@@ -18,6 +18,7 @@ from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.layers.feedforward import Experts
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import shard
+from resnet_bk.training.states import whole
 from resnet_bk.training.trainer import BKTrainer, Budget, Clock, NonFiniteError, Windows
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_seq": 8, "num_experts": 1}
@@ -72,7 +73,7 @@ def outcome(trainer):
     """Logged lines and weights, as numbers that can be sent."""
     kept = ("step", "loss", "grad_norm", "learning_rate")
     history = [[float(line[name]) for name in kept] for line in trainer.state.log_history if "loss" in line]
-    return history, [p.detach().numpy() for p in trainer.network.parameters()]
+    return history, [whole(p.detach()).numpy() for p in trainer.network.parameters()]
 
 
 def train(rank, folder, settings, resume=False, stop_at=None, scale=1.0):

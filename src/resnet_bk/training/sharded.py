@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.config import ConfigError
 from resnet_bk.layers.block import Block, Stack
@@ -36,8 +37,10 @@ def shard(model: nn.Module, mesh: dist.DeviceMesh | None = None) -> nn.Module:
     # a block's state holds views, and FSDP2 warns of work in place on them; there is none
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     core: Any = model if isinstance(model, LanguageModel) else model.model
-    for layer in (*units(core.blocks), model):
-        fully_shard(layer, mesh=mesh, ignored_params=numbers)
+    for layer in units(core.blocks):
+        passing = not isinstance(layer, EarlyExit)  # whose units work in the loss too, once the layer has run
+        fully_shard(layer, mesh=mesh, ignored_params=numbers, reshard_after_forward=passing)
+    fully_shard(model, mesh=mesh, ignored_params=numbers)
     return model
 
 
