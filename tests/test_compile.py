@@ -107,9 +107,9 @@ def test_several_techniques_and_experts_are_one_graph_in_bfloat16():
         assert (one - other).norm() <= 0.05 * other.norm() + 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name, (_, section) in ROOMS.items() if section])
+@pytest.mark.parametrize("name", [name for name, (_, section) in ROOMS.items() if section not in (None, "sparsity")])
 def test_without_a_bound_shapes_follow_the_text(name):
-    """The planted bug of the tests above: they can fail."""
+    """The planted bug of the tests above: they can fail. (Of sparse chains torch can carry the unknown width along.)"""
     model = make(ROOMS[name][0])
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         torch.compile(loss_of(model), fullgraph=True, backend="aot_eager")(text()[:, :-1], text()[:, 1:])
