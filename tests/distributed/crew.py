@@ -1,5 +1,6 @@
 """Processes that wait for work: imports take seconds, so all tests share them. They meet through a file, no port."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -37,12 +38,14 @@ def _job(module, name, arguments, rank, size, meeting):
     if size > 1:
         limit = timedelta(seconds=PATIENCE)
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=limit)
+        dist.barrier()  # so that none is done and gone before another has met it
     try:
         return function(rank, *arguments)
     finally:
         _forget()
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # a trainer that failed holds its group, and connections close with the last that does
 
 
 def _forget():
