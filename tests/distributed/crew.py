@@ -38,6 +38,7 @@ def _job(module, name, arguments, rank, size, meeting):
     if size > 1:
         limit = timedelta(seconds=PATIENCE)
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=limit)
+        dist.barrier()  # so that none is done and gone before another has met it
     try:
         return function(rank, *arguments)
     finally:
