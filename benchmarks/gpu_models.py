@@ -13,13 +13,13 @@ from gpu_page import Machine
 from peers import VOCABULARY, HuggingFace, Ours, Peer, bits_per_byte
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 from trained import held_out
 from transformers import StaticCache
 
 from resnet_bk.decoding import StaticStep, captured
 from resnet_bk.layers.block import Block
 from resnet_bk.model import LanguageModel
+from resnet_bk.training.sharded import recompute
 
 WORDS = 5 / 16  # room for words, a share of the bytes: no window of the corpus of 1,024 bytes has more than 0.27
 WINDOW = 1_024  # bytes scored at a time
@@ -253,8 +253,7 @@ def memory(machine: Machine) -> Iterator[str]:
         model = LanguageModel(VOCABULARY, d_model=width, n_layers=blocks, num_experts=1, n_heads=max(1, width // 64))
         model.to(machine.device).train()
         if again:
-            for block in model.blocks:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            recompute(model)
 
         def step(model: LanguageModel = model) -> None:
             with machine.autocast():

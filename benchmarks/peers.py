@@ -152,8 +152,7 @@ class Entry(NamedTuple):
 
 
 def words(*layers: int) -> dict[str, Any]:
-    """Some blocks on bytes, some on words. At these sizes nothing else pays: with half of all sites left out as well,
-    64, 2-2-0 reached 1.665 bits per byte instead of 1.628."""
+    """Some blocks on bytes, some on words."""
     return {"multiscale": {"factors": [4], "layers": list(layers), "boundaries": "whitespace"}}
 
 

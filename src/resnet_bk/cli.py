@@ -210,7 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Bad input: one line on standard error, code 2."""
     try:
         command, config = _parse(list(sys.argv[1:] if arguments is None else arguments))
-        _check_launcher(command)
     except ConfigError as error:
         return _fail(error, 2) if _speaks() else 2
     return _run(command, config)
@@ -221,20 +220,18 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _check_launcher(command: str) -> None:
-    world = os.environ.get("WORLD_SIZE", "1")
-    if command != "train" and world != "1" and "RANK" in os.environ:
-        raise ConfigError(f"{command}: got {world} processes, allowed 1: only train shares its work; start it alone")
-
-
 def _run(command: str, config: Any) -> int:
     from rich.console import Console
 
     from resnet_bk.checkpoint import CheckpointError
     from resnet_bk.training import run
     from resnet_bk.training.guard import LeakError
+    from resnet_bk.training.ranks import launched
     from resnet_bk.training.trainer import NonFiniteError
 
+    if command != "train" and (count := launched()) > 1:
+        only = f"{command}: got {count} processes, allowed 1: only train shares its work; start it alone"
+        return _fail(only, 2) if _speaks() else 2
     functions: dict[str, Callable[[Any, Console], Any]] = {
         "train": run.train,
         "eval": run.evaluate_checkpoint,

@@ -13,6 +13,7 @@ from resnet_bk.checkpoint import newest_valid, verify
 from resnet_bk.cli import main
 from resnet_bk.config import ConfigError, ModelConfig, TrainConfig
 from resnet_bk.training import run as module
+from resnet_bk.training.folders import check_same_run
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 6
 
@@ -175,7 +176,7 @@ def test_resuming_with_other_settings_names_the_first_that_differs(place, change
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(module.dataclasses.asdict(settings(place))))
     with pytest.raises(ConfigError, match=message):
-        module.check_same_run(settings(place, **changed), folder)
+        check_same_run(settings(place, **changed), folder)
 
 
 def test_when_a_run_ends_and_what_it_reports_may_change(place):
@@ -190,13 +191,13 @@ def test_when_a_run_ends_and_what_it_reports_may_change(place):
         "sample": "x",
         "output_dir": "there",
     }
-    module.check_same_run(settings(place, **changed), folder)
+    check_same_run(settings(place, **changed), folder)
     (folder / "config.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match=r"^train\.output_dir: .*config\.yaml is not plain YAML at line 1"):
-        module.check_same_run(settings(place), folder)
+        check_same_run(settings(place), folder)
     (folder / "config.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match=r"^train\.output_dir: .*config\.yaml holds \[1\] instead of settings"):
-        module.check_same_run(settings(place), folder)
+        check_same_run(settings(place), folder)
 
 
 def test_resuming_other_data_from_the_command_line_is_an_error(place, capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """Feed-forwards: SwiGLU, and a dropless mixture of them.
 
-Dimensions: B batch, N positions, D model width, F hidden width, E experts that compute, A all experts, T tokens (real
-positions of the batch), K the most experts a token may use, P = T K pairs of a token and an expert.
+Dimensions: B batch, N positions, D model width, F hidden width, E experts that compute, A all experts, T = B N tokens,
+padding among them, K the most experts a token may use, P = T K pairs of a token and an expert.
 """
 
 import math

@@ -23,7 +23,7 @@ from rich.table import Table
 from resnet_bk.checkpoint import write_whole
 from resnet_bk.config import AblateConfig, ConfigError, TrainConfig, shown
 from resnet_bk.hf.tokenizer import load_tokenizer
-from resnet_bk.training import run
+from resnet_bk.training import folders, run
 
 HALVES_FROM = 4  # rooms: main effects of half a plan of fewer are mixed up with interactions
 TABLE, DATA = "ablation.md", "ablation.json"
@@ -122,10 +122,10 @@ def _run(
     folder = Path(config.output_dir) / name_of(on) / f"seed-{seed}"
     model = recipe.model.without(*(room for room in rooms if room not in on))
     settings = dataclasses.replace(recipe, model=model, seed=seed, output_dir=str(folder), resume=True)
-    if (folder / run.RESULTS).exists():
-        run.check_same_run(settings, folder)
+    if (folder / folders.RESULTS).exists():
+        folders.check_same_run(settings, folder)
         _check_same_budget(settings, folder)
-        return dict(json.loads((folder / run.RESULTS).read_text()))
+        return dict(json.loads((folder / folders.RESULTS).read_text()))
     try:
         return run.train(settings, console)
     except run.StoppedError as stopped:
@@ -134,7 +134,7 @@ def _run(
 
 def _check_same_budget(settings: TrainConfig, folder: Path) -> None:
     """Finished runs may go on with a larger budget; those of one table must not differ in it."""
-    saved = run.saved_settings("ablate.output_dir", folder)
+    saved = folders.saved_settings("ablate.output_dir", folder)
     for name in ("max_steps", "max_seconds"):
         if saved.get(name) != (now := getattr(settings, name)):
             raise ConfigError(

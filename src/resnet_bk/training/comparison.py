@@ -16,8 +16,9 @@ from resnet_bk.data import corpus
 from resnet_bk.report import html
 from resnet_bk.training.ablate import BITS, RESPONSES, spread
 from resnet_bk.training.finished import FinishedRun, Group, grouped, read_runs
+from resnet_bk.training.folders import CONFIG
 from resnet_bk.training.inspection import Spending, check_output, heated, legend, read_text, spend
-from resnet_bk.training.run import CONFIG, load, versions
+from resnet_bk.training.run import load, versions
 from resnet_bk.training.search import front
 from resnet_bk.training.trainer import quiet_transformers
 

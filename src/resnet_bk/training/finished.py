@@ -21,7 +21,7 @@ from resnet_bk.config import (
     read_yaml,
     shown,
 )
-from resnet_bk.training.run import CONFIG, MAY_DIFFER, METRICS, RESULTS, flat
+from resnet_bk.training.folders import CONFIG, MAY_DIFFER, METRICS, RESULTS, flat
 
 LARGEST_RESULTS, LARGEST_METRICS = 16 << 20, 256 << 20  # bytes
 

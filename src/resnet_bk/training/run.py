@@ -1,4 +1,4 @@
-"""A run from configuration to report: where it lives, what it trains on, what is measured at the end."""
+"""A run from configuration to report: what it trains on, what is measured at the end; and its models used."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from resnet_bk import __version__
 from resnet_bk.adaptive.depth import AdaptiveDepth
-from resnet_bk.checkpoint import CheckpointError, newest_valid, replacing, verify, write_whole
+from resnet_bk.checkpoint import CheckpointError, newest_valid, replacing, write_whole
 from resnet_bk.config import (
     ConfigError,
     DataConfig,
@@ -28,27 +28,29 @@ from resnet_bk.config import (
     check_fields,
     check_text,
     read_yaml,
-    shown,
 )
 from resnet_bk.data import corpus, tokens
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer, load_tokenizer
 from resnet_bk.speculative import speculate
 from resnet_bk.training.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
+from resnet_bk.training.folders import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    REPORT,
+    RESULTS,
+    TEXT_HASH,
+    check_same_run,
+    check_same_text,
+    model_folder,
+    run_folder,
+)
 from resnet_bk.training.measure import Costs, measure
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import recompute, shard
 from resnet_bk.training.states import whole_weights
 from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Watch, Windows, quiet_transformers
-
-CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
-    "config.yaml",
-    "text.sha256",
-    "metrics.jsonl",
-    "results.json",
-    "report.html",
-    "model",
-    "checkpoints",
-)
 
 
 class StoppedError(RuntimeError):
@@ -58,45 +60,6 @@ class StoppedError(RuntimeError):
         """go_on: the command that continues."""
         super().__init__(f"stopped by signal {number}; saved. Go on with: {go_on}")
         self.number, self.exit_code = number, 128 + number
-
-
-# ---------------------------------------------------------------------------------------------- folders
-
-
-def run_folder(config: TrainConfig, console: Console) -> Path:
-    """The folder this run lives in: new or unfinished; see TrainConfig.resume."""
-    folder, number = Path(config.output_dir), 1
-    while (folder / CONFIG).exists():
-        if not config.resume:
-            raise ConfigError(
-                f"train.output_dir: {folder} holds a run already; pass --resume true to continue it, or choose another"
-            )
-        if not (folder / RESULTS).exists():
-            console.print(f"continuing the unfinished run in {folder}")
-            return folder
-        number += 1
-        console.print(f"{folder} is finished; starting anew in {config.output_dir}-{number}")
-        folder = Path(f"{config.output_dir}-{number}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"train.output_dir: {folder} exists and is no run of this program; choose another")
-    return folder
-
-
-def model_folder(path: str) -> Path:
-    """The model in a run's folder, or the folder itself; its files verified."""
-    folder = Path(path)
-    if (folder / CONFIG).exists() and not (folder / MODEL).exists():
-        damaged: list[str] = []
-        newest = newest_valid(folder / CHECKPOINTS, damaged.append)
-        if newest is None:
-            found = "; ".join(["the run has neither a finished model nor an intact checkpoint", *damaged])
-            raise CheckpointError(f"{folder}: {found}")
-        for message in damaged:
-            print(f"resnet-bk: {message}", file=sys.stderr)
-        return newest
-    folder = folder / MODEL if (folder / MODEL).exists() else folder
-    verify(folder)
-    return folder
 
 
 def load(path: str, threshold: float | None = None) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerBase]:
@@ -164,7 +127,7 @@ def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> 
         check_same_run(config, folder)
         train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
         train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
-        _check_same_text(config.data.source, train_hash, folder)
+        check_same_text(config.data.source, train_hash, folder)
         windows = Windows(train_tokens, config.model.n_seq)
         _check_batch(config, windows, ranks)
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,43 +176,6 @@ def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> 
     return _conclude(config, console, folder, trainer, model, tokenizer, held_out, train_hash)
 
 
-# What may differ when a run goes on: where things are, when it ends, how often it reports, how memory is saved.
-MAY_DIFFER = {
-    "output_dir",
-    "resume",
-    "max_steps",
-    "max_seconds",
-    "save_every",
-    "log_every",
-    "report_to",
-    "sample",
-    "activation_checkpointing",
-    "shard",
-    "data.cache",
-}
-
-
-def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raise ConfigError where `config` differs from the unfinished run in `folder`, if there is one."""
-    if not (folder / CONFIG).exists():
-        return
-    saved = saved_settings("train.output_dir", folder)
-    for name, value in flat(dataclasses.asdict(config)).items():
-        if name not in MAY_DIFFER and name in saved and saved[name] != value:
-            raise ConfigError(
-                f"train.{name}: got {value!r}, the run in {folder} was started with {shown(saved[name])}; "
-                "set it to that to continue the run, or choose another output_dir"
-            )
-
-
-def saved_settings(where: str, folder: Path) -> dict[str, Any]:
-    """Dotted name -> value of the settings that the run in `folder` saved. where: the setting that names the folder."""
-    values = read_yaml(where, folder / CONFIG)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: {folder / CONFIG} holds {shown(values)} instead of settings; choose another")
-    return flat(values)
-
-
 def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
     """Raise ConfigError where there are not enough windows for a batch, or a batch cannot be shared out evenly."""
     if len(windows) < config.batch_size:
@@ -262,24 +188,6 @@ def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
             f"train.batch_size: got {config.batch_size}, allowed a multiple of {ranks.world}, the number of processes "
             "that share each batch"
         )
-
-
-def _check_same_text(source: str, train_hash: str, folder: Path) -> None:
-    """Raise ConfigError where the text is not the one that the unfinished run in `folder` began with."""
-    saved = folder / TEXT_HASH
-    if saved.exists() and saved.read_text().strip() != train_hash:
-        raise ConfigError(
-            f"data.source: {source!r} has changed since the run in {folder} began; choose another output_dir"
-        )
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"d_model": 64}} as {"model.d_model": 64}; tuples as lists, which is how YAML gives them back."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        value = list(value) if isinstance(value, tuple) else value
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:

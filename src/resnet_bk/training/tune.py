@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from resnet_bk.checkpoint import write_whole
 from resnet_bk.config import ConfigError, TrainConfig, TuneConfig, shown
 from resnet_bk.report import html
-from resnet_bk.training import run
+from resnet_bk.training import folders, run
 from resnet_bk.training.search import (
     Point,
     choose,
@@ -77,11 +77,11 @@ def _opened(config: TuneConfig, recipe: TrainConfig, space: dict[str, list[float
 def _check_same_search(
     study: optuna.Study, config: TuneConfig, recipe: TrainConfig, space: dict[str, list[float]]
 ) -> None:
-    base = {name: value for name, value in run.flat(dataclasses.asdict(recipe)).items() if name not in _FREE}
+    base = {name: value for name, value in folders.flat(dataclasses.asdict(recipe)).items() if name not in _FREE}
     asked = {"base": base, "space": space, "objective": config.objective}
     if "search" not in study.user_attrs:
         study.set_user_attr("search", asked)
-    before, now = run.flat(study.user_attrs["search"]), run.flat(asked)
+    before, now = folders.flat(study.user_attrs["search"]), folders.flat(asked)
     for name in before | now:
         later = name.startswith("base.") and name not in before  # a setting that an older version did not have
         if not later and before.get(name) != now.get(name):
@@ -175,8 +175,8 @@ def _run_trial(
     folder = Path(config.output_dir) / _folder(trial)
     trial.set_user_attr("folder", folder.name)
     settings = dataclasses.replace(settings, output_dir=str(folder), resume=True)
-    if (folder / run.RESULTS).exists():  # the process was killed between the end of the run and that of the trial
-        results = json.loads((folder / run.RESULTS).read_text())
+    if (folder / folders.RESULTS).exists():  # the process was killed between the end of the run and that of the trial
+        results = json.loads((folder / folders.RESULTS).read_text())
     else:
         try:
             results = run.train(settings, console, _watch(study, trial, config.prune))
