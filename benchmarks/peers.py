@@ -32,7 +32,7 @@ from resnet_bk.model import LanguageModel
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SECONDS, BATCH, LENGTH, SEEDS = 90, 12, 256, (0,)
+SECONDS, BATCH, LENGTH, SEEDS = 240, 12, 256, (0,)
 WINDOWS = (LENGTH, 1_024)  # bytes scored at a time
 AT_ONCE = 16_384  # bytes of a prefill, or one sequence
 PREFILLS = {512: 7, 2_048: 7, 8_192: 3, 32_768: 1}  # N -> repeats
@@ -151,34 +151,38 @@ class Entry(NamedTuple):
     learning_rate: float
 
 
-def words(*layers: int) -> dict[str, Any]:
+def words(*layers: int, **fields: Any) -> dict[str, Any]:
     """Some blocks on bytes, some on words."""
-    return {"multiscale": {"factors": [4], "layers": list(layers), "boundaries": "whitespace"}}
+    return {"multiscale": {"factors": [4], "layers": list(layers), "boundaries": "whitespace", **fields}}
 
 
-# name -> family, fields of its constructor, learning rate
-MODELS: dict[str, Entry] = {
-    "Llama 64 x 3": Entry("Llama", {"width": 64, "layers": 3}, 1e-3),
-    "Llama 96 x 4": Entry("Llama", {"width": 96, "layers": 4}, 1e-3),
-    "Llama 128 x 6": Entry("Llama", {"width": 128, "layers": 6}, 1e-3),
-    "Llama 192 x 8": Entry("Llama", {"width": 192, "layers": 8}, 1e-3),
-    "nanoGPT 64 x 3": Entry("nanoGPT", {"width": 64, "layers": 3}, 1e-3),
-    "nanoGPT 96 x 4": Entry("nanoGPT", {"width": 96, "layers": 4}, 1e-3),
-    "nanoGPT 128 x 6": Entry("nanoGPT", {"width": 128, "layers": 6}, 1e-3),
-    "nanoGPT 192 x 8": Entry("nanoGPT", {"width": 192, "layers": 8}, 1e-3),
-    "Mamba-2 64 x 3": Entry("Mamba-2", {"width": 64, "layers": 3}, 3e-3),
-    "Mamba-2 96 x 4": Entry("Mamba-2", {"width": 96, "layers": 4}, 3e-3),
-    "Mamba-2 128 x 6": Entry("Mamba-2", {"width": 128, "layers": 6}, 3e-3),
-    "Mamba-2 192 x 8": Entry("Mamba-2", {"width": 192, "layers": 8}, 3e-3),
-    "plain 64 x 3": Entry("ResNet-BK plain", {"d_model": 64, "n_layers": 3}, 3e-3),
-    "plain 96 x 4": Entry("ResNet-BK plain", {"d_model": 96, "n_layers": 4}, 3e-3),
-    "plain 128 x 6": Entry("ResNet-BK plain", {"d_model": 128, "n_layers": 6}, 3e-3),
-    "plain 192 x 8": Entry("ResNet-BK plain", {"d_model": 192, "n_layers": 8}, 3e-3),
-    "adaptive 64, 2-2-0": Entry(ADAPTIVE, {"d_model": 64, **words(2, 2, 0)}, 3e-3),
-    "adaptive 96, 2-3-0": Entry(ADAPTIVE, {"d_model": 96, **words(2, 3, 0)}, 3e-3),
-    "adaptive 128, 2-6-0": Entry(ADAPTIVE, {"d_model": 128, **words(2, 6, 0)}, 3e-3),
-    "adaptive 192, 2-6-0": Entry(ADAPTIVE, {"d_model": 192, **words(2, 6, 0)}, 3e-3),
-}
+SIZES = ((64, 3), (96, 4), (128, 6))  # width, layers
+RATES = {"Llama": 3e-3, "nanoGPT": 6e-3, "Mamba-2": 1e-2, "ResNet-BK plain": 1e-2, ADAPTIVE: 1e-2}  # at the least width
+
+
+def entries() -> dict[str, Entry]:
+    """Name -> family, fields of its constructor, learning rate: in inverse proportion to the width."""
+
+    def entry(family: str, fields: dict[str, Any], width: int) -> Entry:
+        return Entry(family, fields, round(RATES[family] * SIZES[0][0] / width, 5))
+
+    found = {}
+    for family in ("Llama", "nanoGPT", "Mamba-2"):
+        for width, layers in SIZES:
+            found[f"{family} {width} x {layers}"] = entry(family, {"width": width, "layers": layers}, width)
+    for width, layers in SIZES:
+        found[f"plain {width} x {layers}"] = entry("ResNet-BK plain", {"d_model": width, "n_layers": layers}, width)
+    for name, fields in {
+        "adaptive 64, 2-2-0": {"d_model": 64, **words(2, 2, 0)},
+        "adaptive 64, words 128, 3-3-0": {"d_model": 64, **words(3, 3, 0, widths=[128])},
+        "adaptive 96, 2-3-0": {"d_model": 96, **words(2, 3, 0)},
+        "adaptive 128, 2-6-0": {"d_model": 128, **words(2, 6, 0)},
+    }.items():
+        found[name] = entry(ADAPTIVE, fields, fields["d_model"])
+    return found
+
+
+MODELS = entries()
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -207,7 +207,7 @@ def _combinations(cells: Sequence[tuple[tuple[str, ...], int]], values: dict[str
         row = [name_of(on)]
         for name, column in values.items():
             found = [column[i] for i in own]
-            row.append(spread(found, 3 if name == BITS else 1))
+            row.append(spread(found, 3 if name == BITS else 1 if max(found) < 100 else 0))
         rows.append(row)
     return rows
 
