@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resnet_bk.adaptive.select import run_rows
+from resnet_bk.adaptive.select import Chunks, run_rows
 from resnet_bk.ops.packing import Packing, room
 from resnet_bk.record import Record
 
@@ -92,3 +92,17 @@ def test_a_bound_makes_room_whatever_is_selected():
 
 def test_room_is_a_share_rounded_up():
     assert [room(share, 10) for share in (None, 0.0, 0.31, 1.0)] == [None, 0, 4, 10]
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_sums_position_by_position_are_those_of_the_whole(started):
+    torch.manual_seed(0)
+    closes = torch.tensor([[0, 1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    x, weight = torch.randn(2, 7, 3, dtype=torch.float64), torch.rand(2, 7, dtype=torch.float64)
+    past = torch.randn(2, 3, dtype=torch.float64) if started else None
+    sums, still_open = Chunks(closes).sums(x, weight, past)
+    for t in range(7):
+        found, past = Chunks(closes[:, t : t + 1]).sums(x[:, t : t + 1], weight[:, t : t + 1], past)
+        for row in closes[:, t].nonzero().flatten():
+            torch.testing.assert_close(found[row, 0], sums[row, closes[row, :t].sum()])
+    torch.testing.assert_close(past, still_open)
