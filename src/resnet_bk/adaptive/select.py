@@ -34,9 +34,6 @@ class Chunks:
         past: (B, D), what was open before x. Beyond a row's chunks sums have no meaning.
         """
         batch, length, _ = x.shape
-        if length == 1:  # a step of decoding is no work for embedding_bag's threads, see Norm
-            first = x[:, 0] * weight if past is None else x[:, 0] * weight + past
-            return first.unsqueeze(1), torch.where(self.closes, 0.0, first)
         row = torch.arange(batch, device=x.device)
         chunk = (row.unsqueeze(1) * (self.width + 1) + self.closed - self.closes.long()).flatten()
         sizes = chunk.new_zeros(batch * (self.width + 1)).index_add(0, chunk, torch.ones_like(chunk))

@@ -1,7 +1,6 @@
 """Normalisation. LayerNorm without bias rather than RMSNorm: equal quality, and torch's CPU kernel is 4x faster."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Norm(nn.LayerNorm):
@@ -9,12 +8,3 @@ class Norm(nn.LayerNorm):
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-5, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, ..., width). A single position of a CPU by plain operations: torch's kernel wakes its threads for
-        two rows, and a step of decoding would wait milliseconds for those that other programs keep from running."""
-        if x.shape[1] > 1 or not x.is_cpu:
-            return super().forward(x)
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(exact, -1, correction=0, keepdim=True)
-        return ((exact - mean) * (variance + self.eps).rsqrt()).to(x.dtype) * self.weight
