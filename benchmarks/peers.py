@@ -362,8 +362,11 @@ def page(results: list[dict[str, Any]], memory: dict[str, float], out: Path | No
         others.append([name, *clocked, f"{f['flops']:.2f}", f"{f['memory']:.0f}"])
     return (
         f"\nBytes of the default corpus. {SECONDS} s of one core's time for each model, two at a time, batches of "
-        f"{BATCH} x {LENGTH}, AdamW, cosine, at the learning rate given: of 1e-3 and 3e-3 the one that was better in "
-        "100 steps of Llama 96 x 4 (3.73 against 3.84 bits per byte) and of Mamba-2 96 x 4; ours is the default. "
+        f"{BATCH} x {LENGTH}, AdamW, cosine, at the learning rate given: in inverse proportion to the width, and at the "
+        "least width of those tried for 150 s the best, or as good as the best. Bits per byte there, in each model's "
+        "better windows: Llama 1.724, 1.752 and 1.748 at 3e-3, 6e-3 and 1e-2; nanoGPT 2.512 and 2.371 at 3e-3 and 6e-3; "
+        "Mamba-2 1.679 and 1.672 at 6e-3 and 1e-2; plain 1.584, 1.511 and 1.481 at 3e-3, 6e-3 and 1e-2, adaptive 1.551, "
+        "1.482 and 1.486. "
         f"Llama, GPT-2 (nanoGPT: no dropout) and Mamba-2 are transformers {transformers.__version__}'s, attention by "
         "torch's SDPA, Mamba-2 in plain torch (its fast kernels need CUDA); ours with numba. Width x layers; adaptive: "
         "width, blocks on bytes - on words - on bytes. Median (least to greatest).\n"
