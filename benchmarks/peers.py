@@ -312,7 +312,7 @@ def quality(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def equal_quality(found: Found) -> str:
-    """Beside each other family's best model: the adaptive one that is as good and fastest in prefill, or the nearest."""
+    """Each other family's best model, and the adaptive one fastest in prefill that is as good, or the nearest."""
     ours = [n for n in found if MODELS[n].family == ADAPTIVE]
     rows = []
     for family in [f for f in FAMILIES if f != ADAPTIVE]:
