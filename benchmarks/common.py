@@ -152,8 +152,9 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median, with the least and the greatest."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Median, with the least and the greatest where they differ as shown."""
+    middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: Path) -> list[dict[str, Any]]:

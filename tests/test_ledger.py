@@ -7,6 +7,7 @@ from test_contracts import ROOMS
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.ledger import Ledger, plain_flops
+from resnet_bk.training.sharded import recompute
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -114,6 +115,17 @@ def test_in_training_the_head_inside_the_loss_counts():
             model(ids, targets=ids, logits=logits)
         assert with_loss.total == pytest.approx(counter.get_total_flops(), rel=0.02)
         assert (with_loss.total == with_logits.total) != logits
+
+
+def test_what_a_backward_pass_computes_again_does_not_count():
+    ids, totals = None, []
+    for change in (lambda model: model, recompute):
+        model = change(checks.build())
+        ids = checks.tokens(model, 2, 20) if ids is None else ids
+        with Ledger(model) as ledger:
+            model(ids, targets=ids).loss.backward()
+        totals.append(ledger.total)
+    assert totals[0] == totals[1]
 
 
 def test_parts_called_by_themselves_are_refused():

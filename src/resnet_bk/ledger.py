@@ -9,6 +9,7 @@ Dimensions: B batch, N positions, M packed positions, D model width.
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -39,13 +40,18 @@ class _Frame:
     evenly: float = 0.0
     each: Tensor | None = None
 
+    @cached_property
+    def real(self) -> int:
+        """How many of its positions are no padding."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
 
 class Ledger:
     """Counts while it is open: ``with Ledger(model) as ledger: model(ids)``. Nothing is left in the model afterwards.
 
     Counted are calls of the model itself; of its parts alone (features, blocks), as transformers' adapter and
     speculation make them, it raises RuntimeError. Where a room has several outputs scored in training, the head counts
-    once for all of them.
+    once for all of them. What a backward pass runs is not counted.
 
     total: operations of all calls. stages: the same by layer and part of it, ``"blocks.1.inner.0 mixer"``.
     unused: those of rows that only fill up a batch or a tile.
@@ -124,6 +130,8 @@ class Ledger:
 
     def _counter(self, count: Callable[..., float], part: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if torch._C._current_graph_task_id() >= 0:  # a backward pass computes a block again
+                return
             y = output[0] if isinstance(output, tuple) else output
             self._add(count(module, args[0], y), part, y.shape[:-1])
 
@@ -142,7 +150,7 @@ class Ledger:
         frame = self._running()
         self.stages[f"{frame.name} {part}".strip()] += flops
         if frame.mask is not None and shape == frame.ids.shape:
-            padding = flops * (1 - frame.mask.sum().item() / frame.mask.numel())
+            padding = flops * (1 - frame.real / frame.mask.numel())
             self.unused += padding
             flops -= padding
         frame.evenly += flops
@@ -180,9 +188,8 @@ class Ledger:
     def _settle(self, frame: _Frame) -> None:
         """Give what a layer ran to the tokens at its positions."""
         real = torch.ones_like(frame.ids, dtype=torch.bool) if frame.mask is None else frame.mask
-        number = real.numel() if frame.mask is None else int(real.sum())
-        each = real.double() * frame.evenly / max(1, number)
-        self.unused += 0.0 if number else frame.evenly
+        each = real.double() * frame.evenly / max(1, frame.real)
+        self.unused += 0.0 if frame.real else frame.evenly
         if frame.each is not None:
             each = each + frame.each
         self.by_token.index_add_(0, torch.where(real, place_of(frame.ids), 0).flatten(), each.flatten())

@@ -144,6 +144,15 @@ def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_
         ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0, 2]), recipe, Console(quiet=True))
 
 
+def test_cells_are_named_by_all_that_is_on_in_one_order(made_up, tmp_path):
+    recipe = TrainConfig(model=MODEL, max_steps=5)
+    for rooms in (["sparsity", "depth"], ["depth", "sparsity"]):
+        ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0], rooms=rooms), recipe, Console(quiet=True))
+    assert [c.output_dir for c in made_up] == [
+        f"out/{name}/seed-0" for name in ("depth+sparsity+experts", "sparsity+experts", "depth+experts", "experts")
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

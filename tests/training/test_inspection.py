@@ -116,6 +116,10 @@ def test_what_was_decided_is_told_of_each_token():
     record = length(ids).records[0]
     expected = [["goes deep" if deep else "leaves after the trunk"] for deep in record.kept[0]]
     assert _decided([record], 17) == expected
+    both = LanguageModel(259, d_model=16, **ALL, length={"max_length": 16, "bins": 4}).eval()
+    assert [told[0] for told in _decided(both(ids).records, 17)] == [
+        "goes deep" if deep else "leaves after the trunk" for deep in both(ids).records[0].kept[0]
+    ]
     assert _decided([SparsityRecord(kept=torch.ones(1, 5), sites=torch.tensor(5))], 17) == [[]] * 17  # packed rows
 
 

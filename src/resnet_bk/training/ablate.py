@@ -94,7 +94,8 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
             "interactions for effects; use 'full'"
         )
     recipe = run.with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))
-    cells = [(on, seed) for seed in config.seeds for on in plan(rooms, config.plan)]
+    plans = [tuple(r for r in recipe.model.rooms if r in on or r not in rooms) for on in plan(rooms, config.plan)]
+    cells = [(on, seed) for seed in config.seeds for on in plans]
     for on, _ in cells:
         recipe.model.without(*(room for room in rooms if room not in on))  # raises before anything is trained
     results = []

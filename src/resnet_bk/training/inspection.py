@@ -202,7 +202,8 @@ def _decided(records: list[Record], length: int) -> list[list[str]]:
         for own, word in zip(said, words, strict=True):
             own += [word] if word else []
 
-    chunks = [r.closes[0].long().cpu() for r in records if isinstance(r, ChunkRecord) and r.closes is not None]
+    levels = [r.closes[0].long().cpu() for r in records if isinstance(r, ChunkRecord) and r.closes is not None]
+    chunks = levels[0] if levels and len(levels[0]) == length else None
     kept = [r.kept[0] for r in records if isinstance(r, SparsityRecord) and r.kept.shape[1] == length]
     used = [r.used[0] for r in records if isinstance(r, ExpertsRecord) and r.used.shape[1] == length]
     for record in records:
@@ -210,16 +211,16 @@ def _decided(records: list[Record], length: int) -> list[list[str]]:
             say("goes deep" if deep else "leaves after the trunk" for deep in record.kept[0])
         elif isinstance(record, DepthRecord) and record.blocks.shape[1] == length:
             say(f"{n} of {record.available} blocks" for n in record.blocks[0].tolist())
-        elif isinstance(record, DepthRecord) and len(chunks) == 1:
-            own = [*record.blocks[0, : chunks[0].sum()].tolist(), 0]  # the last chunk may still be open
-            mine = (chunks[0].cumsum(0) - chunks[0]).tolist()
+        elif isinstance(record, DepthRecord) and chunks is not None and len(levels) == 1:
+            own = [*record.blocks[0, : chunks.sum()].tolist(), 0]  # the last chunk may still be open
+            mine = (chunks.cumsum(0) - chunks).tolist()
             say(f"its chunk {own[i]} of {record.available} blocks" if own[i] else "" for i in mine)
     if kept:
         say(f"kept in {n} of {len(kept)} mixers" for n in torch.stack(kept).sum(0).tolist())
     if used:
         say(f"{mean:.1f} experts" for mean in torch.stack(used).double().mean(0).tolist())
-    if chunks:
-        say("closes a chunk" if closes else "" for closes in chunks[0])
+    if chunks is not None:
+        say("closes a chunk" if closes else "" for closes in chunks)
     return said
 
 
