@@ -157,7 +157,10 @@ def words(*layers: int, **fields: Any) -> dict[str, Any]:
 
 
 SIZES = ((64, 3), (96, 4), (128, 6))  # width, layers
-RATES = {"Llama": 3e-3, "nanoGPT": 6e-3, "Mamba-2": 1e-2, "ResNet-BK plain": 1e-2, ADAPTIVE: 1e-2}  # at the least width
+# At the least width. By hand, 150 s of one core of an AMD EPYC, one seed, bits per byte in the better windows:
+# Llama 1.724, 1.752, 1.748 at 3e-3, 6e-3, 1e-2; nanoGPT 2.512, 2.371 at 3e-3, 6e-3; Mamba-2 1.679, 1.672 at 6e-3, 1e-2;
+# plain 1.584, 1.511, 1.481 and adaptive 1.551, 1.482, 1.486 at 3e-3, 6e-3, 1e-2.
+RATES = {"Llama": 3e-3, "nanoGPT": 6e-3, "Mamba-2": 1e-2, "ResNet-BK plain": 1e-2, ADAPTIVE: 1e-2}
 
 
 def entries() -> dict[str, Entry]:
@@ -361,10 +364,7 @@ def page(results: list[dict[str, Any]], memory: dict[str, float], out: Path | No
     return (
         f"\nBytes of the default corpus. {SECONDS} s of one core's time for each model, two at a time, batches of "
         f"{BATCH} x {LENGTH}, AdamW, cosine, at the learning rate given: in inverse proportion to the width, and at "
-        "the least width of those tried for 150 s the best, or as good as the best. Bits per byte there, in each "
-        "model's better windows: Llama 1.724, 1.752 and 1.748 at 3e-3, 6e-3 and 1e-2; nanoGPT 2.512 and 2.371 at 3e-3 "
-        "and 6e-3; Mamba-2 1.679 and 1.672 at 6e-3 and 1e-2; plain 1.584, 1.511 and 1.481 at 3e-3, 6e-3 and 1e-2, "
-        "adaptive 1.551, 1.482 and 1.486. "
+        "the least width the best, or as good, of two or three tried by hand (benchmarks/peers.py has what they gave). "
         f"Llama, GPT-2 (nanoGPT: no dropout) and Mamba-2 are transformers {transformers.__version__}'s, attention by "
         "torch's SDPA, Mamba-2 in plain torch (its fast kernels need CUDA); ours with numba. Width x layers; adaptive: "
         "width, blocks on bytes - on words - on bytes. Median (least to greatest).\n"

@@ -24,7 +24,7 @@ from resnet_bk.training.measure import greedy
 SHAPE = {name: value for name, value in preset("plain").items() if name != "n_layers"}
 
 BALANCED = preset("balanced")
-NARROW, SMALL = "balanced, 48 and 96 wide", "plain, 3 blocks 64 wide"  # 48 on bytes, 96 on words
+NARROW, SMALL = "balanced, 48 and 96 wide", "plain, 3 blocks 64 wide"
 LONG, SHORT = ", as long as plain", ", 0.35 as long as plain"
 
 # name -> fields of the model
@@ -121,7 +121,7 @@ def counted(rows: Tensor) -> str:
 
 
 def stages(rows: Tensor) -> str:
-    """Where the FLOPs of all techniques together run, one seed."""
+    """Where the FLOPs of one model run, one seed."""
     model = TRAINED.load(SHOWN, 0)
     with Ledger(model) as ledger:
         scored(model, rows[:64])
@@ -139,9 +139,10 @@ def page(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
         f"\nPlain: 8 blocks, four experts of hidden width {SHAPE['d_ff']}, all of them for every byte; "
         f"{TRAINED.described()} quality: two blocks on bytes, six on words (2-6-0). experts: as many as make up half "
         "of the router's probability, 1.3 aimed at. balanced: adaptive computation time on the words' blocks and half "
-        "of all sites left out as well; also 48 wide on bytes and 96 on words. fast: 64 wide, two blocks on bytes and "
-        "two on words, one feed-forward. as long as plain: trained not for as many steps, but for the processor's "
-        "seconds that the plain model's steps took; 0.35 as long: for that share of them.\n\n"
+        "of all sites left out as well, so all techniques but learned length; 48 and 96 wide: on bytes and on words. "
+        "fast: 64 wide, two blocks on bytes and two on words, one feed-forward. as long as plain: trained not for as "
+        "many steps, but for the processor's seconds that the plain model's steps took; 0.35 as long: for that share "
+        "of them.\n\n"
         "## Quality\n\n"
     )
     text += quality(results, rows)
