@@ -30,9 +30,9 @@ from trained import (
 )
 
 from resnet_bk.adaptive.depth import AdaptiveDepth
+from resnet_bk.inference.speculation import speculate
 from resnet_bk.model import LanguageModel
-from resnet_bk.speculative import speculate
-from resnet_bk.training.measure import greedy
+from resnet_bk.study.measure import greedy
 
 SEEDS, BATCH, STEPS, LAYERS = (0, 1, 2), 12, 600, 8
 SHAPE = {"d_model": 64, "n_seq": 256, "num_experts": 1}
@@ -54,15 +54,15 @@ TRAINED = Trained("depth", SHAPE, MODELS, batch=BATCH, steps=STEPS, seeds=SEEDS)
 load = TRAINED.load
 
 
-def room_of(model: LanguageModel) -> AdaptiveDepth | None:
-    room = model.blocks[0]
-    return room if isinstance(room, AdaptiveDepth) else None
+def adaptive_layer(model: LanguageModel) -> AdaptiveDepth | None:
+    technique = model.blocks[0]
+    return technique if isinstance(technique, AdaptiveDepth) else None
 
 
 def nats_and_blocks(model: LanguageModel, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Nats (B, N) of every token, and the blocks (B, N) each went through."""
     nats, outputs = scored(model, rows)
-    if room_of(model) is None:
+    if adaptive_layer(model) is None:
         return nats, torch.full(nats.shape, model.config.blocks)
     return nats, torch.cat([output.records[0].blocks for output in outputs])
 
@@ -107,9 +107,9 @@ def quality(results: list[dict[str, Any]], rows: Tensor, scores: dict[tuple[str,
 
 def everywhere(model: LanguageModel) -> LanguageModel:
     """Every position through every block: none stops, none is passed by."""
-    room = room_of(model)
-    assert room is not None
-    room.threshold = 0.0 if room.settings.policy == "skip" else 1.0
+    technique = adaptive_layer(model)
+    assert technique is not None
+    technique.threshold = 0.0 if technique.settings.policy == "skip" else 1.0
     return model
 
 
@@ -123,7 +123,7 @@ def clock(rows: Tensor) -> str:
         model = load(name, seed)
         with torch.no_grad():
             records = model(long_rows(rows), logits=False).records
-        blocks = model.config.blocks if room_of(model) is None else records[0].mean_blocks
+        blocks = model.config.blocks if adaptive_layer(model) is None else records[0].mean_blocks
         found[name]["count"].append(LAYERS / blocks)
     lines = [
         [
@@ -176,7 +176,7 @@ def decode(rows: Tensor) -> str:
     for seed in SEEDS:
         models = {t: load("exit", seed) for t in THRESHOLDS}
         for threshold, model in models.items():
-            room_of(model).threshold = threshold  # type: ignore[union-attr]
+            adaptive_layer(model).threshold = threshold  # type: ignore[union-attr]
 
         def steps(model: LanguageModel) -> float:
             with torch.no_grad():

@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 from trained import held_out
 from transformers import StaticCache
 
-from resnet_bk.decoding import StaticStep, captured
+from resnet_bk.inference.decoding import StaticStep, captured
 from resnet_bk.layers.block import Block
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.sharded import recompute
 
-WORDS = 5 / 16  # room for words, a share of the bytes: no window of the corpus of 1,024 bytes has more than 0.27
+WORDS = 5 / 16  # technique for words, a share of the bytes: no window of the corpus of 1,024 bytes has more than 0.27
 WINDOW = 1_024  # bytes scored at a time
 PIECE = 4_096  # tokens of a long prompt that are read at a time
 
@@ -167,9 +167,9 @@ class Called:
 class CachedStep:
     """A step of a transformers model in a static cache that is full up to `context`."""
 
-    def __init__(self, model: torch.nn.Module, batch: int, context: int, room: int, graph: bool):
-        """room: positions of the cache. graph: whether it is captured and replayed."""
-        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=room)
+    def __init__(self, model: torch.nn.Module, batch: int, context: int, technique: int, graph: bool):
+        """technique: positions of the cache. graph: whether it is captured and replayed."""
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=technique)
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         self._run()  # makes the buffers
         for layer in self.cache.layers:
@@ -205,13 +205,13 @@ def cached_decoding(machine: Machine) -> Iterator[str]:
     for way in ("called", "graph"):
         for context in contexts:
             for batch in (1, many):
-                room = context + 5 * _steps_of(machine)
-                held = 2 * 2 * layers * batch * room * width
+                technique = context + 5 * _steps_of(machine)
+                held = 2 * 2 * layers * batch * technique * width
                 if machine.on_gpu and held > 0.8 * torch.cuda.mem_get_info(machine.device)[0]:
                     why = f"does not fit: {held / 2**30:,.0f} GiB"
                     yield table_row([f"Transformer, {way}", f"{context:,}", batch, why, "", f"{held / 2**20:,.1f}"])
                     continue
-                step = CachedStep(model, batch, context, room, way == "graph" and machine.on_gpu)
+                step = CachedStep(model, batch, context, technique, way == "graph" and machine.on_gpu)
                 yield _measured(machine, f"Transformer, {way}", context, batch, step, held)
                 del step
                 machine.forget()

@@ -81,9 +81,9 @@ def held_out(ids: np.ndarray, count: int) -> Tensor:
     return windows(ids, np.linspace(0, len(ids) - WINDOW - 2, count).astype(np.int64))
 
 
-def room_of(model: LanguageModel) -> LearnedLength | None:
-    room = model.blocks[0]
-    return room if isinstance(room, LearnedLength) else None
+def adaptive_layer(model: LanguageModel) -> LearnedLength | None:
+    technique = model.blocks[0]
+    return technique if isinstance(technique, LearnedLength) else None
 
 
 @torch.no_grad()
@@ -96,9 +96,9 @@ def nats(model: LanguageModel, rows: Tensor) -> Tensor:
 @torch.no_grad()
 def full_length(model: LanguageModel, rows: Tensor, logits: bool = True) -> Any:
     """Every position through every block, whatever its length would be. (B, N, V) logits, or features."""
-    room, x = room_of(model), model.embed(rows[:, :-1])
-    assert room is not None
-    for part in (room.trunk, room.deep):
+    technique, x = adaptive_layer(model), model.embed(rows[:, :-1])
+    assert technique is not None
+    for part in (technique.trunk, technique.deep):
         x, _, _ = part(x, rows[:, :-1], None, None)
     x = model.norm(x)
     return model.head(x) if logits else x
@@ -122,9 +122,9 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     name, seed = spec["model"], spec["seed"]
     torch.manual_seed(seed)
     model = LanguageModel(259, **{**SHAPE, **MODELS[name]})
-    room, rng, ids = room_of(model), np.random.default_rng(seed), texts()
-    if room is not None and "from the" in name:
-        room.predictor.out.bias.data[-1 if name.endswith("longest") else 0] = 3.0
+    technique, rng, ids = adaptive_layer(model), np.random.default_rng(seed), texts()
+    if technique is not None and "from the" in name:
+        technique.predictor.out.bias.data[-1 if name.endswith("longest") else 0] = 3.0
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         return model(x, targets=y, logits=False).loss  # type: ignore[return-value]
@@ -135,18 +135,18 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     result["parameters"] = sum(p.numel() for p in model.parameters())
     rows = {kind: held_out(ids[kind][1], 192) for kind in KINDS}
     result |= {kind: {"bits_per_byte": bits(model, rows[kind])} for kind in KINDS}
-    if room is not None:
+    if technique is not None:
         for kind in KINDS:
-            result[kind] |= lengths_of(model, room, rows[kind])
+            result[kind] |= lengths_of(model, technique, rows[kind])
     return result
 
 
 def at_first(seed: int) -> dict[str, Tensor]:
     """What the predictor of a seed's model began as."""
     torch.manual_seed(seed)
-    room = room_of(LanguageModel(259, **{**SHAPE, **MODELS["truncate"]}))
-    assert room is not None
-    return room.predictor.state_dict()
+    technique = adaptive_layer(LanguageModel(259, **{**SHAPE, **MODELS["truncate"]}))
+    assert technique is not None
+    return technique.predictor.state_dict()
 
 
 def bits(model: LanguageModel, rows: Tensor) -> float:
@@ -159,14 +159,14 @@ def saved(name: str, seed: int) -> Path:
     return folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.safetensors"
 
 
-def lengths_of(model: LanguageModel, room: LearnedLength, rows: Tensor) -> dict[str, Any]:
+def lengths_of(model: LanguageModel, technique: LearnedLength, rows: Tensor) -> dict[str, Any]:
     """What is chosen for one kind of text, and what each length costs in bits per byte."""
     logits = full_length(model, rows)
     full = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:]).item() / math.log(2)
     chosen = record_of(model, rows).predicted_lengths[:, 0]
-    values, forced = room.predictor.fixed, {}
+    values, forced = technique.predictor.fixed, {}
     for value in values:
-        with lengths_given(room, torch.tensor(value)):
+        with lengths_given(technique, torch.tensor(value)):
             forced[value] = bits(model, rows)
     return {
         "full": full,
@@ -177,14 +177,14 @@ def lengths_of(model: LanguageModel, room: LearnedLength, rows: Tensor) -> dict[
 
 
 @contextlib.contextmanager
-def lengths_given(room: LearnedLength, lengths: Tensor) -> Iterator[None]:
+def lengths_given(technique: LearnedLength, lengths: Tensor) -> Iterator[None]:
     """Every first window has these lengths, (B,) or (), whatever the predictor says."""
-    choose = room.predictor.choose
-    room.predictor.choose = lambda values, scores: lengths.reshape(-1, 1).expand(scores.shape[:-1])  # type: ignore
+    choose = technique.predictor.choose
+    technique.predictor.choose = lambda values, scores: lengths.reshape(-1, 1).expand(scores.shape[:-1])  # type: ignore
     try:
         yield
     finally:
-        room.predictor.choose = choose  # type: ignore[method-assign]
+        technique.predictor.choose = choose  # type: ignore[method-assign]
 
 
 @torch.no_grad()
@@ -201,12 +201,12 @@ def predictor_alone(penalty: float, seed: int, steps: int) -> dict[str, Any]:
     this is what training all of it at that penalty gives, but for when the predictor learns.
     """
     model, ids, rng = load("truncate", seed), texts(), np.random.default_rng(seed + 100)
-    room = room_of(model)
-    assert room is not None
+    technique = adaptive_layer(model)
+    assert technique is not None
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    room.predictor.load_state_dict(at_first(seed))
-    room.predictor.requires_grad_(True)
+    technique.predictor.load_state_dict(at_first(seed))
+    technique.predictor.requires_grad_(True)
     model.train()
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
@@ -214,8 +214,8 @@ def predictor_alone(penalty: float, seed: int, steps: int) -> dict[str, Any]:
         certainty = model.config.length.entropy_weight * losses["certainty"]
         return losses["cross_entropy"] + penalty * losses["length"] + certainty
 
-    result = train(loss_of, room.predictor, lambda: drawn(ids, rng), steps=steps)
-    save_model(room.predictor, str(saved(f"penalty {penalty:g}", seed)))
+    result = train(loss_of, technique.predictor, lambda: drawn(ids, rng), steps=steps)
+    save_model(technique.predictor, str(saved(f"penalty {penalty:g}", seed)))
     return result
 
 
@@ -235,12 +235,12 @@ def mixed(mix: str, ids: dict[str, tuple[np.ndarray, np.ndarray]], batch: int) -
 @torch.no_grad()
 def timed(model: LanguageModel, rows: Tensor, plain: LanguageModel, repeats: int) -> dict[str, list[float]]:
     """Seconds of prefill: at full length, adaptively in groups and at the longest, and of the plain model, in turn."""
-    room = room_of(model)
-    assert room is not None
-    settings = room.settings
+    technique = adaptive_layer(model)
+    assert technique is not None
+    settings = technique.settings
 
     def adaptive(execution: str) -> None:
-        room.settings = dataclasses.replace(settings, execution=execution)  # type: ignore[arg-type]
+        technique.settings = dataclasses.replace(settings, execution=execution)  # type: ignore[arg-type]
         model(rows[:, :-1], logits=False)
 
     runs = {
@@ -250,7 +250,7 @@ def timed(model: LanguageModel, rows: Tensor, plain: LanguageModel, repeats: int
         "plain": lambda: plain(rows[:, :-1], logits=False),
     }
     times = interleaved(runs, repeats)
-    room.settings = settings
+    technique.settings = settings
     return times
 
 
@@ -387,14 +387,14 @@ def controls_table() -> str:
     text, rows = mixed("uniform", texts(), 384), []
     for seed in SEEDS:
         model = load("truncate", seed)
-        room = room_of(model)
-        assert room is not None
+        technique = adaptive_layer(model)
+        assert technique is not None
         chosen = record_of(model, text).predicted_lengths[:, 0]
         own = bits(model, text)
         shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(len(chosen)))
-        with lengths_given(room, chosen[shuffled]):
+        with lengths_given(technique, chosen[shuffled]):
             dealt = bits(model, text)
-        room.predictor.load_state_dict(at_first(seed))
+        technique.predictor.load_state_dict(at_first(seed))
         first = record_of(model, text).avg_predicted_length
         rows.append([seed, f"{chosen.double().mean():.0f}", f"{own:.4f}", f"{dealt:.4f}", f"{first:.0f}"])
         rows[-1].append(f"{bits(model, text):.4f}")

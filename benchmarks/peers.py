@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trained import HELD_OUT, bits, held_out
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from resnet_bk.ledger import Ledger
 from resnet_bk.model import LanguageModel
+from resnet_bk.study.ledger import Ledger
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

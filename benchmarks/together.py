@@ -17,9 +17,9 @@ from torch import Tensor
 from trained import Run, Trained, bits, prefill, scored, training_step, worse
 
 from resnet_bk.config import PRESETS, preset
-from resnet_bk.ledger import Ledger, plain_flops
 from resnet_bk.model import LanguageModel
-from resnet_bk.training.measure import greedy
+from resnet_bk.study.ledger import Ledger, plain_flops
+from resnet_bk.study.measure import greedy
 
 SHAPE = {name: value for name, value in preset("plain").items() if name != "n_layers"}
 

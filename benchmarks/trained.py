@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_bk.model import LanguageModel, ModelOutput
-from resnet_bk.training.measure import rank_correlation
+from resnet_bk.study.measure import rank_correlation
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

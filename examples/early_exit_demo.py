@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from resnet_bk import LanguageModel
-from resnet_bk.speculative import speculate
-from resnet_bk.training.measure import greedy
+from resnet_bk.inference.speculation import speculate
+from resnet_bk.study.measure import greedy
 
 PROMPT, NEW = b"def read(self, size=-1):\n", 300
 
@@ -48,9 +48,9 @@ def main() -> None:
     model.eval()
     prompt = torch.tensor([[byte + 3 for byte in PROMPT]])
     table = Table("decoding", "ms a byte", "blocks a byte", title=f"{NEW} bytes, greedy")
-    room = model.blocks[0]
+    technique = model.blocks[0]
     for threshold in (1.0, 0.95, options.threshold, 0.7, 0.5):
-        room.threshold = threshold
+        technique.threshold = threshold
         console.print(f"\nthreshold {threshold}", style="bold")
         report(model, held_out, console)
         text, milliseconds = timed(lambda: greedy(model, prompt, NEW))

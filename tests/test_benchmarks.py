@@ -47,10 +47,15 @@ def test_a_part_that_fails_is_written_down_and_the_page_goes_on(tmp_path):
 
     def half():
         yield "a number\n"
-        raise MemoryError("no room")
+        raise MemoryError("no technique")
 
     page.section("First", machine, 1.0, half())
     page.section("Second", machine, 1.0, iter(["another\n"]))
     text = (tmp_path / "page.md").read_text()
     assert page.failed
-    assert text.index("a number") < text.index("MemoryError: no room") < text.index("## Second") < text.index("another")
+    assert (
+        text.index("a number")
+        < text.index("MemoryError: no technique")
+        < text.index("## Second")
+        < text.index("another")
+    )

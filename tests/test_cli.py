@@ -562,7 +562,7 @@ def test_errors_of_the_machine_are_one_line_too(monkeypatch, capsys, error, code
     def fail(config, console):
         raise error
 
-    monkeypatch.setattr("resnet_bk.training.run.train", fail)
+    monkeypatch.setattr("resnet_bk.study.run.train", fail)
     assert main(train()) == code
     said = capsys.readouterr().err
     assert said.startswith(f"resnet-bk: error: {message}")
@@ -573,7 +573,7 @@ def test_a_bug_is_not_hidden(monkeypatch):
     def fail(config, console):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("resnet_bk.training.run.train", fail)
+    monkeypatch.setattr("resnet_bk.study.run.train", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(train())
 

@@ -10,8 +10,8 @@ from resnet_bk import LanguageModel
 from resnet_bk.config import ConfigError
 
 CHUNKS = {"factors": [3], "layers": [1, 1, 0]}
-# The room's fields, and the section whose bound makes its shapes static, where it needs one.
-ROOMS = {
+# The technique's fields, and the section whose bound makes its shapes static, where it needs one.
+TECHNIQUES = {
     "plain": ({}, None),
     "complex": ({"energy": "complex"}, None),
     "diagonal": ({"readout": "diagonal"}, None),
@@ -57,7 +57,7 @@ def text():
 
 def losses_and_gradients(model, run, precise=torch.float32):
     ids = text()
-    torch.manual_seed(3)  # some rooms draw in training
+    torch.manual_seed(3)  # some techniques draw in training
     with torch.autocast("cpu", torch.bfloat16, enabled=precise == torch.bfloat16):
         loss = run(ids[:, :-1], ids[:, 1:])
     loss.backward()
@@ -77,9 +77,9 @@ def _forget():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ROOMS)
+@pytest.mark.parametrize("name", TECHNIQUES)
 def test_training_is_one_graph_and_the_same(name):
-    model = make(bounded(*ROOMS[name]))
+    model = make(bounded(*TECHNIQUES[name]))
     expected = losses_and_gradients(model, loss_of(model))
     got = losses_and_gradients(model, torch.compile(loss_of(model), fullgraph=True, backend="aot_eager"))
     for one, other in zip(got, expected, strict=True):
@@ -89,7 +89,7 @@ def test_training_is_one_graph_and_the_same(name):
 @pytest.mark.parametrize("name", ["plain", "words"])
 @torch.no_grad()
 def test_prefill_is_one_graph_and_the_same(name):
-    model, ids = make(bounded(*ROOMS[name])).eval(), text()
+    model, ids = make(bounded(*TECHNIQUES[name])).eval(), text()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected, got = model(ids), compiled(ids)
     torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
@@ -107,18 +107,20 @@ def test_several_techniques_and_experts_are_one_graph_in_bfloat16():
         assert (one - other).norm() <= 0.05 * other.norm() + 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name, (_, section) in ROOMS.items() if section not in (None, "sparsity")])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, section) in TECHNIQUES.items() if section not in (None, "sparsity")]
+)
 def test_without_a_bound_shapes_follow_the_text(name):
     """The planted bug of the tests above: they can fail. (Of sparse chains torch can carry the unknown width along.)"""
-    model = make(ROOMS[name][0])
+    model = make(TECHNIQUES[name][0])
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         torch.compile(loss_of(model), fullgraph=True, backend="aot_eager")(text()[:, :-1], text()[:, 1:])
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", [name for name, (_, section) in ROOMS.items() if section])
+@pytest.mark.parametrize("name", [name for name, (_, section) in TECHNIQUES.items() if section])
 def test_a_bound_changes_no_number(name, training):
-    fields, section = ROOMS[name]
+    fields, section = TECHNIQUES[name]
     runs = []
     for kind in (fields, bounded(fields, section)):
         model = make(kind).double().train(training)
@@ -132,9 +134,9 @@ def test_a_bound_changes_no_number(name, training):
 
 @pytest.mark.parametrize("name", ["words", "act", "skip", "exit", "sparse"])
 def test_what_does_not_fit_is_an_error(name):
-    model, ids = make(bounded(*ROOMS[name], bound=0.05)), text()
+    model, ids = make(bounded(*TECHNIQUES[name], bound=0.05)), text()
     ids[:, ::2] = 35  # more words than a tile has rows
-    with pytest.raises(RuntimeError, match="more positions selected than there is room for"):
+    with pytest.raises(RuntimeError, match="more positions selected than there is technique for"):
         model(ids)
 
 

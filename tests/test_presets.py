@@ -6,7 +6,7 @@ import yaml
 
 from resnet_bk import ConfigError, ConfigurableResNetBK, LanguageModel, cli
 from resnet_bk.config import PRESETS, ModelConfig, TrainConfig, preset, preset_file
-from resnet_bk.ledger import Ledger
+from resnet_bk.study.ledger import Ledger
 
 TEXT = b"def forward(self, x):\n    return self.head(self.norm(x))\n" * 4
 
@@ -16,7 +16,7 @@ def test_each_is_a_model_and_nothing_else(name):
     assert set(yaml.safe_load(preset_file(name).read_text())) == {"model"}
     model = LanguageModel.from_preset(name)
     assert model.config.blocks == (4 if name == "fast" else 8)
-    assert bool(model.config.rooms) == (name != "plain")
+    assert bool(model.config.techniques) == (name != "plain")
 
 
 def test_they_are_named_from_the_dearest_to_the_cheapest():
@@ -36,7 +36,7 @@ def test_further_fields_take_the_place_of_the_presets():
     model = ConfigurableResNetBK.from_preset("balanced", 300, d_model=64, sparsity={})
     assert model.config.vocab_size == 300
     assert model.config.d_model == 64
-    assert model.config.rooms == ["multiscale", "depth", "experts"]
+    assert model.config.techniques == ["multiscale", "depth", "experts"]
 
 
 def test_an_unknown_name_is_refused():
@@ -64,7 +64,7 @@ def test_on_the_command_line(parsed, form):
     config = parsed("train", *form, "--model.n_seq", "512", "--seed", "3", "--max_steps", "1")
     assert isinstance(config, TrainConfig)
     assert (config.model.multiscale.layers, config.model.n_seq, config.seed) == ((2, 2, 0), 512, 3)
-    assert config.model.rooms == ["multiscale"]
+    assert config.model.techniques == ["multiscale"]
 
 
 def test_a_file_of_that_name_comes_first(parsed, tmp_path):

@@ -1,5 +1,20 @@
+"""``python -m resnet_bk`` and the command ``resnet-bk``."""
+
 import sys
 
-from resnet_bk.cli import main
+from resnet_bk.extras import MissingExtraError, extra
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command line; returns the exit code, 2 where the packages it needs are not installed."""
+    try:
+        with extra("train"):
+            from resnet_bk import cli
+    except MissingExtraError as error:
+        print(f"resnet-bk: error: {error}", file=sys.stderr)
+        return 2
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

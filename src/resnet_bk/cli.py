@@ -32,6 +32,7 @@ from resnet_bk.config import (
     read_yaml,
     shown,
 )
+from resnet_bk.extras import MissingExtraError
 
 _COMMANDS = {
     "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
@@ -224,9 +225,11 @@ def _run(command: str, config: Any) -> int:
     from rich.console import Console
 
     from resnet_bk.checkpoint import CheckpointError
-    from resnet_bk.training import run
+    from resnet_bk.inference.generation import generate
+    from resnet_bk.study import run
     from resnet_bk.training.guard import LeakError
     from resnet_bk.training.ranks import launched
+    from resnet_bk.training.run import StoppedError
     from resnet_bk.training.trainer import NonFiniteError
 
     if command != "train" and (count := launched()) > 1:
@@ -235,7 +238,7 @@ def _run(command: str, config: Any) -> int:
     functions: dict[str, Callable[[Any, Console], Any]] = {
         "train": run.train,
         "eval": run.evaluate_checkpoint,
-        "generate": run.generate,
+        "generate": generate,
         "inspect": _inspect,
         "report": _report,
         "tune": _tune,
@@ -243,7 +246,7 @@ def _run(command: str, config: Any) -> int:
     }
     try:
         functions[command](config, Console())
-    except run.StoppedError as stopped:
+    except StoppedError as stopped:
         if _speaks():
             print(f"resnet-bk: {stopped}", file=sys.stderr)
         return stopped.exit_code
@@ -251,7 +254,7 @@ def _run(command: str, config: Any) -> int:
         return _fail(error, 1) if _speaks() else 1
     except UnicodeDecodeError as error:
         return _fail(f"{command}: the input is not UTF-8 at byte {error.start}", 2)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, MissingExtraError) as error:
         return _fail(error, 2)
     except (LeakError, OSError) as error:
         return _fail(error, 1)
@@ -265,26 +268,26 @@ def _run(command: str, config: Any) -> int:
 
 
 def _inspect(config: InspectConfig, console: Any) -> None:
-    from resnet_bk.training.inspection import inspect
+    from resnet_bk.study.inspection import inspect
 
     inspect(config, console)
 
 
 def _report(config: ReportConfig, console: Any) -> None:
-    from resnet_bk.training.comparison import report
+    from resnet_bk.study.comparison import report
 
     report(config, console)
 
 
 def _tune(config: TuneConfig, console: Any) -> None:
-    from resnet_bk.training.tune import tune
+    from resnet_bk.study.tune import tune
 
     _, recipe = _parse(["train", f"--config={config.base}"], "tune.base")
     tune(config, recipe, console)
 
 
 def _ablate(config: AblateConfig, console: Any) -> None:
-    from resnet_bk.training.ablate import ablate
+    from resnet_bk.study.ablate import ablate
 
     _, recipe = _parse(["train", f"--config={config.base}"], "ablate.base")
     ablate(config, recipe, console)

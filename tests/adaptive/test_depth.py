@@ -34,13 +34,13 @@ def model(policy, n_layers=4, vocab=31, **settings) -> LanguageModel:
     return net
 
 
-def room_of(net):
+def adaptive_layer(net):
     return net.blocks[0]
 
 
 def parts(net):
-    room = room_of(net)
-    return [room.first, *room.segments, room.last]
+    layer = adaptive_layer(net)
+    return [layer.first, *layer.segments, layer.last]
 
 
 def plain(net) -> LanguageModel:
@@ -60,31 +60,31 @@ def tokens(batch, length, vocab=31):
 
 def by_definition(net, ids):
     """One sequence, position by position: the output (N, D), the blocks each went through, and the expected number."""
-    room = room_of(net)
-    x = room.first(net.embed(ids), ids, None, None)[0][0]
-    n, for_all = len(x), len(room.first) + len(room.last)
+    layer = adaptive_layer(net)
+    x = layer.first(net.embed(ids), ids, None, None)[0][0]
+    n, for_all = len(x), len(layer.first) + len(layer.last)
     going, left, out = list(range(n)), [1.0] * n, [torch.zeros_like(x[0])] * n
     blocks, expected = [for_all] * n, for_all * n
-    for i, segment in enumerate(room.segments):
-        if isinstance(room, Skipping):
-            probability = [room.routers[i](x[t : t + 1])[0].sigmoid() for t in range(n)]
+    for i, segment in enumerate(layer.segments):
+        if isinstance(layer, Skipping):
+            probability = [layer.routers[i](x[t : t + 1])[0].sigmoid() for t in range(n)]
             expected = expected + len(segment) * sum(probability)
-            going = [t for t in range(n) if probability[t] >= room.threshold]
+            going = [t for t in range(n) if probability[t] >= layer.threshold]
         else:
             on = []
             for t in going:
-                if isinstance(room, EarlyExit):
+                if isinstance(layer, EarlyExit):
                     p = net.read(x[t]).softmax(-1)
                     sure = {
-                        "gain": lambda t=t, i=i, x=x: (-room.units[i](x[t : t + 1])[0]).exp(),
+                        "gain": lambda t=t, i=i, x=x: (-layer.units[i](x[t : t + 1])[0]).exp(),
                         "probability": lambda p=p: p.max(),
                         "entropy": lambda p=p: 1 + (p * p.log()).sum() / math.log(len(p)),
-                    }[room.kind]()
-                    halt = float(sure >= room.threshold)
+                    }[layer.kind]()
+                    halt = float(sure >= layer.threshold)
                     stops = halt == 1.0
                 else:
-                    halt = room.units[i](x[t : t + 1])[0].sigmoid()
-                    stops = left[t] - halt <= 1 - room.threshold
+                    halt = layer.units[i](x[t : t + 1])[0].sigmoid()
+                    stops = left[t] - halt <= 1 - layer.threshold
                 weight = left[t] if stops else halt
                 out[t], left[t] = out[t] + weight * x[t], left[t] - weight
                 if not stops:
@@ -95,9 +95,9 @@ def by_definition(net, ids):
             blocks[t] += len(segment)
         if going:
             x = x.index_copy(0, torch.tensor(going), segment(x[going].unsqueeze(0), ids, None, None)[0][0])
-    if isinstance(room, Stopping):
+    if isinstance(layer, Stopping):
         x = torch.stack([out[t] + left[t] * x[t] for t in range(n)])
-    return room.last(x.unsqueeze(0), ids, None, None)[0][0], blocks, expected
+    return layer.last(x.unsqueeze(0), ids, None, None)[0][0], blocks, expected
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 33])
@@ -148,9 +148,9 @@ def test_ponder_is_the_expected_share_of_blocks_at_a_price_that_holds_the_target
     expected = sum(by_definition(net, ids[row : row + 1])[2] for row in range(2)) / (2 * 19 * 4)
     torch.testing.assert_close(output.losses["ponder"], price * expected)
     output.losses["ponder"].backward()
-    room = room_of(net)
-    pull = room.units[0].bias.grad if policy == "act" else -room.routers[0].bias.grad
-    assert pull * price < 0  # to stop sooner where it costs, later where there is room
+    layer = adaptive_layer(net)
+    pull = layer.units[0].bias.grad if policy == "act" else -layer.routers[0].bias.grad
+    assert pull * price < 0  # to stop sooner where it costs, later where there is layer
     added = output.loss - output.losses["cross_entropy"]
     torch.testing.assert_close(added, net.config.depth.penalty * output.losses["ponder"])
 
@@ -167,7 +167,7 @@ def test_a_confidence_of_one_is_never_reached(kind):
     net, ids = model("exit", threshold=1.0, confidence=kind), tokens(3, 32)
     net.head.weight = torch.nn.Parameter(1e3 * net.head.weight.detach())  # certain of everything
     with torch.no_grad():
-        for unit in room_of(net).units:
+        for unit in adaptive_layer(net).units:
             unit.bias.fill_(-100.0)
     assert torch.equal(net(ids).logits, plain(net)(ids).logits)
     assert (net(ids).records[0].blocks == 4).all()
@@ -218,11 +218,11 @@ def test_padding_goes_through_no_block():
 def test_exits_are_scored_in_training_and_units_learn_what_going_on_gains(kind):
     net, ids = model("exit", full_depth=1.0, confidence=kind), tokens(2, 15)
     output = net.train()(ids[:, :-1], targets=ids[:, 1:])
-    room, losses, units = room_of(net), [], []
-    x = room.first(net.embed(ids[:, :-1]), ids, None, None)[0]
-    for i, segment in enumerate(room.segments):
+    layer, losses, units = adaptive_layer(net), [], []
+    x = layer.first(net.embed(ids[:, :-1]), ids, None, None)[0]
+    for i, segment in enumerate(layer.segments):
         losses.append(F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:], reduction="none"))
-        units.append(room.units[i](x) if kind == "gain" else None)
+        units.append(layer.units[i](x) if kind == "gain" else None)
         x = segment(x, ids, None, None)[0]
     final = F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:], reduction="none")
     expected = final + net.config.depth.exit_weight * torch.stack(losses).mean(0)
@@ -234,7 +234,7 @@ def test_exits_are_scored_in_training_and_units_learn_what_going_on_gains(kind):
 def test_units_learn_from_sequences_that_nothing_has_left():
     net, ids = model("exit", full_depth=0.0), tokens(4, 15)
     net.train()(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
-    for unit in room_of(net).units:
+    for unit in adaptive_layer(net).units:
         assert (unit.weight.grad == 0).all()
 
 
@@ -242,7 +242,7 @@ def test_units_learn_from_sequences_that_nothing_has_left():
 @pytest.mark.parametrize("full_depth", [0.0, 0.25, 1.0])
 def test_each_training_sequence_stops_at_a_confidence_of_its_own(full_depth, kind):
     net = model("exit", full_depth=full_depth, confidence=kind).train()
-    drawn = room_of(net)._draw(torch.zeros(4000, 1, 16))
+    drawn = adaptive_layer(net)._draw(torch.zeros(4000, 1, 16))
     everywhere = drawn == NEVER
     assert drawn.shape == (4000, 1)
     assert everywhere.double().mean().item() == pytest.approx(full_depth, abs=0.03)
@@ -269,7 +269,7 @@ def test_a_copy_reads_with_its_own_head():
     with torch.no_grad():
         net.norm.weight.zero_()
     ids = tokens(2, 30)
-    assert room_of(other).read.__self__ is other
+    assert adaptive_layer(other).read.__self__ is other
     assert not torch.equal(other(ids).records[0].blocks, net(ids).records[0].blocks)
 
 

@@ -22,13 +22,13 @@ def model(seed=0, n_layers=3, **length) -> LanguageModel:
     return LanguageModel(259, d_model=16, n_layers=n_layers, num_experts=1, n_heads=2, length=settings).double()
 
 
-def room_of(model) -> LearnedLength:
+def adaptive_layer(model) -> LearnedLength:
     return model.blocks[0]
 
 
 def always(model, length) -> None:
     """Every window chooses this length."""
-    room_of(model).predictor.choose = lambda values, scores: torch.full(scores.shape[:-1], length)
+    adaptive_layer(model).predictor.choose = lambda values, scores: torch.full(scores.shape[:-1], length)
 
 
 def text(rows=2, length=64):
@@ -75,13 +75,13 @@ def test_kept_positions_are_those_of_the_definition(mode, spacing, length):
 
 @torch.no_grad()
 def test_full_length_is_the_plain_model():
-    """Truncating nothing is bit for bit the model without the room."""
+    """Truncating nothing is bit for bit the model without the layer."""
     net = model(mode="truncate").eval()
     always(net, 16)
     plain = LanguageModel(259, d_model=16, n_layers=3, num_experts=1, n_heads=2).double().eval()
-    room = room_of(net)
+    layer = adaptive_layer(net)
     plain.embed, plain.norm, plain.head = net.embed, net.norm, net.head
-    for i, block in enumerate([*room.trunk, *room.deep]):
+    for i, block in enumerate([*layer.trunk, *layer.deep]):
         plain.blocks[i] = block
     ids = text()
     assert torch.equal(net(ids).logits, plain(ids).logits)
@@ -90,18 +90,18 @@ def test_full_length_is_the_plain_model():
 @torch.no_grad()
 def test_pooled_positions_stand_for_those_since_the_last_one():
     net = model(mode="pool").eval()
-    room = room_of(net)
-    room.down.weight.normal_()
+    layer = adaptive_layer(net)
+    layer.down.weight.normal_()
     always(net, 4)
     seen = []
-    room.deep.register_forward_pre_hook(lambda m, arguments: seen.append(arguments[0]))
+    layer.deep.register_forward_pre_hook(lambda m, arguments: seen.append(arguments[0]))
     ids = text(1, 32)
     record = net(ids).records[0]
-    x = room.trunk(net.embed(ids), ids, None, None)[0][0]
+    x = layer.trunk(net.embed(ids), ids, None, None)[0][0]
     ends = [-1, *record.kept[0].nonzero().flatten().tolist()]
     for i, (before, end) in enumerate(itertools.pairwise(ends)):
         mean = x[before + 1 : end + 1].mean(0)
-        torch.testing.assert_close(seen[0][0, i], x[end] + room.down(mean - x[end]))
+        torch.testing.assert_close(seen[0][0, i], x[end] + layer.down(mean - x[end]))
 
 
 @pytest.mark.parametrize("mode", ["truncate", "pool"])
@@ -111,7 +111,7 @@ def test_executions_agree_and_count_what_they_compute(mode):
     outputs = {}
     for execution in ("grouped", "batch_max"):
         net = model(mode=mode, execution=execution, seed=3).eval()
-        room_of(net).predictor.out.weight.mul_(30)
+        adaptive_layer(net).predictor.out.weight.mul_(30)
         outputs[execution] = net(ids)
     grouped, batch_max = outputs["grouped"], outputs["batch_max"]
     torch.testing.assert_close(grouped.logits, batch_max.logits, rtol=1e-12, atol=1e-12)
@@ -151,7 +151,7 @@ def test_record_adds_up():
     assert record.predicted_lengths.shape == record.decided.shape == (2, 2)
     assert record.length_probs.shape == (2, 2, 4)
     trunk, deep, way_out = record.costs
-    block = 2 * sum(m.weight.numel() for m in room_of(net).trunk.modules() if isinstance(m, torch.nn.Linear))
+    block = 2 * sum(m.weight.numel() for m in adaptive_layer(net).trunk.modules() if isinstance(m, torch.nn.Linear))
     assert (trunk, deep) == (block, 2 * block)
     assert record.speedup_estimate == pytest.approx(64 * 3 * block / (64 * block + 16 * 2 * block + 48 * way_out))
     computed = 2 * 16  # two rows of two windows of four positions, in tiles of 16
@@ -166,7 +166,7 @@ def test_record_adds_up():
 def test_generation_decides_once_the_prefix_is_read_and_keeps_to_it():
     """A prompt shorter than the prefix decides later; a window keeps its length, the next one chooses its own."""
     net = model(mode="truncate", seed=3).eval()
-    room_of(net).predictor.out.weight.mul_(30)
+    adaptive_layer(net).predictor.out.weight.mul_(30)
     ids = text(4, 64)
     whole = net(ids).records[0]
     assert whole.predicted_lengths.unique().numel() > 1
@@ -193,9 +193,9 @@ def test_gradient_is_that_of_the_expected_loss_by_enumeration(mode, training):
     if (mode, training) == ("pool", "expected"):
         pytest.skip("pooled lengths are always sampled")
     net = model(mode=mode, training=training, n_layers=2)
-    room = room_of(net)
+    layer = adaptive_layer(net)
     ids = text(1, 17)
-    weights = list(room.predictor.parameters())
+    weights = list(layer.predictor.parameters())
     inputs, targets = ids[:, :-1], ids[:, 1:]
     costs = []
     net.eval()
@@ -203,9 +203,9 @@ def test_gradient_is_that_of_the_expected_loss_by_enumeration(mode, training):
         always(net, length)
         with torch.no_grad():
             costs.append(F.cross_entropy(net(inputs).logits[0], targets[0]))
-    del room.predictor.choose
-    x = room.trunk(net.embed(inputs), inputs, None, None)[0].detach()
-    probabilities = room.predictor(x[:, :4].mean(1)).probabilities[0]
+    del layer.predictor.choose
+    x = layer.trunk(net.embed(inputs), inputs, None, None)[0].detach()
+    probabilities = layer.predictor(x[:, :4].mean(1)).probabilities[0]
     expected = torch.autograd.grad((probabilities * torch.stack(costs)).sum(), weights)
     net.train()
     torch.manual_seed(0)
@@ -228,7 +228,7 @@ def test_few_windows_teach_too(rows):
     torch.manual_seed(2)
     ids = text(rows, 17)
     net(ids[:, :-1], targets=ids[:, 1:]).losses["cross_entropy"].backward()
-    assert room_of(net).predictor.out.bias.grad.abs().max() > 1e-6
+    assert adaptive_layer(net).predictor.out.bias.grad.abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("settings", TRAININGS)
@@ -253,7 +253,7 @@ def test_experts_are_balanced_alike_in_groups_and_together():
         torch.manual_seed(0)
         length = {"bins": 4, "max_length": 64, "trunk": 1, "execution": execution}
         net = LanguageModel(259, d_model=16, n_layers=2, num_experts=4, length=length).double().eval()
-        room_of(net).predictor.choose = lambda values, scores: (
+        adaptive_layer(net).predictor.choose = lambda values, scores: (
             torch.tensor([16, 32, 64] * 2).unsqueeze(1).expand(scores.shape[:-1])
         )
         losses.append(net(ids).losses["balance"])
@@ -265,7 +265,7 @@ def test_experts_are_balanced_alike_in_groups_and_together():
 )
 def test_the_penalty_alone_shortens(settings):
     net = model(penalty=1.0, entropy_weight=0.0, **settings).train()
-    optimizer = torch.optim.Adam(room_of(net).predictor.parameters(), lr=0.03)
+    optimizer = torch.optim.Adam(adaptive_layer(net).predictor.parameters(), lr=0.03)
     ids = text()
     for _ in range(80):
         output = net(ids)
@@ -279,8 +279,8 @@ def test_the_penalty_alone_shortens(settings):
 def test_decisions_follow_the_data(settings):
     """Windows that need depth and windows that do not, in one batch: same model, same penalty, other lengths."""
     net = model(penalty=0.05, entropy_weight=0.01, n_layers=2, **settings).train()
-    room = room_of(net)
-    for parameter in room.trunk.parameters():  # the way out then sees the present token alone
+    layer = adaptive_layer(net)
+    for parameter in layer.trunk.parameters():  # the way out then sees the present token alone
         parameter.requires_grad_(False).zero_()
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
     generator = torch.Generator().manual_seed(0)

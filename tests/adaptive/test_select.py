@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from resnet_bk.adaptive.select import Chunks, run_rows
-from resnet_bk.ops.packing import Packing, room
+from resnet_bk.ops.packing import Packing, capacity
 from resnet_bk.record import Record
 
 
@@ -77,7 +77,7 @@ def test_rows_in_no_group_keep_their_state():
     assert y[1].abs().sum() == 0
 
 
-def test_a_bound_makes_room_whatever_is_selected():
+def test_a_bound_caps_the_width_whatever_is_selected():
     keep = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
     x = torch.arange(10).view(2, 5)
     packing = Packing(keep, bound=3)
@@ -86,12 +86,12 @@ def test_a_bound_makes_room_whatever_is_selected():
     assert packing.merge(packing.pack(x)).tolist() == [[0, 1, 0, 3, 0], [5, 0, 0, 0, 0]]
     assert Packing(keep, tile=4, bound=3).mask.shape == (2, 4)
     assert Packing(keep, bound=100).mask.shape == (2, 5)
-    with pytest.raises(RuntimeError, match="more positions selected than there is room for"):
+    with pytest.raises(RuntimeError, match="more positions selected than capacity allows"):
         Packing(keep, bound=1)
 
 
-def test_room_is_a_share_rounded_up():
-    assert [room(share, 10) for share in (None, 0.0, 0.31, 1.0)] == [None, 0, 4, 10]
+def test_capacity_is_a_share_rounded_up():
+    assert [capacity(share, 10) for share in (None, 0.0, 0.31, 1.0)] == [None, 0, 4, 10]
 
 
 @pytest.mark.parametrize("started", [True, False])

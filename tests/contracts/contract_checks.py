@@ -1,4 +1,4 @@
-"""The contracts every room keeps, as checks of a model. Each raises AssertionError where the contract is broken.
+"""The contracts every technique keeps, as checks of a model. Each raises AssertionError where the contract is broken.
 
 Dimensions: B batch, N positions.
 """

@@ -1,6 +1,6 @@
-"""Every room keeps every contract; every planted bug is caught by the contract it breaks.
+"""Every technique keeps every contract; every planted bug is caught by the contract it breaks.
 
-A new technique is one more entry in ROOMS, and its typical bugs more entries in BUGS.
+A new technique is one more entry in TECHNIQUES, and its typical bugs more entries in BUGS.
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ from resnet_bk.ops.packing import Packing
 LENGTH = {"bins": 4, "max_length": 16, "trunk": 1}
 
 # name -> fields of the model's configuration
-ROOMS = {
+TECHNIQUES = {
     "propagator-real": {},
     "propagator-complex": {"energy": "complex"},
     "diagonal-real": {"readout": "diagonal"},
@@ -118,7 +118,7 @@ ROOMS = {
     },
     "skip-in-chunks": {"multiscale": {"factors": [2], "layers": [1, 3, 1]}, "depth": {"policy": "skip"}},
 }
-# One of each kind of room, to be combined: all pairs, and all of them at once.
+# One of each kind of technique, to be combined: all pairs, and all of them at once.
 PARTS = {
     "multiscale": {"multiscale": {"factors": [3], "layers": [1, 3, 0], "boundaries": "learned"}},
     "length": {"length": {**LENGTH, "mode": "pool", "pooling": "attention"}},
@@ -127,10 +127,10 @@ PARTS = {
     "experts": {"d_model": 64, "num_experts": 4, "experts": {"policy": "top_p"}},
 }
 for chosen in [*combinations(PARTS, 2), tuple(PARTS)]:
-    ROOMS["+".join(chosen)] = {name: value for room in chosen for name, value in PARTS[room].items()}
-ROOMS["all-skip"] = {**ROOMS["+".join(PARTS)], "depth": {"policy": "skip"}}
-ROOMS["exit+sparsity+experts"] = {
-    **ROOMS["sparsity+experts"],
+    TECHNIQUES["+".join(chosen)] = {name: value for technique in chosen for name, value in PARTS[technique].items()}
+TECHNIQUES["all-skip"] = {**TECHNIQUES["+".join(PARTS)], "depth": {"policy": "skip"}}
+TECHNIQUES["exit+sparsity+experts"] = {
+    **TECHNIQUES["sparsity+experts"],
     "n_layers": 4,
     "depth": {"policy": "exit", "threshold": 0.7},
 }
@@ -144,39 +144,39 @@ CONTRACTS = [
 ]
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda f: f.__name__)
-def test_contract(room, contract):
-    contract(checks.build(**ROOMS[room]))
+def test_contract(technique, contract):
+    contract(checks.build(**TECHNIQUES[technique]))
 
 
 SPARSE = ["sparse", "sparse-complex", "sparse-gumbel"] if "numba" in available_backends() else []
 CONDITIONAL = ["experts-top-p", "experts-null", "experts-null-top2", "experts-bias", "sparse-experts"]
 
 
-@pytest.mark.parametrize("room", [*SPARSE, *CONDITIONAL])
-def test_what_is_left_out_is_not_computed(room):
-    checks.what_is_left_out_is_not_computed(checks.build(**ROOMS[room]))
+@pytest.mark.parametrize("technique", [*SPARSE, *CONDITIONAL])
+def test_what_is_left_out_is_not_computed(technique):
+    checks.what_is_left_out_is_not_computed(checks.build(**TECHNIQUES[technique]))
 
 
-@pytest.mark.parametrize("room", [name for name, fields in ROOMS.items() if "experts" in fields])
+@pytest.mark.parametrize("technique", [name for name, fields in TECHNIQUES.items() if "experts" in fields])
 @torch.no_grad()
-def test_experts_used_vary_in_the_models_under_contract(room):
-    model = checks.build(**ROOMS[room])
+def test_experts_used_vary_in_the_models_under_contract(technique):
+    model = checks.build(**TECHNIQUES[technique])
     used = [
         r.used.flatten() for r in model(checks.tokens(model, 8, 65)).records if isinstance(r, feedforward.ExpertsRecord)
     ]
     assert len(torch.cat(used).unique()) > 1
 
 
-DEEP = [room for room, fields in ROOMS.items() if "depth" in fields]
+DEEP = [technique for technique, fields in TECHNIQUES.items() if "depth" in fields]
 
 
-@pytest.mark.parametrize("room", DEEP)
+@pytest.mark.parametrize("technique", DEEP)
 @torch.no_grad()
-def test_depth_varies_in_the_models_under_contract(room):
+def test_depth_varies_in_the_models_under_contract(technique):
     """Else their contracts would say nothing about decisions."""
-    model = checks.build(**ROOMS[room])
+    model = checks.build(**TECHNIQUES[technique])
     records = []
     for module in model.modules():
         if isinstance(module, AdaptiveDepth):
@@ -189,7 +189,7 @@ def test_depth_varies_in_the_models_under_contract(room):
 
 
 @pytest.mark.parametrize(
-    "room",
+    "technique",
     [
         "act",
         "skip",
@@ -205,8 +205,8 @@ def test_depth_varies_in_the_models_under_contract(room):
         "experts-null",
     ],
 )
-def test_float32_keeps_the_contracts_within_1e_5(room, monkeypatch):
-    model = checks.build(**ROOMS[room]).float()
+def test_float32_keeps_the_contracts_within_1e_5(technique, monkeypatch):
+    model = checks.build(**TECHNIQUES[technique]).float()
 
     def close(x, y, what):
         worst = (x - y).abs().max().item()
@@ -330,7 +330,7 @@ def missing_shift(model: LanguageModel, monkeypatch) -> None:
 
 def boundary_by_the_next_position(model: LanguageModel, monkeypatch) -> None:
     """A chunk closes where the next position differs: position t then knows about t + 1."""
-    rule = type(room_of(model).boundaries)
+    rule = type(adaptive_layer(model).boundaries)
     forward = rule.forward
 
     def peeking(self, x, ids, since, before):
@@ -391,7 +391,7 @@ def global_mean_in_a_causal_model(model: LanguageModel, monkeypatch) -> None:
 
 
 def batch_max_changes_the_output(model: LanguageModel, monkeypatch) -> None:
-    """What the longest row of the batch makes room for, the others keep too."""
+    """What the longest row of the batch makes technique for, the others keep too."""
     keep = LearnedLength._keep
 
     def greedy(self, windows, *others):
@@ -554,7 +554,7 @@ def mask_without_a_gradient(model: LanguageModel, monkeypatch) -> None:
     monkeypatch.setattr(mixer, "propagate", detached)
 
 
-def room_of(model: LanguageModel) -> multiscale.MultiScale:
+def adaptive_layer(model: LanguageModel) -> multiscale.MultiScale:
     return next(layer for layer in model.blocks if isinstance(layer, multiscale.MultiScale))
 
 
@@ -626,9 +626,9 @@ BUGS = [
 ]
 
 
-@pytest.mark.parametrize(("bug", "room", "contract"), BUGS, ids=lambda x: getattr(x, "__name__", x))
-def test_planted_bug_is_caught(bug, room, contract, monkeypatch):
-    model = checks.build(**ROOMS[room])
+@pytest.mark.parametrize(("bug", "technique", "contract"), BUGS, ids=lambda x: getattr(x, "__name__", x))
+def test_planted_bug_is_caught(bug, technique, contract, monkeypatch):
+    model = checks.build(**TECHNIQUES[technique])
     bug(model, monkeypatch)
     with pytest.raises(RuntimeError if bug is even_lengths_only else AssertionError):
         contract(model)

@@ -13,10 +13,11 @@ import pytest
 
 from resnet_bk.checkpoint import newest_valid, verify
 from resnet_bk.cli import main
+from resnet_bk.study import run as scored
 from resnet_bk.training import run as module
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 6
-MEASURE = module.measure
+MEASURE = scored.measure
 
 
 @pytest.fixture
@@ -37,7 +38,8 @@ def arguments(place, *more, steps=6):
 def command(rank, words, fails_at=None):
     """Exit code, standard output and standard error. fails_at: (rank, step) at which memory runs out there."""
     out, err = io.StringIO(), io.StringIO()
-    real, module.measure = module.Budget.on_step_end, lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1)
+    scored.measure = lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1)
+    real = module.Budget.on_step_end
 
     def step_end(self, args, state, control, **kwargs):
         if (rank, state.global_step) == fails_at:
@@ -52,7 +54,7 @@ def command(rank, words, fails_at=None):
             except SystemExit as left:
                 code = left.code
     finally:
-        module.Budget.on_step_end, module.measure = real, MEASURE
+        module.Budget.on_step_end, scored.measure = real, MEASURE
     return code, out.getvalue(), err.getvalue()
 
 

@@ -23,7 +23,7 @@ from resnet_bk.training.trainer import BKTrainer, Budget, Clock, NonFiniteError,
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_seq": 8, "num_experts": 1}
 PLAIN = ModelConfig(**SHAPE)
-ROOMS = {
+TECHNIQUES = {
     "experts": ModelConfig(
         **SHAPE | {"num_experts": 3}, balance_weight=0.5, experts=ExpertsConfig(policy="top_p", target=1.5)
     ),
@@ -115,11 +115,11 @@ def test_ranks_that_share_a_batch_compute_its_gradient(crew, tmp_path, accumulat
     assert_alike(two[:3], one[:3])
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_losses_of_rooms_are_those_of_each_part_of_a_batch(crew, tmp_path, room):
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_losses_of_techniques_are_those_of_each_part_of_a_batch(crew, tmp_path, technique):
     """Prices and balances look at a batch at a time, so two ranks equal one that accumulates their parts."""
-    parts = gradients_of(crew, tmp_path, 1, model=ROOMS[room], batch_size=2, accumulate=4, max_steps=2)
-    two = gradients_of(crew, tmp_path, 2, model=ROOMS[room], batch_size=4, accumulate=2, max_steps=2)
+    parts = gradients_of(crew, tmp_path, 1, model=TECHNIQUES[technique], batch_size=2, accumulate=4, max_steps=2)
+    two = gradients_of(crew, tmp_path, 2, model=TECHNIQUES[technique], batch_size=4, accumulate=2, max_steps=2)
     assert_alike(two[:3], parts[:3])
 
 
@@ -161,12 +161,12 @@ def everybody_leaves(rank, folder, policy):
     """On the second rank no position goes on after the first block; on the first rank all of them do."""
     model = ModelConfig(**SHAPE | {"n_layers": 4}, depth=DepthConfig(policy=policy))
     trainer = build(folder, model=model, max_steps=3)
-    room = next(m for m in trainer.network.modules() if hasattr(m, "segments"))
+    technique = next(m for m in trainer.network.modules() if hasattr(m, "segments"))
     if policy == "skip":
-        decide = room._decide
-        room._decide = lambda x, ids, past, real, spent: decide(x, ids, past, real & (rank == 0), spent)
+        decide = technique._decide
+        technique._decide = lambda x, ids, past, real, spent: decide(x, ids, past, real & (rank == 0), spent)
     else:
-        room._stops = lambda halt, left: torch.full_like(halt, rank == 1, dtype=torch.bool)
+        technique._stops = lambda halt, left: torch.full_like(halt, rank == 1, dtype=torch.bool)
     trainer.run_training(None)
     return outcome(trainer)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_data_parallel import PLAIN, ROOMS, SHAPE, assert_alike, build, newest, outcome
+from test_data_parallel import PLAIN, SHAPE, TECHNIQUES, assert_alike, build, newest, outcome
 from torch.distributed.tensor import DTensor
 
 from resnet_bk import LanguageModel
@@ -15,8 +15,8 @@ from resnet_bk.training.states import whole_weights
 
 DEEP = {
     "plain": PLAIN,
-    "multiscale": ROOMS["multiscale"],
-    "experts": ROOMS["experts"],
+    "multiscale": TECHNIQUES["multiscale"],
+    "experts": TECHNIQUES["experts"],
     "depth": ModelConfig(**SHAPE | {"n_layers": 4}, depth=DepthConfig(policy="exit")),
 }
 
@@ -74,9 +74,9 @@ def test_what_runs_as_often_as_data_say_is_gathered_as_a_whole():
 RECOMPUTED = {
     "plain": PLAIN,
     "noise": ModelConfig(**SHAPE, sparsity=SparsityConfig(target=0.5, sampling="gumbel")),
-    "experts": ROOMS["experts"],
-    "multiscale": ROOMS["multiscale"],
-    "depth": ROOMS["depth"],
+    "experts": TECHNIQUES["experts"],
+    "multiscale": TECHNIQUES["multiscale"],
+    "depth": TECHNIQUES["depth"],
     "length": ModelConfig(**SHAPE | {"n_layers": 4}, length=LengthConfig(bins=2, max_length=8)),
 }
 

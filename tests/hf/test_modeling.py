@@ -15,7 +15,7 @@ from resnet_bk.layers.sparse import SparseBKCore
 
 SCALES = {"factors": [2], "layers": [1, 1, 1], "ratio_weight": 0.0}  # of whole batches, not rows
 LENGTH = {"bins": 4, "max_length": 8, "penalty": 0.0, "entropy_weight": 0.0}  # of whole batches, not rows
-ROOMS = [
+TECHNIQUES = [
     pytest.param({"readout": readout, "energy": energy, "num_experts": experts}, id=f"{readout}-{energy}-{experts}")
     for readout, energy, experts in [
         ("propagator", "real", 1),
@@ -28,15 +28,15 @@ ROOMS = [
     pytest.param({"n_layers": None, "multiscale": {**SCALES, "boundaries": rule}}, id=rule)
     for rule in ("fixed", "learned")
 ]
-ROOMS += [
+TECHNIQUES += [
     pytest.param({"length": {**LENGTH, **settings}}, id="length-" + "-".join(settings.values()))
     for settings in ({"mode": "truncate"}, {"mode": "pool"}, {"placement": "geometric", "pooling": "attention"})
 ]
-ROOMS += [
+TECHNIQUES += [
     pytest.param({"n_layers": 4, "depth": {**depth, "penalty": 0.0}}, id="depth-" + depth["policy"])
     for depth in ({"policy": "act"}, {"policy": "skip"}, {"policy": "exit", "threshold": 0.9, "confidence": "gain"})
 ]
-ROOMS += [
+TECHNIQUES += [
     pytest.param({"sparsity": {"target": 0.5, "penalty": 0.0}}, id="sparse"),
     pytest.param(
         {"num_experts": 3, "experts": {"policy": "top_p", "zero": 1, "identity": 1, "cost_weight": 0.0}},
@@ -104,10 +104,10 @@ def test_auto_classes_know_the_model_in_either_import_order(first, tmp_path):
     assert done.stdout.split() == ["ResNetBKConfig", "ResNetBKForCausalLM", "259"], done.stderr
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_saving_and_loading_keeps_every_bit_and_the_tying(room, tied, tmp_path):
-    model = tiny(torch.float32, tie_word_embeddings=tied, **room)
+def test_saving_and_loading_keeps_every_bit_and_the_tying(technique, tied, tmp_path):
+    model = tiny(torch.float32, tie_word_embeddings=tied, **technique)
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"config.json", "generation_config.json", "model.safetensors", MANIFEST}
@@ -190,15 +190,15 @@ def test_a_model_loaded_as_bfloat16_computes_about_the_same(tmp_path):
 # --------------------------------------------------------------------------------------------- generating
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_greedy_generation_is_the_argmax_of_full_forwards(room):
-    model, prompt = tiny(**room), ids(2, 5)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_greedy_generation_is_the_argmax_of_full_forwards(technique):
+    model, prompt = tiny(**technique), ids(2, 5)
     assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), argmax_loop(model, prompt, 12))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_left_padded_prompts_continue_as_each_alone(room):
-    model, prompts = tiny(**room), [ids(1, n, seed=n) for n in (1, 4, 9)]
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_left_padded_prompts_continue_as_each_alone(technique):
+    model, prompts = tiny(**technique), [ids(1, n, seed=n) for n in (1, 4, 9)]
     width = max(p.shape[1] for p in prompts)
     batch = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts])
@@ -207,9 +207,9 @@ def test_left_padded_prompts_continue_as_each_alone(room):
         assert torch.equal(row[width:], argmax_loop(model, prompt, 10)[0, prompt.shape[1] :])
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_beam_search_with_the_cache_is_beam_search_without(room, monkeypatch):
-    model, prompt = tiny(**room), ids(2, 5)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_beam_search_with_the_cache_is_beam_search_without(technique, monkeypatch):
+    model, prompt = tiny(**technique), ids(2, 5)
     settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 16, "do_sample": False}
     without = model.generate(prompt, use_cache=False, **settings)
     assert torch.equal(model.generate(prompt, **settings), without)
@@ -230,9 +230,9 @@ def test_sampling_repeats_with_its_seed_and_gives_several_sequences():
     assert len({tuple(row.tolist()) for row in first}) > 3
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_cache_does_not_grow(room):
-    model = tiny(**room)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_cache_does_not_grow(technique):
+    model = tiny(**technique)
 
     def size(new):
         output = model.generate(ids(1, 5), max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
@@ -268,17 +268,17 @@ def test_logits_to_keep_are_the_last_or_the_named_positions():
 # ------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_loss_is_the_mean_over_counted_labels(room):
-    model, prompt = tiny(**room), ids(3, 10)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_loss_is_the_mean_over_counted_labels(technique):
+    model, prompt = tiny(**technique), ids(3, 10)
     labels = prompt.masked_fill(torch.rand(3, 10) < 0.3, -100)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     output = model(prompt, labels=labels)
     nats = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), shifted.flatten(), ignore_index=-100)
     extra = 0.0 if output.aux_loss is None else output.aux_loss
     assert (output.aux_loss is not None) == (
-        room.get("num_experts", 1) > 1
-        or any(name in str(room) for name in ("learned", "length", "'act'", "'skip'", "sparsity"))
+        technique.get("num_experts", 1) > 1
+        or any(name in str(technique) for name in ("learned", "length", "'act'", "'skip'", "sparsity"))
     )
     torch.testing.assert_close(output.loss, nats + extra)
     torch.testing.assert_close(model(prompt, shift_labels=shifted).loss, output.loss)
@@ -292,9 +292,9 @@ def test_the_auxiliary_loss_is_the_weighted_balance_loss():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("room", ROOMS)
-def test_padding_changes_neither_loss_nor_gradient(room, side):
-    model, rows = tiny(balance_weight=0.0, **room), [ids(1, n, seed=n) for n in (2, 5, 9)]
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_padding_changes_neither_loss_nor_gradient(technique, side):
+    model, rows = tiny(balance_weight=0.0, **technique), [ids(1, n, seed=n) for n in (2, 5, 9)]
     total = sum(row.shape[1] - 1 for row in rows)
     alone = [model(row, labels=row, num_items_in_batch=total).loss for row in rows]
     expected = gradients(model, sum(alone))

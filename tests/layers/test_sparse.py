@@ -13,8 +13,8 @@ def build(**settings):
     return SparseBKCore(ModelConfig(d_model=16, sparsity=SparsityConfig(target=0.5, **settings)), heads=2)
 
 
-def train(room, loss_of, steps=200):
-    optimizer = torch.optim.Adam(room.parameters(), lr=0.02)
+def train(layer, loss_of, steps=200):
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of().backward()
@@ -22,15 +22,15 @@ def train(room, loss_of, steps=200):
 
 
 def test_gates_are_exactly_zero_or_one_and_have_a_gradient_where_kept():
-    room = build()
-    room.importance.bias.data.zero_()
+    layer = build()
+    layer.importance.bias.data.zero_()
     x = torch.randn(3, 50, 16)
-    sparsity, record = room(x, None)
+    sparsity, record = layer(x, None)
     assert set(sparsity.gate.unique().tolist()) == {0.0, 1.0}
     assert (record.kept == (sparsity.gate > 0)).all()
     assert record.sparsity == pytest.approx(1 - sparsity.gate.mean().item())
-    (grad,) = torch.autograd.grad(sparsity.gate.sum(), room.importance.bias)
-    soft = room.importance(x).squeeze(-1).sigmoid()
+    (grad,) = torch.autograd.grad(sparsity.gate.sum(), layer.importance.bias)
+    soft = layer.importance(x).squeeze(-1).sigmoid()
     assert grad.item() == pytest.approx((1 - soft)[record.kept].sum().item(), rel=1e-4)
 
 
@@ -44,20 +44,20 @@ def test_before_learning_nearly_every_site_is_kept():
 def test_the_price_alone_brings_sparsity_to_within_two_points_of_the_target(target, sampling):
     torch.manual_seed(0)
     settings = SparsityConfig(target=target, sampling=sampling)
-    room = SparseBKCore(ModelConfig(d_model=16, sparsity=settings), heads=2)
+    layer = SparseBKCore(ModelConfig(d_model=16, sparsity=settings), heads=2)
     x = torch.randn(4, 500, 16)
-    train(room, lambda: room(x, None)[1].losses["sparsity"], steps=400)
-    assert room.eval()(x, None)[1].sparsity == pytest.approx(target, abs=0.02)
+    train(layer, lambda: layer(x, None)[1].losses["sparsity"], steps=400)
+    assert layer.eval()(x, None)[1].sparsity == pytest.approx(target, abs=0.02)
 
 
 def test_the_goal_follows_the_schedule():
-    room = build(warmup=0.5)
-    room.importance.bias.data.zero_()
+    layer = build(warmup=0.5)
+    layer.importance.bias.data.zero_()
     x = torch.randn(4, 500, 16)
     prices = []
     for progress in (0.0, 0.25, 0.5, 1.0):
-        anneal(room, progress)
-        prices.append(room(x, None)[1].losses["sparsity"].item())
+        anneal(layer, progress)
+        prices.append(layer(x, None)[1].losses["sparsity"].item())
     assert prices[0] < 0  # half are kept where all should be
     assert prices[0] == prices[1]  # out of the band
     assert abs(prices[2]) < 0.5
@@ -65,21 +65,21 @@ def test_the_goal_follows_the_schedule():
 
 
 def test_padding_is_neither_kept_nor_counted():
-    room = build()
+    layer = build()
     mask = torch.arange(20) < torch.tensor([[20], [5], [0]])
-    _, record = room(torch.randn(3, 20, 16), mask)
+    _, record = layer(torch.randn(3, 20, 16), mask)
     assert int(record.sites) == 25
     assert not record.kept[~mask].any()
 
 
 def test_sampling_differs_from_call_to_call_in_training_only():
-    room = build(sampling="gumbel")
-    room.importance.bias.data.zero_()
+    layer = build(sampling="gumbel")
+    layer.importance.bias.data.zero_()
     x = torch.randn(1, 200, 16)
-    draws = {tuple(room(x, None)[1].kept.flatten().tolist()) for _ in range(3)}
+    draws = {tuple(layer(x, None)[1].kept.flatten().tolist()) for _ in range(3)}
     assert len(draws) == 3
-    room.eval()
-    assert len({tuple(room(x, None)[1].kept.flatten().tolist()) for _ in range(3)}) == 1
+    layer.eval()
+    assert len({tuple(layer(x, None)[1].kept.flatten().tolist()) for _ in range(3)}) == 1
 
 
 @pytest.mark.parametrize("readout", ["propagator", "diagonal"])

@@ -6,7 +6,7 @@ from resnet_bk.model import LanguageModel
 from resnet_bk.training.guard import LeakError, check_causal
 
 V = 29
-ROOMS = [(r, e, n) for r in ("propagator", "diagonal") for e in ("real", "complex") for n in (1, 3)]
+TECHNIQUES = [(r, e, n) for r in ("propagator", "diagonal") for e in ("real", "complex") for n in (1, 3)]
 
 
 def tiny(**fields):
@@ -18,7 +18,7 @@ def check(logits_of, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("readout", "energy", "experts"), ROOMS)
+@pytest.mark.parametrize(("readout", "energy", "experts"), TECHNIQUES)
 def test_every_causal_model_passes(readout, energy, experts, dtype):
     model = tiny(readout=readout, energy=energy, num_experts=experts).to(dtype)
     check(lambda ids: model(ids).logits, dtype)

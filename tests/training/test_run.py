@@ -12,8 +12,9 @@ import yaml
 from resnet_bk.checkpoint import newest_valid, verify
 from resnet_bk.cli import main
 from resnet_bk.config import ConfigError, ModelConfig, TrainConfig
+from resnet_bk.folders import check_same_run
+from resnet_bk.study import run as scored
 from resnet_bk.training import run as module
-from resnet_bk.training.folders import check_same_run
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 6
 
@@ -22,14 +23,14 @@ TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    pr
 def place(tmp_path, monkeypatch):
     """A folder with a corpus of 22 files, two of them held out, and a cache that is not the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "measure", lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1))
+    monkeypatch.setattr(scored, "measure", lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1))
     (tmp_path / "corpus").mkdir()
     for i in range(22):
         (tmp_path / "corpus" / f"{i:02}.py").write_text(f"# file {i}\n" + TEXT)
     return tmp_path
 
 
-MEASURE = module.measure
+MEASURE = scored.measure
 
 
 def arguments(place, *more, steps=6):

@@ -339,9 +339,9 @@ def test_goals_follow_the_run(tmp_path):
         vocab_size=40, d_model=16, n_layers=1, n_seq=8, num_experts=1, sparsity=SparsityConfig(target=0.5)
     )
     trainer = build(tmp_path, model=sparse, max_steps=4)
-    room = next(m for m in trainer.network.modules() if isinstance(m, SparseBKCore))
-    assert room.progress == 1.0
+    technique = next(m for m in trainer.network.modules() if isinstance(m, SparseBKCore))
+    assert technique.progress == 1.0
     seen = []
-    room.register_forward_hook(lambda module, inputs, output: seen.append(module.progress))
+    technique.register_forward_hook(lambda module, inputs, output: seen.append(module.progress))
     trainer.run_training(None)
     assert seen == [0.0, 0.25, 0.5, 0.75]

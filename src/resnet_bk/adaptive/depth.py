@@ -17,12 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from resnet_bk.adaptive.select import rows_alike, run_rows
+from resnet_bk.adaptive.select import rows_by_length, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.layers.score import Score
-from resnet_bk.ops.packing import Packing, room
+from resnet_bk.ops.packing import Packing, capacity
 from resnet_bk.record import Record, TaskLoss
 
 
@@ -119,7 +119,7 @@ class AdaptiveDepth(nn.Module):
             spent.computed += len(segment) * packing.mask.numel()
             return self._run(segment, x, ids, state, packing.mask, spent)
         counts = packing.counts if state is not None else packing.counts.clamp(min=1)
-        groups = rows_alike(counts, TILE)
+        groups = rows_by_length(counts, TILE)
         y, state, records = run_rows(segment, x, ids, state, packing, groups)
         spent.states.append(state)
         spent.records += records
@@ -170,7 +170,7 @@ class Stopping(AdaptiveDepth):
         packings: list[Packing] = []
         waiting: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge the later ones into
         seen: list[Seen] = []
-        bound = room(self.settings.bound, x.shape[1])
+        bound = capacity(self.settings.bound, x.shape[1])
         for i, segment in enumerate(self.stacks):
             if self.training:
                 seen.append(Seen(len(packings), x, present))
@@ -240,7 +240,7 @@ class Skipping(AdaptiveDepth):
         self.routers = nn.ModuleList(Score(config.d_model, math.log(share / (1 - share)), 1.0) for _ in self.segments)
 
     def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
-        bound = room(self.settings.bound, x.shape[1])
+        bound = capacity(self.settings.bound, x.shape[1])
         for router, segment, state in zip(self.routers, self.stacks, past, strict=True):
             score = router(x)
             probability, gate = score.sigmoid(), None
@@ -273,10 +273,10 @@ def measured_depth(model: nn.Module) -> Iterator[Callable[[], float | None]]:
         assert isinstance(record, DepthRecord)
         sums.append((int(record.blocks.sum()), int((record.blocks > 0).sum())))
 
-    rooms = [module for module in model.modules() if isinstance(module, AdaptiveDepth)]
-    hooks = [room.register_forward_hook(count) for room in rooms]
+    layers = [module for module in model.modules() if isinstance(module, AdaptiveDepth)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
-        yield lambda: sum(b for b, _ in sums) / max(1, sum(n for _, n in sums)) if rooms else None
+        yield lambda: sum(b for b, _ in sums) / max(1, sum(n for _, n in sums)) if layers else None
     finally:
         for hook in hooks:
             hook.remove()

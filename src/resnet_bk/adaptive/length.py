@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from resnet_bk.adaptive.boundaries import ends_of_words, since_last
 from resnet_bk.adaptive.length_predictor import Lengths, SequenceLengthPredictor
 from resnet_bk.adaptive.multiscale import LearnedUpsampling, MultiScale
-from resnet_bk.adaptive.select import Chunks, last_real, rows_alike, run_rows
+from resnet_bk.adaptive.select import Chunks, last_real, rows_by_length, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Stack
 from resnet_bk.layers.feedforward import TILE, Experts, SwiGLU
@@ -296,7 +296,7 @@ class LearnedLength(nn.Module):
         """Rows that run together: those of about the same number, or all that have anything to run."""
         if self.settings.execution == "batch_max":
             return [counts.nonzero().squeeze(1)]
-        return rows_alike(counts, TILE)
+        return rows_by_length(counts, TILE)
 
     def _leave(self, x: Tensor, carried: Tensor | None, since: Tensor) -> Tensor:
         """What positions (..., D) that do not go deep give to the head. carried: (..., D), what the last one that did

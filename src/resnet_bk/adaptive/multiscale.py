@@ -20,7 +20,7 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.kernels import scan
-from resnet_bk.ops.packing import room
+from resnet_bk.ops.packing import capacity
 from resnet_bk.record import Record
 
 
@@ -199,7 +199,7 @@ class MultiScale(nn.Module):
     def _room(self, positions: int, fresh: bool) -> int | None:
         """How many chunks there is room for where that is known before any closes; None: as many as close."""
         if self.boundaries.by_content:
-            return room(self.bound, positions)
+            return capacity(self.bound, positions)
         if fresh:
             return positions // self.factor
         return None if self.bound is None else -(-positions // self.factor)

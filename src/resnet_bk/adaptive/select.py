@@ -65,7 +65,7 @@ def last_real(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
     return table[torch.arange(len(x), device=x.device), mask.sum(1)]
 
 
-def rows_alike(counts: Tensor, tile: int) -> list[Tensor]:
+def rows_by_length(counts: Tensor, tile: int) -> list[Tensor]:
     """Indices of the rows to run together, (B,) counts of positions: at most eight groups, in each of which no row is
     shorter than the longest by more than an eighth of the longest of all. Empty rows are in none."""
     rows = counts.nonzero().squeeze(1)

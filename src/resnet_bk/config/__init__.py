@@ -31,18 +31,18 @@ from resnet_bk.config.model import (
     BYTE_OFFSET,
     BYTE_VOCABULARY,
     END_OF_DOCUMENT,
-    ROOMS,
+    TECHNIQUES,
     ModelConfig,
 )
 from resnet_bk.config.presets import PRESETS, preset, preset_file
-from resnet_bk.config.rooms import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
+from resnet_bk.config.techniques import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
 
 __all__ = [
     "BYTE_OFFSET",
     "BYTE_VOCABULARY",
     "END_OF_DOCUMENT",
     "PRESETS",
-    "ROOMS",
+    "TECHNIQUES",
     "AblateConfig",
     "ConfigError",
     "DataConfig",

@@ -16,7 +16,7 @@ from resnet_bk.config.checks import (
     number_kind,
     shown,
 )
-from resnet_bk.config.model import ROOMS, ModelConfig
+from resnet_bk.config.model import TECHNIQUES, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class AblateConfig:
     base: str
     """YAML file with settings of `resnet-bk train`: the recipe with every technique on that is to be switched. Its
     max_steps gives all models equal tokens, its max_seconds equal time."""
-    rooms: list[str] | None = None
+    techniques: list[str] | None = None
     """Techniques to switch, of multiscale, length, depth, sparsity, experts. Default: all that the recipe has on.
     Experts off means that each token uses all of them."""
     plan: Literal["full", "half"] = "full"
@@ -266,11 +266,11 @@ class AblateConfig:
         where = "ablate"
         check_text(where, base=self.base, output_dir=self.output_dir)
         check_choice(where, ("full", "half"), plan=self.plan)
-        for name, values in (("rooms", self.rooms), ("seeds", self.seeds)):
+        for name, values in (("techniques", self.techniques), ("seeds", self.seeds)):
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed at least one, each once")
-        for room in self.rooms or ():
-            check_choice(where, tuple(ROOMS), rooms=room)
+        for technique in self.techniques or ():
+            check_choice(where, tuple(TECHNIQUES), techniques=technique)
         check_integer(where, 0, 2**31 - 1, **{f"seeds[{i}]": seed for i, seed in enumerate(self.seeds)})
 
 

@@ -12,14 +12,14 @@ from resnet_bk.config.checks import (
     check_integer,
     check_range,
 )
-from resnet_bk.config.rooms import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
+from resnet_bk.config.techniques import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
 
 # The byte tokenizer: byte b is id b + 3, after three special ids, of which one ends documents.
 BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT = 3, 259, 1
 
 
 # The sections of a model's settings, one for each adaptive technique.
-ROOMS = {
+TECHNIQUES = {
     "multiscale": MultiScaleConfig,
     "length": LengthConfig,
     "depth": DepthConfig,
@@ -251,7 +251,7 @@ class ModelConfig:
         )
 
     @property
-    def rooms(self) -> list[str]:
+    def techniques(self) -> list[str]:
         """Names of the adaptive techniques that are on."""
         on = {
             "multiscale": bool(self.multiscale.factors),
@@ -260,20 +260,22 @@ class ModelConfig:
             "sparsity": self.sparsity.target > 0,
             "experts": self.num_experts > 1 and (self.top_k < self.num_experts or self.experts != ExpertsConfig()),
         }
-        return [name for name in ROOMS if on[name]]
+        return [name for name in TECHNIQUES if on[name]]
 
     @property
-    def waiting(self) -> list[str]:
-        """Those among :attr:`rooms` that have the host wait for what they decide: without a bound, or, learned length,
-        always. Experts, in bfloat16 on a GPU, do not."""
+    def host_syncs(self) -> list[str]:
+        """Names of the techniques that are on and need a host-device sync: those without a `bound`, and learned length
+        always. Experts need none in bfloat16 on a GPU."""
         return [
-            name for name in self.rooms if name != "experts" and getattr(getattr(self, name), "bound", None) is None
+            name
+            for name in self.techniques
+            if name != "experts" and getattr(getattr(self, name), "bound", None) is None
         ]
 
-    def without(self, *rooms: str) -> "ModelConfig":
+    def without(self, *techniques: str) -> "ModelConfig":
         """The same model with some of its techniques off: all positions through all blocks, all sites, all experts."""
-        changes: dict[str, Any] = {name: ROOMS[name]() for name in rooms}
-        if "experts" in rooms:
+        changes: dict[str, Any] = {name: TECHNIQUES[name]() for name in techniques}
+        if "experts" in techniques:
             changes["top_k"] = self.num_experts
         return dataclasses.replace(self, n_layers=self.blocks, **changes)
 
@@ -283,8 +285,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         check_fields("model", cls, values)
-        rooms: dict[str, Any] = {}
-        for name, kind in ROOMS.items():
+        techniques: dict[str, Any] = {}
+        for name, kind in TECHNIQUES.items():
             given = values.get(name, {})
-            rooms[name] = kind(**given) if isinstance(given, dict) else given
-        return cls(**{**values, **rooms})
+            techniques[name] = kind(**given) if isinstance(given, dict) else given
+        return cls(**{**values, **techniques})

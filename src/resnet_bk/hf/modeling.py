@@ -175,3 +175,9 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             output.cache = RecurrentCache(features.state, seen)
         wants_dict = return_dict if return_dict is not None else True
         return output if wants_dict else output.to_tuple()
+
+
+def on_device(model: ResNetBKForCausalLM) -> ResNetBKForCausalLM:
+    """On this process's GPU, where there is one."""
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model

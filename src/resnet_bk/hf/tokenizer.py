@@ -1,12 +1,16 @@
 """Tokenizers: bytes (ids as ByT5's: 0 pad, 1 end of document, 2 unknown, byte b at b + 3), or any of transformers'."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from resnet_bk.config import BYTE_OFFSET, ConfigError
+from resnet_bk.config import BYTE_OFFSET, ConfigError, DataConfig
+from resnet_bk.data import corpus, tokens
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -19,7 +23,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     specials = ["<pad>", "</s>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate(specials)}
     vocabulary |= {stand_ins[byte]: byte + BYTE_OFFSET for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
@@ -49,3 +53,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "use 'byte', a folder, or a hub name with a network"
         ) from error
     return tokenizer
+
+
+def token_cache(data: DataConfig) -> Path:
+    if data.cache is not None:
+        return Path(data.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-bk"
+
+
+def _is_bytes(tokenizer: Tokenizer) -> bool:
+    return tokenizer.get_vocab() == byte_tokenizer().get_vocab()
+
+
+def token_file(
+    documents: list[corpus.Document], data: DataConfig, tokenizer: Tokenizer
+) -> tuple[tokens.TokenFile, str]:
+    """The documents as tokens, from the cache or made now, and the fingerprint of text and tokenizer."""
+    name = "byte" if _is_bytes(tokenizer) else tokens.tokenizer_digest(tokenizer)
+    return tokens.cached(documents, token_cache(data), name, None if name == "byte" else tokenizer)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.feedforward import TILE
 from resnet_bk.ops import Sparsity
-from resnet_bk.ops.packing import room
+from resnet_bk.ops.packing import capacity
 from resnet_bk.record import Record
 
 # The price of keeping a site is 1 for each BAND of the sites that are kept above the goal, and never beyond STEEPEST.
@@ -70,7 +70,7 @@ class SparseBKCore(nn.Module):
         record = SparsityRecord(losses={"sparsity": loss}, kept=kept, sites=real.sum())
         fill = self.fill.to(exact).sigmoid()
         own = torch.zeros_like(fill) if self.own is None else self.own.to(exact)
-        return Sparsity(gate, fill, own, TILE, room(self.settings.bound, x.shape[1])), record
+        return Sparsity(gate, fill, own, TILE, capacity(self.settings.bound, x.shape[1])), record
 
 
 def anneal(model: nn.Module, progress: float) -> None:

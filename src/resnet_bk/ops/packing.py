@@ -1,6 +1,6 @@
 """The one primitive of adaptive compute: select what goes on, pack it, run, merge back.
 
-Dimensions: B batch, N positions, M positions kept by the fullest row, or as many as there is room for.
+Dimensions: B batch, N positions, M positions kept by the fullest row, or as many as capacity allows.
 """
 
 import math
@@ -29,7 +29,7 @@ class Packing:
         does not depend on what is selected and the host need not wait to know it.
 
         Raises:
-            RuntimeError: a row selects more than there is room for. On a GPU its assertion stops the program later.
+            RuntimeError: a row selects more than capacity allows. On a GPU its assertion stops the program later.
         """
         batch, self.length = keep.shape
         self.tile = tile if self.length > 1 else 1
@@ -39,7 +39,7 @@ class Packing:
         if bound is not None and width < self.length:
             torch._assert_async(
                 (self.counts <= width).all(),
-                "more positions selected than there is room for: raise bound, or leave it out",
+                "more positions selected than capacity allows: raise bound, or leave it out",
             )
         self.mask = torch.arange(width, device=keep.device) < self.counts.unsqueeze(1)
         # rows of x.flatten(0, 1); where a row has nothing more to select, its first position stands in
@@ -67,6 +67,6 @@ class Packing:
         return table.index_copy(0, index, packed.flatten(0, 1))[:nowhere].view_as(base)
 
 
-def room(share: float | None, positions: int) -> int | None:
+def capacity(share: float | None, positions: int) -> int | None:
     """Of so many positions, a share rounded up; None, where there is no share, is as many as needed."""
     return None if share is None else math.ceil(share * positions)

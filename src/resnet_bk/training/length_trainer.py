@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from resnet_bk.clock import timed
 from resnet_bk.model import ModelOutput
-from resnet_bk.training.measure import timed
 from resnet_bk.wrapper import AdaptiveOutput, AdaptiveSequenceLengthWrapper, length_histogram
 
 

@@ -61,20 +61,20 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup | None = None
     is their mean, which is what DistributedDataParallel makes. Balancing of experts looks at a piece at a time.
 
     Raises:
-        ConfigError: the model is bidirectional, or a room decides about positions, which would cross pieces.
+        ConfigError: the model is bidirectional, or a technique decides about positions, which would cross pieces.
         ValueError: no group, and none was initialised.
     """
     group = group or dist.group.WORLD
     if group is None:
         raise ValueError("group: got none; call torch.distributed.init_process_group first")
     config = model.config
-    rooms = {
+    techniques = {
         "multiscale": bool(config.multiscale.factors),
         "length": bool(config.length.bins),
         "depth": config.depth.policy != "none",
         "sparsity": bool(config.sparsity.target),
     }
-    if on := [name for name, is_on in rooms.items() if is_on]:
+    if on := [name for name, is_on in techniques.items() if is_on]:
         raise ConfigError(
             f"model.{on[0]}: is on, allowed in sequences that one process holds; turn it off to split them"
         )

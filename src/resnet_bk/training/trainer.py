@@ -7,35 +7,25 @@ Dimensions: B sequences a step, N tokens each.
 import contextlib
 import json
 import math
-import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
 
 from resnet_bk.checkpoint import replacing
+from resnet_bk.clock import Clock
 from resnet_bk.config import TrainConfig
 from resnet_bk.data.tokens import TokenFile
-from resnet_bk.hf.modeling import ResNetBKForCausalLM
+from resnet_bk.extras import extra
+from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.states import (
@@ -46,6 +36,18 @@ from resnet_bk.training.states import (
     whole_moments,
     whole_weights,
 )
+
+with extra("train"):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from transformers import (
+        PreTrainedTokenizerBase,
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerState,
+        TrainingArguments,
+    )
 
 NO_STEP_LIMIT = 10**9
 KEPT_CHECKPOINTS = 2
@@ -97,24 +99,6 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * along))
 
 
-class Clock:
-    """Seconds spent training, over all sessions of a run. Stands still until started and once stopped."""
-
-    def __init__(self) -> None:
-        self.before: float = 0.0
-        self.started: float | None = None
-
-    def start(self, before: float) -> None:
-        self.before, self.started = before, time.perf_counter()
-
-    def stop(self) -> None:
-        self.before, self.started = self.seconds, None
-
-    @property
-    def seconds(self) -> float:
-        return self.before + (0.0 if self.started is None else time.perf_counter() - self.started)
-
-
 class BKTrainer(Trainer):
     """Trainer whose schedule follows steps or the clock, whose loss log is cross-entropy alone, whose checkpoints are
     sealed by a manifest, and which stops at the first NaN or infinity before it reaches a weight."""
@@ -159,7 +143,7 @@ class BKTrainer(Trainer):
             use_cpu=not on_gpu,
             dataloader_drop_last=True,
             dataloader_pin_memory=on_gpu,
-            ddp_find_unused_parameters=False,  # every room takes part in every step, with a gradient of 0 if need be
+            ddp_find_unused_parameters=False,  # each technique takes part in each step, if only with a gradient of 0
             remove_unused_columns=False,
         )
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
@@ -326,8 +310,8 @@ class BKTrainer(Trainer):
 
 class Budget(TrainerCallback):
     """Ends the run, with a checkpoint, when its time is up or a signal came; refuses losses and gradients that are not
-    finite. And it deals out chance: the order of an epoch follows from seed and epoch, what rooms draw in a step from
-    seed, step and rank. So no state of a generator is saved, and a run that goes on draws what it would have drawn."""
+    finite. And it deals out chance: the order of an epoch follows from seed and epoch, what techniques draw in a
+    step from seed, step and rank. So no state of a generator is saved, and a run that goes on draws what it would have drawn."""
 
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
@@ -400,12 +384,3 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
-
-
-def quiet_transformers() -> None:
-    """Our own console says what happens; the engine's notices stay off it."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -35,15 +35,15 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
     Raises:
         ValueError: the model has no exits (model.depth.policy 'exit'), or ids are not of one sequence.
     """
-    room = model.blocks[0]
-    if not isinstance(room, EarlyExit) or not len(room.segments):
+    layer = model.blocks[0]
+    if not isinstance(layer, EarlyExit) or not len(layer.segments):
         raise ValueError("model: has no early exit to draft with; train it with model.depth.policy 'exit'")
     model.check(ids, None, None)
     if len(ids) != 1:
         raise ValueError(f"ids: expected one sequence, got {len(ids)}; sequences accept different numbers of drafts")
     if new < 1 or draft < 1:
         raise ValueError(f"new, draft: expected 1 or more tokens, got {new} and {draft}")
-    first, later = room.first, Stack(block for segment in room.stacks for block in segment)
+    first, later = layer.first, Stack(block for segment in layer.stacks for block in segment)
     x, early, _ = first(model.embed(ids), ids, None, None)
     x, late, _ = later(x, ids, None, None)
     tokens = [model.read(x[:, -1:]).argmax(-1)]

@@ -4,18 +4,15 @@ Dimensions: B sequences, N tokens.
 """
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnet_bk.clock import timed
 from resnet_bk.model import LanguageModel
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,14 +87,3 @@ def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
             return 0.0
         ranks.append((counts.cumsum(0) - (counts - 1) / 2.0)[inverse].double())
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-
-def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What `run` returns, and the seconds until the device had it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - started

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_bk.config import ConfigError, DepthConfig, ModelConfig, TrainConfig
-from resnet_bk.training.search import (
+from resnet_bk.study.search import (
     Point,
     choose,
     default_space,

@@ -13,18 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import optuna
 import yaml
-from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy.exc import SQLAlchemyError
 
+from resnet_bk import folders
 from resnet_bk.checkpoint import write_whole
 from resnet_bk.config import ConfigError, TrainConfig, TuneConfig, shown
+from resnet_bk.extras import extra
 from resnet_bk.report import html
-from resnet_bk.training import folders, run
-from resnet_bk.training.search import (
+from resnet_bk.study import run
+from resnet_bk.study.search import (
     Point,
     choose,
     default_space,
@@ -33,7 +32,13 @@ from resnet_bk.training.search import (
     recipe_settings,
     with_settings,
 )
+from resnet_bk.training.run import StoppedError
 from resnet_bk.training.trainer import NonFiniteError, Watch
+
+with extra("study"):
+    import optuna
+    from optuna.trial import FrozenTrial, TrialState
+    from sqlalchemy.exc import SQLAlchemyError
 
 STUDY, TABLE, FIGURE, CHOSEN = "study.db", "pareto.md", "pareto.svg", "chosen.yaml"
 RUNGS = (0.25, 0.5)  # shares of a run at which it may be stopped
@@ -180,8 +185,8 @@ def _run_trial(
     else:
         try:
             results = run.train(settings, console, _watch(study, trial, config.prune))
-        except run.StoppedError as stopped:
-            raise run.StoppedError(stopped.number, "the same command") from stopped
+        except StoppedError as stopped:
+            raise StoppedError(stopped.number, "the same command") from stopped
     values = (results["held_out"]["bits_per_byte"], 1e6 / results["costs"][config.objective])
     if not all(map(math.isfinite, values)):
         raise NonFiniteError(f"scored {values[0]} bits per byte at {values[1]} ms per kB")

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import ChunkRecord, MultiScale
-from resnet_bk.config import ROOMS, ModelConfig
+from resnet_bk.config import TECHNIQUES, ModelConfig
 from resnet_bk.layers.block import Block, place_of, placed
 from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
 from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.model import LanguageModel, ModelOutput
-from resnet_bk.ops.packing import packed_width, room
+from resnet_bk.ops.packing import capacity, packed_width
 from resnet_bk.record import Record
 
 LAYERS = (Block, MultiScale, LearnedLength, AdaptiveDepth)
@@ -50,8 +50,8 @@ class Ledger:
     """Counts while it is open: ``with Ledger(model) as ledger: model(ids)``. Nothing is left in the model afterwards.
 
     Counted are calls of the model itself; of its parts alone (features, blocks), as transformers' adapter and
-    speculation make them, it raises RuntimeError. Where a room has several outputs scored in training, the head counts
-    once for all of them. What a backward pass runs is not counted.
+    speculation make them, it raises RuntimeError. Where a technique has several outputs scored in training, the head
+    counts once for all of them. What a backward pass runs is not counted.
 
     total: operations of all calls. stages: the same by layer and part of it, ``"blocks.1.inner.0 mixer"``.
     unused: those of rows that only fill up a batch or a tile.
@@ -177,7 +177,7 @@ class Ledger:
         kept, (batch, length) = record.kept.double(), record.kept.shape
         left_out, tile = (fill, TILE) if length > 1 else (scan, 1)  # single steps are dense
         self._add_each(kept * (reads + scan - left_out) + left_out, "mixer")
-        counts, bound = record.kept.sum(1), room(mixer.sparse.settings.bound, length)  # type: ignore[union-attr]
+        counts, bound = record.kept.sum(1), capacity(mixer.sparse.settings.bound, length)  # type: ignore[union-attr]
         self._add_filling(reads * (batch * packed_width(counts, tile, bound) - int(counts.sum())), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
@@ -225,7 +225,7 @@ _COUNTED: dict[type[nn.Module], Callable[..., float]] = {
 
 def plain_flops(config: ModelConfig) -> float:
     """Operations a token of the plain model: same width, depth and experts, each token through all of them."""
-    plain = config.without(*ROOMS)  # and all its experts are one that is as wide as they are together
+    plain = config.without(*TECHNIQUES)  # and all its experts are one that is as wide as they are together
     plain = dataclasses.replace(plain, num_experts=1, top_k=1, d_ff=config.num_experts * config.d_hidden)
     with torch.device("meta"):
         model = LanguageModel.from_config(plain)

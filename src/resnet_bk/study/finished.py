@@ -21,7 +21,7 @@ from resnet_bk.config import (
     read_yaml,
     shown,
 )
-from resnet_bk.training.folders import CONFIG, MAY_DIFFER, METRICS, RESULTS, flat
+from resnet_bk.folders import CONFIG, MAY_DIFFER, METRICS, RESULTS, flat
 
 LARGEST_RESULTS, LARGEST_METRICS = 16 << 20, 256 << 20  # bytes
 
@@ -79,7 +79,7 @@ def grouped(runs: Sequence[FinishedRun]) -> list[Group]:
         settings = flat(dataclasses.asdict(run.config)).items()
         kept = {name: value for name, value in settings if name not in _BUT_FOR and not name.startswith("data.")}
         found.setdefault(repr((kept, run.results["training"]["train_sha256"])), []).append(run)
-    names = [" + ".join(runs[0].config.model.rooms) or "plain" for runs in found.values()]
+    names = [" + ".join(runs[0].config.model.techniques) or "plain" for runs in found.values()]
     return [
         Group(name if names.count(name) == 1 else f"{name} ({runs[0].folder})", runs)
         for name, runs in zip(names, found.values(), strict=True)

@@ -3,17 +3,17 @@
 import contract_checks as checks
 import pytest
 import torch
-from test_contracts import ROOMS
+from test_contracts import TECHNIQUES
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_bk.ledger import Ledger, plain_flops
+from resnet_bk.study.ledger import Ledger, plain_flops
 from resnet_bk.training.sharded import recompute
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
 @torch.no_grad()
-def test_the_total_is_what_the_flop_counter_sees(room):
-    model = checks.build(**ROOMS[room])
+def test_the_total_is_what_the_flop_counter_sees(technique):
+    model = checks.build(**TECHNIQUES[technique])
     ids = checks.tokens(model, 3, 65)
     mask = torch.arange(65) < torch.tensor([[65], [30], [64]])
     for options in ({}, {"mask": mask}):
@@ -29,7 +29,7 @@ def test_the_total_is_what_the_flop_counter_sees(room):
 
 def test_each_tokens_own_work_is_booked_for_it():
     """Bytes that went deeper, that more mixers kept and that used more experts cost more, by just what that is."""
-    depth = checks.build(**ROOMS["act"])
+    depth = checks.build(**TECHNIQUES["act"])
     ids = checks.tokens(depth, 4, 64)
     with Ledger(depth) as ledger:
         record = depth(ids).records[0]
@@ -37,14 +37,14 @@ def test_each_tokens_own_work_is_booked_for_it():
     assert all(c.max() - c.min() < 1e-6 * c.max() for c in cost)
     steps = torch.stack([c.mean() for c in cost]).diff()
     assert (steps > 0).all()
-    experts = checks.build(**ROOMS["experts-top-p"])
+    experts = checks.build(**TECHNIQUES["experts-top-p"])
     with Ledger(experts) as ledger:
         records = experts(ids).records
     used = sum(r.used for r in records)
     each = 6 * experts.config.d_model * experts.config.d_hidden
     rest = ledger.by_token - each * used
     assert rest.max() - rest.min() < 1e-6 * rest.max()
-    sparse = checks.build(**ROOMS["sparse"])
+    sparse = checks.build(**TECHNIQUES["sparse"])
     with Ledger(sparse) as ledger:
         records = sparse(ids).records
     kept = sum(r.kept.long() for r in records)
@@ -54,7 +54,7 @@ def test_each_tokens_own_work_is_booked_for_it():
 
 
 def test_the_work_of_a_chunk_is_booked_where_it_closes():
-    model = checks.build(**ROOMS["stride-4"])
+    model = checks.build(**TECHNIQUES["stride-4"])
     with Ledger(model) as ledger:
         model(checks.tokens(model, 2, 32))
     inner = sum(flops for stage, flops in ledger.stages.items() if ".inner" in stage)
@@ -64,17 +64,17 @@ def test_the_work_of_a_chunk_is_booked_where_it_closes():
 
 
 @pytest.mark.parametrize(
-    ("room", "tolerance"),
+    ("technique", "tolerance"),
     [
-        *((room, 1e-12) for room in ("act", "skip", "exit", "sparse")),
+        *((technique, 1e-12) for technique in ("act", "skip", "exit", "sparse")),
         ("experts-top-p", 0.05),
         ("act-in-words", 0.05),
         ("length-pool", 0.15),
     ],
 )
-def test_what_a_token_cost_is_the_same_alone_and_in_a_padded_batch(room, tolerance):
-    """But for what chunks and windows share: rooms pack, reorder and group rows, and places stay with their tokens."""
-    model = checks.build(**ROOMS[room])
+def test_what_a_token_cost_is_the_same_alone_and_in_a_padded_batch(technique, tolerance):
+    """But for what chunks and windows share: techniques pack, reorder and group rows, places stay with tokens."""
+    model = checks.build(**TECHNIQUES[technique])
     rows = [checks.tokens(model, 1, n, seed=n) for n in (40, 17, 64)]
     alone = []
     for row in rows:
@@ -136,7 +136,7 @@ def test_parts_called_by_themselves_are_refused():
 
 def test_single_steps_of_sparse_cores_count_in_full():
     """They compute everything: skipping would save nothing there."""
-    model = checks.build(**ROOMS["sparse"])
+    model = checks.build(**TECHNIQUES["sparse"])
     with Ledger(model) as ledger:
         records = model(checks.tokens(model, 64, 1)).records
     left_out = sum((~r.kept).double().squeeze(1) for r in records)
@@ -146,8 +146,10 @@ def test_single_steps_of_sparse_cores_count_in_full():
     assert ledger.unused == 4 * 16**2 * left_out.sum()
 
 
-@pytest.mark.parametrize("fields", [{}, {"readout": "diagonal"}, {"num_experts": 4}, ROOMS["act"], ROOMS["stride-4"]])
-def test_the_plain_model_is_the_one_without_rooms(fields):
+@pytest.mark.parametrize(
+    "fields", [{}, {"readout": "diagonal"}, {"num_experts": 4}, TECHNIQUES["act"], TECHNIQUES["stride-4"]]
+)
+def test_the_plain_model_is_the_one_without_techniques(fields):
     config = checks.build(**fields).config
     plain = checks.build(
         readout=config.readout, n_layers=config.blocks, d_ff=config.num_experts * config.d_hidden, vocab_size=31

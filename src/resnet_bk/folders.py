@@ -3,12 +3,13 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from resnet_bk.checkpoint import CheckpointError, newest_valid, verify
 from resnet_bk.config import ConfigError, TrainConfig, read_yaml, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
     "config.yaml",
@@ -21,7 +22,7 @@ CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
 )
 
 
-def run_folder(config: TrainConfig, console: Console) -> Path:
+def run_folder(config: TrainConfig, console: "Console") -> Path:
     """The folder this run lives in: new or unfinished; see TrainConfig.resume."""
     folder, number = Path(config.output_dir), 1
     while (folder / CONFIG).exists():

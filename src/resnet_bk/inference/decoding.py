@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from resnet_bk.config import ROOMS
+from resnet_bk.config import TECHNIQUES
 from resnet_bk.layers.feedforward import computed_in
 from resnet_bk.model import LanguageModel
 
-REMEDIES = {name: f"set model.{name}.bound" for name in ROOMS} | {"length": "leave model.length out"}
+REMEDIES = {name: f"set model.{name}.bound" for name in TECHNIQUES} | {"length": "leave model.length out"}
 
 
 class StaticStep:
@@ -37,7 +37,7 @@ class StaticStep:
         Raises:
             ValueError: the model decides something that the host must wait for.
         """
-        if waiting := model.config.waiting:
+        if waiting := model.config.host_syncs:
             raise ValueError(
                 f"model: the host waits for what {', '.join(waiting)} decides, so steps are not all the same work; "
                 f"{' and '.join(REMEDIES[name] for name in waiting)}, or decode by calling the model"

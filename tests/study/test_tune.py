@@ -15,8 +15,8 @@ from rich.console import Console
 from resnet_bk import cli
 from resnet_bk.cli import main
 from resnet_bk.config import ConfigError, DepthConfig, ModelConfig, TrainConfig, TuneConfig
-from resnet_bk.training import run, tune
-from resnet_bk.training.trainer import NonFiniteError
+from resnet_bk.study import run, tune
+from resnet_bk.training.trainer import Budget, NonFiniteError
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 10
 SPACE = {"learning_rate": [0.001, 0.1], "model.num_experts": [1, 4]}
@@ -123,7 +123,7 @@ def test_a_search_from_the_command_line_goes_on_until_so_many_trials_are_finishe
 
 
 def test_a_stopped_trial_goes_on_in_its_folder(place, monkeypatch, capsys):
-    real = run.Budget.on_step_end
+    real = Budget.on_step_end
 
     def interrupting(self, args, state, control, **kwargs):
         if state.global_step == 3 and "trial-0001" in str(self.trainer.checkpoints):
@@ -131,7 +131,7 @@ def test_a_stopped_trial_goes_on_in_its_folder(place, monkeypatch, capsys):
         real(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Budget, "on_step_end", interrupting)
+        patch.setattr(Budget, "on_step_end", interrupting)
         assert main(command()) == 143
     assert capsys.readouterr().err == "resnet-bk: stopped by signal 15; saved. Go on with: the same command\n"
     (stopped,) = trials(TrialState.RUNNING)

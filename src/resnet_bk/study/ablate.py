@@ -1,9 +1,9 @@
-"""What each technique buys, measured: a factorial plan over a recipe's rooms, each cell a run of `train`.
+"""What each technique buys, measured: a factorial plan over a recipe's techniques, each cell a run of `train`.
 
 Main effects and pairwise interactions come from a least-squares fit of the logarithm of a time, or of bits per byte, to
 the cells: savings are measured together, never multiplied on paper.
 
-Dimensions: C runs, K rooms.
+Dimensions: C runs, K techniques.
 """
 
 import dataclasses
@@ -20,12 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from resnet_bk import folders
 from resnet_bk.checkpoint import write_whole
 from resnet_bk.config import AblateConfig, ConfigError, TrainConfig, shown
-from resnet_bk.hf.tokenizer import load_tokenizer
-from resnet_bk.training import folders, run
+from resnet_bk.hf import load_tokenizer
+from resnet_bk.study import run
+from resnet_bk.training.run import StoppedError, with_vocabulary
 
-HALVES_FROM = 4  # rooms: main effects of half a plan of fewer are mixed up with interactions
+HALVES_FROM = 4  # techniques: main effects of half a plan of fewer are mixed up with interactions
 TABLE, DATA = "ablation.md", "ablation.json"
 
 # What is reported of a run: name -> from results.json. Ratios are of logarithms, bits per byte are differences.
@@ -41,34 +43,35 @@ BITS = "bits per byte"
 
 @dataclass(frozen=True)
 class Effect:
-    """Of switching one room on, or, of two, how much one's effect differs where the other is on. value: bits per byte,
-    or the logarithm of a factor; error: its standard error, NaN where no seeds are left to tell."""
+    """Effect of switching one technique on; of two, how much the effect of one differs where the other is on.
 
-    rooms: tuple[str, ...]
+    value: bits per byte, or the logarithm of a factor; error: its standard error, NaN where no seeds are left to tell."""
+
+    techniques: tuple[str, ...]
     value: float
     error: float
 
 
-def plan(rooms: Sequence[str], kind: str) -> list[tuple[str, ...]]:
-    """The rooms that are on in each cell, all of them first."""
-    cells = [on for size in range(len(rooms), -1, -1) for on in itertools.combinations(rooms, size)]
+def plan(techniques: Sequence[str], kind: str) -> list[tuple[str, ...]]:
+    """The techniques that are on in each cell, all of them first."""
+    cells = [on for size in range(len(techniques), -1, -1) for on in itertools.combinations(techniques, size)]
     if kind == "full":
         return cells
-    return [on for on in cells if (len(rooms) - len(on)) % 2 == 0 or not on]
+    return [on for on in cells if (len(techniques) - len(on)) % 2 == 0 or not on]
 
 
-def effects(rooms: Sequence[str], cells: Sequence[tuple[str, ...]], values: Sequence[float]) -> list[Effect]:
+def effects(techniques: Sequence[str], cells: Sequence[tuple[str, ...]], values: Sequence[float]) -> list[Effect]:
     """Main effects, then pairwise interactions, as far as the cells tell them apart.
 
-    cells, values: of each run. A room is coded as -1/2 or 1/2, so a main effect is a mean over the others' states.
+    cells, values: of each run. A technique is coded as -1/2 or 1/2, so a main effect is a mean over the others' states.
     """
-    terms = [(room,) for room in rooms] + list(itertools.combinations(rooms, 2))
-    coded = np.array([[0.5 if room in on else -0.5 for room in rooms] for on in cells])
-    columns = [coded[:, i] for i in range(len(rooms))]
-    columns += [coded[:, i] * coded[:, j] for i, j in itertools.combinations(range(len(rooms)), 2)]
+    terms = [(technique,) for technique in techniques] + list(itertools.combinations(techniques, 2))
+    coded = np.array([[0.5 if technique in on else -0.5 for technique in techniques] for on in cells])
+    columns = [coded[:, i] for i in range(len(techniques))]
+    columns += [coded[:, i] * coded[:, j] for i, j in itertools.combinations(range(len(techniques)), 2)]
     design = np.stack([np.ones(len(cells)), *columns], axis=1)
     if np.linalg.matrix_rank(design) < design.shape[1]:
-        design, terms = design[:, : 1 + len(rooms)], terms[: len(rooms)]
+        design, terms = design[:, : 1 + len(techniques)], terms[: len(techniques)]
     y = np.array(values)
     found, *_ = np.linalg.lstsq(design, y, rcond=None)
     left = len(y) - design.shape[1]
@@ -83,27 +86,34 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
 
     recipe: the settings in the file config.base.
     """
-    rooms = config.rooms or recipe.model.rooms
-    missing = [room for room in rooms if room not in recipe.model.rooms]
-    if missing or len(rooms) < 2:
-        has = ", ".join(recipe.model.rooms) or "none"
-        raise ConfigError(f"ablate.rooms: got {rooms}, allowed at least two of those that {config.base} has on: {has}")
-    if config.plan == "half" and len(rooms) < HALVES_FROM:
+    techniques = config.techniques or recipe.model.techniques
+    missing = [technique for technique in techniques if technique not in recipe.model.techniques]
+    if missing or len(techniques) < 2:
+        has = ", ".join(recipe.model.techniques) or "none"
         raise ConfigError(
-            f"ablate.plan: got 'half' for {len(rooms)} rooms, allowed from {HALVES_FROM} on: of fewer it would take "
-            "interactions for effects; use 'full'"
+            f"ablate.techniques: got {techniques}, allowed at least two of those that {config.base} has on: {has}"
         )
-    recipe = run.with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))
-    plans = [tuple(r for r in recipe.model.rooms if r in on or r not in rooms) for on in plan(rooms, config.plan)]
+    if config.plan == "half" and len(techniques) < HALVES_FROM:
+        raise ConfigError(
+            f"ablate.plan: got 'half' for {len(techniques)} techniques, allowed from {HALVES_FROM} on: of fewer it would "
+            "take interactions for effects; use 'full'"
+        )
+    recipe = with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))
+    plans = [
+        tuple(r for r in recipe.model.techniques if r in on or r not in techniques)
+        for on in plan(techniques, config.plan)
+    ]
     cells = [(on, seed) for seed in config.seeds for on in plans]
     for on, _ in cells:
-        recipe.model.without(*(room for room in rooms if room not in on))  # raises before anything is trained
+        recipe.model.without(
+            *(technique for technique in techniques if technique not in on)
+        )  # raises before anything is trained
     results = []
     for i, (on, seed) in enumerate(cells):
         console.print(f"\n[bold]Run {i + 1} of {len(cells)}[/bold]: {name_of(on)}, seed {seed}")
-        results.append(_run(config, recipe, rooms, on, seed, console))
+        results.append(_run(config, recipe, techniques, on, seed, console))
         _check_same_text(results, Path(config.output_dir) / name_of(on) / f"seed-{seed}")
-    return _conclude(config, rooms, cells, results, console)
+    return _conclude(config, techniques, cells, results, console)
 
 
 def name_of(on: Sequence[str]) -> str:
@@ -117,11 +127,16 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def _run(
-    config: AblateConfig, recipe: TrainConfig, rooms: Sequence[str], on: tuple[str, ...], seed: int, console: Console
+    config: AblateConfig,
+    recipe: TrainConfig,
+    techniques: Sequence[str],
+    on: tuple[str, ...],
+    seed: int,
+    console: Console,
 ) -> dict[str, Any]:
     """results.json of a cell, trained in its folder or found there."""
     folder = Path(config.output_dir) / name_of(on) / f"seed-{seed}"
-    model = recipe.model.without(*(room for room in rooms if room not in on))
+    model = recipe.model.without(*(technique for technique in techniques if technique not in on))
     settings = dataclasses.replace(recipe, model=model, seed=seed, output_dir=str(folder), resume=True)
     if (folder / folders.RESULTS).exists():
         folders.check_same_run(settings, folder)
@@ -129,8 +144,8 @@ def _run(
         return dict(json.loads((folder / folders.RESULTS).read_text()))
     try:
         return run.train(settings, console)
-    except run.StoppedError as stopped:
-        raise run.StoppedError(stopped.number, "the same command") from stopped
+    except StoppedError as stopped:
+        raise StoppedError(stopped.number, "the same command") from stopped
 
 
 def _check_same_budget(settings: TrainConfig, folder: Path) -> None:
@@ -155,7 +170,7 @@ def _check_same_text(results: Sequence[dict[str, Any]], folder: Path) -> None:
 
 def _conclude(
     config: AblateConfig,
-    rooms: Sequence[str],
+    techniques: Sequence[str],
     cells: Sequence[tuple[tuple[str, ...], int]],
     results: Sequence[dict[str, Any]],
     console: Console,
@@ -165,7 +180,7 @@ def _conclude(
     found = {}
     for name, column in values.items():
         fitted = column if name == BITS else [math.log(value) for value in column]
-        found[name] = effects(rooms, [on for on, _ in cells], fitted)
+        found[name] = effects(techniques, [on for on, _ in cells], fitted)
     tables = {
         "Combinations": _combinations(cells, values),
         "Effects and interactions": _effects(found),
@@ -186,7 +201,7 @@ def _conclude(
         "\nEffects: of switching a technique on, averaged over the others' states: bits per byte added, or the factor "
         "that a cost is multiplied by; in brackets two standard errors either way, where there are enough runs. "
     )
-    if len(found[BITS]) > len(rooms):
+    if len(found[BITS]) > len(techniques):
         text += (
             "a x b: how much a's effect differs where b is on; below 1 they help each other, above 1 they save the "
             "same work.\n"
@@ -216,7 +231,7 @@ def _combinations(cells: Sequence[tuple[tuple[str, ...], int]], values: dict[str
 def _effects(found: dict[str, list[Effect]]) -> list[list[str]]:
     rows = [["", *(name.partition(",")[0] for name in found)]]
     for i, effect in enumerate(found[BITS]):
-        row = [" x ".join(effect.rooms)]
+        row = [" x ".join(effect.techniques)]
         for name, column in found.items():
             value, error = column[i].value, 2 * column[i].error
             shown = "{:+.3f}".format if name == BITS else lambda x: f"{math.exp(x):.2f}x"

@@ -11,13 +11,14 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from resnet_bk import folders
 from resnet_bk.cli import main
 from resnet_bk.config import AblateConfig, ConfigError, ExpertsConfig, ModelConfig, SparsityConfig, TrainConfig
-from resnet_bk.config.rooms import DepthConfig, MultiScaleConfig
-from resnet_bk.training import ablate, run
-from resnet_bk.training.ablate import effects, plan
+from resnet_bk.config.techniques import DepthConfig, MultiScaleConfig
+from resnet_bk.study import ablate, run
+from resnet_bk.study.ablate import effects, plan
 
-ROOMS = ["depth", "sparsity", "experts"]
+TECHNIQUES = ["depth", "sparsity", "experts"]
 MODEL = ModelConfig(
     d_model=16,
     n_layers=4,
@@ -29,58 +30,60 @@ MODEL = ModelConfig(
 
 
 def test_the_full_plan_has_every_combination_once():
-    cells = plan(ROOMS, "full")
+    cells = plan(TECHNIQUES, "full")
     assert len(set(cells)) == len(cells) == 8
-    assert cells[0] == tuple(ROOMS)
+    assert cells[0] == tuple(TECHNIQUES)
     assert cells[-1] == ()
 
 
 def test_the_half_plan_has_everything_on_and_everything_off():
-    for rooms, cells in (("abcd", 8), ("abcde", 17)):
-        half = plan(rooms, "half")
+    for techniques, cells in (("abcd", 8), ("abcde", 17)):
+        half = plan(techniques, "half")
         assert len(set(half)) == len(half) == cells
-        assert half[0] == tuple(rooms)
+        assert half[0] == tuple(techniques)
         assert half[-1] == ()
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_effects_and_interactions_are_found_again(noise):
     rng = random.Random(0)
-    cells = plan(ROOMS, "full") * 3
+    cells = plan(TECHNIQUES, "full") * 3
 
     def response(on):
         y = -0.5 * ("depth" in on) - 0.2 * ("sparsity" in on) + 0.1 * ("depth" in on and "sparsity" in on)
         return 7 + y + noise * rng.gauss(0, 1)
 
-    found = {e.rooms: e for e in effects(ROOMS, cells, [response(on) for on in cells])}
+    found = {e.techniques: e for e in effects(TECHNIQUES, cells, [response(on) for on in cells])}
     expected = {("depth",): -0.45, ("sparsity",): -0.15, ("experts",): 0.0, ("depth", "sparsity"): 0.1}
-    for rooms, value in expected.items():
-        assert found[rooms].value == pytest.approx(value, abs=5 * noise + 1e-9)
-        assert found[rooms].error == pytest.approx(2 * noise / math.sqrt(24), abs=noise + 1e-9)
+    for techniques, value in expected.items():
+        assert found[techniques].value == pytest.approx(value, abs=5 * noise + 1e-9)
+        assert found[techniques].error == pytest.approx(2 * noise / math.sqrt(24), abs=noise + 1e-9)
     assert len(found) == 6
 
 
 def test_half_of_four_tells_main_effects_from_interactions_but_not_those_from_each_other():
     cells = plan("abcd", "half")
     found = effects("abcd", cells, [len(on) + 0.8 * ("a" in on and "b" in on) for on in cells])
-    assert [e.rooms for e in found] == [(room,) for room in "abcd"]
+    assert [e.techniques for e in found] == [(technique,) for technique in "abcd"]
     assert [e.value for e in found] == pytest.approx([1.4, 1.4, 1, 1])
 
 
 def test_half_of_five_has_the_interactions_too():
     cells = plan("abcde", "half")
-    found = {e.rooms: e.value for e in effects("abcde", cells, [("a" in on) * (1 + ("b" in on)) + 0.0 for on in cells])}
+    found = {
+        e.techniques: e.value for e in effects("abcde", cells, [("a" in on) * (1 + ("b" in on)) + 0.0 for on in cells])
+    }
     assert found["a", "b"] == pytest.approx(1)
     assert found["a",] == pytest.approx(1.5)
     assert found["c", "d"] == pytest.approx(0)
 
 
 def test_switching_off_leaves_the_rest_of_the_model():
-    plain = MODEL.without(*ROOMS)
-    assert plain.rooms == []
+    plain = MODEL.without(*TECHNIQUES)
+    assert plain.techniques == []
     assert plain.top_k == plain.num_experts == 2
-    assert MODEL.rooms == ROOMS
-    assert MODEL.without("depth").rooms == ["sparsity", "experts"]
+    assert MODEL.techniques == TECHNIQUES
+    assert MODEL.without("depth").techniques == ["sparsity", "experts"]
     scales = ModelConfig(multiscale=MultiScaleConfig(factors=(4,), layers=(1, 3, 1)))
     assert scales.without("multiscale").blocks == 5
 
@@ -93,13 +96,13 @@ def text():
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch, text):
-    """Runs that train nothing: bits per byte rise, and times fall, with every room that is on."""
+    """Runs that train nothing: bits per byte rise, and times fall, with every technique that is on."""
     monkeypatch.chdir(tmp_path)
     seen = []
 
     def train(config, console):
         seen.append(config)
-        n = len(config.model.rooms)
+        n = len(config.model.techniques)
         rate = 1000.0 * 2**n
         results = {
             "held_out": {"bits_per_byte": 2 + 0.1 * n + 0.001 * config.seed},
@@ -108,22 +111,24 @@ def made_up(tmp_path, monkeypatch, text):
         }
         folder = tmp_path / config.output_dir
         folder.mkdir(parents=True)
-        (folder / run.RESULTS).write_text(json.dumps(results))
-        (folder / run.CONFIG).write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
+        (folder / folders.RESULTS).write_text(json.dumps(results))
+        (folder / folders.CONFIG).write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
         return results
 
     monkeypatch.setattr(run, "train", train)
     return seen
 
 
-def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_up, text, tmp_path):
+def test_every_cell_is_trained_once_and_the_tables_say_what_each_technique_buys(made_up, text, tmp_path):
     recipe = TrainConfig(model=MODEL, max_steps=5)
     config = AblateConfig("base.yaml", output_dir="out", seeds=[0, 1])
     found = ablate.ablate(config, recipe, Console(quiet=True))
     assert len(made_up) == 16
-    assert {(tuple(c.model.rooms), c.seed) for c in made_up} == {(on, s) for on in plan(ROOMS, "full") for s in (0, 1)}
+    assert {(tuple(c.model.techniques), c.seed) for c in made_up} == {
+        (on, s) for on in plan(TECHNIQUES, "full") for s in (0, 1)
+    }
     for effect in found["prefill, us a byte"]:
-        assert math.exp(effect.value) == pytest.approx(0.5 if len(effect.rooms) == 1 else 1)
+        assert math.exp(effect.value) == pytest.approx(0.5 if len(effect.techniques) == 1 else 1)
     assert found["bits per byte"][0].value == pytest.approx(0.1)
     table = (tmp_path / "out" / ablate.TABLE).read_text()
     assert "| depth+sparsity+experts | 2.300" in table
@@ -133,7 +138,7 @@ def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_
     assert len(made_up) == 16  # nothing is trained twice
     with pytest.raises(ConfigError, match=r"ablate\.base: max_steps is 6, the finished run in .* had 5"):
         ablate.ablate(config, TrainConfig(model=MODEL, max_steps=6), Console(quiet=True))
-    saved = tmp_path / "out" / "depth" / "seed-0" / run.CONFIG
+    saved = tmp_path / "out" / "depth" / "seed-0" / folders.CONFIG
     kept = saved.read_text()
     saved.write_text("a: &a [1]\nb: *a\n")
     with pytest.raises(ConfigError, match=r"depth/seed-0/config\.yaml has a YAML alias"):
@@ -146,8 +151,10 @@ def test_every_cell_is_trained_once_and_the_tables_say_what_each_room_buys(made_
 
 def test_cells_are_named_by_all_that_is_on_in_one_order(made_up, tmp_path):
     recipe = TrainConfig(model=MODEL, max_steps=5)
-    for rooms in (["sparsity", "depth"], ["depth", "sparsity"]):
-        ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0], rooms=rooms), recipe, Console(quiet=True))
+    for techniques in (["sparsity", "depth"], ["depth", "sparsity"]):
+        ablate.ablate(
+            AblateConfig("base.yaml", output_dir="out", seeds=[0], techniques=techniques), recipe, Console(quiet=True)
+        )
     assert [c.output_dir for c in made_up] == [
         f"out/{name}/seed-0" for name in ("depth+sparsity+experts", "sparsity+experts", "depth+experts", "experts")
     ]
@@ -156,13 +163,22 @@ def test_cells_are_named_by_all_that_is_on_in_one_order(made_up, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rooms", "[length, depth]"], "ablate.rooms: got ['length', 'depth'], allowed at least two of those that"),
-        (["--rooms", "[depht]"], "ablate.rooms: got 'depht', allowed 'multiscale', 'length', 'depth'"),
-        (["--rooms", "[depth]"], "ablate.rooms: got ['depth'], allowed at least two"),
-        (["--rooms", "[depth, depth]"], "ablate.rooms: got ['depth', 'depth'], allowed at least one, each once"),
+        (
+            ["--techniques", "[length, depth]"],
+            "ablate.techniques: got ['length', 'depth'], allowed at least two of those that",
+        ),
+        (["--techniques", "[depht]"], "ablate.techniques: got 'depht', allowed 'multiscale', 'length', 'depth'"),
+        (["--techniques", "[depth]"], "ablate.techniques: got ['depth'], allowed at least two"),
+        (
+            ["--techniques", "[depth, depth]"],
+            "ablate.techniques: got ['depth', 'depth'], allowed at least one, each once",
+        ),
         (["--seeds", "[]"], "ablate.seeds: got [], allowed at least one, each once"),
         (["--plan", "third"], "ablate.plan: got"),
-        (["--rooms", "[sparsity, depth]", "--plan", "half"], "ablate.plan: got 'half' for 2 rooms, allowed from 4 on"),
+        (
+            ["--techniques", "[sparsity, depth]", "--plan", "half"],
+            "ablate.plan: got 'half' for 2 techniques, allowed from 4 on",
+        ),
     ],
 )
 def test_what_cannot_be_ablated_is_one_line(made_up, tmp_path, capsys, arguments, message):
@@ -176,7 +192,7 @@ def test_what_cannot_be_ablated_is_one_line(made_up, tmp_path, capsys, arguments
     assert made_up == []
 
 
-def test_two_real_rooms_train(tmp_path, monkeypatch, capsys):
+def test_two_real_techniques_train(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("def read(self):\n    return self.value\n" * 400)
     (tmp_path / "base.yaml").write_text(

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_bk.adaptive.depth import measured_depth
 from resnet_bk.config import ConfigError, EvalConfig
+from resnet_bk.data.corpus import Document
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.guard import check_causal
@@ -171,3 +172,17 @@ def check_vocabulary(model: LanguageModel, tokenizer_size: int, tokenizer: str, 
             f"data.tokenizer: {tokenizer!r} has {tokenizer_size} ids (SHA-256 {digest[:16]}), "
             f"the model {model.config.vocab_size}; use the tokenizer the model was trained with"
         )
+
+
+def count_words(documents: list[Document]) -> int:
+    """Whitespace-separated words and line ends."""
+    count = 0
+    for document in documents:
+        held = b""
+        for piece in document.pieces():
+            count += piece.count(b"\n")
+            words = (held + piece).split()
+            held = words.pop() if words and not piece[-1:].isspace() else b""
+            count += len(words)
+        count += bool(held)
+    return count

@@ -13,8 +13,8 @@ from resnet_bk.config import ConfigError
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.hf.tokenizer import byte_tokenizer
 from resnet_bk.layers.sparse import SparsityRecord
-from resnet_bk.ledger import Ledger
-from resnet_bk.training.inspection import _decided, _pieces, check_output, decisions, heated
+from resnet_bk.study.inspection import _decided, _pieces, check_output, decisions, heated
+from resnet_bk.study.ledger import Ledger
 
 ALL = {
     "n_layers": 5,

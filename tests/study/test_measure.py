@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from resnet_bk.model import LanguageModel
-from resnet_bk.training.measure import greedy, measure, rank_correlation
+from resnet_bk.study.measure import greedy, measure, rank_correlation
 
 TEXT = np.random.default_rng(0).integers(0, 31, 500, dtype=np.uint16)  # shorter than what is measured
 

@@ -8,7 +8,7 @@ from resnet_bk.config import ConfigError, EvalConfig
 from resnet_bk.data.corpus import Document
 from resnet_bk.data.tokens import END_OF_DOCUMENT, TokenFile, read, write
 from resnet_bk.model import LanguageModel
-from resnet_bk.training.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
+from resnet_bk.study.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
 from resnet_bk.training.guard import LeakError
 
 LENGTHS = (1, 23, 7, 8, 64, 1, 40, 9)
@@ -48,10 +48,15 @@ def texts_of(tokens):
     ]
 
 
-ROOMS = [("propagator", "real", 1), ("propagator", "complex", 1), ("diagonal", "complex", 1), ("diagonal", "real", 3)]
+TECHNIQUES = [
+    ("propagator", "real", 1),
+    ("propagator", "complex", 1),
+    ("diagonal", "complex", 1),
+    ("diagonal", "real", 3),
+]
 
 
-@pytest.mark.parametrize(("readout", "energy", "experts"), ROOMS)
+@pytest.mark.parametrize(("readout", "energy", "experts"), TECHNIQUES)
 def test_document_scores_are_those_of_each_document_alone(corpus, readout, energy, experts):
     model = tiny(readout=readout, energy=energy, num_experts=experts)
     expected = sum(nats_of(model, text, 1, 0) for text in texts_of(corpus))

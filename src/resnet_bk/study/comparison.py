@@ -13,14 +13,15 @@ from rich.console import Console
 from resnet_bk.checkpoint import CheckpointError, write_whole
 from resnet_bk.config import ConfigError, ReportConfig
 from resnet_bk.data import corpus
+from resnet_bk.folders import CONFIG
+from resnet_bk.hf import quiet_transformers
+from resnet_bk.inference.loading import load
 from resnet_bk.report import html
-from resnet_bk.training.ablate import BITS, RESPONSES, spread
-from resnet_bk.training.finished import FinishedRun, Group, grouped, read_runs
-from resnet_bk.training.folders import CONFIG
-from resnet_bk.training.inspection import Spending, check_output, heated, legend, read_text, spend
-from resnet_bk.training.run import load, versions
-from resnet_bk.training.search import front
-from resnet_bk.training.trainer import quiet_transformers
+from resnet_bk.study.ablate import BITS, RESPONSES, spread
+from resnet_bk.study.finished import FinishedRun, Group, grouped, read_runs
+from resnet_bk.study.inspection import Spending, check_output, heated, legend, read_text, spend
+from resnet_bk.study.run import versions
+from resnet_bk.study.search import front
 
 TITLE = "Runs compared"
 

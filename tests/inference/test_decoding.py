@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from resnet_bk import LanguageModel
-from resnet_bk.decoding import StaticStep, choose, generate
+from resnet_bk.inference.decoding import StaticStep, choose, generate
 
 CHUNKS = {"factors": [3], "layers": [1, 1, 1]}
 MODELS = {

@@ -13,8 +13,9 @@ import yaml
 
 from resnet_bk.cli import main
 from resnet_bk.config import shown
-from resnet_bk.training import comparison, run
-from resnet_bk.training.finished import LARGEST_METRICS, LARGEST_RESULTS, grouped, read_runs
+from resnet_bk.inference import loading
+from resnet_bk.study import comparison, run
+from resnet_bk.study.finished import LARGEST_METRICS, LARGEST_RESULTS, grouped, read_runs
 
 TEXT = "def add(a, b):\n    return a + b  # <sum> & more\n" * 8
 MEASURE = run.measure
@@ -258,7 +259,7 @@ def test_models_are_let_go_one_by_one(make, monkeypatch):
     def load(folder):
         gc.collect()
         alive.append(sum(model() is not None for model in models))
-        model, tokenizer = run.load(folder)
+        model, tokenizer = loading.load(folder)
         models.append(weakref.ref(model.model))  # which a ledger holds
         return model, tokenizer
 

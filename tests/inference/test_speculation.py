@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from resnet_bk import LanguageModel
-from resnet_bk.speculative import speculate
-from resnet_bk.training.measure import greedy
+from resnet_bk.inference.speculation import speculate
+from resnet_bk.study.measure import greedy
 
 
 def model(seed=0, n_layers=4, **depth) -> LanguageModel:

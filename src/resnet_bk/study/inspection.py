@@ -15,23 +15,22 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
 from resnet_bk.adaptive.depth import DepthRecord, measured_depth
 from resnet_bk.adaptive.length import LengthRecord
 from resnet_bk.adaptive.multiscale import ChunkRecord
 from resnet_bk.checkpoint import write_whole
 from resnet_bk.config import ConfigError, InspectConfig
-from resnet_bk.hf import ResNetBKForCausalLM
+from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers
+from resnet_bk.inference.loading import load
 from resnet_bk.layers.feedforward import ExpertsRecord
 from resnet_bk.layers.sparse import SparsityRecord
-from resnet_bk.ledger import Ledger, plain_flops
 from resnet_bk.record import Record
 from resnet_bk.report import html
 from resnet_bk.report.terminal import colored
-from resnet_bk.training.measure import rank_correlation
-from resnet_bk.training.run import load, versions
-from resnet_bk.training.trainer import quiet_transformers
+from resnet_bk.study.ledger import Ledger, plain_flops
+from resnet_bk.study.measure import rank_correlation
+from resnet_bk.study.run import versions
 
 TITLE = "What the model spends"
 
@@ -59,9 +58,7 @@ class Spending:
         return _pieces(self.text, self.spans, self.cost, self.bits, _decided(self.records, len(self.cost)))
 
 
-def spend(
-    model: ResNetBKForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, name: str
-) -> Spending:
+def spend(model: ResNetBKForCausalLM, tokenizer: Tokenizer, text: str, max_tokens: int, name: str) -> Spending:
     """Run the model on the beginning of a text. name: how the error calls a text without a token."""
     ids, spans = _tokens(text, tokenizer, max_tokens, name)
     with torch.no_grad(), measured_depth(model.model) as blocks, Ledger(model.model) as ledger:
@@ -117,7 +114,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
 
 
 def decisions(records: list[Record]) -> dict[str, float]:
-    """Means of what the rooms decided, as far as their records reach the model's."""
+    """Means of what the techniques decided, as far as their records reach the model's."""
     found: dict[str, list[float]] = {}
     for record in records:
         if isinstance(record, LengthRecord):
@@ -154,9 +151,7 @@ def read_text(where: str, name: str) -> str:
     return path.read_bytes().decode()
 
 
-def _tokens(
-    text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, name: str
-) -> tuple[Tensor, list[tuple[int, int]]]:
+def _tokens(text: str, tokenizer: Tokenizer, max_tokens: int, name: str) -> tuple[Tensor, list[tuple[int, int]]]:
     """Ids (1, N), and of each token the characters it covers, from and to; bytes of one character all cover it."""
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids, spans = encoded["input_ids"][:max_tokens], encoded["offset_mapping"][:max_tokens]
@@ -192,7 +187,7 @@ def heated(pieces: list[tuple[str, float, str]], low: float, high: float) -> lis
 
 
 def _decided(records: list[Record], length: int) -> list[list[str]]:
-    """What the rooms decided for each of N tokens: on tokens themselves, and how many blocks their chunk had.
+    """What the techniques decided for each of N tokens: on tokens themselves, and how many blocks their chunk had.
 
     Records of rows that depth or length packed are left out: whose they are, they do not say.
     """

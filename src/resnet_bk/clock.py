@@ -1,0 +1,43 @@
+"""Measuring time."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Call `run` and wait for the device to finish.
+
+    Returns:
+        What `run` returned, and the elapsed wall-clock time in seconds.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started
+
+
+class Clock:
+    """Seconds spent training, over all sessions of a run. It stands still until started and after it is stopped."""
+
+    def __init__(self) -> None:
+        self.before: float = 0.0
+        self.started: float | None = None
+
+    def start(self, before: float) -> None:
+        """Start from `before` seconds, those of earlier sessions."""
+        self.before, self.started = before, time.perf_counter()
+
+    def stop(self) -> None:
+        self.before, self.started = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self.started is None else time.perf_counter() - self.started)

@@ -1,0 +1,1 @@
+"""Everything that runs a trained model: loading, generation, speculation, steps as CUDA graphs."""

@@ -1,0 +1,1 @@
+"""Everything that compares: scores, costs, reports, searches, ablations, the compute ledger."""
