@@ -45,7 +45,8 @@ BITS = "bits per byte"
 class Effect:
     """Effect of switching one technique on; of two, how much the effect of one differs where the other is on.
 
-    value: bits per byte, or the logarithm of a factor; error: its standard error, NaN where no seeds are left to tell."""
+    value: bits per byte, or the logarithm of a factor; error: its standard error, NaN where no seeds are left to
+    tell."""
 
     techniques: tuple[str, ...]
     value: float
@@ -95,8 +96,8 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
         )
     if config.plan == "half" and len(techniques) < HALVES_FROM:
         raise ConfigError(
-            f"ablate.plan: got 'half' for {len(techniques)} techniques, allowed from {HALVES_FROM} on: of fewer it would "
-            "take interactions for effects; use 'full'"
+            f"ablate.plan: got 'half' for {len(techniques)} techniques, allowed from {HALVES_FROM} on: of fewer it "
+            "would take interactions for effects; use 'full'"
         )
     recipe = with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))
     plans = [

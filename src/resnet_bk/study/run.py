@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,11 @@ def _write_report(folder: Path, rows: list[tuple[str, str]], metrics: list[dict[
 
 
 def versions() -> dict[str, str]:
-    import transformers
-
     return {
         "resnet-bk": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
 

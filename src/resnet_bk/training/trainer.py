@@ -311,7 +311,8 @@ class BKTrainer(Trainer):
 class Budget(TrainerCallback):
     """Ends the run, with a checkpoint, when its time is up or a signal came; refuses losses and gradients that are not
     finite. And it deals out chance: the order of an epoch follows from seed and epoch, what techniques draw in a
-    step from seed, step and rank. So no state of a generator is saved, and a run that goes on draws what it would have drawn."""
+    step from seed, step and rank. So no state of a generator is saved, and a run that goes on draws what it
+    would have drawn."""
 
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
