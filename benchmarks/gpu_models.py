@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from trained import held_out
 from transformers import StaticCache
 
-from resnet_bk.inference.decoding import StaticStep, captured
+from resnet_bk.inference.decoding import StaticStep, capture
 from resnet_bk.layers.block import Block
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.sharded import recompute
@@ -176,7 +176,7 @@ class CachedStep:
             layer.keys.normal_()
             layer.values.normal_()
         self._at(context - 4)
-        self.graph, self.logits = captured(self._run) if graph else (None, None)
+        self.graph, self.logits = capture(self._run) if graph else (None, None)
         self._at(context)
 
     def _at(self, position: int) -> None:

@@ -35,7 +35,7 @@ from resnet_bk.adaptive.compose import build_stack
 from resnet_bk.adaptive.multiscale import ChunkRecord
 from resnet_bk.config import ModelConfig
 from resnet_bk.data.corpus import split
-from resnet_bk.data.tokens import byte_ids
+from resnet_bk.data.tokens import byte_ids, encode
 from resnet_bk.model import LanguageModel
 
 SEEDS, BATCH, LENGTH, STEPS, WINDOW = (0, 1, 2), 12, 256, 200, 1024
@@ -124,7 +124,7 @@ def texts() -> dict[str, bytes]:
 
 def chunks_of(model: LanguageModel, text: bytes) -> dict[str, Any]:
     """Mean and tenths of the lengths of a text's chunks, and an excerpt with "|" where they end."""
-    ids = torch.from_numpy(byte_ids(text).astype(np.int64)).unsqueeze(0)
+    ids = encode(text)[None]
     ends_here = closes(model, ids)[0]  # type: ignore[index]
     ends = ends_here.nonzero().flatten()
     lengths = ends.diff(prepend=torch.tensor([-1])).double()

@@ -1,10 +1,11 @@
-"""Early exit: bytes about which the model is sure after two blocks stop there; then drafts by these two blocks.
+"""Train early exit, decode at several thresholds, and decode with drafts by the first two blocks.
 
     python examples/early_exit_demo.py [--steps 400] [--threshold 0.9]
 
-Trains a small byte model on modules of the Python standard library. Shows held-out text colored by the block after
-which each byte stopped, decoding speed and perplexity by threshold, and self-speculative decoding: the same text as at
-full depth, in fewer runs of the later blocks.
+Trains a small byte model on modules of the Python standard library. A byte stops after two, four or six of eight blocks
+once the model is sure enough. Shows held-out text colored by the block after which each byte stopped, then decoding
+speed and perplexity at several thresholds. Self-speculative decoding writes the same text as at full depth, in fewer
+runs of the later blocks.
 """
 
 import argparse
@@ -18,15 +19,15 @@ from coloring import LENGTH, fit, stdlib
 from rich.console import Console
 from rich.table import Table
 
-from resnet_bk import LanguageModel
+from resnet_bk import LanguageModel, encode
 from resnet_bk.inference.speculation import speculate
 from resnet_bk.study.measure import greedy
 
-PROMPT, NEW = b"def read(self, size=-1):\n", 300
+PROMPT, NEW = "def read(self, size=-1):\n", 300
 
 
 def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """What comes out, and milliseconds a token, the best of three."""
+    """Return the result of `run` and its milliseconds per token, the best of three runs."""
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
@@ -37,20 +38,20 @@ def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--threshold", type=float, default=0.9, help="confidence from which a byte stops")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
+    parser.add_argument("--threshold", type=float, default=0.9, help="confidence at which a byte stops")
     options = parser.parse_args()
     console, (train, held_out) = Console(), stdlib()
     torch.manual_seed(0)
     depth = {"policy": "exit", "first": 2, "every": 2, "threshold": options.threshold}
-    model = LanguageModel(259, d_model=64, n_layers=8, num_experts=1, n_seq=LENGTH, depth=depth)
+    model = LanguageModel(259, d_model=64, n_layers=8, n_seq=LENGTH, depth=depth)
     fit(model, train, options.steps, console, blocks_of)
     model.eval()
-    prompt = torch.tensor([[byte + 3 for byte in PROMPT]])
-    table = Table("decoding", "ms a byte", "blocks a byte", title=f"{NEW} bytes, greedy")
-    technique = model.blocks[0]
+    prompt = encode(PROMPT)[None]
+    table = Table("decoding", "ms per byte", "blocks per byte", title=f"{NEW} bytes, greedy")
+    exits = model.blocks[0]
     for threshold in (1.0, 0.95, options.threshold, 0.7, 0.5):
-        technique.threshold = threshold
+        exits.threshold = threshold
         console.print(f"\nthreshold {threshold}", style="bold")
         report(model, held_out, console)
         text, milliseconds = timed(lambda: greedy(model, prompt, NEW))

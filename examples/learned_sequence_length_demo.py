@@ -1,9 +1,9 @@
-"""Learned length from training to evaluation: simple and complex text get other lengths, without being told apart.
+"""Train a learned length and show that simple and complex text get different lengths.
 
     python examples/learned_sequence_length_demo.py [--out runs/learned-length-demo] [--steps 300]
 
-Trains a small byte model on code-page tables (simple) and on modules (complex) of the Python standard library, then
-prints what windows of each were given and writes lengths.svg.
+Trains a small byte model on code-page tables (simple) and on modules (complex) of the Python standard library; nothing
+labels the two kinds. Prints which lengths the windows of each kind get, and writes lengths.svg.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from resnet_bk import AdaptiveSequenceLengthWrapper, LanguageModel, LearnedSequenceLengthTrainer
+from resnet_bk import AdaptiveSequenceLengthWrapper, LanguageModel, LearnedSequenceLengthTrainer, encode
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,17 +29,17 @@ FILES = {"simple": "encodings/cp*.py", "complex": "*.py"}
 
 
 def texts() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Bytes to train on and held-out ones, of each kind: every tenth file is held out."""
+    """Return byte ids to train on and held-out ones, for each kind; every tenth file is held out."""
     found = {}
     for kind, pattern in FILES.items():
         read = [path.read_bytes() for path in sorted(STDLIB.glob(pattern))]
         parts = b"".join(t for i, t in enumerate(read) if i % 10), b"".join(read[::10])
-        found[kind] = tuple(np.frombuffer(part, np.uint8).astype(np.int64) + 3 for part in parts)
+        found[kind] = tuple(encode(part).numpy() for part in parts)
     return found
 
 
 def windows(text: np.ndarray, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, (count, WINDOW) each."""
+    """Return random inputs and targets, (count, WINDOW) each."""
     starts = rng.integers(0, len(text) - WINDOW - 1, count)
     rows = torch.from_numpy(np.stack([text[s : s + WINDOW + 1] for s in starts]))
     return rows[:, :-1], rows[:, 1:]
@@ -47,15 +47,15 @@ def windows(text: np.ndarray, count: int, rng: np.random.Generator) -> tuple[tor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/learned-length-demo"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--penalty", type=float, default=0.1)
+    parser.add_argument("--out", type=Path, default=Path("runs/learned-length-demo"), help="folder to write")
+    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--penalty", type=float, default=0.1, help="weight of the mean length in the loss")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     console, rng, ids = Console(), np.random.default_rng(0), texts()
 
     torch.manual_seed(0)
-    base = LanguageModel(259, d_model=64, n_layers=8, num_experts=1, n_seq=WINDOW)
+    base = LanguageModel(259, d_model=64, n_layers=8, n_seq=WINDOW)
     model = AdaptiveSequenceLengthWrapper(
         base_model=base, max_seq_len=WINDOW, num_length_bins=8, length_penalty=options.penalty
     )
@@ -76,10 +76,10 @@ def main() -> None:
     for i, kind in enumerate(FILES):
         loader = [windows(ids[kind][1], 64, rng) for _ in range(4)]
         scores = trainer.evaluate(loader)
-        numbers = (f"{scores.perplexity:.3f}", f"{scores.full_perplexity:.3f}", f"{scores.avg_speedup:.2f}x")
-        table.add_row(kind, *numbers, f"{scores.avg_predicted_length:.0f}")
-        total = sum(scores.histogram.values())
-        bars = [(length + 5 * i, number / total) for length, number in scores.histogram.items()]
+        numbers = (f"{scores['perplexity']:.3f}", f"{scores['full_perplexity']:.3f}", f"{scores['avg_speedup']:.2f}x")
+        table.add_row(kind, *numbers, f"{scores['avg_predicted_length']:.0f}")
+        total = sum(scores["histogram"].values())
+        bars = [(length + 5 * i, number / total) for length, number in scores["histogram"].items()]
         axes.bar([x for x, _ in bars], [y for _, y in bars], width=5, label=kind)
     console.print(table)
 

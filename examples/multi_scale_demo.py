@@ -1,8 +1,8 @@
-"""Multi-scale against flat, as it comes out of the box: speed at growing lengths, stability, where chunks end.
+"""Compare untrained multi-scale models with a flat one: speed by length, stability, where chunks end.
 
     python examples/multi_scale_demo.py [--out runs/multi-scale-demo] [--longest 8192]
 
-Writes speed.svg and boundaries.txt. Untrained models: what they cost does not depend on what they know.
+Writes speed.svg and boundaries.txt. The models are untrained, because their cost does not depend on their weights.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from resnet_bk import LanguageModel, count_flops_multi_scale
+from resnet_bk import LanguageModel, count_flops_multi_scale, encode
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-TOKENS, REPEATS = 8192, 5  # tokens a measurement, repeats of it
+TOKENS, REPEATS = 8192, 5  # tokens per measurement; measurements
 MODELS = {
     "flat": {},
     "N/4, fixed stride": {"multiscale": {"factors": [4], "layers": [1, 6, 1]}},
@@ -31,13 +31,13 @@ MODELS = {
 
 def build(fields: dict) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(259, d_model=128, n_layers=8, num_experts=1, **fields).eval()
+    return LanguageModel(259, d_model=128, n_layers=8, **fields).eval()
 
 
 def text_ids(length: int) -> torch.Tensor:
-    """(1, length) bytes of this script, over and over."""
+    """Return (1, length) byte ids of this script, repeated."""
     text = Path(__file__).read_bytes()
-    return torch.tensor([[byte + 3 for byte in (text * (length // len(text) + 1))[:length]]])
+    return encode((text * (length // len(text) + 1))[:length])[None]
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def first_gradient_norm(model: LanguageModel) -> float:
 
 @torch.no_grad()
 def rounding(model: LanguageModel, length: int) -> float:
-    """Largest float32 error of the features the head reads, relative to their root mean square."""
+    """Return the largest float32 error of the features before the head, relative to their root mean square."""
     ids = text_ids(length)
     low = model.features(ids)[0].double()
     high = model.double().features(ids)[0]
@@ -72,8 +72,8 @@ def rounding(model: LanguageModel, length: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/multi-scale-demo"))
-    parser.add_argument("--longest", type=int, default=8192)
+    parser.add_argument("--out", type=Path, default=Path("runs/multi-scale-demo"), help="folder to write")
+    parser.add_argument("--longest", type=int, default=8192, help="longest sequence to time")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -97,8 +97,8 @@ def main() -> None:
 
     flops = count_flops_multi_scale(64, 128, 4)
     console.print(
-        f"One multi-scale block beside a plain one (64, 128, 4): {flops.speedup:.2f}x by the simple model, "
-        f"{flops.exact_speedup:.2f}x by exact FLOPs: what saves is whole stacks at the coarse level."
+        f"One multi-scale block against a plain one (64, 128, 4): {flops.speedup:.2f}x by the simple model, "
+        f"{flops.exact_speedup:.2f}x by exact FLOPs. The saving comes from whole stacks at the coarse level."
     )
     ids = text_ids(1000)
     closes = models["after words"](ids).records[0].closes[0].tolist()

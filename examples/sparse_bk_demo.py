@@ -1,10 +1,10 @@
-"""Learned sparsity in the BK core, from training to text colored by how many mixers kept each byte.
+"""Train learned sparsity in the BK core and color a text by how many mixers kept each byte.
 
     python examples/sparse_bk_demo.py [--steps 400] [--target 0.5]
 
-Trains two small byte models on modules of the Python standard library: one whose chains have a site for every byte, one
-that learns which sites to leave out. Shows held-out text: dark where every mixer left the byte out, bright where all
-kept it; and how long the cores of both take.
+Trains two small byte models on modules of the Python standard library. The chains of one have a site for every byte;
+the other learns which sites to leave out. Shows held-out text: dark where every mixer left the byte out, bright where
+all kept it. Then times a core with more and more sites left out.
 """
 
 import argparse
@@ -22,17 +22,18 @@ from resnet_bk.ops import Sparsity, propagate
 
 
 def reports(output: ModelOutput) -> list[SparsityRecord]:
-    """One for each mixer."""
+    """Return the records of the sparse chains, one per mixer."""
     return [record for record in output.records if isinstance(record, SparsityRecord)]
 
 
 def left_out(output: ModelOutput) -> str:
+    """Return the mean share of sites left out, in words; empty without sparsity."""
     found = reports(output)
     return f"{sum(r.sparsity for r in found) / len(found):.2f} of sites left out" if found else ""
 
 
 def clock(console: Console, length: int = 16_384, heads: int = 4, width: int = 32) -> None:
-    """Forward and backward of a core alone, by how many of its sites are left out."""
+    """Print the time of forward and backward of one core, by the share of its sites that are left out."""
     a, z = Energies(heads * width, heads, "real")(torch.randn(1, length, heads * width))
     v = torch.randn(1, length, heads, width, requires_grad=True)
     for share in (0.0, 0.25, 0.5, 0.75):
@@ -51,7 +52,7 @@ def clock(console: Console, length: int = 16_384, heads: int = 4, width: int = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=400, help="training steps of each model")
     parser.add_argument("--target", type=float, default=0.5, help="share of the sites to leave out")
     options = parser.parse_args()
     console, (train, held_out) = Console(), stdlib()
@@ -59,9 +60,7 @@ def main() -> None:
     for target in (0.0, options.target):
         console.print(f"\nsparsity: {target}", style="bold")
         torch.manual_seed(0)
-        model = LanguageModel(
-            259, d_model=128, n_layers=layers, num_experts=1, n_seq=LENGTH, sparsity={"target": target}
-        )
+        model = LanguageModel(259, d_model=128, n_layers=layers, n_seq=LENGTH, sparsity={"target": target})
         fit(model, train, options.steps, console, left_out)
         x, output = held_out_run(model.eval(), held_out, console)
         if found := reports(output):

@@ -1,4 +1,4 @@
-"""Checkpoint folders: whatever is cut, flipped, missing or out of place is found and named."""
+"""Checkpoint folders: every truncation, bit flip, missing or foreign file is detected and named."""
 
 import json
 import os
@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 
-from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, seal, verify, write_whole
+from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, seal, verify, write_atomically
 
 
 @pytest.fixture
 def sealed(tmp_path):
-    """A small sealed checkpoint. Two of its names differ in one bit."""
+    """A small sealed checkpoint. Two of its file names differ in one bit."""
     folder = tmp_path / "checkpoint-10"
     (folder / "sub").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(random.Random(1).randbytes(300))
@@ -25,7 +25,7 @@ def sealed(tmp_path):
 
 
 def refusal(folder):
-    """The one-line message with which `folder` is refused."""
+    """Return the one-line message with which `folder` is refused."""
     with pytest.raises(CheckpointError) as caught:
         verify(folder)
     message = str(caught.value)
@@ -51,14 +51,14 @@ def test_a_sealed_folder_verifies_and_its_manifest_lists_every_file(sealed):
     }
 
 
-def test_sealing_again_takes_in_what_changed(sealed):
+def test_sealing_again_covers_changes(sealed):
     (sealed / "a").write_bytes(b"other")
     (sealed / f"{MANIFEST}.partial").write_text("left by a kill")
     seal(sealed)
     verify(sealed)
 
 
-def test_files_added_after_sealing_are_no_damage(sealed):
+def test_files_added_after_sealing_are_not_damage(sealed):
     (sealed / "README.md").write_text("a model card")
     (sealed / "tokenizer.json").write_text("{}")
     verify(sealed)
@@ -73,7 +73,7 @@ def test_model_cards_and_hidden_files_can_be_edited_after_sealing(sealed):
     verify(sealed)
 
 
-def test_200_truncations_are_all_found(sealed):
+def test_200_truncations_are_all_detected(sealed):
     draw = random.Random(0)
     files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
     for _ in range(200):
@@ -88,7 +88,7 @@ def test_200_truncations_are_all_found(sealed):
     verify(sealed)
 
 
-def test_every_truncation_of_the_manifest_is_found(sealed):
+def test_every_truncation_of_the_manifest_is_detected(sealed):
     manifest = sealed / MANIFEST
     whole = manifest.read_bytes()
     for left in range(len(whole)):
@@ -104,7 +104,7 @@ def flip(path, bit):
         file.write(bytes([byte ^ 1 << bit % 8]))
 
 
-def test_2000_flipped_bits_are_all_found(sealed):
+def test_2000_flipped_bits_are_all_detected(sealed):
     draw = random.Random(0)
     files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
     for _ in range(2000):
@@ -121,7 +121,7 @@ def test_2000_flipped_bits_are_all_found(sealed):
     verify(sealed)
 
 
-def test_a_flip_of_every_third_bit_of_the_manifest_is_found(sealed):
+def test_a_flip_of_every_third_bit_of_the_manifest_is_detected(sealed):
     manifest = sealed / MANIFEST
     for bit in range(0, 8 * manifest.stat().st_size, 3):
         flip(manifest, bit)
@@ -131,14 +131,14 @@ def test_a_flip_of_every_third_bit_of_the_manifest_is_found(sealed):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "..", "/"])
-def test_names_that_lead_outside_are_refused(sealed, name):
+def test_names_outside_the_folder_are_refused(sealed, name):
     (sealed.parent / "secret").write_text("1234")
     with_entry(sealed, name)
     assert refusal(sealed) == f"{sealed / MANIFEST}: {name!r} points outside the checkpoint; refused"
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "", ".", "sub", "\udcff", MANIFEST])
-def test_names_that_are_no_file_of_the_folder_are_refused(sealed, name):
+def test_names_that_are_not_a_file_of_the_folder_are_refused(sealed, name):
     with_entry(sealed, name)
     assert "expected 4 bytes, got no such file" in refusal(sealed)
 
@@ -156,7 +156,7 @@ def test_links_are_refused(sealed, tmp_path, where):
     assert "expected a plain file, got a link or device" in refusal(sealed)
 
 
-def test_a_pipe_is_refused_and_not_waited_for(sealed):
+def test_a_pipe_is_refused_without_blocking(sealed):
     (sealed / "a").unlink()
     os.mkfifo(sealed / "a")
     assert refusal(sealed).startswith(f"{sealed / 'a'}: expected a plain file")
@@ -181,14 +181,14 @@ def test_a_pipe_is_refused_and_not_waited_for(sealed):
     ],
     ids=range(13),
 )
-def test_a_manifest_that_is_none_is_refused(sealed, text):
+def test_a_malformed_manifest_is_refused(sealed, text):
     (sealed / MANIFEST).write_bytes(text)
     message = refusal(sealed)
     assert message.startswith(f"{sealed / MANIFEST}: expected ")
     assert f"got {len(text)} " in message
 
 
-def test_a_manifest_of_nothing_is_refused(sealed):
+def test_an_empty_manifest_is_refused(sealed):
     (sealed / MANIFEST).write_text("{}\n")
     assert refusal(sealed) == f"{sealed / MANIFEST}: expected at least 1 file, got 0; the checkpoint is empty"
 
@@ -204,12 +204,12 @@ def test_a_missing_file_is_named(sealed):
     assert refusal(sealed) == f"{sealed / MANIFEST}: 'c' missing; expected 4 bytes, got no such file"
 
 
-def test_a_folder_without_a_manifest_is_no_checkpoint(sealed):
+def test_a_folder_without_a_manifest_is_not_a_checkpoint(sealed):
     (sealed / MANIFEST).unlink()
-    assert refusal(sealed).startswith(f"{sealed / MANIFEST}: missing; the folder is no finished checkpoint")
+    assert refusal(sealed).startswith(f"{sealed / MANIFEST}: missing; the folder is not a finished checkpoint")
 
 
-def test_a_folder_that_does_not_exist_or_is_a_file_is_no_checkpoint(sealed):
+def test_a_folder_that_does_not_exist_or_is_a_file_is_not_a_checkpoint(sealed):
     for path in (sealed / "nowhere", sealed / "a"):
         assert refusal(path) == f"{path}: no such checkpoint folder"
 
@@ -294,7 +294,7 @@ def test_a_rename_that_fails_leaves_the_old(sealed, monkeypatch, fails):
     assert (sealed / "model.safetensors").exists()
 
 
-def test_a_kill_between_the_two_renames_is_made_good_next_time(sealed):
+def test_a_kill_between_the_two_renames_is_repaired_next_time(sealed):
     sealed.rename(sealed.with_name(f".{sealed.name}.old"))
 
     def write():
@@ -326,8 +326,8 @@ def test_the_newest_valid_checkpoint_is_found_past_damaged_ones(sealed):
     said = []
     assert newest_valid(runs, said.append) == sealed
     assert len(said) == 2
-    assert said[0].startswith("passing over checkpoint-1000: ")
-    assert said[1].startswith("passing over checkpoint-100: ")
+    assert said[0].startswith("skipping checkpoint-1000: ")
+    assert said[1].startswith("skipping checkpoint-100: ")
     assert "expected SHA-256" in said[1]
 
 
@@ -340,14 +340,14 @@ def test_without_a_valid_checkpoint_there_is_none(tmp_path):
     assert newest_valid(tmp_path / "nowhere", said.append) is None
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    write_whole(path, "old")
+    write_atomically(path, "old")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: 1 / 0)  # a kill before all of the text is on the disk
+        patch.setattr(os, "fsync", lambda descriptor: 1 / 0)  # killed before all of the text is on disk
         with pytest.raises(ZeroDivisionError):
-            write_whole(path, "new")
+            write_atomically(path, "new")
     assert path.read_text() == "old"
-    write_whole(path, "new")
+    write_atomically(path, "new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""The command line: bad input is answered by one line on standard error and exit code 2, never by a traceback."""
+"""The command line: bad input gives one line on standard error and exit code 2, never a traceback."""
 
 import contextlib
 import io
@@ -30,37 +30,37 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a command that must be refused; returns the one line it says."""
+    """Run a command that must be refused. Returns its one line on standard error."""
 
     def run(*arguments):
         capsys.readouterr()
         assert main(arguments) == 2
-        said = capsys.readouterr()
-        assert said.err.startswith("resnet-bk: error: ")
-        assert said.err.count("\n") == 1
-        assert said.err.endswith("\n")
-        assert len(said.err) < 1100
-        return said.err.removeprefix("resnet-bk: error: ").rstrip("\n")
+        line = capsys.readouterr().err
+        assert line.startswith("resnet-bk: error: ")
+        assert line.count("\n") == 1
+        assert line.endswith("\n")
+        assert len(line) < 1100
+        return line.removeprefix("resnet-bk: error: ").rstrip("\n")
 
     return run
 
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """The configuration that a command line stands for; no command is run."""
-    seen = []
-    monkeypatch.setattr(cli, "_run", lambda command, config: seen.append((command, config)) or 0)
+    """Parse a command line without running the command. Returns the command and its configuration."""
+    calls = []
+    monkeypatch.setattr(cli, "_run", lambda command, config: calls.append((command, config)) or 0)
 
     def run(*arguments):
         assert main(arguments) == 0
-        return seen[-1]
+        return calls[-1]
 
     return run
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a tiny model."""
+    """Return the folder of a tiny model."""
     folder = tmp_path_factory.mktemp("model")
     model = ResNetBKForCausalLM(ResNetBKConfig(d_model=8, n_layers=1, num_experts=1))
     byte_tokenizer().save_pretrained(folder)
@@ -70,7 +70,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def model(trained, tmp_path):
-    """A copy of that folder, to be damaged."""
+    """Return a copy of that folder, for tests that damage it."""
     return shutil.copytree(trained, tmp_path / "model")
 
 
@@ -104,7 +104,7 @@ def model(trained, tmp_path):
         ),
     ],
 )
-def test_commands_that_are_none(refused, arguments, message):
+def test_a_wrong_command_line(refused, arguments, message):
     assert refused(*arguments) == message
 
 
@@ -125,7 +125,7 @@ def test_commands_that_are_none(refused, arguments, message):
 def test_an_unknown_option_names_the_nearest(refused, command, wrong, right, form):
     positional = {"train": [], "generate": ["x", "y"]}.get(command, ["x"])
     if wrong == "--sourc":
-        wrong = "--souce"  # what begins an option is taken for it
+        wrong = "--souce"  # the beginning of an option is taken for the option
     message = refused(command, *positional, *form.format(wrong).split())
     assert message == f"{command}: unknown option {wrong!r}; did you mean {right}?"
 
@@ -250,9 +250,9 @@ def test_broken_yaml_names_file_line_and_column(refused, tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "", "a\0b", "missing/too.yaml"])
-def test_a_configuration_file_that_is_none(refused, name):
+def test_a_configuration_file_that_is_not_a_file(refused, name):
     assert refused("train", "--config", name) == (
-        f"--config: {name!r} is no file; give a YAML file, or one of plain, quality, balanced, fast"
+        f"--config: {name!r} is not a file; give a YAML file, or one of plain, quality, balanced, fast"
     )
 
 
@@ -319,7 +319,7 @@ def train(*arguments):
 
 
 def test_a_source_that_does_not_exist(refused, tmp_path):
-    assert "data: 'nowhere.txt' is no file, no folder" in refused(*train("--data.source", "nowhere.txt"))
+    assert "data: 'nowhere.txt' is not a file, a folder" in refused(*train("--data.source", "nowhere.txt"))
     assert not (tmp_path / "run").exists()
 
 
@@ -365,7 +365,7 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(refused, tmp_p
     path = tmp_path / "run" if kind == "file" else tmp_path / "run" / "thesis.txt"
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    assert refused(*train()) == "train.output_dir: run exists and is no run of this program; choose another"
+    assert refused(*train()) == "train.output_dir: run exists and is not a run of this program; choose another"
     assert path.read_text() == "mine"
 
 
@@ -433,7 +433,7 @@ def test_a_checkpoint_that_is_a_file(refused, reader, tmp_path):
 
 def test_a_checkpoint_folder_that_is_empty(refused, reader, tmp_path):
     (tmp_path / "model").mkdir()
-    assert refused(*reader).startswith("model/manifest.json: missing; the folder is no finished checkpoint")
+    assert refused(*reader).startswith("model/manifest.json: missing; the folder is not a finished checkpoint")
 
 
 def test_a_run_without_a_checkpoint(refused, reader, tmp_path):
@@ -445,10 +445,10 @@ def test_a_run_without_a_checkpoint(refused, reader, tmp_path):
 def test_a_run_whose_checkpoints_are_damaged_says_how(refused, reader, tmp_path):
     (tmp_path / "model" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "model" / "config.yaml").write_text("{}")
-    assert "passing over checkpoint-5: model/checkpoints/checkpoint-5/manifest.json: missing" in refused(*reader)
+    assert "skipping checkpoint-5: model/checkpoints/checkpoint-5/manifest.json: missing" in refused(*reader)
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(trained, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over_with_a_message(trained, tmp_path, capsys):
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (10, 20):
         shutil.copytree(trained, checkpoints / f"checkpoint-{step}")
@@ -457,7 +457,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(trained, tmp_path, capsys):
     assert main(["generate", "run", "x", "--max_new_tokens", "1"]) == 0
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "passing over checkpoint-20: run/checkpoints/checkpoint-20/model.safetensors: expected " in said
+    assert "skipping checkpoint-20: run/checkpoints/checkpoint-20/model.safetensors: expected " in said
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", MANIFEST])
@@ -524,13 +524,13 @@ def test_an_empty_prompt(refused, model):
         (b"ab\xff", "surrogateescape", "generate.prompt: got 'ab\\udcff', allowed UTF-8 text without NUL characters"),
     ],
 )
-def test_a_standard_input_that_is_no_prompt(refused, model, monkeypatch, text, errors, message):
+def test_a_standard_input_that_cannot_be_a_prompt(refused, model, monkeypatch, text, errors, message):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8", errors))
     assert refused("generate", "model", "-") == message
 
 
-def test_a_model_alone_has_no_held_out_text(refused, model):
-    assert refused("eval", "model").startswith("eval.source: model is no run folder, so it has no held-out text")
+def test_a_model_without_a_run_has_no_held_out_text(refused, model):
+    assert refused("eval", "model").startswith("eval.source: model is not a run folder, so it has no held-out text")
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_a_run_with_a_damaged_configuration(refused, model, tmp_path, text):
     ],
     ids=range(5),
 )
-def test_errors_of_the_machine_are_one_line_too(monkeypatch, capsys, error, code, message):
+def test_errors_of_the_machine_are_one_line(monkeypatch, capsys, error, code, message):
     def fail(config, console):
         raise error
 
@@ -632,8 +632,6 @@ FIELDS = [
     "--window",
     "--source",
     "--config",
-]
-FIELDS += [
     "--model",
     "--data",
     "--model.d_model",
@@ -658,8 +656,6 @@ VALUES = [
     "[1, 2]",
     "!!python/name:os",
     "9" * 4999,
-]
-VALUES += [
     "float32",
     "0.1",
     "\n",
@@ -714,7 +710,7 @@ def random_yaml(draw, depth=0):
 
 
 def answer(arguments, capsys):
-    """The exit code of a command line, which must not raise anything, and say one line if it is not 0."""
+    """Return the exit code of a command line. It must not raise, and must print one line if the code is not 0."""
     asked = {"-h", "--help", "--version", "--print_config"} & {argument.split("=")[0] for argument in arguments}
     with pytest.raises(SystemExit) if asked else contextlib.nullcontext() as left:
         code = main(arguments)

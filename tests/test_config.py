@@ -1,4 +1,4 @@
-"""Settings: each bad one is refused in one line that names the field, what it got and what is allowed."""
+"""Settings: each bad one is refused in one line that names the field, its value and the values allowed."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ RANGES = [
     (MODEL, "n_layers", "model", 1, 1_024),
     (MODEL, "n_seq", "model", 1, 16_777_216),
     (MODEL, "num_experts", "model", 1, 1_024),
-    (MODEL, "top_k", "model", 1, 4),
+    ((ModelConfig, {"num_experts": 4}), "top_k", "model", 1, 4),
     (MODEL, "conv_width", "model", 1, 64),
     (MODEL, "n_heads", "model", 1, 64),
     (MODEL, "d_ff", "model", 1, 1_048_576),
@@ -111,7 +111,7 @@ TEXTS = [
 
 
 def refusal(kind, **values):
-    """The one-line message with which `kind` refuses `values`."""
+    """Return the one-line message of the error that `kind` raises for `values`."""
     config, required = kind
     with pytest.raises(ConfigError) as caught:
         config(**(required | values))
@@ -180,7 +180,9 @@ def test_training_must_have_an_end():
 
 def test_a_bidirectional_model_cannot_be_trained_to_predict_the_next_token():
     message = refusal(TRAIN, model=ModelConfig(causal=False))
-    assert message == "model.causal: got False, allowed True: a bidirectional model has no next token to learn"
+    assert (
+        message == "model.causal: got False, allowed True: a bidirectional model cannot learn to predict the next token"
+    )
 
 
 def test_top_k_is_at_most_the_number_of_experts():
@@ -231,7 +233,7 @@ def test_default_hidden_width_is_eight_thirds_rounded_up_to_a_multiple_of_8(d_mo
     assert 0 <= 3 * hidden - 8 * d_model < 24
 
 
-def test_a_hidden_width_that_is_given_is_kept():
+def test_a_given_hidden_width_is_kept():
     assert ModelConfig(d_ff=5).d_hidden == 5
 
 
@@ -245,12 +247,12 @@ def test_an_unknown_field_names_the_nearest(wrong, right):
     assert str(caught.value) == f"model: unknown field {wrong!r}; did you mean {right!r}?"
 
 
-def test_an_unknown_field_like_no_other_lists_all():
+def test_an_unknown_field_without_a_similar_name_lists_all():
     assert str(unknown_field("zzz", ["b", "a"], "here")) == "here: unknown field 'zzz'; known fields: a, b"
 
 
 @pytest.mark.parametrize("values", [None, 3, [1], "text", {"model": None}, {"model": [1]}, {"data": 5}], ids=repr)
-def test_a_section_that_is_no_mapping_is_refused(values):
+def test_a_section_that_is_not_a_mapping_is_refused(values):
     with pytest.raises(ConfigError, match="allowed a mapping"):
         check_fields("file", TrainConfig, values)
 
@@ -266,7 +268,7 @@ def test_a_model_configuration_survives_its_dictionary():
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
-def test_settings_cannot_be_changed_past_their_checks():
+def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().d_model = -1  # type: ignore[misc]
 
@@ -282,7 +284,7 @@ def test_long_values_are_cut_in_messages():
         assert shown(value) == repr(value)[:77] + "..."
 
 
-def test_of_a_giant_value_no_more_than_is_shown_is_formatted():
+def test_a_giant_value_is_formatted_only_as_far_as_it_is_shown():
     bomb = "lol"
     for _ in range(100):
         bomb = [bomb] * 10
@@ -299,7 +301,7 @@ def test_of_a_giant_value_no_more_than_is_shown_is_formatted():
     assert len(formatted) < 20
 
 
-def test_a_file_is_read_only_where_it_is_small(tmp_path):
+def test_a_file_above_the_limit_is_refused(tmp_path):
     (tmp_path / "a").write_text("12é")
     assert read_limited("x", tmp_path / "a", 4) == "12é"
     with pytest.raises(ConfigError, match=r"^x: .*a has 4 bytes, allowed at most 3$"):
@@ -312,7 +314,7 @@ def test_a_file_is_read_only_where_it_is_small(tmp_path):
 @pytest.mark.parametrize(
     "tagged", ['!!int ""', '!!float ""', "!!bool x", "!!timestamp x", '!!float "1:x"', "2001-99-99"]
 )
-def test_values_that_the_yaml_library_stumbles_over_are_one_error(tmp_path, tagged):
+def test_values_that_crash_the_yaml_library_are_one_error(tmp_path, tagged):
     (tmp_path / "a").write_text(f"x: {tagged}")
     with pytest.raises(ConfigError, match=r"^x: .*a' cannot be read as YAML \("):
         read_yaml("x", tmp_path / "a")
@@ -368,7 +370,7 @@ def test_an_inner_width_without_a_head_width_is_refused():
         ModelConfig(d_model=12, n_heads=3, multiscale=MultiScaleConfig(factors=(2,), widths=(16,)))
 
 
-def test_levels_go_inward_one_by_one():
+def test_each_level_contains_the_next():
     scales = MultiScaleConfig(factors=(2, 3), layers=(1, 2, 4, 0, 3), widths=(96, 128), hidden=(100, 200))
     config = ModelConfig(d_model=64, d_ff=50, multiscale=scales)
     assert (config.blocks, config.around) == (10, (1, 3))
@@ -385,7 +387,7 @@ def test_without_layers_each_level_gets_one_block_before_and_one_after():
     assert config.inside.d_hidden == 192
 
 
-def test_word_boundaries_are_refused_where_tokens_are_no_bytes():
+def test_word_boundaries_are_refused_where_tokens_are_not_bytes():
     model = ModelConfig(n_layers=3, multiscale=MultiScaleConfig(factors=(4,), boundaries="whitespace"))
     TrainConfig(model=model, max_steps=1)
     with pytest.raises(
@@ -451,7 +453,7 @@ def test_a_learned_length_survives_its_dictionary():
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
-def test_words_are_refused_where_tokens_are_no_bytes():
+def test_words_are_refused_where_tokens_are_not_bytes():
     model = ModelConfig(length=LengthConfig(bins=4, mode="pool", spacing="words"))
     TrainConfig(model=model, max_steps=1)
     with pytest.raises(ConfigError, match=r"^model\.length\.spacing: got 'words' with data\.tokenizer = 'gpt2'"):
@@ -555,11 +557,11 @@ def test_bad_experts_are_refused(fields, message):
 def test_settings_of_experts_need_experts():
     with pytest.raises(ConfigError, match=r"^model\.experts: no experts to apply this to; raise model\.num_experts"):
         ModelConfig(num_experts=1, experts=ExpertsConfig(policy="top_p"))
-    config = ModelConfig(experts=ExpertsConfig(zero=2), sparsity=SparsityConfig(target=0.25))
+    config = ModelConfig(num_experts=4, experts=ExpertsConfig(zero=2), sparsity=SparsityConfig(target=0.25))
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
-def test_drafts_are_refused_where_sampling_is_asked_for():
+def test_drafts_are_refused_with_sampling():
     with pytest.raises(ConfigError, match=r"^generate\.speculate: got 4 with temperature = 0.7, allowed with"):
         GenerateConfig("run", "x", speculate=4)
     GenerateConfig("run", "x", speculate=4, temperature=0)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from resnet_bk import LanguageModel, ModelConfig
 from resnet_bk import model as model_module
+from resnet_bk.layers import loss as loss_module
 
 
 def test_the_documented_call_works():
@@ -24,7 +25,7 @@ def test_config_and_keywords_are_the_same_model():
 
 
 def test_loss_is_cross_entropy_plus_weighted_balance():
-    model = LanguageModel(20, d_model=16, n_layers=2, balance_weight=0.5)
+    model = LanguageModel(20, d_model=16, n_layers=2, num_experts=4, balance_weight=0.5)
     ids = torch.randint(20, (2, 9))
     targets = torch.randint(20, (2, 9))
     targets[0, :4] = -100
@@ -37,7 +38,7 @@ def test_loss_is_cross_entropy_plus_weighted_balance():
 def test_the_loss_in_pieces_equals_the_loss_at_once(monkeypatch):
     results = []
     for limit in (2**24, 1):
-        monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", limit)
+        monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", limit)
         torch.manual_seed(0)
         model = LanguageModel(997, d_model=16, n_layers=1, num_experts=1)
         ids = torch.randint(997, (4, 65))

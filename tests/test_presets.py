@@ -4,11 +4,11 @@ import pytest
 import torch
 import yaml
 
-from resnet_bk import ConfigError, ConfigurableResNetBK, LanguageModel, cli
+from resnet_bk import ConfigError, ConfigurableResNetBK, LanguageModel, cli, encode
 from resnet_bk.config import PRESETS, ModelConfig, TrainConfig, preset, preset_file
 from resnet_bk.study.ledger import Ledger
 
-TEXT = b"def forward(self, x):\n    return self.head(self.norm(x))\n" * 4
+TEXT = "def forward(self, x):\n    return self.head(self.norm(x))\n" * 4
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -19,8 +19,8 @@ def test_each_is_a_model_and_nothing_else(name):
     assert bool(model.config.techniques) == (name != "plain")
 
 
-def test_they_are_named_from_the_dearest_to_the_cheapest():
-    ids = torch.tensor([list(TEXT)]) + 3
+def test_they_are_ordered_from_the_most_to_the_fewest_flops():
+    ids = encode(TEXT)[None]
     costs = []
     for name in PRESETS:
         torch.manual_seed(0)
@@ -32,7 +32,7 @@ def test_they_are_named_from_the_dearest_to_the_cheapest():
     assert costs[0] > 3 * costs[-1]
 
 
-def test_further_fields_take_the_place_of_the_presets():
+def test_further_fields_override_the_preset():
     model = ConfigurableResNetBK.from_preset("balanced", 300, d_model=64, sparsity={})
     assert model.config.vocab_size == 300
     assert model.config.d_model == 64
@@ -47,7 +47,7 @@ def test_an_unknown_name_is_refused():
 
 @pytest.fixture
 def parsed(monkeypatch, tmp_path):
-    """The configuration that a command line stands for; no command is run."""
+    """Return the configuration that a command line is parsed to. No command is run."""
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(cli, "_run", lambda command, config: seen.append(config) or 0)
@@ -74,10 +74,10 @@ def test_a_file_of_that_name_comes_first(parsed, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["tune", "ablate"])
-def test_the_recipe_of_another_command_is_no_preset(capsys, monkeypatch, tmp_path, command):
+def test_the_recipe_of_another_command_is_not_a_preset(capsys, monkeypatch, tmp_path, command):
     monkeypatch.chdir(tmp_path)
     assert cli.main([command, "fast"]) == 2
-    assert capsys.readouterr().err == f"resnet-bk: error: {command}.base: 'fast' is no file; give a YAML file\n"
+    assert capsys.readouterr().err == f"resnet-bk: error: {command}.base: 'fast' is not a file; give a YAML file\n"
 
 
 def test_a_recipe_on_top_of_a_preset(parsed, tmp_path):

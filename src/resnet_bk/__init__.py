@@ -1,12 +1,10 @@
 """ResNet-BK: language models that spend compute where the text is hard.
 
-Importing this package is cheap: torch is imported when a name below is first used, transformers never by us alone.
+Importing this package is cheap: torch is imported when a name below is first used, and transformers is not imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from resnet_bk.adaptive.length_predictor import SequenceLengthPredictor
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
         count_flops_multi_scale,
     )
     from resnet_bk.config import ConfigError, ModelConfig
+    from resnet_bk.data.tokens import decode, encode
     from resnet_bk.layers.sparse import SparseBKCore
     from resnet_bk.model import ConfigurableResNetBK, LanguageModel, ModelOutput
     from resnet_bk.training.length_trainer import LearnedSequenceLengthTrainer
@@ -27,6 +26,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "resnet_bk.config": ("ConfigError", "ModelConfig"),
+    "resnet_bk.data.tokens": ("decode", "encode"),
     "resnet_bk.layers.sparse": ("SparseBKCore",),
     "resnet_bk.model": ("ConfigurableResNetBK", "LanguageModel", "ModelOutput"),
     "resnet_bk.wrapper": ("AdaptiveSequenceLengthWrapper",),
@@ -58,6 +58,8 @@ __all__ = [
     "SparseBKCore",
     "__version__",
     "count_flops_multi_scale",
+    "decode",
+    "encode",
 ]
 
 
@@ -67,19 +69,12 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
-def _register_config(auto: Any) -> None:
-    from resnet_bk.hf.configuration import ResNetBKConfig
-
-    auto.AutoConfig.register(ResNetBKConfig.model_type, ResNetBKConfig, exist_ok=True)
-
-
-def _register_model(auto: Any) -> None:
-    from resnet_bk.hf.configuration import ResNetBKConfig
-    from resnet_bk.hf.modeling import ResNetBKForCausalLM
-
-    auto.AutoModelForCausalLM.register(ResNetBKConfig, ResNetBKForCausalLM, exist_ok=True)
-
-
-# Two hooks, because AutoConfig can be imported without the model classes, and while they are only half imported.
-register_post_import_hook(_register_config, "transformers.models.auto.configuration_auto")
-register_post_import_hook(_register_model, "transformers.models.auto.modeling_auto")
+# Register with transformers' Auto classes once those are imported. There are two hooks, because AutoConfig can be
+# imported without the model classes, and while they are only half imported.
+try:
+    from wrapt import register_post_import_hook
+except ImportError:  # then resnet_bk.hf registers them when it is imported
+    pass
+else:
+    register_post_import_hook("resnet_bk.hf:register_config", "transformers.models.auto.configuration_auto")
+    register_post_import_hook("resnet_bk.hf:register_model", "transformers.models.auto.modeling_auto")

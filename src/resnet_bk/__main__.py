@@ -1,4 +1,4 @@
-"""``python -m resnet_bk`` and the command ``resnet-bk``."""
+"""Entry point of ``python -m resnet_bk`` and of the command ``resnet-bk``."""
 
 import sys
 
@@ -6,7 +6,7 @@ from resnet_bk.extras import MissingExtraError, extra
 
 
 def main() -> int:
-    """Run the command line; returns the exit code, 2 where the packages it needs are not installed."""
+    """Run the command line and return its exit code: 2 if a package that it needs is not installed."""
     try:
         with extra("train"):
             from resnet_bk import cli

@@ -1,6 +1,6 @@
-"""Checkpoint folders that say what they should contain: safetensors and JSON, a SHA-256 manifest written last.
+"""Sealed checkpoint folders: safetensors and JSON files, and a manifest of their sizes and SHA-256, written last.
 
-A folder without a manifest, or with one that does not match, was not finished or was damaged; nothing is read from it.
+A folder without a manifest is incomplete; one that does not match its manifest is damaged. Neither is ever loaded.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 1 << 24  # bytes
-_NOT_SEALED = {MANIFEST, f"{MANIFEST}.partial", "README.md"}  # a model card is prose, nothing is loaded from it
+_NOT_SEALED = {MANIFEST, f"{MANIFEST}.partial", "README.md"}  # nothing is loaded from a model card
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete or damaged: names the file, what was expected and what is there."""
+    """A checkpoint is missing, incomplete or damaged. The message names the file, what was expected and what it has."""
 
 
 def _sha256(path: Path) -> str:
@@ -35,7 +35,11 @@ def _fsync(path: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """What a manifest covers: all files but itself, a model card and hidden ones. Links and devices are refused."""
+    """Return the files that a manifest covers: all but itself, the model card and hidden ones, by relative name.
+
+    Raises:
+        CheckpointError: the folder has a link or a device.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -53,7 +57,7 @@ def _manifest_text(entries: dict[str, Any]) -> bytes:
 
 
 def seal(folder: Path) -> None:
-    """Flush every file of `folder` to the disk, then write the manifest of their sizes and hashes, then flush that."""
+    """Flush every file of `folder` to disk, then write the manifest of their sizes and hashes and flush it."""
     entries = {}
     for name, path in _files(folder).items():
         _fsync(path)
@@ -69,9 +73,9 @@ def seal(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file that the manifest of `folder` names is there, unchanged.
+    """Raise CheckpointError unless every file that the manifest of `folder` names is there and unchanged.
 
-    Files added later, such as a tokenizer saved beside a model, are not covered; links are refused wherever they are.
+    Files added after sealing, such as a tokenizer, are not covered. A link is refused wherever it is.
     """
     try:
         _verify(folder)
@@ -84,7 +88,7 @@ def _verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        raise CheckpointError(f"{manifest}: missing; the folder is no finished checkpoint of this program")
+        raise CheckpointError(f"{manifest}: missing; the folder is not a finished checkpoint of this program")
     files = _files(folder)
     expected = _read_manifest(manifest)
     for name, (size, digest) in expected.items():
@@ -100,7 +104,7 @@ def _verify(folder: Path) -> None:
 
 
 def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
-    """Name -> (bytes, SHA-256). Read only in the very form `seal` writes, so that no flipped or missing bit passes."""
+    """Map file names to (bytes, SHA-256). Accept only the exact bytes that `seal` writes, to find any changed bit."""
     size = manifest.stat().st_size
     if size > _LARGEST_MANIFEST:
         raise CheckpointError(f"{manifest}: expected at most {_LARGEST_MANIFEST} bytes, got {size}; refused")
@@ -124,8 +128,8 @@ def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     return expected
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one rename: whatever happens, it is the old one or the new one, never a part."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file by renaming a complete one, so that `path` never holds a part of the text."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     _fsync(partial)
@@ -134,10 +138,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder`, sealed, in one rename, when the block ends well; else it is removed."""
+    """Yield a scratch folder. If the block succeeds, seal it and rename it to `folder`; otherwise remove it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    if old.exists() and not folder.exists():  # a kill came between the two renames below
+    if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -157,14 +161,18 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """Map the step of each ``checkpoint-<step>`` in `folder` to its path."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return {int(step): path for path, step in steps.items() if step.isascii() and step.isdecimal()}
+
+
 def newest_valid(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest ``checkpoint-<step>`` in `folder` that verifies; one that does not is reported and passed over."""
-    steps = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")}
-    numbered = [p for p, step in steps.items() if step.isascii() and step.isdecimal()]
-    for path in sorted(numbered, key=lambda p: -int(steps[p])):
+    """Return the newest ``checkpoint-<step>`` in `folder` that verifies, or None. Report each damaged one."""
+    for _, path in sorted(saved_steps(folder).items(), reverse=True):
         try:
             verify(path)
             return path
         except CheckpointError as error:
-            report(f"passing over {path.name}: {error}")
+            report(f"skipping {path.name}: {error}")
     return None

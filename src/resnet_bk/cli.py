@@ -1,14 +1,15 @@
-"""The command line, ``resnet-bk COMMAND``. Heavy imports wait until a command runs."""
+"""The command line, ``resnet-bk COMMAND``. Heavy packages are imported only when a command runs."""
 
 import difflib
 import functools
 import os
+import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NamedTuple, get_origin
 
 import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -32,22 +33,66 @@ from resnet_bk.config import (
     read_yaml,
     shown,
 )
-from resnet_bk.extras import MissingExtraError
+from resnet_bk.extras import MissingExtraError, extra
+
+
+class _Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        config: class of its settings. A setting `base` names a file with the settings of a run to start from.
+        function: "module:name"; takes the settings, those of the run if there is a `base`, and a console.
+        help: text for the help page.
+    """
+
+    config: type
+    function: str
+    help: str
+
 
 _COMMANDS = {
-    "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
-    "eval": (EvalConfig, "Score a checkpoint: bits per byte and perplexities."),
-    "generate": (GenerateConfig, "Continue a prompt."),
-    "inspect": (InspectConfig, "Show what a checkpoint spends on a text, byte by byte, as colors."),
-    "report": (ReportConfig, "Compare finished runs on one page: table, curves, Pareto fronts, texts in colors."),
-    "tune": (TuneConfig, "Search settings for the trade between held-out bits per byte and measured time."),
-    "ablate": (AblateConfig, "Train every combination of a recipe's techniques; measure what each one buys."),
+    "train": _Command(
+        TrainConfig,
+        "resnet_bk.study.run:train",
+        "Train a model, score it on held-out text, measure its speed, write a report.",
+    ),
+    "eval": _Command(
+        EvalConfig,
+        "resnet_bk.study.evaluation:evaluate_checkpoint",
+        "Score a checkpoint: bits per byte and perplexities.",
+    ),
+    "generate": _Command(
+        GenerateConfig,
+        "resnet_bk.inference.generation:generate",
+        "Continue a prompt.",
+    ),
+    "inspect": _Command(
+        InspectConfig,
+        "resnet_bk.study.inspection:inspect",
+        "Show the FLOPs that a checkpoint uses for each byte of a text, as colors.",
+    ),
+    "report": _Command(
+        ReportConfig,
+        "resnet_bk.study.comparison:report",
+        "Compare finished runs on one page: table, curves, Pareto fronts, texts in colors.",
+    ),
+    "tune": _Command(
+        TuneConfig,
+        "resnet_bk.study.tune:tune",
+        "Search settings for the trade-off between held-out bits per byte and measured time.",
+    ),
+    "ablate": _Command(
+        AblateConfig,
+        "resnet_bk.study.ablate:ablate",
+        "Train every combination of a recipe's techniques; measure what each one saves and costs.",
+    ),
 }
 
 
 @functools.cache
 def _parser() -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Without subclasses: no value may name a class, which the parser would import.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[is_dataclass])
     parser = ArgumentParser(
         prog="resnet-bk",
         version=__version__,
@@ -55,14 +100,14 @@ def _parser() -> ArgumentParser:
         description="Language models that spend compute where the text is hard.",
     )
     commands = parser.add_subcommands(dest="command")
-    for name, (config, text) in _COMMANDS.items():
+    for name, (config, _, text) in _COMMANDS.items():
         command = ArgumentParser(exit_on_error=False, description=text)
         preset = f", or a model to start from: {', '.join(PRESETS)}" if config is TrainConfig else ""
         command.add_argument("--config", action="config", help=f"YAML file with any of the settings below{preset}.")
         lists = {setting: usage for setting, usage in _positional(name).items() if usage.endswith("...")}
         command.add_class_arguments(config, as_positional=True, fail_untyped=True, skip=set(lists))
         for setting in docstring_parser.parse_from_object(config).params:
-            if usage := lists.get(setting.arg_name):  # the parser's own way is one word, '[a, b]'
+            if usage := lists.get(setting.arg_name):  # the parser itself would take a list as one word, '[a, b]'
                 metavar = usage.removesuffix("...")
                 command.add_argument(setting.arg_name, nargs="+", type=str, metavar=metavar, help=setting.description)
         commands.add_subcommand(name, command, help=text)
@@ -70,8 +115,8 @@ def _parser() -> ArgumentParser:
 
 
 def _positional(command: str | None) -> dict[str, str]:
-    """Settings without a default -> how the usage line shows them; a list as RUN... of its items."""
-    every = fields(_COMMANDS[command][0]) if command else ()
+    """Map each setting without a default to its text in the usage line; RUN... stands for a list of runs."""
+    every = fields(_COMMANDS[command].config) if command else ()
     names = {f.name: get_origin(f.type) is list for f in every if f.default is f.default_factory is MISSING}
     return {name: f"{name.removesuffix('s').upper()}..." if many else name.upper() for name, many in names.items()}
 
@@ -80,7 +125,7 @@ def _positional(command: str | None) -> dict[str, str]:
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """Where each configuration file is named: the argument's index, what stands before the name in it, the name."""
+    """Yield where each configuration file is named: index of the argument, text before the name in it, and name."""
     for i, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if len(option) > 2 and "--config".startswith(option):
@@ -91,7 +136,7 @@ def _config_files(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def _with_presets(arguments: Sequence[str], presets: Sequence[str]) -> list[str]:
-    """The names of presets, where no file has such a name, as their files."""
+    """Replace the names of presets by their files, unless a file has the name."""
     found = list(arguments)
     for i, before, name in _config_files(arguments):
         if name in presets and not Path(name).is_file():
@@ -100,7 +145,14 @@ def _with_presets(arguments: Sequence[str], presets: Sequence[str]) -> list[str]
 
 
 def _check_config_file(name: str, kind: type, given_as: str, presets: Sequence[str]) -> None:
-    """One clear line for whatever can be wrong with a configuration file as such; values are checked later."""
+    """Raise ConfigError if a configuration file cannot be read or has unknown fields. Values are checked later.
+
+    Args:
+        name: the file.
+        kind: class of its settings.
+        given_as: the setting or option that names it.
+        presets: names that could be given instead.
+    """
     wanted = "a YAML file" + (f", or one of {', '.join(presets)}" if presets else "")
     values = read_yaml(given_as, name, wanted)
     if values is None:
@@ -110,7 +162,7 @@ def _check_config_file(name: str, kind: type, given_as: str, presets: Sequence[s
 
 
 def _check_no_whole_section(arguments: Sequence[str], kind: type) -> None:
-    """``--model X`` is refused: the parser would take X for a file or a class, and import the module it names."""
+    """Refuse ``--model X``: the parser would take X for a file or a class, and import the module that it names."""
     settings = all_fields(kind)
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
@@ -122,8 +174,8 @@ def _check_no_whole_section(arguments: Sequence[str], kind: type) -> None:
 
 
 def _settings(command: str | None) -> dict[str, str]:
-    """Dotted name of each setting of a command -> what it allows, in words."""
-    return {name: in_words(kind) for name, kind in all_fields(_COMMANDS[command][0]).items()} if command else {}
+    """Map the dotted name of each setting of a command to what it allows, in words."""
+    return {name: in_words(kind) for name, kind in all_fields(_COMMANDS[command].config).items()} if command else {}
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
@@ -132,7 +184,11 @@ def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def _explain(error: Exception, command: str | None) -> str:
-    """An error of the parser as one line: which setting, what it got, what is allowed."""
+    """Rewrite an error of the parser as one line: which setting, what it got, what is allowed.
+
+    The errors of jsonargparse and argparse carry no data, so their English text is matched. A text that does not match
+    is returned as it is.
+    """
     text, allowed = str(error), _settings(command)
     where, usage = f"{command}." if command else "", " ".join(_positional(command).values())
     if match := re.search(r"invalid choice: '(.*)' \(choose from", text, re.DOTALL):
@@ -150,8 +206,8 @@ def _explain(error: Exception, command: str | None) -> str:
                 return f"{got}; give all of {usage} in one place: resnet-bk {command} {usage} --name value"
             return f"{got}; settings are given as --name value"
         near = _nearest(name, [*allowed, "config", "help"] if command else ["help", "version"], "--")
-        helped = f"see resnet-bk {command} --help" if command else "see resnet-bk --help"
-        return f"{command or 'command line'}: unknown option {shown(match[1])}; {near or helped}"
+        see_help = f"see resnet-bk {command} --help" if command else "see resnet-bk --help"
+        return f"{command or 'command line'}: unknown option {shown(match[1])}; {near or see_help}"
     if match := re.search(r"does not accept option '([^']*)'", text):
         near = _nearest(match[1], list(allowed))
         return f"{command}: unknown setting {shown(match[1])}; {near or f'see resnet-bk {command} --help'}"
@@ -185,112 +241,84 @@ def _fail(message: Exception | str, code: int) -> int:
 
 
 def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, Any]:
-    """Command and configuration. Whatever is wrong: a ConfigError of one line. given_as: how messages call a file."""
+    """Return the command and its settings. given_as: name of the option --config in messages.
+
+    Raises:
+        ConfigError: anything is wrong with the arguments or with a configuration file.
+    """
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     command = command if command in _COMMANDS else None
     try:
         if command:
-            _check_no_whole_section(arguments, _COMMANDS[command][0])
-            # a preset alone has no budget, so it is no recipe for other commands
+            config = _COMMANDS[command].config
+            _check_no_whole_section(arguments, config)
+            # a preset has no budget, so it cannot be the recipe of another command
             presets = PRESETS if command == "train" and given_as == "--config" else ()
             arguments = _with_presets(arguments, presets)
             for _, _, name in _config_files(arguments):
-                _check_config_file(name, _COMMANDS[command][0], given_as, presets)
+                _check_config_file(name, config, given_as, presets)
         parser = _parser()
         parsed = parser.parse_args(arguments)
         values = dict(vars(parser.instantiate(parsed)[parsed.command]))
         values.pop("config", None)
-        return parsed.command, _COMMANDS[parsed.command][0](**values)
+        return parsed.command, _COMMANDS[parsed.command].config(**values)
     except ConfigError:
         raise
-    except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:  # its own errors, and its loaders'
+    except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:  # of the parser and its loaders
         raise ConfigError(_explain(error, command)) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Bad input: one line on standard error, code 2."""
+    """Run a command and return its exit code. Bad input gives one line on standard error and code 2."""
     try:
-        command, config = _parse(list(sys.argv[1:] if arguments is None else arguments))
-    except ConfigError as error:
-        return _fail(error, 2) if _speaks() else 2
-    return _run(command, config)
+        return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))
+    except (ConfigError, MissingExtraError) as error:
+        return _fail(error, 2) if _is_rank_0() else 2
 
 
-def _speaks() -> bool:
-    """Whether this process says what it and all others of a run have to say."""
+def _is_rank_0() -> bool:
+    """True in the process of a run that prints what is the same in all of them."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _run(command: str, config: Any) -> int:
-    from rich.console import Console
+    """Run a command and return its exit code. Errors of the input and of the machine give one line."""
+    with extra("train"):
+        from rich.console import Console
 
-    from resnet_bk.checkpoint import CheckpointError
-    from resnet_bk.inference.generation import generate
-    from resnet_bk.study import run
-    from resnet_bk.training.guard import LeakError
-    from resnet_bk.training.ranks import launched
-    from resnet_bk.training.run import StoppedError
-    from resnet_bk.training.trainer import NonFiniteError
+        from resnet_bk.checkpoint import CheckpointError
+        from resnet_bk.training.guard import LeakError
+        from resnet_bk.training.ranks import world_size
+        from resnet_bk.training.run import StoppedError
+        from resnet_bk.training.trainer import NonFiniteError
 
-    if command != "train" and (count := launched()) > 1:
-        only = f"{command}: got {count} processes, allowed 1: only train shares its work; start it alone"
-        return _fail(only, 2) if _speaks() else 2
-    functions: dict[str, Callable[[Any, Console], Any]] = {
-        "train": run.train,
-        "eval": run.evaluate_checkpoint,
-        "generate": generate,
-        "inspect": _inspect,
-        "report": _report,
-        "tune": _tune,
-        "ablate": _ablate,
-    }
+    if command != "train" and (count := world_size()) > 1:
+        message = f"{command}: got {count} processes, allowed 1: only train can share its work; start one process"
+        return _fail(message, 2) if _is_rank_0() else 2
     try:
-        functions[command](config, Console())
+        settings = [config]
+        if hasattr(config, "base"):
+            settings.append(_parse(["train", f"--config={config.base}"], f"{command}.base")[1])
+        pkgutil.resolve_name(_COMMANDS[command].function)(*settings, Console())
     except StoppedError as stopped:
-        if _speaks():
+        if _is_rank_0():
             print(f"resnet-bk: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except NonFiniteError as error:
-        return _fail(error, 1) if _speaks() else 1
+        return _fail(error, 1) if _is_rank_0() else 1
     except UnicodeDecodeError as error:
         return _fail(f"{command}: the input is not UTF-8 at byte {error.start}", 2)
-    except (ConfigError, CheckpointError, MissingExtraError) as error:
+    except (ConfigError, CheckpointError) as error:
         return _fail(error, 2)
     except (LeakError, OSError) as error:
         return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
         if re.search(r"Connection (closed|reset) by peer|Connection refused|Broken pipe", str(error)):
-            return _fail(f"{command}: another process of this run has ended; what it said tells why", 1)
+            return _fail(f"{command}: another process of this run has ended; its own message says why", 1)
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
         return _fail(f"{command}: out of memory; lower batch_size, model.n_seq or model.d_model ({error})", 1)
     return 0
-
-
-def _inspect(config: InspectConfig, console: Any) -> None:
-    from resnet_bk.study.inspection import inspect
-
-    inspect(config, console)
-
-
-def _report(config: ReportConfig, console: Any) -> None:
-    from resnet_bk.study.comparison import report
-
-    report(config, console)
-
-
-def _tune(config: TuneConfig, console: Any) -> None:
-    from resnet_bk.study.tune import tune
-
-    _, recipe = _parse(["train", f"--config={config.base}"], "tune.base")
-    tune(config, recipe, console)
-
-
-def _ablate(config: AblateConfig, console: Any) -> None:
-    from resnet_bk.study.ablate import ablate
-
-    _, recipe = _parse(["train", f"--config={config.base}"], "ablate.base")
-    ablate(config, recipe, console)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 class Clock:
-    """Seconds spent training, over all sessions of a run. It stands still until started and after it is stopped."""
+    """Seconds of training over all sessions of a run. It runs between `start` and `stop` only."""
 
     def __init__(self) -> None:
         self.before: float = 0.0
         self.started: float | None = None
 
     def start(self, before: float) -> None:
-        """Start from `before` seconds, those of earlier sessions."""
+        """Start at `before` seconds, the total of the earlier sessions."""
         self.before, self.started = before, time.perf_counter()
 
     def stop(self) -> None:

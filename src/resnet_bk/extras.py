@@ -1,23 +1,24 @@
-"""Optional packages: the error that names the extra which installs a missing one."""
+"""Optional packages: the error that names the extra to install when one is missing."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class MissingExtraError(ImportError):
-    """An optional package is not installed; the message names the extra that installs it."""
+    """An optional package is not installed. The message names the extra that installs it."""
 
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Import the packages of the extra `name` (see pyproject.toml) inside this block.
+    """Import packages of the extra `name` (see pyproject.toml) in this block.
 
     Raises:
-        MissingExtraError: one of them is not installed.
+        MissingExtraError: a package is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if isinstance(error, MissingExtraError) or (error.name or "").startswith("resnet_bk"):
+        package = (error.name or "").partition(".")[0]
+        if package == "resnet_bk":
             raise
-        raise MissingExtraError(f"{error.name} is not installed; run: pip install 'resnet-bk[{name}]'") from error
+        raise MissingExtraError(f"{package} is not installed; run: pip install 'resnet-bk[{name}]'") from error

@@ -1,4 +1,4 @@
-"""The folder of a run: its files, which one a run lives in, and whether it is the run that a configuration means."""
+"""Run folders: the names of their files, choosing the folder of a run, and checking that a run may be resumed."""
 
 import dataclasses
 import sys
@@ -23,7 +23,11 @@ CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
 
 
 def run_folder(config: TrainConfig, console: "Console") -> Path:
-    """The folder this run lives in: new or unfinished; see TrainConfig.resume."""
+    """Return the folder of this run: a new one, or an unfinished one to resume; see TrainConfig.resume.
+
+    Raises:
+        ConfigError: the folder holds a run and `resume` is off, or it holds other files.
+    """
     folder, number = Path(config.output_dir), 1
     while (folder / CONFIG).exists():
         if not config.resume:
@@ -34,15 +38,19 @@ def run_folder(config: TrainConfig, console: "Console") -> Path:
             console.print(f"continuing the unfinished run in {folder}")
             return folder
         number += 1
-        console.print(f"{folder} is finished; starting anew in {config.output_dir}-{number}")
+        console.print(f"{folder} is finished; starting a new run in {config.output_dir}-{number}")
         folder = Path(f"{config.output_dir}-{number}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"train.output_dir: {folder} exists and is no run of this program; choose another")
+        raise ConfigError(f"train.output_dir: {folder} exists and is not a run of this program; choose another")
     return folder
 
 
 def model_folder(path: str) -> Path:
-    """The model in a run's folder, or the folder itself; its files verified."""
+    """Return the verified folder of a model: `path` itself, or in a run folder its model or newest intact checkpoint.
+
+    Raises:
+        CheckpointError: there is no model, or it is damaged.
+    """
     folder = Path(path)
     if (folder / CONFIG).exists() and not (folder / MODEL).exists():
         damaged: list[str] = []
@@ -58,8 +66,8 @@ def model_folder(path: str) -> Path:
     return folder
 
 
-# What may differ when a run goes on: where things are, when it ends, how often it reports, how memory is saved.
-MAY_DIFFER = {
+# Settings that may change when a run is resumed: paths, its end, how often it saves and logs, how it saves memory.
+CHANGEABLE = {
     "output_dir",
     "resume",
     "max_steps",
@@ -75,12 +83,12 @@ MAY_DIFFER = {
 
 
 def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raise ConfigError where `config` differs from the unfinished run in `folder`, if there is one."""
+    """Raise ConfigError if `config` differs from the unfinished run in `folder`; do nothing if there is none."""
     if not (folder / CONFIG).exists():
         return
     saved = saved_settings("train.output_dir", folder)
     for name, value in flat(dataclasses.asdict(config)).items():
-        if name not in MAY_DIFFER and name in saved and saved[name] != value:
+        if name not in CHANGEABLE and name in saved and saved[name] != value:
             raise ConfigError(
                 f"train.{name}: got {value!r}, the run in {folder} was started with {shown(saved[name])}; "
                 "set it to that to continue the run, or choose another output_dir"
@@ -88,7 +96,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
 
 
 def saved_settings(where: str, folder: Path) -> dict[str, Any]:
-    """Dotted name -> value of the settings that the run in `folder` saved. where: the setting that names the folder."""
+    """Load the settings that the run in `folder` saved, by dotted name. `where`: the setting that names the folder."""
     values = read_yaml(where, folder / CONFIG)
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {folder / CONFIG} holds {shown(values)} instead of settings; choose another")
@@ -96,7 +104,7 @@ def saved_settings(where: str, folder: Path) -> dict[str, Any]:
 
 
 def check_same_text(source: str, train_hash: str, folder: Path) -> None:
-    """Raise ConfigError where the text is not the one that the unfinished run in `folder` began with."""
+    """Raise ConfigError if the training text differs from that of the unfinished run in `folder`."""
     saved = folder / TEXT_HASH
     if saved.exists() and saved.read_text().strip() != train_hash:
         raise ConfigError(
@@ -105,7 +113,7 @@ def check_same_text(source: str, train_hash: str, folder: Path) -> None:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"d_model": 64}} as {"model.d_model": 64}; tuples as lists, which is how YAML gives them back."""
+    """Flatten {"model": {"d_model": 64}} to {"model.d_model": 64}. Tuples become lists, as YAML loads them."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         value = list(value) if isinstance(value, tuple) else value

@@ -10,16 +10,23 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from resnet_bk.adaptive.compose import build
 from resnet_bk.config import BYTE_VOCABULARY, ModelConfig, preset
-from resnet_bk.layers.block import placed
+from resnet_bk.layers.block import Tokens
+from resnet_bk.layers.loss import linear_cross_entropy
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.packing import Packing
-from resnet_bk.record import Record, mean_losses
+from resnet_bk.record import Record, mean_losses, weighted_sum
 
-LOGITS_AT_ONCE = 2**24  # entries; beyond that the loss is computed in pieces
+RENAMED = {".way_out.": ".bypass."}  # parts of parameter names in checkpoints of earlier versions -> now
+
+
+def current_name(name: str) -> str:
+    """Return today's name of a parameter of a checkpoint, which an earlier version may have written."""
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
 
 
 @dataclass
@@ -102,23 +109,26 @@ class LanguageModel(nn.Module):
         """
         self.check(ids, targets, mask)
         features = self.features(ids, mask, state)
-        losses = mean_losses(features.records)
-        shown = self.head(features.x) if logits else None
-        output = ModelOutput(shown, features.state, losses=losses, records=features.records)
+        auxiliary = mean_losses(features.records)
+        output = ModelOutput(
+            logits=self.head(features.x) if logits else None,
+            state=features.state,
+            losses={name: loss.value for name, loss in auxiliary.items()},
+            records=features.records,
+        )
         if targets is not None:
-            auxiliary = self.auxiliary(losses)
-            losses["cross_entropy"] = self.cross_entropy(features, targets)
-            output.loss = losses["cross_entropy"] + auxiliary
+            output.losses["cross_entropy"] = self.cross_entropy(features, targets)
+            output.loss = output.losses["cross_entropy"] + weighted_sum(auxiliary)
         return output
 
     def features(self, ids: Tensor, mask: Tensor | None = None, state: Sequence[Any] | None = None) -> Features:
         """The path from token ids to what the head reads."""
         packing = None if mask is None else Packing(mask)
         sites = None if packing is None else packing.mask
-        where = placed(ids)
+        tokens = Tokens(ids.long())
         if packing is not None:
-            ids, where = packing.pack(ids), packing.pack(where)
-        x, after, records = self.blocks(self.embed(ids), where, state, sites)
+            tokens = tokens.map(packing.pack)
+        x, after, records = self.blocks(self.embed(tokens.ids), tokens, state, sites)
         x = self.norm(x)
         return Features(x if packing is None else packing.merge(x), after, records, packing)
 
@@ -142,30 +152,8 @@ class LanguageModel(nn.Module):
 
     def _nats(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Nats of targets (B, N) from normed features x (B, N, D): "none" (B, N), or "mean"."""
-        pieces = nn.LinearCrossEntropyOptions() if targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE else None
-        nats = F.linear_cross_entropy(
-            x.flatten(0, 1),
-            self.head.weight,
-            targets.flatten(),
-            ignore_index=-100,
-            reduction=reduction,
-            options=pieces,
-        )
+        nats = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction)
         return nats.view_as(targets) if reduction == "none" else nats
-
-    def auxiliary(self, losses: dict[str, Tensor]) -> Tensor | float:
-        """The weighted sum of the parts' own losses: what is added to the cross-entropy."""
-        config = self.config
-        weights = {
-            "balance": config.balance_weight,
-            "ratio": config.multiscale.ratio_weight,
-            "length": config.length.penalty,
-            "certainty": config.length.entropy_weight,
-            "ponder": config.depth.penalty,
-            "sparsity": config.sparsity.penalty,
-            "cost": config.experts.cost_weight,
-        }
-        return sum((weights[name] * loss for name, loss in losses.items()), 0.0)
 
     def check(self, ids: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
         """Raise where the inputs of :meth:`forward` do not fit, before anything is computed."""

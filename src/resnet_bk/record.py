@@ -1,7 +1,8 @@
-"""What a part of the model reports about one forward pass, beside its output."""
+"""What a layer reports about one forward pass, beside its output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,21 +10,38 @@ from torch import Tensor
 TaskLoss = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
+class Loss(NamedTuple):
+    """An auxiliary loss: a scalar, and its weight in the model's loss."""
+
+    value: Tensor
+    weight: float
+
+
 @dataclass(kw_only=True)
 class Record:
-    """losses: by name, unweighted scalars. Rooms that decide something return a subclass that holds their decisions.
+    """What a layer reports. Layers that make decisions return a subclass that holds these.
 
-    task_loss: how a room wants its output scored in training, where the loss of the output alone would not tell it
-    what its decisions were worth. It is given a function from features (B, N, D) to the nats (B, N) of each
-    position's target, and which positions have one, (B, N) bool; nats are 0 at the others. It returns the loss of each
-    position (B, N).
+    Attributes:
+        losses: the layer's own losses by name.
+        task_loss: replaces the cross-entropy of the output in training, for a layer whose decisions that loss could not
+            judge. It takes a function from features (B, N, D) to the nats (B, N) of each position's target, 0 where
+            there is none, and a (B, N) bool mask of the positions that have a target. It returns a loss per position
+            (B, N).
     """
 
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
     task_loss: TaskLoss | None = None
 
 
-def mean_losses(records: list[Record]) -> dict[str, Tensor]:
-    """Every loss by name: the mean over the parts of the model that report it."""
-    names = dict.fromkeys(name for record in records for name in record.losses)
-    return {name: torch.stack([r.losses[name] for r in records if name in r.losses]).mean() for name in names}
+def mean_losses(records: Sequence[Record]) -> dict[str, Loss]:
+    """Average each loss, by its name, over the records that report it."""
+    found: dict[str, list[Loss]] = {}
+    for record in records:
+        for name, loss in record.losses.items():
+            found.setdefault(name, []).append(loss)
+    return {name: Loss(torch.stack([x.value for x in own]).mean(), own[0].weight) for name, own in found.items()}
+
+
+def weighted_sum(losses: dict[str, Loss]) -> Tensor | float:
+    """Sum the losses with their weights: what the model adds to the cross-entropy. 0.0 where there are none."""
+    return sum((loss.weight * loss.value for loss in losses.values()), 0.0)

@@ -1,4 +1,4 @@
-"""Learned length around a model that exists already."""
+"""Learned length around an existing model."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from resnet_bk.model import LanguageModel, ModelOutput
 
 @dataclass
 class AdaptiveOutput(ModelOutput):
-    """A model's output, and what was decided about lengths."""
+    """A model's output with the record of its lengths."""
 
     @property
     def length(self) -> LengthRecord:
@@ -28,13 +28,13 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
     """A language model that can also choose, for each window of text, how long it should be.
 
     ``AdaptiveSequenceLengthWrapper(base_model=model, max_seq_len=128, num_length_bins=8, length_penalty=0.01)``; every
-    further keyword is a field of :class:`resnet_bk.config.LengthConfig`. The base model is not changed: its modules are
-    shared, so training either trains both, and the predictor and the way out are new beside them.
+    further keyword is a field of :class:`resnet_bk.config.LengthConfig`. The base model is not changed. Its modules are
+    shared, so training either model trains both; the predictor and the bypass are new.
 
-    ``wrapper(ids)`` is ``base_model(ids)``. ``wrapper(ids, use_adaptive_length=True)`` returns logits for every
-    position too. A prediction shorter than the input sends the positions beyond it the cheap way out; a longer one
-    changes nothing, since what padding it would take is masked. Longer inputs are windows of `max_seq_len`, each with
-    a length of its own.
+    ``wrapper(ids)`` is ``base_model(ids)``. ``wrapper(ids, use_adaptive_length=True)`` also returns logits for every
+    position. If the predicted length is shorter than the input, the positions beyond it take the bypass; if it is
+    longer, nothing changes, since the padding it would need is masked. Longer inputs are cut into windows of
+    `max_seq_len`, each with a length of its own.
 
     Its ``state_dict`` is that of ``LanguageModel.from_config(wrapper.config)``, which is the same model with the
     choice always on.
@@ -69,27 +69,30 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
         self.embed, self.norm, self.head = base_model.embed, base_model.norm, base_model.head
         self.blocks = learned_length(self.config, base_model.blocks, base_model.read)
         for name, part in self.blocks[0].named_children():
-            if name not in ("trunk", "deep"):  # which are the base model's
+            if name not in ("trunk", "deep"):  # those are the base model's
                 part.to(self.embed.weight)
-        self._base = (base_model,)  # in a tuple, so that its parameters are not registered a second time
+        self._base = (base_model,)  # a tuple keeps its parameters from being registered a second time
 
     @property
     def base_model(self) -> LanguageModel:
         return self._base[0]
 
     def forward(self, ids: Tensor, *, use_adaptive_length: bool = False, **others: Any) -> ModelOutput | AdaptiveOutput:
-        """others: as :meth:`LanguageModel.forward`; a state goes on in the mode that it came from."""
+        """Run the base model, or the same model with learned length.
+
+        others: arguments of :meth:`LanguageModel.forward`. Pass a state back only in the mode that returned it.
+        """
         if not use_adaptive_length:
             return self.base_model(ids, **others)
         return AdaptiveOutput(**vars(super().forward(ids, **others)))
 
     def parameters_added(self) -> list[nn.Parameter]:
-        """Those that the base model does not have."""
+        """Return the parameters that the base model does not have."""
         shared = {id(p) for p in self.base_model.parameters()}
         return [p for p in self.parameters() if id(p) not in shared]
 
 
 def length_histogram(record: LengthRecord) -> dict[int, int]:
-    """How many windows chose each length, shortest first; windows that have not decided are not counted."""
+    """Return {length: number of windows that chose it}, shortest first. Undecided windows are not counted."""
     lengths, counts = torch.unique(record.predicted_lengths[record.decided], return_counts=True)
     return dict(zip(lengths.tolist(), counts.tolist(), strict=True))

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from resnet_bk import LanguageModel
 from resnet_bk.adaptive import depth
 from resnet_bk.adaptive.depth import DepthRecord, Skipping, Stopping
-from resnet_bk.adaptive.early_exit import LEAST_SURE, NEVER, EarlyExit, confidence
+from resnet_bk.adaptive.early_exit import LEAST_CONFIDENCE, NEVER, EarlyExit, confidence
+from resnet_bk.layers.block import Tokens
 from resnet_bk.layers.score import Score
 
 POLICIES = ["act", "skip", "exit"]
@@ -61,7 +62,7 @@ def tokens(batch, length, vocab=31):
 def by_definition(net, ids):
     """One sequence, position by position: the output (N, D), the blocks each went through, and the expected number."""
     layer = adaptive_layer(net)
-    x = layer.first(net.embed(ids), ids, None, None)[0][0]
+    x = layer.first(net.embed(ids), Tokens(ids), None, None)[0][0]
     n, for_all = len(x), len(layer.first) + len(layer.last)
     going, left, out = list(range(n)), [1.0] * n, [torch.zeros_like(x[0])] * n
     blocks, expected = [for_all] * n, for_all * n
@@ -97,7 +98,7 @@ def by_definition(net, ids):
             x = x.index_copy(0, torch.tensor(going), segment(x[going].unsqueeze(0), ids, None, None)[0][0])
     if isinstance(layer, Stopping):
         x = torch.stack([out[t] + left[t] * x[t] for t in range(n)])
-    return layer.last(x.unsqueeze(0), ids, None, None)[0][0], blocks, expected
+    return layer.last(x.unsqueeze(0), Tokens(ids), None, None)[0][0], blocks, expected
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 33])
@@ -162,7 +163,7 @@ def test_without_decisions_it_is_bit_for_bit_the_plain_model(policy):
     assert (net(ids).records[0].blocks == 4).all()
 
 
-@pytest.mark.parametrize("kind", LEAST_SURE)
+@pytest.mark.parametrize("kind", LEAST_CONFIDENCE)
 def test_a_confidence_of_one_is_never_reached(kind):
     net, ids = model("exit", threshold=1.0, confidence=kind), tokens(3, 32)
     net.head.weight = torch.nn.Parameter(1e3 * net.head.weight.detach())  # certain of everything
@@ -214,16 +215,16 @@ def test_padding_goes_through_no_block():
         assert (blocks[1] > 0).all()
 
 
-@pytest.mark.parametrize("kind", LEAST_SURE)
+@pytest.mark.parametrize("kind", LEAST_CONFIDENCE)
 def test_exits_are_scored_in_training_and_units_learn_what_going_on_gains(kind):
     net, ids = model("exit", full_depth=1.0, confidence=kind), tokens(2, 15)
     output = net.train()(ids[:, :-1], targets=ids[:, 1:])
     layer, losses, units = adaptive_layer(net), [], []
-    x = layer.first(net.embed(ids[:, :-1]), ids, None, None)[0]
+    x = layer.first(net.embed(ids[:, :-1]), Tokens(ids), None, None)[0]
     for i, segment in enumerate(layer.segments):
         losses.append(F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:], reduction="none"))
         units.append(layer.units[i](x) if kind == "gain" else None)
-        x = segment(x, ids, None, None)[0]
+        x = segment(x, Tokens(ids), None, None)[0]
     final = F.cross_entropy(net.read(x).transpose(1, 2), ids[:, 1:], reduction="none")
     expected = final + net.config.depth.exit_weight * torch.stack(losses).mean(0)
     if kind == "gain":
@@ -238,7 +239,7 @@ def test_units_learn_from_sequences_that_nothing_has_left():
         assert (unit.weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("kind", LEAST_SURE)
+@pytest.mark.parametrize("kind", LEAST_CONFIDENCE)
 @pytest.mark.parametrize("full_depth", [0.0, 0.25, 1.0])
 def test_each_training_sequence_stops_at_a_confidence_of_its_own(full_depth, kind):
     net = model("exit", full_depth=full_depth, confidence=kind).train()
@@ -246,7 +247,7 @@ def test_each_training_sequence_stops_at_a_confidence_of_its_own(full_depth, kin
     everywhere = drawn == NEVER
     assert drawn.shape == (4000, 1)
     assert everywhere.double().mean().item() == pytest.approx(full_depth, abs=0.03)
-    least = LEAST_SURE[kind]
+    least = LEAST_CONFIDENCE[kind]
     assert ((drawn[~everywhere] >= least) & (drawn[~everywhere] <= 1)).all()
     if full_depth < 1:
         assert drawn[~everywhere].mean().item() == pytest.approx((1 + least) / 2, abs=0.02)

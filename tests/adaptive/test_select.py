@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from resnet_bk.adaptive.select import Chunks, run_rows
+from resnet_bk.layers.block import Tokens
 from resnet_bk.ops.packing import Packing, capacity
-from resnet_bk.record import Record
+from resnet_bk.record import Loss, Record
 
 
 def test_packed_rows_keep_their_order_and_come_back():
@@ -35,14 +36,14 @@ def test_random_selections_round_trip_and_pass_gradients():
         assert torch.equal(x.grad, keep.unsqueeze(-1).expand_as(x).float())
 
 
-def running_sum(x, ids, state, mask):
-    """A layer with a state and a loss: the sum so far, and the mean over real positions."""
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+def running_sum(x, tokens, state, mask):
+    """A layer with a state and a loss: the sum so far, and the mean over non-padding positions."""
+    mask = torch.ones_like(tokens.ids, dtype=torch.bool) if mask is None else mask
     seen.append(tuple(x.shape))
-    counted = x * real.unsqueeze(-1)
+    counted = x * mask.unsqueeze(-1)
     start = torch.zeros(len(x), x.shape[2]) if state is None else state
     y = start.unsqueeze(1) + counted.cumsum(1)
-    return y, y[:, -1], [Record(losses={"mean": counted.sum() / real.sum()}), Record()]
+    return y, y[:, -1], [Record(losses={"mean": Loss(counted.sum() / mask.sum(), 1.0)}), Record()]
 
 
 seen: list[tuple[int, ...]] = []
@@ -56,7 +57,7 @@ def test_rows_in_groups_are_rows_together(first):
     x, ids = torch.randn(5, 40, 2, generator=generator), torch.zeros(5, 40, dtype=torch.int64)
     packing = Packing(keep, tile=16)
     state = None if first else torch.randn(5, 2, generator=generator)
-    arguments = (running_sum, packing.pack(x), packing.pack(ids), state, packing)
+    arguments = (running_sum, packing.pack(x), Tokens(packing.pack(ids)), state, packing)
     together = run_rows(*arguments, [torch.arange(5)])
     seen.clear()
     groups = run_rows(*arguments, [torch.tensor([0, 2, 3]), torch.tensor([4]), torch.tensor([1])])
@@ -65,14 +66,14 @@ def test_rows_in_groups_are_rows_together(first):
     torch.testing.assert_close(groups[0] * mask, together[0] * mask)
     torch.testing.assert_close(groups[1], together[1])
     assert [set(record.losses) for record in groups[2]] == [{"mean"}, set()]
-    torch.testing.assert_close(groups[2][0].losses["mean"], together[2][0].losses["mean"])
+    torch.testing.assert_close(groups[2][0].losses["mean"].value, together[2][0].losses["mean"].value)
 
 
 def test_rows_in_no_group_keep_their_state():
     packing = Packing(torch.tensor([[True, True], [False, False], [True, False]]))
     state = torch.tensor([[1.0], [2.0], [3.0]])
     ids = torch.zeros(3, 2, dtype=torch.int64)
-    y, after, _ = run_rows(running_sum, torch.ones(3, 2, 1), ids, state, packing, [torch.tensor([0, 2])])
+    y, after, _ = run_rows(running_sum, torch.ones(3, 2, 1), Tokens(ids), state, packing, [torch.tensor([0, 2])])
     assert after.flatten().tolist() == [3, 2, 4]
     assert y[1].abs().sum() == 0
 

@@ -1,4 +1,4 @@
-"""Corpora: what is read, in which order, and what is held out of it."""
+"""Corpora: which files are read, in which order, and what is held out."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ def content(document):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Forty files, and some that are not to be read."""
+    """Forty files, and some that must not be read."""
     for i in range(40):
         path = tmp_path / f"part{i % 3}" / f"{i:02}.txt"
         path.parent.mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ def test_a_folder_below_a_hidden_one_is_read(tmp_path):
     assert [d.name for d in documents(str(tmp_path / ".cache" / "texts"))] == ["a.txt"]
 
 
-def test_links_to_nowhere_and_pipes_are_passed_over(folder):
+def test_broken_links_and_pipes_are_skipped(folder):
     (folder / "broken").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "pipe")
     assert len(documents(str(folder))) == 40
@@ -113,7 +113,7 @@ def test_a_file_too_small_to_hold_out_from(tmp_path, size):
         split(str(path), None, 0.05)
 
 
-def test_held_out_text_of_its_own(folder, tmp_path):
+def test_a_separate_held_out_text(folder, tmp_path):
     other = tmp_path / "other.md"
     other.write_text("held out")
     train, held_out = split(str(folder / "part1"), str(other), 0.05)
@@ -123,14 +123,14 @@ def test_held_out_text_of_its_own(folder, tmp_path):
 
 @pytest.mark.parametrize("held_out", ["nowhere.txt", ""])
 def test_held_out_text_that_is_missing(folder, held_out):
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a file"):
         split(str(folder), held_out, 0.05)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/at/all", "", "a\0b", "stdlib2"])
-def test_a_source_that_is_nothing(source, tmp_path, monkeypatch):
+def test_a_source_that_does_not_exist(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="is no file") as caught:
+    with pytest.raises(ConfigError, match="is not a file") as caught:
         documents(source)
     assert repr(source) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -163,7 +163,7 @@ def test_a_document_is_read_in_pieces(tmp_path, size):
     assert all(pieces)
 
 
-def test_a_document_is_its_stretch_of_the_file_alone(tmp_path):
+def test_a_document_is_its_byte_range_of_the_file(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b"0123456789")
     assert content(Document("middle", path, 3, 7)) == b"3456"
@@ -181,7 +181,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     next(pieces)
     with path.open("r+b") as file:
         file.truncate(corpus._PIECE + 10)
-    with pytest.raises(ConfigError, match=f"became shorter while it was read, by {corpus._PIECE - 10} bytes"):
+    with pytest.raises(ConfigError, match=f"became shorter by {corpus._PIECE - 10} bytes while it was read"):
         list(pieces)
 
 
@@ -205,12 +205,12 @@ def test_a_file_that_grows_is_read_to_its_first_length(tmp_path):
         ("owner/name:", False),
     ],
 )
-def test_what_is_a_hub_name(source, expected, tmp_path, monkeypatch):
+def test_hub_names(source, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub_name(source) is expected
 
 
-def test_a_folder_that_exists_is_no_hub_name(tmp_path, monkeypatch):
+def test_a_folder_that_exists_is_not_a_hub_name(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert not is_hub_name("owner/name")
@@ -243,7 +243,7 @@ class Hub:
         return self.splits[split]
 
 
-def test_a_hub_dataset_brings_its_own_held_out_text(monkeypatch):
+def test_a_hub_dataset_has_its_own_held_out_text(monkeypatch):
     hub = Hub(train=Rows(["text"], ["a", None, "é"]), validation=Rows(["text"], ["b"]))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     train, held_out = split("owner/name:config", None, 0.05)

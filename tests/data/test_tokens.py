@@ -1,14 +1,20 @@
-"""Token files: exact ids, one file per content and tokenizer, nothing half written, little memory."""
+"""Byte ids and back; token files: exact ids, one file per content and tokenizer, no partial files, little memory."""
 
 import json
 import random
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from resnet_bk import decode, encode
 from resnet_bk.config import ConfigError
 from resnet_bk.data import corpus, tokens
 from resnet_bk.data.corpus import Document, documents
@@ -36,7 +42,7 @@ def text_tokenizer(lowercase=False, eos="<end>"):
 
 
 class OneCharacter:
-    """A tokenizer of `size` ids, the first character's of each piece being `first`."""
+    """A tokenizer with `size` ids: a character's code point, but `first` for the first character of each piece."""
 
     eos_token_id = 0
 
@@ -60,8 +66,61 @@ def test_a_byte_is_its_value_plus_3():
     assert ids.tolist() == list(range(3, 259))
 
 
-def test_byte_ids_are_those_of_the_byte_tokenizer():
-    assert byte_ids(CODE.encode()).tolist() == byte_tokenizer().encode(CODE, add_special_tokens=False)
+@given(st.text())
+def test_encode_gives_the_ids_of_the_byte_tokenizer_and_decode_inverts_it(text):
+    tokenizer = byte_tokenizer()
+    ids = encode(text)
+    assert ids.dtype == torch.int64
+    assert ids.shape == (len(text.encode()),)
+    assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
+    assert torch.equal(encode(text.encode()), ids)
+    assert decode(ids) == decode(ids.tolist()) == tokenizer.decode(ids) == text
+
+
+@given(st.lists(st.integers(0, 258)))
+def test_decode_drops_special_ids_and_replaces_what_is_not_utf8(ids):
+    assert decode(ids) == byte_tokenizer().decode(ids, skip_special_tokens=True)
+    assert decode(ids) == bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int64, torch.int32, torch.uint8])
+def test_decode_reads_every_type_of_integer(kind):
+    make = torch.tensor if isinstance(kind, torch.dtype) else np.array
+    assert decode(make([100, 101], dtype=kind)) == "ab"
+    assert decode(range(100, 103)) == "abc"
+
+
+@pytest.mark.parametrize("text", [None, 5, ["a"], bytearray(b"a")])
+def test_only_text_is_encoded(text):
+    with pytest.raises(TypeError, match=rf"^text: got {type(text).__name__}, allowed str or bytes$"):
+        encode(text)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([3, 259], "ids: got 259, allowed 0 to 258"),
+        (torch.tensor([-1, 3]), "ids: got -1, allowed 0 to 258"),
+        ([[3, 4]], "ids: got int64 of shape (1, 2), allowed integers of shape (N,)"),
+        (torch.tensor(3), "ids: got int64 of shape (), allowed integers of shape (N,)"),
+        (torch.tensor([3.0]), "ids: got float64 of shape (1,), allowed integers of shape (N,)"),
+        ([True], "ids: got bool of shape (1,), allowed integers of shape (N,)"),
+        ([10**30], "ids: got object of shape (1,), allowed integers of shape (N,)"),
+        (b"abc", "ids: got bytes24 of shape (), allowed integers of shape (N,)"),
+        (None, "ids: got object of shape (), allowed integers of shape (N,)"),
+    ],
+    ids=str,
+)
+def test_only_byte_ids_are_decoded(ids, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        decode(ids)
+    assert str(caught.value) == message
+
+
+def test_encode_and_decode_need_no_transformers():
+    code = "import sys; sys.modules['transformers'] = None; from resnet_bk import *; print(decode(encode('a')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "a\n", done.stderr
 
 
 def test_a_token_file_holds_every_document_and_its_end(tmp_path):
@@ -88,7 +147,7 @@ def test_the_narrowest_type_that_holds_the_vocabulary(tmp_path, size, dtype):
     assert file.ids.tolist() == [size - 1, ord("b"), ord("c"), 0]
 
 
-def test_an_id_beyond_the_vocabulary_is_an_error_and_not_another_id(tmp_path):
+def test_an_id_beyond_the_vocabulary_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="65537, allowed 0 to 299"):
         write([Document("d", text=b"abc")], tmp_path / "file", OneCharacter(300, first=(1 << 16) + 1))
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,9 @@
 import pytest
-from crew import Crew
+from workers import Workers
 
 
 @pytest.fixture(scope="session")
-def crew(tmp_path_factory):
-    members = Crew(tmp_path_factory.mktemp("crew"), 3)
-    yield members
-    members.dismiss()
+def workers(tmp_path_factory):
+    pool = Workers(tmp_path_factory.mktemp("workers"), 3)
+    yield pool
+    pool.terminate()

@@ -1,4 +1,4 @@
-"""``resnet-bk train`` by several processes: one of them speaks and writes, and they end together."""
+"""``resnet-bk train`` with several processes: rank 0 prints and writes, and all of them end together."""
 
 import contextlib
 import io
@@ -36,30 +36,30 @@ def arguments(place, *more, steps=6):
 
 
 def command(rank, words, fails_at=None):
-    """Exit code, standard output and standard error. fails_at: (rank, step) at which memory runs out there."""
+    """Return exit code, stdout and stderr. fails_at: (rank, step) at which that rank runs out of memory."""
     out, err = io.StringIO(), io.StringIO()
     scored.measure = lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1)
-    real = module.Budget.on_step_end
+    real = module.RunControl.on_step_end
 
     def step_end(self, args, state, control, **kwargs):
         if (rank, state.global_step) == fails_at:
             raise MemoryError("out of memory")
         real(self, args, state, control, **kwargs)
 
-    module.Budget.on_step_end = step_end
+    module.RunControl.on_step_end = step_end
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = main(words)
-            except SystemExit as left:
-                code = left.code
+            except SystemExit as exit:
+                code = exit.code
     finally:
-        module.Budget.on_step_end, scored.measure = real, MEASURE
+        module.RunControl.on_step_end, scored.measure = real, MEASURE
     return code, out.getvalue(), err.getvalue()
 
 
-def test_two_processes_make_one_run(crew, place):
-    first, second = crew.run(2, command, arguments(place))
+def test_two_processes_make_one_run(workers, place):
+    first, second = workers.run(2, command, arguments(place))
     assert (first[0], second[0]) == (0, 0), first[2]
     assert "2 processes of 1 threads" in " ".join(first[1].split())
     assert second[1:] == ("", "")
@@ -72,14 +72,14 @@ def test_two_processes_make_one_run(crew, place):
     assert results["training"]["processes"] == 2
     assert results["held_out"]["documents"] == 2
 
-    (alone,) = crew.run(1, command, arguments(place, f"--output_dir={place / 'alone'}"))
+    (alone,) = workers.run(1, command, arguments(place, f"--output_dir={place / 'alone'}"))
     assert alone[0] == 0
     other = [json.loads(line) for line in (place / "alone" / "metrics.jsonl").read_text().splitlines()]
     for line, as_one in zip(lines, other, strict=True):
         assert line["bits_per_byte"] == pytest.approx(as_one["bits_per_byte"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(as_one["grad_norm"], rel=1e-4)
 
-    first, second = crew.run(2, command, arguments(place))
+    first, second = workers.run(2, command, arguments(place))
     assert (first[0], second[0]) == (2, 1)
     assert "holds a run already" in first[2]
     assert second[1:] == ("", "")
@@ -93,8 +93,8 @@ def test_two_processes_make_one_run(crew, place):
         (("--learning_rate=-1",), "train.learning_rate: got -1.0"),
     ],
 )
-def test_bad_input_is_one_line_of_one_process(crew, place, more, message):
-    first, second = crew.run(2, command, arguments(place, *more))
+def test_bad_input_is_one_line_from_rank_zero(workers, place, more, message):
+    first, second = workers.run(2, command, arguments(place, *more))
     assert first[0] == 2
     assert message in first[2]
     assert first[2].count("\n") == 1
@@ -102,26 +102,26 @@ def test_bad_input_is_one_line_of_one_process(crew, place, more, message):
     assert second[1:] == ("", "")
 
 
-def test_only_train_shares_its_work(crew, place):
-    first, second = crew.run(2, command, ["eval", str(place)])
+def test_only_train_runs_in_several_processes(workers, place):
+    first, second = workers.run(2, command, ["eval", str(place)])
     assert first[0] == second[0] == 2
     assert "eval: got 2 processes, allowed 1" in first[2]
 
 
-def test_a_process_that_fails_takes_the_others_along(crew, place):
-    first, second = crew.run(2, command, arguments(place, steps=10**6), (1, 3))
+def test_a_process_that_fails_ends_the_others(workers, place):
+    first, second = workers.run(2, command, arguments(place, steps=10**6), (1, 3))
     assert second[0] == first[0] == 1
     assert "out of memory" in second[2]
     assert "another process of this run has ended" in first[2]
 
 
 def workers_of(process):
-    """Processes that it started."""
+    """Return the process ids of the workers that torchrun started."""
     found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "resnet_bk" in line]
 
 
-def test_torchrun_and_a_signal_to_one_of_its_processes(crew, place):
+def test_torchrun_and_a_signal_to_one_of_its_processes(workers, place):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "resnet_bk"]
     words = [*launcher, *arguments(place, "--save_every=5", steps=10**6)]
     with (place / "log.txt").open("w") as log:
@@ -137,8 +137,8 @@ def test_torchrun_and_a_signal_to_one_of_its_processes(crew, place):
     finally:
         process.kill()
     text = (place / "log.txt").read_text()
-    assert text.count("stopped by signal 15; saved. Go on with") == 1, text
+    assert text.count("stopped by signal 15; saved. Resume with") == 1, text
     stopped = int(newest_valid(place / "run" / "checkpoints", pytest.fail).name.rpartition("-")[2])
-    (resumed,) = crew.run(1, command, arguments(place, "--resume=true", "--log_every=1", steps=stopped + 2))
+    (resumed,) = workers.run(1, command, arguments(place, "--resume=true", "--log_every=1", steps=stopped + 2))
     assert resumed[0] == 0, resumed[2]
     assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == stopped + 2

@@ -1,6 +1,6 @@
-"""Training by several processes: what it computes is what one process computes, and whatever ends it ends it for all.
+"""Training with several processes computes what one process computes, and whatever stops one stops all.
 
-Models are in float64, so that only the order of sums differs.
+Models are in float64, so that results differ by the order of summation only.
 """
 
 import signal
@@ -18,8 +18,8 @@ from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.layers.feedforward import Experts
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import shard
-from resnet_bk.training.states import whole
-from resnet_bk.training.trainer import BKTrainer, Budget, Clock, NonFiniteError, Windows
+from resnet_bk.training.states import full_tensor
+from resnet_bk.training.trainer import BKTrainer, Clock, NonFiniteError, RunControl, Windows
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_seq": 8, "num_experts": 1}
 PLAIN = ModelConfig(**SHAPE)
@@ -56,12 +56,12 @@ def build(folder, model=PLAIN, count=28, **settings):
     defaults = {"batch_size": 4, "log_every": 1, "save_every": 1000, "max_steps": 4, "max_grad_norm": 1e6}
     config = TrainConfig(model=model, output_dir=str(folder), **{**defaults, **settings})
     network = ResNetBKForCausalLM(ResNetBKConfig.from_model_config(model)).double()
-    if config.shard and ranks.world > 1:
+    if config.shard and ranks.world_size > 1:
         shard(network)
     ids = np.random.default_rng(0).integers(3, 40, count * model.n_seq + 1).astype(np.uint16)
     text = TokenFile(ids, np.array([0, len(ids)]), np.array([len(ids)]), ("all",))
     trainer = BKTrainer(network, config, Windows(text, model.n_seq), bytes_per_token=2.0, ranks=ranks)
-    trainer.add_callback(Budget(trainer))
+    trainer.add_callback(RunControl(trainer))
     return trainer
 
 
@@ -70,14 +70,14 @@ def newest(folder):
 
 
 def outcome(trainer):
-    """Logged lines and weights, as numbers that can be sent."""
+    """Return logged lines and weights as numbers that can be pickled."""
     kept = ("step", "loss", "grad_norm", "learning_rate")
     history = [[float(line[name]) for name in kept] for line in trainer.state.log_history if "loss" in line]
-    return history, [whole(p.detach()).numpy() for p in trainer.network.parameters()]
+    return history, [full_tensor(p.detach()).numpy() for p in trainer.network.parameters()]
 
 
-def train(rank, folder, settings, resume=False, stop_at=None, scale=1.0):
-    """Gradients of every step, then the outcome. stop_at: (rank, step) at which that one is sent SIGTERM."""
+def train(rank, folder, settings, resume=False, stop_at=None, scaled=True):
+    """Return the gradients of every step and the outcome. stop_at: (rank, step) at which that rank gets SIGTERM."""
     trainer = build(folder, **settings)
     gradients = []
 
@@ -89,59 +89,59 @@ def train(rank, folder, settings, resume=False, stop_at=None, scale=1.0):
             signal.raise_signal(signal.SIGTERM)
 
     trainer.callback_handler.callbacks.insert(0, At(before=keep, after=send))
-    if scale != 1.0:
-        trainer.loss_is_scaled_for_ga = True
+    if not scaled:
+        trainer.compute_loss_func = "a loss that is scaled already"  # so the Trainer does not divide by accumulate
     trainer.run_training(newest(folder) if resume else None)
     return gradients, *outcome(trainer), trainer.stopped_by
 
 
-def assert_alike(a, b, rtol=1e-5):
+def assert_same(a, b, rtol=1e-5):
     torch.testing.assert_close(a, b, rtol=rtol, atol=1e-9)
 
 
-def gradients_of(crew, folder, world, **settings):
-    answers = crew.run(world, train, str(folder / f"of-{world}"), settings)
+def gradients_of(workers, folder, world, **settings):
+    answers = workers.run(world, train, str(folder / f"of-{world}"), settings)
     for other in answers[1:]:
-        assert_alike(other[:3], answers[0][:3], rtol=0)
+        assert_same(other[:3], answers[0][:3], rtol=0)
     return answers[0]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_ranks_that_share_a_batch_compute_its_gradient(crew, tmp_path, accumulate):
-    """Batches of 4, shared by two, over the end of an epoch: 28 windows are 7 batches."""
+def test_ranks_that_share_a_batch_compute_its_gradient(workers, tmp_path, accumulate):
+    """Batches of 4 shared by two ranks, past the end of an epoch: 28 windows are 7 batches."""
     settings = {"accumulate": accumulate, "max_steps": 8 // accumulate + 1}
-    one = gradients_of(crew, tmp_path, 1, **settings)
-    two = gradients_of(crew, tmp_path, 2, **settings)
-    assert_alike(two[:3], one[:3])
+    one = gradients_of(workers, tmp_path, 1, **settings)
+    two = gradients_of(workers, tmp_path, 2, **settings)
+    assert_same(two[:3], one[:3])
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
-def test_losses_of_techniques_are_those_of_each_part_of_a_batch(crew, tmp_path, technique):
-    """Prices and balances look at a batch at a time, so two ranks equal one that accumulates their parts."""
-    parts = gradients_of(crew, tmp_path, 1, model=TECHNIQUES[technique], batch_size=2, accumulate=4, max_steps=2)
-    two = gradients_of(crew, tmp_path, 2, model=TECHNIQUES[technique], batch_size=4, accumulate=2, max_steps=2)
-    assert_alike(two[:3], parts[:3])
+def test_losses_of_techniques_are_computed_per_part_of_a_batch(workers, tmp_path, technique):
+    """Prices and balances are computed per forward pass, so two ranks equal one that accumulates their parts."""
+    parts = gradients_of(workers, tmp_path, 1, model=TECHNIQUES[technique], batch_size=2, accumulate=4, max_steps=2)
+    two = gradients_of(workers, tmp_path, 2, model=TECHNIQUES[technique], batch_size=4, accumulate=2, max_steps=2)
+    assert_same(two[:3], parts[:3])
 
 
-def forgets_to_scale(rank, folder, settings):
-    return train(rank, folder, settings, scale=0.0)
+def train_unscaled(rank, folder, settings):
+    return train(rank, folder, settings, scaled=False)
 
 
-def test_a_loss_that_is_not_scaled_is_seen(crew, tmp_path):
-    right = gradients_of(crew, tmp_path, 2, accumulate=2, max_steps=1)
-    wrong = crew.run(2, forgets_to_scale, str(tmp_path / "wrong"), {"accumulate": 2, "max_steps": 1})[0]
+def test_a_loss_that_is_not_scaled_is_detected(workers, tmp_path):
+    right = gradients_of(workers, tmp_path, 2, accumulate=2, max_steps=1)
+    wrong = workers.run(2, train_unscaled, str(tmp_path / "wrong"), {"accumulate": 2, "max_steps": 1})[0]
     with pytest.raises(AssertionError):
-        assert_alike(wrong[0], right[0])
+        assert_same(wrong[0], right[0])
 
 
-def test_experts_that_one_rank_does_not_use_hold_nobody_up(crew, tmp_path):
-    one, two = crew.run(2, lopsided, str(tmp_path))
-    assert_alike(one, two, rtol=0)
+def test_experts_that_one_rank_does_not_use_block_no_rank(workers, tmp_path):
+    one, two = workers.run(2, one_expert_per_rank, str(tmp_path))
+    assert_same(one, two, rtol=0)
     assert len(one[0]) == 3
 
 
-def lopsided(rank, folder):
-    """Each rank sends all tokens to an expert of its own; the third one is used by nobody."""
+def one_expert_per_rank(rank, folder):
+    """Each rank sends all tokens to its own expert; the third expert is unused."""
     model = ModelConfig(**SHAPE | {"num_experts": 3})
     trainer = build(folder, model=model, max_steps=3)
 
@@ -157,14 +157,16 @@ def lopsided(rank, folder):
     return outcome(trainer)
 
 
-def everybody_leaves(rank, folder, policy):
-    """On the second rank no position goes on after the first block; on the first rank all of them do."""
+def one_rank_stops_early(rank, folder, policy):
+    """On rank 1 every position stops after the first block; on rank 0 none does."""
     model = ModelConfig(**SHAPE | {"n_layers": 4}, depth=DepthConfig(policy=policy))
     trainer = build(folder, model=model, max_steps=3)
     technique = next(m for m in trainer.network.modules() if hasattr(m, "segments"))
     if policy == "skip":
-        decide = technique._decide
-        technique._decide = lambda x, ids, past, real, spent: decide(x, ids, past, real & (rank == 0), spent)
+        run = technique._run_segments
+        technique._run_segments = lambda x, tokens, past, present, totals: run(
+            x, tokens, past, present & (rank == 0), totals
+        )
     else:
         technique._stops = lambda halt, left: torch.full_like(halt, rank == 1, dtype=torch.bool)
     trainer.run_training(None)
@@ -172,30 +174,30 @@ def everybody_leaves(rank, folder, policy):
 
 
 @pytest.mark.parametrize("policy", ["act", "skip", "exit"])
-def test_blocks_that_one_rank_does_not_run_hold_nobody_up(crew, tmp_path, policy):
-    one, two = crew.run(2, everybody_leaves, str(tmp_path), policy)
-    assert_alike(one, two, rtol=0)
+def test_blocks_that_one_rank_does_not_run_block_no_rank(workers, tmp_path, policy):
+    one, two = workers.run(2, one_rank_stops_early, str(tmp_path), policy)
+    assert_same(one, two, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------- ends
+# ------------------------------------------------------------------------------------- stopping, resuming
 
 
 @pytest.mark.parametrize(("first", "then", "stop"), [(2, 1, 5), (1, 2, 5), (2, 2, 6), (2, 2, 4)])
-def test_a_run_goes_on_with_another_number_of_ranks(crew, tmp_path, first, then, stop):
-    """Stopped within the second epoch, of four steps, or at its start, by a signal to the last rank alone."""
+def test_a_run_resumes_with_another_number_of_ranks(workers, tmp_path, first, then, stop):
+    """Stopped by a signal to the last rank only, within the second epoch (of four steps) or at its start."""
     settings = {"accumulate": 2, "max_steps": 7}
-    straight = crew.run(1, train, str(tmp_path / "straight"), settings)[0]
-    stopped = crew.run(first, train, str(tmp_path / "run"), settings, False, (first - 1, stop))
+    straight = workers.run(1, train, str(tmp_path / "straight"), settings)[0]
+    stopped = workers.run(first, train, str(tmp_path / "run"), settings, False, (first - 1, stop))
     assert {answer[3] for answer in stopped} == {signal.SIGTERM}
     assert newest(tmp_path / "run").name == f"checkpoint-{stop}"
     verify(newest(tmp_path / "run"))
-    resumed = crew.run(then, train, str(tmp_path / "run"), settings, True)[0]
-    assert_alike(resumed[1:3], straight[1:3])
-    assert_alike(resumed[0], straight[0][stop:])
+    resumed = workers.run(then, train, str(tmp_path / "run"), settings, True)[0]
+    assert_same(resumed[1:3], straight[1:3])
+    assert_same(resumed[0], straight[0][stop:])
 
 
-def by_the_clock(rank, folder, settings, own=False):
-    """The second rank's clock runs three times as fast. own: a bug, each rank goes by its own one."""
+def train_by_clock(rank, folder, settings, own_clock=False):
+    """Rank 1's clock runs three times as fast. own_clock plants a bug: each rank uses its own clock."""
     trainer = build(folder, **settings)
     real = Clock.seconds
     if rank == 1:
@@ -205,7 +207,7 @@ def by_the_clock(rank, folder, settings, own=False):
         BKTrainer.check_update(trainer)
         trainer.seconds = trainer.clock.seconds
 
-    if own:
+    if own_clock:
         trainer.check_update = check
         trainer.add_callback(At(after=lambda step: step == 4 and signal.raise_signal(signal.SIGTERM)))
     try:
@@ -215,22 +217,22 @@ def by_the_clock(rank, folder, settings, own=False):
         Clock.seconds = real
 
 
-def test_all_ranks_go_by_one_clock(crew, tmp_path):
-    one, two = crew.run(2, by_the_clock, str(tmp_path), {"max_steps": None, "max_seconds": 1.0})
+def test_all_ranks_use_the_clock_of_rank_zero(workers, tmp_path):
+    one, two = workers.run(2, train_by_clock, str(tmp_path), {"max_steps": None, "max_seconds": 1.0})
     assert one[:2] == two[:2]
     assert 1.0 <= one[1] <= one[2]
-    assert_alike(one[3], two[3], rtol=0)
+    assert_same(one[3], two[3], rtol=0)
 
 
-def test_a_clock_for_each_rank_is_seen(crew, tmp_path):
+def test_a_clock_per_rank_is_detected(workers, tmp_path):
     settings = {"max_steps": None, "max_seconds": 10.0, "warmup": 1.0}
-    one, two = crew.run(2, by_the_clock, str(tmp_path), settings, True)
+    one, two = workers.run(2, train_by_clock, str(tmp_path), settings, True)
     with pytest.raises(AssertionError):
-        assert_alike(one[3], two[3], rtol=0)
+        assert_same(one[3], two[3], rtol=0)
 
 
 def spoil(rank, folder, where):
-    """The second rank meets NaN in its third step."""
+    """Rank 1 meets a NaN in its third step."""
     trainer = build(folder)
     norm = trainer.network.model.norm
     before = []
@@ -254,5 +256,5 @@ def spoil(rank, folder, where):
 
 
 @pytest.mark.parametrize(("where", "what"), [("loss", "the loss is nan"), ("gradient", "a gradient is not finite")])
-def test_a_number_that_is_none_on_one_rank_stops_all(crew, tmp_path, where, what):
-    assert crew.run(2, spoil, str(tmp_path), where) == [(f"step 3: {what}; no update was made", True)] * 2
+def test_a_nan_on_one_rank_stops_all(workers, tmp_path, where, what):
+    assert workers.run(2, spoil, str(tmp_path), where) == [(f"step 3: {what}; no update was made", True)] * 2

@@ -1,4 +1,4 @@
-"""What processes tell each other."""
+"""Communication between the processes of a run."""
 
 import pytest
 
@@ -7,43 +7,43 @@ from resnet_bk.training.ranks import Ranks
 
 def exchange(rank):
     ranks = Ranks.start()
-    texts = [ranks.told(lambda text=text: text) for text in ("", "a folder/ä\udc80 ", "x" * 100_000)]
+    texts = [ranks.broadcast(lambda text=text: text) for text in ("", "a folder/ä\udc80 ", "x" * 100_000)]
     order = []
-    with ranks.first():
+    with ranks.rank_zero_first():
         order.append(rank)
-    return ranks.largest(rank, -rank, 5.0), ranks.mean(rank), texts, ranks.is_first
+    return ranks.max(rank, -rank, 5.0), ranks.mean(rank), texts, ranks.is_rank_zero
 
 
-def test_all_ranks_hear_the_same(crew):
-    answers = crew.run(3, exchange)
-    for rank, (largest, mean, texts, is_first) in enumerate(answers):
+def test_all_ranks_get_the_same_values(workers):
+    answers = workers.run(3, exchange)
+    for rank, (largest, mean, texts, is_rank_zero) in enumerate(answers):
         assert largest == [2.0, 0.0, 5.0]
         assert mean == pytest.approx(1.0)
         assert texts == ["", "a folder/ä\udc80 ", "x" * 100_000]
-        assert is_first == (rank == 0)
+        assert is_rank_zero == (rank == 0)
 
 
 def fail(rank):
     ranks = Ranks.start()
     try:
-        ranks.told(lambda: 1 / 0)
+        ranks.broadcast(lambda: 1 / 0)
     except ZeroDivisionError:
         return "raised"
-    except SystemExit as left:
-        return left.code
-    return "went on"
+    except SystemExit as exit:
+        return exit.code
+    return "continued"
 
 
-def test_where_the_first_fails_the_others_leave(crew):
-    assert crew.run(2, fail) == ["raised", 1]
+def test_when_rank_zero_fails_the_others_exit(workers):
+    assert workers.run(2, fail) == ["raised", 1]
 
 
-def test_one_process_is_alone_and_needs_no_group():
+def test_a_single_process_needs_no_group():
     ranks = Ranks.start()
-    assert (ranks.rank, ranks.world, ranks.group) == (0, 1, None)
-    assert ranks.told(lambda: "text") == "text"
-    assert ranks.largest(3.0, -1.0) == [3.0, -1.0]
+    assert (ranks.rank, ranks.world_size, ranks.group) == (0, 1, None)
+    assert ranks.broadcast(lambda: "text") == "text"
+    assert ranks.max(3.0, -1.0) == [3.0, -1.0]
     assert ranks.mean(3.0) == 3.0
-    with pytest.raises(ZeroDivisionError), ranks.first():
+    with pytest.raises(ZeroDivisionError), ranks.rank_zero_first():
         _ = 1 / 0
-    ranks.leave()
+    ranks.shutdown()

@@ -72,9 +72,9 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("readout", ["green", "propagator"])
 @pytest.mark.parametrize("energy", ["real", "complex"])
-def test_pieces_equal_the_whole(crew, world, readout, energy):
-    whole = joined(crew.run(1, core, energy, readout))
-    assert_equal(joined(crew.run(world, core, energy, readout)), whole)
+def test_pieces_equal_the_whole(workers, world, readout, energy):
+    whole = joined(workers.run(1, core, energy, readout))
+    assert_equal(joined(workers.run(world, core, energy, readout)), whole)
 
 
 def broken(rank, bug):
@@ -91,10 +91,10 @@ def broken(rank, bug):
 
 
 @pytest.mark.parametrize("bug", ["gradients stay", "nothing decays"])
-def test_planted_bugs_are_seen(crew, bug):
-    whole = joined(crew.run(1, core, "real", "propagator"))
+def test_planted_bugs_are_seen(workers, bug):
+    whole = joined(workers.run(1, core, "real", "propagator"))
     with pytest.raises(AssertionError):
-        assert_equal(joined(crew.run(3, broken, bug)), whole)
+        assert_equal(joined(workers.run(3, broken, bug)), whole)
 
 
 def train(rank, fields):
@@ -117,9 +117,9 @@ def train(rank, fields):
     [{}, {"energy": "complex", "n_heads": 2}, {"readout": "diagonal"}, {"num_experts": 3}, {"conv_width": 1}],
     ids=lambda fields: "-".join(fields) or "default",
 )
-def test_a_model_on_pieces_equals_the_model_on_the_whole(crew, fields):
-    whole = joined(crew.run(1, train, fields))
-    assert_equal(joined(crew.run(3, train, fields)), whole)
+def test_a_model_on_pieces_equals_the_model_on_the_whole(workers, fields):
+    whole = joined(workers.run(1, train, fields))
+    assert_equal(joined(workers.run(3, train, fields)), whole)
 
 
 def refusals(rank):
@@ -141,8 +141,8 @@ def refusals(rank):
     return found
 
 
-def test_what_cannot_be_split_is_refused_in_one_line(crew):
-    messages = crew.run(2, refusals)[0]
+def test_what_cannot_be_split_is_refused_in_one_line(workers):
+    messages = workers.run(2, refusals)[0]
     assert messages[0].startswith("model.sparsity: is on, allowed in")
     assert messages[1].startswith("model.causal: got False")
     assert messages[2].startswith("state: got one")

@@ -1,8 +1,8 @@
-"""Parameters in parts (FSDP2), and blocks computed again in backward."""
+"""Sharded parameters (FSDP2) and activation checkpointing."""
 
 import pytest
 import torch
-from test_data_parallel import PLAIN, SHAPE, TECHNIQUES, assert_alike, build, newest, outcome
+from test_data_parallel import PLAIN, SHAPE, TECHNIQUES, assert_same, build, newest, outcome
 from torch.distributed.tensor import DTensor
 
 from resnet_bk import LanguageModel
@@ -10,8 +10,8 @@ from resnet_bk.checkpoint import verify
 from resnet_bk.config import DepthConfig, LengthConfig, ModelConfig, SparsityConfig
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.block import Block
-from resnet_bk.training.sharded import recompute, shard, units
-from resnet_bk.training.states import whole_weights
+from resnet_bk.training.sharded import fsdp_units, recompute, shard
+from resnet_bk.training.states import gather_weights
 
 DEEP = {
     "plain": PLAIN,
@@ -24,41 +24,41 @@ DEEP = {
 def train(rank, folder, model, settings, sharded, resume=False):
     trainer = build(folder, model, shard=sharded, **settings)
     trainer.run_training(newest(folder) if resume else None)
-    weights = whole_weights(trainer.network)
-    parts = sum(isinstance(p, DTensor) for p in trainer.network.parameters())
-    return outcome(trainer)[0], [weights[name].numpy() for name in sorted(weights)], parts
+    weights = gather_weights(trainer.network)
+    sharded_parameters = sum(isinstance(p, DTensor) for p in trainer.network.parameters())
+    return outcome(trainer)[0], [weights[name].numpy() for name in sorted(weights)], sharded_parameters
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_sharded_training_is_training(crew, tmp_path, name):
+def test_sharded_training_is_training(workers, tmp_path, name):
     settings = {"accumulate": 2, "max_steps": 3, "max_grad_norm": 0.5}
-    copies = crew.run(2, train, str(tmp_path / "copies"), DEEP[name], settings, False)
-    parts = crew.run(2, train, str(tmp_path / "parts"), DEEP[name], settings, True)
-    assert parts[0][2] > 0
-    assert copies[0][2] == 0
-    for answer in parts:
-        assert_alike(answer[:2], copies[0][:2])
+    replicated = workers.run(2, train, str(tmp_path / "replicated"), DEEP[name], settings, False)
+    sharded = workers.run(2, train, str(tmp_path / "sharded"), DEEP[name], settings, True)
+    assert sharded[0][2] > 0
+    assert replicated[0][2] == 0
+    for answer in sharded:
+        assert_same(answer[:2], replicated[0][:2])
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
-def test_a_sharded_run_is_saved_whole_and_goes_on_with_another_number_of_ranks(crew, tmp_path, first, then):
+def test_a_sharded_run_is_saved_in_full_and_resumes_with_another_number_of_ranks(workers, tmp_path, first, then):
     settings = {"batch_size": 6, "max_steps": 6}
-    straight = crew.run(1, train, str(tmp_path / "straight"), PLAIN, settings, False)[0]
-    crew.run(first, train, str(tmp_path / "run"), PLAIN, {**settings, "save_every": 3, "max_steps": 3}, first > 1)
+    straight = workers.run(1, train, str(tmp_path / "straight"), PLAIN, settings, False)[0]
+    workers.run(first, train, str(tmp_path / "run"), PLAIN, {**settings, "save_every": 3, "max_steps": 3}, first > 1)
     saved = newest(tmp_path / "run")
     verify(saved)
     assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
     ResNetBKForCausalLM.from_pretrained(saved)
-    # the schedule of three steps is another one: compare with one process that does the same
-    crew.run(1, train, str(tmp_path / "alone"), PLAIN, {**settings, "save_every": 3, "max_steps": 3}, False)
-    alone = crew.run(1, train, str(tmp_path / "alone"), PLAIN, settings, False, True)[0]
-    resumed = crew.run(then, train, str(tmp_path / "run"), PLAIN, settings, then > 1, True)[0]
-    assert_alike(resumed[:2], alone[:2])
+    # a run of three steps has another schedule: compare with one process that does the same
+    workers.run(1, train, str(tmp_path / "alone"), PLAIN, {**settings, "save_every": 3, "max_steps": 3}, False)
+    alone = workers.run(1, train, str(tmp_path / "alone"), PLAIN, settings, False, True)[0]
+    resumed = workers.run(then, train, str(tmp_path / "run"), PLAIN, settings, then > 1, True)[0]
+    assert_same(resumed[:2], alone[:2])
     with pytest.raises(AssertionError):
-        assert_alike(resumed[1], straight[1])
+        assert_same(resumed[1], straight[1])
 
 
-def test_what_runs_as_often_as_data_say_is_gathered_as_a_whole():
+def test_layers_that_run_a_variable_number_of_times_are_one_fsdp_unit():
     shape = {"vocab_size": 259, "d_model": 16, "num_experts": 1, "n_layers": 6}
     names = {
         "blocks": ({}, ["Block"] * 6),
@@ -68,7 +68,7 @@ def test_what_runs_as_often_as_data_say_is_gathered_as_a_whole():
     }
     for fields, expected in names.values():
         model = LanguageModel(**shape | fields)
-        assert [type(layer).__name__ for layer in units(model.blocks)] == expected
+        assert [type(layer).__name__ for layer in fsdp_units(model.blocks)] == expected
 
 
 RECOMPUTED = {
@@ -82,7 +82,7 @@ RECOMPUTED = {
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
-def test_blocks_computed_again_have_the_same_gradients(name):
+def test_activation_checkpointing_has_the_same_gradients(name):
     model = LanguageModel.from_config(RECOMPUTED[name])
     ids = torch.randint(3, 40, (4, 9))
 
@@ -105,12 +105,12 @@ def test_blocks_computed_again_have_the_same_gradients(name):
         model(ids)
 
 
-def test_a_model_alone_is_sharded_too(crew):
-    assert crew.run(2, alone) == [[True, True]] * 2
+def test_a_model_without_a_trainer_is_sharded(workers):
+    assert workers.run(2, without_trainer) == [[True, True]] * 2
 
 
-def alone(rank):
-    """A LanguageModel without a Trainer: the gradient is the mean over ranks, and every parameter has a part here."""
+def without_trainer(rank):
+    """Return whether the gradients are the means over ranks, and whether every parameter is sharded."""
     model = LanguageModel(40, d_model=16, n_layers=2, num_experts=1)
     ids = torch.randint(40, (4, 9), generator=torch.Generator().manual_seed(0))
     model(ids[:, :-1], targets=ids[:, 1:]).loss.backward()

@@ -1,3 +1,5 @@
+"""The model under transformers: saving, loading, generation, losses."""
+
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from resnet_bk.checkpoint import MANIFEST, CheckpointError
 from resnet_bk.config import ConfigError
 from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.hf.modeling import CACHE
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer
 from resnet_bk.layers.score import Score
 from resnet_bk.layers.sparse import SparseBKCore
@@ -47,7 +50,7 @@ V = 31
 
 
 def tiny(dtype=torch.float64, **fields):
-    """An untrained model whose past matters: not tied, which would repeat the last token, and with loud mixers."""
+    """Return an untrained model that depends on the past: untied, else it repeats the last token; amplified mixers."""
     defaults = {"vocab_size": V, "d_model": 16, "n_layers": 2, "num_experts": 1, "tie_word_embeddings": False}
     config = ResNetBKConfig(**{**defaults, "eos_token_id": None, **fields})
     model = ResNetBKForCausalLM(config)
@@ -55,7 +58,7 @@ def tiny(dtype=torch.float64, **fields):
         for module in model.modules():
             if isinstance(module, PropagatorMixer | DiagonalMixer):
                 module.out_proj.weight *= 8
-            if isinstance(module, Score):  # decisions that go both ways
+            if isinstance(module, Score):  # decisions of both kinds
                 module.bias.zero_()
                 module.weight.normal_()
             if isinstance(module, SparseBKCore):
@@ -157,7 +160,7 @@ def test_an_unknown_setting_is_an_error_with_the_nearest_name(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"num_experts_per_tok": 5}, {"readout": "sideways"}, {"d_model": 0}])
-def test_settings_no_model_can_have_are_an_error(fields):
+def test_settings_that_no_model_can_have_are_an_error(fields):
     with pytest.raises((ConfigError, TypeError, ValueError), match=r"top_k|readout|d_model"):
         ResNetBKConfig(**fields)
 
@@ -197,7 +200,7 @@ def test_greedy_generation_is_the_argmax_of_full_forwards(technique):
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
-def test_left_padded_prompts_continue_as_each_alone(technique):
+def test_left_padded_prompts_continue_as_without_padding(technique):
     model, prompts = tiny(**technique), [ids(1, n, seed=n) for n in (1, 4, 9)]
     width = max(p.shape[1] for p in prompts)
     batch = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
@@ -214,7 +217,7 @@ def test_beam_search_with_the_cache_is_beam_search_without(technique, monkeypatc
     without = model.generate(prompt, use_cache=False, **settings)
     assert torch.equal(model.generate(prompt, **settings), without)
     monkeypatch.setattr(RecurrentCache, "reorder_cache", lambda self, rows: None)
-    assert not torch.equal(model.generate(prompt, **settings), without), "these beams never change places"
+    assert not torch.equal(model.generate(prompt, **settings), without), "these beams are never reordered"
 
 
 def test_sampling_repeats_with_its_seed_and_gives_several_sequences():
@@ -236,22 +239,23 @@ def test_the_cache_does_not_grow(technique):
 
     def size(new):
         output = model.generate(ids(1, 5), max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
-        leaves = torch.utils._pytree.tree_leaves(output.cache.state)
-        assert output.cache.get_seq_length() == 5 + new - 1
+        leaves = torch.utils._pytree.tree_leaves(output[CACHE].state)
+        assert output[CACHE].get_seq_length() == 5 + new - 1
         return sum(leaf.numel() for leaf in leaves), sum(leaf.untyped_storage().nbytes() for leaf in leaves)
 
     assert size(10) == size(100)
 
 
-def test_a_conversation_goes_on_from_the_cache_of_its_last_turn():
+def test_a_conversation_continues_from_the_cache_of_its_last_turn():
     model = tiny()
     first = model.generate(ids(1, 6), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, ids(1, 4, seed=3)], dim=1)
     settings = {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(model.generate(longer, cache=first.cache, **settings), model.generate(longer, **settings))
+    continued = model.generate(longer, **{CACHE: first[CACHE]}, **settings)
+    assert torch.equal(continued, model.generate(longer, **settings))
 
 
-def test_assisted_decoding_says_that_it_cannot():
+def test_assisted_decoding_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match="stateful"):
         model.generate(ids(1, 5), assistant_model=model, max_new_tokens=3)
@@ -312,7 +316,7 @@ def test_padding_changes_neither_loss_nor_gradient(technique, side):
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_accumulated_gradients_are_those_of_the_whole_batch(experts, tmp_path):
-    """Plain Trainer, one step of SGD at rate 1: the weights move by the gradient. With experts the rows are equal,
+    """With one step of SGD at rate 1, the weights move by the gradient. With experts, all rows of the batch are equal,
     because the balance loss is not linear in the batch."""
     rows = ids(8, 12)
     labels = rows.clone()

@@ -1,3 +1,5 @@
+"""Tokenizers: exact byte ids, lossless text, saving and loading."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,7 +49,7 @@ def test_ids_are_those_of_byt5():
         assert getattr(TOKENIZER, name) == getattr(byt5, name)
 
 
-def test_bytes_that_are_no_text_decode_to_the_replacement_character():
+def test_bytes_that_are_not_utf8_decode_to_the_replacement_character():
     assert TOKENIZER.decode([0xFF + 3, ord("a") + 3]) == "\ufffda"
 
 

@@ -1,4 +1,4 @@
-"""Steps in static buffers equal the model's own; generation without a host that waits.
+"""Steps in static buffers equal the model's own steps, and generation needs no host-device sync per token.
 
 Dimensions: B sequences, N tokens.
 """
@@ -37,7 +37,7 @@ def text(batch, length):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_static_step_is_the_models_own_step_to_the_last_bit(name):
+def test_a_static_step_equals_the_models_own_step_bit_for_bit(name):
     model, ids = make(name), text(3, 40)
     state = model(ids[:, :17]).state
     step = StaticStep(model, state)
@@ -50,7 +50,7 @@ def test_a_static_step_is_the_models_own_step_to_the_last_bit(name):
 
 
 @torch.no_grad()
-def test_buffers_stay_in_place_and_the_given_state_is_not_touched():
+def test_buffers_stay_in_place_and_the_given_state_does_not_change():
     model, ids = make("plain"), text(2, 9)
     state = model(ids).state
     before = pytree.tree_map(torch.clone, state)
@@ -80,15 +80,15 @@ def test_autocast_is_the_same_in_a_static_step():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"multiscale": CHUNKS}, "multiscale decides.*set model.multiscale.bound, or"),
+        ({"multiscale": CHUNKS}, "but multiscale would need one; set model.multiscale.bound, or"),
         (
             {"depth": {"policy": "act"}, "sparsity": {"target": 0.5}},
-            "depth, sparsity decides.*set model.depth.bound and set model.sparsity.bound",
+            "but depth and sparsity would need one; set model.depth.bound and set model.sparsity.bound",
         ),
-        ({"length": {"bins": 4}}, "length decides.*leave model.length out"),
+        ({"length": {"bins": 4}}, "but length would need one; leave model.length out"),
     ],
 )
-def test_a_model_whose_decisions_the_host_waits_for_is_refused(fields, words):
+def test_a_model_that_needs_host_device_syncs_is_refused(fields, words):
     model = make("plain", **fields)
     with pytest.raises(ValueError, match=words):
         StaticStep(model, model(text(1, 8)).state)
@@ -116,14 +116,14 @@ def test_padding_on_the_left_changes_nothing():
     assert torch.equal(both[1:], generate(model, ids[1:, 5:], 10))
 
 
-@pytest.mark.parametrize("look_every", [1, 4, 100])
-def test_sequences_end_at_the_stop_token_however_often_one_looks(look_every):
+@pytest.mark.parametrize("sync_every", [1, 4, 100])
+def test_sequences_end_at_the_stop_token_however_often_the_host_checks(sync_every):
     model, ids = make("plain"), text(3, 15)
     torch.manual_seed(1)
     free = generate(model, ids, 40, temperature=3.0)
     stop = int(free[0, 6])
     torch.manual_seed(1)
-    got = generate(model, ids, 40, temperature=3.0, stop=stop, look_every=look_every)
+    got = generate(model, ids, 40, temperature=3.0, stop=stop, sync_every=sync_every)
     lengths = []
     for row, expected in zip(got, free, strict=True):
         at = (expected == stop).nonzero()
@@ -143,7 +143,7 @@ def test_samples_follow_the_probabilities():
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"new": 0}, "new, look_every: expected 1 or more"), ({"new": 1, "temperature": -1.0}, "temperature: expected 0")],
+    [({"new": 0}, "new, sync_every: expected 1 or more"), ({"new": 1, "temperature": -1.0}, "temperature: expected 0")],
 )
 def test_bad_settings_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""Drafts change how often the later blocks run, never what comes out."""
+"""Drafts change how often the later blocks run, never the generated tokens."""
 
 import functools
 
@@ -22,7 +22,7 @@ def model(seed=0, n_layers=4, **depth) -> LanguageModel:
 
 @functools.cache
 def trained() -> LanguageModel:
-    """Knows a stream that counts, mostly."""
+    """Return a model trained on sequences that mostly count up by one."""
     net = model().train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def test_tokens_are_those_of_full_depth(draft, sure):
         assert drafts.accepted + drafts.rounds + 1 >= 50
 
 
-def test_right_drafts_save_runs_of_the_later_blocks():
+def test_accepted_drafts_save_runs_of_the_later_blocks():
     net, calls = trained(), []
     ids = stream(1, 20, torch.Generator().manual_seed(5))
     net.blocks[0].segments[-1][0].register_forward_hook(lambda m, arguments, o: calls.append(arguments[0].shape[1]))
@@ -63,7 +63,7 @@ def test_right_drafts_save_runs_of_the_later_blocks():
 
 
 def test_the_threshold_of_the_model_does_not_matter():
-    """Verification runs all blocks, whatever the exits would say."""
+    """Verification runs all blocks and ignores the exits."""
     ids = torch.randint(31, (1, 9))
     for threshold in (0.0, 0.05, 1.0):
         net = model(threshold=threshold)
@@ -71,7 +71,7 @@ def test_the_threshold_of_the_model_does_not_matter():
         assert torch.equal(speculate(net, ids, 40, 4, 0.0).tokens, expected)
 
 
-def test_what_cannot_be_drafted_is_refused():
+def test_models_without_exits_and_batches_are_refused():
     ids = torch.randint(31, (2, 9))
     with pytest.raises(ValueError, match="no early exit"):
         speculate(LanguageModel(31, d_model=16, n_layers=2, num_experts=1), ids[:1], 5)

@@ -46,7 +46,7 @@ def test_the_price_alone_brings_sparsity_to_within_two_points_of_the_target(targ
     settings = SparsityConfig(target=target, sampling=sampling)
     layer = SparseBKCore(ModelConfig(d_model=16, sparsity=settings), heads=2)
     x = torch.randn(4, 500, 16)
-    train(layer, lambda: layer(x, None)[1].losses["sparsity"], steps=400)
+    train(layer, lambda: layer(x, None)[1].losses["sparsity"].value, steps=400)
     assert layer.eval()(x, None)[1].sparsity == pytest.approx(target, abs=0.02)
 
 
@@ -57,7 +57,7 @@ def test_the_goal_follows_the_schedule():
     prices = []
     for progress in (0.0, 0.25, 0.5, 1.0):
         anneal(layer, progress)
-        prices.append(layer(x, None)[1].losses["sparsity"].item())
+        prices.append(layer(x, None)[1].losses["sparsity"].value.item())
     assert prices[0] < 0  # half are kept where all should be
     assert prices[0] == prices[1]  # out of the band
     assert abs(prices[2]) < 0.5

@@ -227,7 +227,7 @@ def long_chain(regime, n):
         ({"a": torch.zeros(2, 3, 1, dtype=torch.bfloat16)}, TypeError, "float32 or float64"),
         ({"hop": torch.ones(2, 4, 1)}, ValueError, "hop: expected shape"),
         ({"hop": torch.ones(2, 3, 1, dtype=torch.float64)}, TypeError, "hop: expected"),
-        ({"mask": torch.ones(2, 3)}, TypeError, "mask: expected bool"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "mask: expected torch.bool"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "mask: expected shape"),
         ({"state": torch.zeros(2, 2)}, ValueError, "state: expected"),
     ],

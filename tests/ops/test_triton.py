@@ -23,6 +23,8 @@ from resnet_bk.ops import (
     left_green,
     naive,
     propagate,
+    triton_check,
+    triton_kernels,
     triton_scan,
     use_backend,
 )
@@ -198,6 +200,66 @@ def test_it_is_for_gpus_unless_asked_for():
         assert backend_for(torch.zeros(1)).__name__ != "resnet_bk.ops.triton_kernels"
     assert available_backends("cuda")[0] == "triton"
     assert backend_for(torch.zeros(1, device=DEVICE)).__name__ == "resnet_bk.ops.triton_kernels"
+
+
+@pytest.fixture
+def _unchecked(monkeypatch):
+    """Triton is the first choice for this device and has not been checked on it. The check is small."""
+    monkeypatch.setattr(kernels, "available_backends", lambda device_type: ("triton", "chunked"))
+    monkeypatch.setattr(triton_check, "LENGTH", 70)
+    monkeypatch.setattr(triton_check, "WIDTH", 16)
+    monkeypatch.setattr(triton_scan, "PROGRAMS", 4)
+    trusted = triton_check.trusted
+    trusted.cache_clear()
+    with use_backend(None):
+        yield
+    trusted.cache_clear()
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_right_kernels_are_trusted():
+    assert backend_for(torch.zeros(1, device=DEVICE)) is triton_kernels
+
+
+@pytest.mark.parametrize(("kernel", "factor"), [("green", 1.01), ("scan", 0.99), ("conv", torch.nan)])
+@pytest.mark.usefixtures("_unchecked")
+def test_a_wrong_kernel_is_replaced_after_one_warning(kernel, factor, monkeypatch):
+    """Planted bug: the gradient of the fourth-last input, or of the only one, is wrong."""
+    backward = getattr(triton_kernels, f"{kernel}_backward")
+
+    def wrong(*inputs):
+        grads = list(backward(*inputs))
+        grads[max(-4, -len(grads))] *= factor
+        return tuple(grads)
+
+    monkeypatch.setattr(triton_kernels, f"{kernel}_backward", wrong)
+    error = "nan" if factor != factor else r"1\.0e-02"
+    message = rf"^{kernel}\w* kernel in Triton .* got a relative error of {error}, allowed 1e-04; .*'chunked' is used"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert backend_for(torch.zeros(1, device=DEVICE)) is chunked
+    x, weight = torch.randn(1, 7, 5, device=DEVICE), torch.randn(4, 5, device=DEVICE)
+    assert torch.equal(short_conv(x, weight), chunked.conv_forward(x, weight))
+    with use_backend("triton"):
+        assert backend_for(x) is triton_kernels
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.usefixtures("_unchecked")
+def test_tracing_does_not_check(monkeypatch):
+    checked = []
+    monkeypatch.setattr(triton_check, "trusted", lambda device: not checked.append(device))
+    ones = torch.ones(1, 9, dtype=torch.float64, device=DEVICE)
+    kept = Sparsity(ones, ones[0, :2], ones[0, :2], bound=9)
+
+    def run(q, k, v, a, hop):
+        return propagate(q, k, v, a, 0.1, hop, sparsity=kept)[0] + propagate(q, k, v, a, 0.1, hop)[0]
+
+    def backend(graph, inputs):
+        assert not checked
+        return graph.forward
+
+    torch.compile(run, fullgraph=True, backend=backend)(*chain("real", 9, heads=2))
+    assert checked
 
 
 def test_without_a_gpu_or_the_interpreter_it_is_refused(monkeypatch):

@@ -1,3 +1,5 @@
+"""Pages and figures of the reports."""
+
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,7 +16,7 @@ METRICS = [
 
 
 class Checker(HTMLParser):
-    """Collects elements and text; fails on tags that do not nest."""
+    """Collect elements and text; fail on tags that do not nest."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +48,7 @@ def parse(page):
 
 
 def fetched(checker):
-    """Every address a browser would load, but for places in the page itself."""
+    """Return every address that a browser would load, except places in the page itself."""
     names = {"src", "href", "xlink:href", "data", "action", "poster", "srcset"}
     return [value for _, name, value in checker.attributes if name in names and not value.startswith("#")]
 
@@ -140,8 +142,8 @@ def test_compared_curves_have_a_color_a_name_and_both_scales():
 def test_the_pareto_figure_has_a_point_and_a_name_for_each_and_the_front(count):
     points = {f"name {i}": ((2.0 + i, 1.5 + i, 2.5 + i), (9.0 - i / 2, 8.0 - i / 2, 9.5)) for i in range(count)}
     front = list(range(count))[::-1]
-    (axes,) = html.pareto(points, front, "decode, us a byte").axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("decode, us a byte", "held-out bits per byte")
+    (axes,) = html.pareto(points, front, "decode, us per byte").axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("decode, us per byte", "held-out bits per byte")
     line, *rest = axes.lines
     assert [tuple(xy) for xy in line.get_xydata()] == [(9.0 - i / 2, 2.0 + i) for i in front]
     dots = [dot for dot in rest if dot.get_marker() == "o"]
@@ -155,7 +157,7 @@ def test_the_pareto_figure_has_a_point_and_a_name_for_each_and_the_front(count):
 ODD = ["a$b$c", "$\\frac", "$\\frac$", "a\\$b", "%_^{&", "a\nb", "--><script>"]
 
 
-def test_names_are_no_formulas():
+def test_names_are_not_read_as_formulas():
     places = {name: ((2.0 + i,) * 3, (9.0 - i,) * 3) for i, name in enumerate(ODD)}
     pareto = html.pareto(places, [0], "cost")
     curves = html.compared_curves({name: [[(1.0, 0.1, 4.0), (2.0, 0.2, 3.0)]] for name in ODD}, "bytes")

@@ -61,14 +61,14 @@ def test_effects_and_interactions_are_found_again(noise):
     assert len(found) == 6
 
 
-def test_half_of_four_tells_main_effects_from_interactions_but_not_those_from_each_other():
+def test_half_of_four_gives_main_effects_and_no_interactions():
     cells = plan("abcd", "half")
     found = effects("abcd", cells, [len(on) + 0.8 * ("a" in on and "b" in on) for on in cells])
     assert [e.techniques for e in found] == [(technique,) for technique in "abcd"]
     assert [e.value for e in found] == pytest.approx([1.4, 1.4, 1, 1])
 
 
-def test_half_of_five_has_the_interactions_too():
+def test_half_of_five_gives_interactions_too():
     cells = plan("abcde", "half")
     found = {
         e.techniques: e.value for e in effects("abcde", cells, [("a" in on) * (1 + ("b" in on)) + 0.0 for on in cells])
@@ -90,18 +90,18 @@ def test_switching_off_leaves_the_rest_of_the_model():
 
 @pytest.fixture
 def text():
-    """What made-up runs were trained on."""
+    """Return the hash of the training text of made-up runs, in a list so that a test can change it."""
     return ["a"]
 
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch, text):
-    """Runs that train nothing: bits per byte rise, and times fall, with every technique that is on."""
+    """Replace training by made-up results: each technique raises bits per byte and lowers times. Returns the runs."""
     monkeypatch.chdir(tmp_path)
-    seen = []
+    runs = []
 
     def train(config, console):
-        seen.append(config)
+        runs.append(config)
         n = len(config.model.techniques)
         rate = 1000.0 * 2**n
         results = {
@@ -116,10 +116,10 @@ def made_up(tmp_path, monkeypatch, text):
         return results
 
     monkeypatch.setattr(run, "train", train)
-    return seen
+    return runs
 
 
-def test_every_cell_is_trained_once_and_the_tables_say_what_each_technique_buys(made_up, text, tmp_path):
+def test_every_cell_is_trained_once_and_the_tables_have_the_effects(made_up, text, tmp_path):
     recipe = TrainConfig(model=MODEL, max_steps=5)
     config = AblateConfig("base.yaml", output_dir="out", seeds=[0, 1])
     found = ablate.ablate(config, recipe, Console(quiet=True))
@@ -127,7 +127,7 @@ def test_every_cell_is_trained_once_and_the_tables_say_what_each_technique_buys(
     assert {(tuple(c.model.techniques), c.seed) for c in made_up} == {
         (on, s) for on in plan(TECHNIQUES, "full") for s in (0, 1)
     }
-    for effect in found["prefill, us a byte"]:
+    for effect in found["prefill, us per byte"]:
         assert math.exp(effect.value) == pytest.approx(0.5 if len(effect.techniques) == 1 else 1)
     assert found["bits per byte"][0].value == pytest.approx(0.1)
     table = (tmp_path / "out" / ablate.TABLE).read_text()
@@ -145,7 +145,7 @@ def test_every_cell_is_trained_once_and_the_tables_say_what_each_technique_buys(
         ablate.ablate(config, recipe, Console(quiet=True))
     saved.write_text(kept)
     text[0] = "changed"
-    with pytest.raises(ConfigError, match=r"has other text \(train_sha256\) than the first one"):
+    with pytest.raises(ConfigError, match=r"has other text \(train_sha256\) than the first run"):
         ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0, 2]), recipe, Console(quiet=True))
 
 
@@ -171,17 +171,17 @@ def test_cells_are_named_by_all_that_is_on_in_one_order(made_up, tmp_path):
         (["--techniques", "[depth]"], "ablate.techniques: got ['depth'], allowed at least two"),
         (
             ["--techniques", "[depth, depth]"],
-            "ablate.techniques: got ['depth', 'depth'], allowed at least one, each once",
+            "ablate.techniques: got ['depth', 'depth'], allowed at least one, without repetition",
         ),
-        (["--seeds", "[]"], "ablate.seeds: got [], allowed at least one, each once"),
+        (["--seeds", "[]"], "ablate.seeds: got [], allowed at least one, without repetition"),
         (["--plan", "third"], "ablate.plan: got"),
         (
             ["--techniques", "[sparsity, depth]", "--plan", "half"],
-            "ablate.plan: got 'half' for 2 techniques, allowed from 4 on",
+            "ablate.plan: got 'half' for 2 techniques, allowed for 4 or more",
         ),
     ],
 )
-def test_what_cannot_be_ablated_is_one_line(made_up, tmp_path, capsys, arguments, message):
+def test_an_impossible_ablation_is_one_line(made_up, tmp_path, capsys, arguments, message):
     (tmp_path / "base.yaml").write_text(
         "max_steps: 5\nmodel: {num_experts: 1, sparsity: {target: 0.5}, depth: {policy: act}}\n"
     )
@@ -209,7 +209,7 @@ def test_two_real_techniques_train(tmp_path, monkeypatch, capsys):
     }
 
 
-def test_an_ablation_with_a_tokenizer_of_its_own_goes_on(tmp_path, monkeypatch, capsys):
+def test_an_ablation_with_its_own_tokenizer_can_be_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "def": 2, "return": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -19,12 +19,12 @@ from resnet_bk.study.finished import LARGEST_METRICS, LARGEST_RESULTS, grouped, 
 
 TEXT = "def add(a, b):\n    return a + b  # <sum> & more\n" * 8
 MEASURE = run.measure
-AGAIN = "It was read from the run&#x27;s data again and is shown as the source is now."
+AGAIN = "It was read again from the run&#x27;s data source, as that is now."
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a corpus, one held-out text in it, and a run of a few steps."""
+    """Return a folder with a corpus, one of whose texts is held out, and a run of a few steps."""
     place = tmp_path_factory.mktemp("trained")
     (place / "corpus").mkdir()
     for i in range(3):
@@ -49,8 +49,10 @@ def place(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def make(trained, place, monkeypatch):
-    """Makes a finished run: the trained one with other settings, and with other results given by dotted name. Figures
-    are not drawn, which takes longer than all the rest."""
+    """Make finished runs: the trained one with other settings and results, which are given by dotted name.
+
+    Figures are not drawn, because that takes longer than everything else.
+    """
     monkeypatch.setattr(comparison.html, "figure_svg", lambda figure: "<svg></svg>")
 
     def make(name, bits=2.0, prefill=1e5, settings=(), **changed):
@@ -74,7 +76,7 @@ def make(trained, place, monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a command that must be refused; returns the one line it says."""
+    """Run a command that must be refused. Returns its one line on standard error."""
 
     def refused(*arguments):
         capsys.readouterr()
@@ -92,13 +94,13 @@ def page_of(*arguments):
 
 
 def lines_of(page):
-    """Cells of the table's lines, its head first."""
+    """Return the cells of each row of the table, its head first."""
     table = re.search(r'<table class="columns">(.*?)</table>', page)[1].replace("<wbr>", "")
     return [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>(.*?)</tr>", table)]
 
 
 def colored(page):
-    """The text of each section in colors, all backgrounds, all notes."""
+    """Return the text of each section in colors, all backgrounds, and all notes."""
     maps = re.findall(r"<pre>(<span.*?)</pre>", page, re.DOTALL)[1:]  # the first one is the legend
     texts = ["".join(re.findall(r">([^<]*)</span>", one)) for one in maps]
     return (
@@ -121,9 +123,9 @@ def test_a_page_needs_nothing_but_itself_and_shows_every_part(trained, place):
         "parameters": f"{costs['parameters']:,}",
         "held-out bits per byte": f"{results['held_out']['bits_per_byte']:.3f}",
         "perplexity per byte": f"{results['held_out']['perplexity_per_byte']:,.3f}",
-        "FLOPs a byte": f"{costs['flops_per_byte']:,.0f}",
-        "prefill, us a byte": f"{1e6 / costs['prefill']:,.1f}",
-        "decode, us a byte": f"{1e6 / costs['decode']:,.1f}",
+        "FLOPs per byte": f"{costs['flops_per_byte']:,.0f}",
+        "prefill, us per byte": f"{1e6 / costs['prefill']:,.1f}",
+        "decode, us per byte": f"{1e6 / costs['decode']:,.1f}",
         "training, s": f"{training['seconds']:,.1f}",
         "training, bytes/s": f"{training['bytes_per_second']:,.0f}",
     }
@@ -139,7 +141,7 @@ def test_a_page_needs_nothing_but_itself_and_shows_every_part(trained, place):
     assert not re.search(r'(src|href)="(?!#)', page)
 
 
-def test_runs_that_differ_by_seed_alone_are_a_group(make):
+def test_runs_that_differ_in_the_seed_only_are_a_group(make):
     seeds = [make(f"s{i}", settings=[("seed", i), ("output_dir", f"runs/{i}"), ("resume", True)]) for i in range(3)]
     others = [
         make("heads", settings=[("model.n_heads", 2)]),
@@ -162,7 +164,7 @@ def test_the_line_of_a_group_has_medians_and_spreads(make):
     assert found["runs"] == "s0 (seed 0), s1 (seed 1), s2 (seed 2)"
     assert found["held-out bits per byte"] == "2.100 (2.000 to 2.300)"
     assert found["perplexity per byte"] == "4.287 (4.000 to 4.925)"
-    assert found["prefill, us a byte"] == "2.0 (1.0 to 5.0)"
+    assert found["prefill, us per byte"] == "2.0 (1.0 to 5.0)"
     assert found["parameters"] == dict(zip(head, deep, strict=True))["parameters"]
 
 
@@ -177,27 +179,27 @@ def test_each_front_is_that_of_the_medians(make, monkeypatch):
     monkeypatch.setattr(comparison.html, "pareto", keep)
     make("a0", 2.0, 1e6 / 3)
     make("a1", 1.8, 1e6 / 5, [("seed", 1)])
-    make("dear", 2.4, 1e6 / 9, [("model.n_heads", 2)])  # worse than a in both ways
+    make("slow", 2.4, 1e6 / 9, [("model.n_heads", 2)])  # worse than a in both
     make("fast", 2.2, 1e6 / 1, [("model.depth.policy", "act")], training__seconds=9e9)
-    page_of("a0", "a1", "dear", "fast")
-    points, front = drawn["prefill, us a byte"]
-    assert list(points) == ["plain (a0)", "plain (dear)", "depth"]
+    page_of("a0", "a1", "slow", "fast")
+    points, front = drawn["prefill, us per byte"]
+    assert list(points) == ["plain (a0)", "plain (slow)", "depth"]
     assert points["plain (a0)"] == (pytest.approx((1.9, 1.8, 2.0)), pytest.approx((4, 3, 5)))
     assert front == [2, 0]
     assert drawn["training, s"][1] == [0]
-    assert set(drawn) == {"prefill, us a byte", "decode, us a byte", "training, s", "FLOPs a byte"}
+    assert set(drawn) == {"prefill, us per byte", "decode, us per byte", "training, s", "FLOPs per byte"}
 
 
 def test_curves_are_over_seconds_and_over_bytes_read(make, monkeypatch):
-    seen = []
+    calls = []
     figure = comparison.html.compared_curves
-    monkeypatch.setattr(comparison.html, "compared_curves", lambda *args: seen.append(args) or figure(*args))
+    monkeypatch.setattr(comparison.html, "compared_curves", lambda *args: calls.append(args) or figure(*args))
     make("a")
     make("short", settings=[("seed", 1)], training__bytes_per_second=math.nan)
     metrics = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
     Path("short/metrics.jsonl").unlink()
     page = page_of("a", "short")
-    ((curves, read),) = seen
+    ((curves, read),) = calls
     expected = [(line["seconds"], i * 2 * 32 / 1e6, line["bits_per_byte"]) for i, line in enumerate(metrics, 1)]
     assert curves == {"plain": [expected]}
     assert read == "million bytes read"
@@ -227,20 +229,18 @@ def test_a_run_without_a_log_line_has_no_other_speed(make, refused, value):
     assert refused("a") == said
 
 
-def test_one_text_is_colored_by_what_each_group_spends_on_one_scale(make, monkeypatch):
+def test_one_text_is_colored_by_the_costs_of_each_group_on_one_scale(make, monkeypatch):
     make("a")
     make("b", settings=[("model.n_heads", 2)])
     make("c", settings=[("seed", 1)])
-    spent = comparison.spend
+    spend, factors = comparison.spend, iter((1, 2))
 
-    def dearer(model, tokenizer, text, max_tokens, name):
-        found = spent(model, tokenizer, text, max_tokens, name)
-        found.cost.mul_(2 if dearer.calls else 1)
-        dearer.calls += 1
-        return found
+    def scaled(*arguments):
+        spending = spend(*arguments)
+        spending.cost.mul_(next(factors))
+        return spending
 
-    dearer.calls = 0
-    monkeypatch.setattr(comparison, "spend", dearer)
+    monkeypatch.setattr(comparison, "spend", scaled)
     page = page_of("a", "b", "c", "--max_tokens", "40")
     texts, backgrounds, notes = colored(page)
     held_out = ("# file 0\n" + TEXT)[:40]  # before anything that HTML escapes
@@ -253,14 +253,14 @@ def test_one_text_is_colored_by_what_each_group_spends_on_one_scale(make, monkey
     assert "1.00 of the mean; " in notes[1]
 
 
-def test_models_are_let_go_one_by_one(make, monkeypatch):
+def test_only_one_model_is_in_memory_at_a_time(make, monkeypatch):
     models, alive = [], []
 
     def load(folder):
         gc.collect()
         alive.append(sum(model() is not None for model in models))
         model, tokenizer = loading.load(folder)
-        models.append(weakref.ref(model.model))  # which a ledger holds
+        models.append(weakref.ref(model.model))  # a ledger refers to it
         return model, tokenizer
 
     monkeypatch.setattr(comparison, "load", load)
@@ -276,7 +276,7 @@ def test_the_text_may_be_given(make, refused):
     assert AGAIN not in page
     Path("mine.txt").write_text("")
     assert refused("a", "--text", "mine.txt") == "report.text: mine.txt is empty; give at least one character"
-    assert refused("a", "--text", "none") == "report.text: none is no file; give a text file, or '-'"
+    assert refused("a", "--text", "none") == "report.text: none is not a file; give a text file, or '-'"
 
 
 def test_without_a_text_or_a_model_the_page_says_so(make):
@@ -289,10 +289,10 @@ def test_without_a_text_or_a_model_the_page_says_so(make):
     shutil.rmtree("a/model")
     assert "<pre>" not in page_of("a", "b")
     shutil.rmtree("corpus")
-    assert "No text to color: data: &#x27;corpus&#x27; is no file, no folder" in page_of("a", "b")
+    assert "No text to color: data: &#x27;corpus&#x27; is not a file, a folder" in page_of("a", "b")
 
 
-def test_versions_that_differ_are_told_with_whose_they_are(make):
+def test_versions_that_differ_are_shown_with_their_runs(make):
     make("a", versions__torch="1.0", versions__machine="m")
     make("b", settings=[("seed", 1)], versions__torch="2.0", versions__machine="m")
     make("c d", settings=[("seed", 2)], versions__torch="1.0", versions__machine="m")
@@ -303,8 +303,8 @@ def test_versions_that_differ_are_told_with_whose_they_are(make):
     assert "<br>resnet-bk report a b &#x27;c d&#x27; --output report.html --max_tokens 600</footer>" in footer
 
 
-def test_clocks_of_different_machines_are_not_compared(make):
-    said = "Machines or threads differ among the runs, as the end of this page tells: their times and speeds are not"
+def test_times_of_different_machines_are_not_compared(make):
+    said = "The runs were timed on different machines or with different numbers of threads"
     make("a", versions__machine="m, 2 threads")
     make("b", settings=[("seed", 1)], versions__machine="m, 2 threads")
     make("c", settings=[("seed", 2)], versions__machine="m, 1 threads")
@@ -321,14 +321,14 @@ def test_runs_that_cannot_be_compared(make, refused):
     assert refused("a", "link") == "report.runs: a and link are the same run; give each once"
 
 
-def test_folders_that_are_no_finished_run(make, refused):
+def test_folders_without_a_finished_run(make, refused):
     assert refused() == "report.runs: missing; usage: resnet-bk report RUN..."
-    assert refused("none") == "report.runs: none is no run of `resnet-bk train`: there is no none/config.yaml"
-    assert refused("corpus").startswith("report.runs: corpus is no run")
+    assert refused("none") == "report.runs: none is not a run of `resnet-bk train`: none/config.yaml is missing"
+    assert refused("corpus").startswith("report.runs: corpus is not a run")
     make("a")
     Path("a/results.json").unlink()
-    go_on = "resnet-bk train --config a/config.yaml --resume true"
-    assert refused("a") == f"report.runs: a is not finished: there is no a/results.json; go on with: {go_on}"
+    command = "resnet-bk train --config a/config.yaml --resume true"
+    assert refused("a") == f"report.runs: a is not finished: a/results.json is missing; resume with: {command}"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_folders_that_are_no_finished_run(make, refused):
     ],
     ids=range(13),
 )
-def test_what_is_wrong_with_a_runs_settings_is_told(make, refused, text, message):
+def test_damaged_settings_of_a_run_are_one_line(make, refused, text, message):
     make("a")
     Path("a/config.yaml").write_bytes(text)
     assert refused("a").startswith(message)
@@ -409,21 +409,21 @@ def test_bits_per_byte_are_from_0_to_64(make, refused, bits):
 
 
 @pytest.mark.parametrize("value", [None, 5, [], "", "\ud800"], ids=range(5))
-@pytest.mark.parametrize(("name", "told"), [("versions.torch", "versions.version"), ("costs.decode_setting",) * 2])
-def test_a_text_of_another_kind_is_refused(make, refused, name, told, value):
+@pytest.mark.parametrize(("name", "where"), [("versions.torch", "versions.version"), ("costs.decode_setting",) * 2])
+def test_a_text_of_another_kind_is_refused(make, refused, name, where, value):
     make("a", **{name: value})
-    assert refused("a").startswith(f"a/results.json: {told}: ")
+    assert refused("a").startswith(f"a/results.json: {where}: ")
 
 
-def test_a_page_of_ours_is_replaced_and_nothing_else(make, refused):
+def test_an_earlier_page_is_replaced_and_nothing_else(make, refused):
     make("a")
     Path("mine.html").write_text("<title>mine</title>")
     page_of("a")
     assert "in 1 group" in page_of("a")
-    assert refused("a", "--output", "mine.html").startswith("report.output: mine.html exists and is no page of this")
-    assert refused("a", "--output", "a/report.html").startswith("report.output: a/report.html exists and is no page")
+    assert refused("a", "--output", "mine.html").startswith("report.output: mine.html exists and is not a page of")
+    assert refused("a", "--output", "a/report.html").startswith("report.output: a/report.html exists and is not a page")
     assert refused("a", "--output", "a") == "report.output: a is a folder; name a file"
-    assert refused("a", "--output", "no/x.html").startswith("report.output: there is no folder no")
+    assert refused("a", "--output", "no/x.html").startswith("report.output: folder no does not exist")
     assert refused("a", "--max_tokens", "0").startswith("report.max_tokens: got 0, allowed an integer from 1")
     assert refused("a", "") == "report.runs[1]: is empty; give at least one character"
     assert Path("mine.html").read_text() == "<title>mine</title>"
@@ -437,7 +437,7 @@ def test_the_help_has_every_setting(capsys):
         assert part in said
 
 
-def test_runs_may_stand_in_a_configuration_file(make, refused):
+def test_runs_may_be_given_in_a_configuration_file(make, refused):
     make("a")
     make("b", settings=[("seed", 1)])
     Path("report.yaml").write_text("runs: [a, b]\n")

@@ -1,3 +1,5 @@
+"""Scores of a model on text, compared with scores computed one document or window at a time."""
+
 import math
 
 import numpy as np
@@ -18,7 +20,7 @@ def tiny(**fields):
     model = LanguageModel(259, d_model=16, n_layers=2, **{"num_experts": 1, "tie_word_embeddings": False, **fields})
     with torch.no_grad():
         for block in model.blocks:
-            block.mixer.out_proj.weight *= 8  # so that scores depend on what came before
+            block.mixer.out_proj.weight *= 8  # so that scores depend on the context
     return model.double()
 
 
@@ -35,20 +37,20 @@ def score(model, tokens, **settings) -> Scores:
 
 
 def nats_of(model, text, first, start):
-    """-log p of text[first:], reading from text[start] on."""
+    """Return -log p of text[first:], read from text[start] on."""
     logits = model(torch.from_numpy(text[start:-1]).unsqueeze(0)).logits[0].detach()
     nats = torch.nn.functional.cross_entropy(logits, torch.from_numpy(text[start + 1 :]), reduction="none")
     return float(nats[first - start - 1 :].sum())
 
 
 def texts_of(tokens):
-    """Each document as evaluation reads it: the end marker, then its text."""
+    """Return each document as it is read for scoring: the end marker, then its text."""
     return [
         np.concatenate([[END_OF_DOCUMENT], tokens.document(i)[:-1].astype(np.int64)]) for i in range(len(tokens.sizes))
     ]
 
 
-TECHNIQUES = [
+MODELS = [
     ("propagator", "real", 1),
     ("propagator", "complex", 1),
     ("diagonal", "complex", 1),
@@ -56,8 +58,8 @@ TECHNIQUES = [
 ]
 
 
-@pytest.mark.parametrize(("readout", "energy", "experts"), TECHNIQUES)
-def test_document_scores_are_those_of_each_document_alone(corpus, readout, energy, experts):
+@pytest.mark.parametrize(("readout", "energy", "experts"), MODELS)
+def test_document_scores_are_those_of_each_document_by_itself(corpus, readout, energy, experts):
     model = tiny(readout=readout, energy=energy, num_experts=experts)
     expected = sum(nats_of(model, text, 1, 0) for text in texts_of(corpus))
     for window, batch_size in [(1, 3), (7, 1), (8, 4), (16, 8), (1000, 2)]:
@@ -68,7 +70,7 @@ def test_document_scores_are_those_of_each_document_alone(corpus, readout, energ
 
 @pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 3), (16, 5), (1, 1), (200, 50)])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_sliding_scores_are_those_of_each_window_alone(corpus, window, stride, batch_size):
+def test_sliding_scores_are_those_of_each_window_by_itself(corpus, window, stride, batch_size):
     model, expected = tiny(), 0.0
     for text in texts_of(corpus):
         done = 1  # text[0] is the end marker, which is read and not scored
@@ -91,7 +93,7 @@ def test_a_sliding_window_that_holds_every_document_gives_the_document_scores(co
 
 @pytest.mark.parametrize("context", ["document", "sliding"])
 def test_the_end_marker_is_not_scored(corpus, context):
-    """A model that gives the end marker no probability at all loses nothing by it."""
+    """The scores of a model that gives the end marker no probability are finite."""
     model = tiny()
     model.head.register_forward_hook(lambda head, x, logits: logits.index_fill(2, torch.tensor(END_OF_DOCUMENT), -1e6))
     assert score(model, corpus, context=context).nats < 1e4
@@ -143,10 +145,10 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_an_error():
         check_vocabulary(tiny(), 260, "big", "0" * 64)
 
 
-def test_scores_say_how_many_blocks_a_token_took(corpus):
+def test_scores_have_the_mean_number_of_blocks(corpus):
     assert score(tiny(), corpus).blocks is None
     deciding = LanguageModel(259, d_model=16, n_layers=4, num_experts=1, depth={"policy": "act"}).double()
-    assert score(deciding, corpus).blocks == 4  # before learning none stops
+    assert score(deciding, corpus).blocks == 4  # untrained, no position stops
     with torch.no_grad():
         deciding.blocks[0].units[1].bias.fill_(100.0)
     assert score(deciding, corpus).blocks == 3  # the first, the one before that decision, the last

@@ -1,4 +1,4 @@
-"""``resnet-bk inspect``: what it prints, the page it writes, what it refuses."""
+"""``resnet-bk inspect``: its output, its page, and its errors."""
 
 import re
 
@@ -42,12 +42,12 @@ def test_the_whole_text_is_shown_with_what_it_cost(checkpoint, capsys):
     assert main(["inspect", "model", "text.py"]) == 0
     said = capsys.readouterr().out
     assert "def read(self):" in said
-    for name in ("FLOPs per token", "of the plain model", "blocks a token", "tokens a chunk", "computing experts"):
+    for name in ("FLOPs per token", "of the plain model", "blocks per token", "tokens per chunk", "computing experts"):
         assert name in said
     page = (checkpoint / "inspect.html").read_text()
     shown = "".join(re.findall(r'title="[^"]*bits[^"]*">([^<]*)</span>', page))
     assert "ef read(self):\n    return &#x27;a\u00df\u20ac &lt;b&gt; &amp; c&#x27;" in shown
-    for note in ("closes a chunk", "kept in ", "of 2 mixers", "experts", "its chunk "):  # two blocks are on bytes
+    for note in ("closes a chunk", "kept in ", "of 2 mixers", "experts", "chunk: "):  # two blocks are on bytes
         assert note in page
     assert "resnet-bk inspect model text.py" in page
 
@@ -62,19 +62,19 @@ def test_its_figures_are_the_ledgers(checkpoint, capsys):
     assert f"{ledger.total / 20:,.0f}" in said
     assert "looked at the first 20 tokens" in said
     found = decisions(output.records)
-    assert found["tokens a chunk"] > 1
-    assert 0 <= found["sites left out, share"] <= 1
+    assert found["tokens per chunk"] > 1
+    assert 0 <= found["share of sites left out"] <= 1
 
 
-def test_a_page_of_ours_is_replaced_and_nothing_else(checkpoint, capsys):
+def test_an_earlier_page_is_replaced_and_nothing_else(checkpoint, capsys):
     assert main(["inspect", "model", "text.py", "--output", "a.html"]) == 0
     assert main(["inspect", "model", "text.py", "--output", "a.html"]) == 0
     (checkpoint / "mine.html").write_text("<title>mine</title>")
     for arguments, message in (
-        (["text.py", "--output", "mine.html"], "inspect.output: mine.html exists and is no page of this command"),
+        (["text.py", "--output", "mine.html"], "inspect.output: mine.html exists and is not a page of this command"),
         (["text.py", "--output", "."], "inspect.output: . is a folder"),
-        (["text.py", "--output", "no/a.html"], "inspect.output: there is no folder no"),
-        (["none.txt"], "inspect.text: none.txt is no file"),
+        (["text.py", "--output", "no/a.html"], "inspect.output: folder no does not exist"),
+        (["none.txt"], "inspect.text: none.txt is not a file"),
         (["text.py", "--max_tokens", "0"], "inspect.max_tokens: got 0, allowed an integer from 1"),
     ):
         capsys.readouterr()
@@ -98,7 +98,7 @@ def test_a_single_character(checkpoint):
 
 
 @torch.no_grad()
-def test_what_was_decided_is_told_of_each_token():
+def test_decisions_are_shown_at_each_token():
     torch.manual_seed(0)
     ids = torch.tensor([list(b"one two three fou")]) + 3
     deep = LanguageModel(259, d_model=16, n_layers=4, num_experts=1, depth={"policy": "skip"}).eval()
@@ -107,23 +107,23 @@ def test_what_was_decided_is_told_of_each_token():
     words = LanguageModel(259, d_model=16, num_experts=1, depth={"policy": "act"}, multiscale=ALL["multiscale"]).eval()
     records = words(ids).records
     blocks = next(r.blocks[0].tolist() for r in records if isinstance(r, DepthRecord))
-    told = _decided(records, 17)
+    phrases = _decided(records, 17)
     for i, chunk in enumerate([0] * 4 + [1] * 4 + [2] * 6):
-        assert told[i][0] == f"its chunk {blocks[chunk]} of 3 blocks"
-    assert [i for i in range(17) if "closes a chunk" in told[i]] == [3, 7, 13]
-    assert told[14:] == [[]] * 3  # an open chunk has had none
+        assert phrases[i][0] == f"chunk: {blocks[chunk]} of 3 blocks"
+    assert [i for i in range(17) if "closes a chunk" in phrases[i]] == [3, 7, 13]
+    assert phrases[14:] == [[]] * 3  # no block has run on the open chunk yet
     length = LanguageModel(259, d_model=16, n_layers=4, num_experts=1, length={"max_length": 16, "bins": 4}).eval()
     record = length(ids).records[0]
-    expected = [["goes deep" if deep else "leaves after the trunk"] for deep in record.kept[0]]
-    assert _decided([record], 17) == expected
+    expected = ["runs the deep blocks" if kept else "takes the bypass" for kept in record.kept[0]]
+    assert _decided([record], 17) == [[phrase] for phrase in expected]
     both = LanguageModel(259, d_model=16, **ALL, length={"max_length": 16, "bins": 4}).eval()
-    assert [told[0] for told in _decided(both(ids).records, 17)] == [
-        "goes deep" if deep else "leaves after the trunk" for deep in both(ids).records[0].kept[0]
-    ]
+    records = both(ids).records
+    expected = ["runs the deep blocks" if kept else "takes the bypass" for kept in records[0].kept[0]]
+    assert [first for first, *_ in _decided(records, 17)] == expected
     assert _decided([SparsityRecord(kept=torch.ones(1, 5), sites=torch.tensor(5))], 17) == [[]] * 17  # packed rows
 
 
-def test_what_no_token_covers_is_shown_all_the_same():
+def test_text_that_no_token_covers_is_shown_too():
     cost, bits, decided = torch.tensor([1.0, 2.0, 3.0]), torch.ones(2), [[], [], []]
     pieces = _pieces("a b  c", [(0, 1), (2, 3), (5, 6)], cost, bits, decided)
     assert [text for text, _, _ in pieces] == ["a", " b", "  c"]
@@ -132,10 +132,10 @@ def test_what_no_token_covers_is_shown_all_the_same():
     assert [heat for _, heat, _ in heated(pieces, 1.0, 1.0)] == [0.0] * 3
 
 
-def test_of_a_giant_file_only_the_beginning_is_read(tmp_path):
+def test_only_the_beginning_of_a_giant_file_is_read(tmp_path):
     with (tmp_path / "a.html").open("wb") as file:
         file.write(b"<title>mine")
         file.truncate(1 << 40)  # sparse
     check_output("x", tmp_path / "a.html", "mine")
-    with pytest.raises(ConfigError, match="exists and is no page of this command"):
+    with pytest.raises(ConfigError, match="exists and is not a page of this command"):
         check_output("x", tmp_path / "a.html", "yours")

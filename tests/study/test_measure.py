@@ -1,3 +1,5 @@
+"""Measured costs, greedy decoding and rank correlation."""
+
 import numpy as np
 import pytest
 import torch
@@ -5,12 +7,12 @@ import torch
 from resnet_bk.model import LanguageModel
 from resnet_bk.study.measure import greedy, measure, rank_correlation
 
-TEXT = np.random.default_rng(0).integers(0, 31, 500, dtype=np.uint16)  # shorter than what is measured
+TEXT = np.random.default_rng(0).integers(0, 31, 500, dtype=np.uint16)  # shorter than the prefill
 
 
 @pytest.mark.parametrize("readout", ["propagator", "diagonal"])
 def test_flops_per_byte_are_those_of_the_matrices(readout):
-    """Two operations for each entry of every matrix and token; what else a token costs is small beside it."""
+    """Each entry of a matrix takes two operations per token; everything else is small in comparison."""
     model = LanguageModel(259, d_model=64, n_layers=2, num_experts=1, readout=readout)
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     expected = 2 * sum(weight.numel() for weight in matrices)
@@ -21,7 +23,7 @@ def test_flops_per_byte_are_those_of_the_matrices(readout):
     assert halved.flops_per_byte == pytest.approx(costs.flops_per_byte / 2)
 
 
-def test_of_several_experts_only_those_used_count():
+def test_only_the_experts_used_count():
     one, four = (
         measure(
             LanguageModel(31, d_model=32, n_layers=1, num_experts=n), TEXT, 1.0, batch=1, length=1024, new=2, repeats=1
@@ -43,7 +45,7 @@ def test_rates_are_positive_and_the_model_is_left_as_it_was():
 
 @torch.no_grad()
 def test_costs_are_those_of_the_text():
-    """A model whose chunks end with words computes more of them, and more FLOPs, where words are short."""
+    """A model whose chunks end with words computes more chunks, and so more FLOPs, where words are short."""
     torch.manual_seed(0)
     scales = {"factors": [8], "layers": [0, 3, 0], "boundaries": "whitespace"}
     model = LanguageModel(259, d_model=32, num_experts=1, multiscale=scales)
@@ -69,7 +71,7 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(readout, energy):
 
 
 def test_rank_correlation_gives_ties_the_mean_of_their_ranks():
-    """By position in the text they would follow whatever does."""
+    """Ranked by their position, equal values would correlate with anything that rises along the text."""
     rising = torch.arange(200.0)
     mostly_constant = torch.zeros(200)
     mostly_constant[7] = 1

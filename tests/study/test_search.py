@@ -1,4 +1,4 @@
-"""The rules of a search, against brute force and by example."""
+"""The rules of a search, compared with brute force and shown by examples."""
 
 import dataclasses
 
@@ -31,17 +31,17 @@ def recipe(policy="act", **depth):
 
 
 @given(PAIRS)
-def test_the_front_is_what_no_other_point_beats(pairs):
-    def beaten(a):
+def test_the_front_is_what_no_other_point_dominates(pairs):
+    def dominated(a):
         return any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in pairs)
 
     front = pareto_front(points(pairs))
-    assert sorted(front) == [i for i, pair in enumerate(pairs) if not beaten(pair)]
+    assert sorted(front) == [i for i, pair in enumerate(pairs) if not dominated(pair)]
     times = [pairs[i][1] for i in front]
     assert times == sorted(times)
 
 
-def test_no_points_no_front():
+def test_without_points_the_front_is_empty():
     assert pareto_front([]) == []
 
 
@@ -58,7 +58,7 @@ def test_the_chosen_one_is_on_the_front_and_the_fastest_that_is_good_enough(pair
 
 @pytest.mark.parametrize(("max_loss", "chosen"), [(0.0, 0), (0.05, 0), (0.08, 1), (0.5, 1), (1.1, 2)])
 def test_loss_is_a_share_of_perplexity(max_loss, chosen):
-    """0.1 bits are 7.2% of perplexity, 1 bit is all of it."""
+    """0.1 bits more are 7.2% more perplexity, 1 bit more doubles it."""
     assert choose([Point("", {}, 2.0, 9.0), Point("", {}, 2.1, 5.0), Point("", {}, 3.0, 1.0)], max_loss) == chosen
 
 
@@ -87,7 +87,7 @@ def test_the_default_space_is_what_the_policy_reads():
         default_space(recipe("none"))
 
 
-def test_settings_are_replaced_wherever_they_are_and_nothing_else():
+def test_settings_are_replaced_in_any_section_and_nothing_else():
     start = recipe()
     changed = with_settings(start, {"learning_rate": 0.1, "model.d_model": 96, "model.depth.penalty": 0.7})
     depth = dataclasses.replace(start.model.depth, penalty=0.7)

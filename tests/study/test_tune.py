@@ -1,4 +1,4 @@
-"""The search: real tiny runs where training matters, made-up ones where only the bookkeeping does."""
+"""``resnet-bk tune``: with real tiny runs where training matters, with made-up results elsewhere."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from resnet_bk import cli
 from resnet_bk.cli import main
 from resnet_bk.config import ConfigError, DepthConfig, ModelConfig, TrainConfig, TuneConfig
 from resnet_bk.study import run, tune
-from resnet_bk.training.trainer import Budget, NonFiniteError
+from resnet_bk.training.trainer import NonFiniteError, RunControl
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 10
 SPACE = {"learning_rate": [0.001, 0.1], "model.num_experts": [1, 4]}
@@ -25,10 +25,12 @@ MEASURE, TRAIN = run.measure, run.train
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a text and a recipe for it, base.yaml."""
+    """Return a folder with a text and a recipe for it, base.yaml."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "measure", lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1))
-    monkeypatch.setattr(run, "generate_text", lambda *arguments: "a sample")  # takes as long as all the rest
+    monkeypatch.setattr(
+        run, "generate_text", lambda *arguments: "a sample"
+    )  # sampling takes as long as everything else
     (tmp_path / "text.py").write_text(TEXT)
     write(tmp_path / "base.yaml", recipe())
     return tmp_path
@@ -49,7 +51,7 @@ def command(*more, trials=2, space=SPACE):
 
 
 def trials(state=None):
-    """Of the study in out/, those of a state."""
+    """Return the trials of the study in out/, of one state if given."""
     storage = optuna.storages.RDBStorage("sqlite:///out/study.db")
     try:
         found = optuna.load_study(study_name="tune", storage=storage).get_trials()
@@ -69,21 +71,21 @@ def scored(bits, rate):
 
 @pytest.fixture
 def made_up(place, monkeypatch):
-    """Training that takes no time; the settings of each run, in order. The better the slower."""
-    seen = []
+    """Replace training by made-up results, the better the slower. Returns the settings of each run, in order."""
+    runs = []
 
-    def train(config, console, watch):
-        seen.append(config)
-        watch(0.3, 2.0)
-        watch(0.6, 1.5)
+    def train(config, console, on_progress):
+        runs.append(config)
+        on_progress(0.3, 2.0)
+        on_progress(0.6, 1.5)
         return scored(1 + config.learning_rate, 1e6 * config.learning_rate / config.model.num_experts)
 
     monkeypatch.setattr(run, "train", train)
-    return seen
+    return runs
 
 
 def searched(**fields):
-    """A search through the library, of made-up runs."""
+    """Search by the library function, with made-up runs."""
     base = TrainConfig(model=ModelConfig(num_experts=1), max_steps=6)
     return tune.tune(
         TuneConfig(**{"base": "base.yaml", "space": SPACE, "output_dir": "out", **fields}), base, Console(quiet=True)
@@ -93,7 +95,7 @@ def searched(**fields):
 # ---------------------------------------------------------------------------------------------- real runs
 
 
-def test_a_search_from_the_command_line_goes_on_until_so_many_trials_are_finished(place, capsys):
+def test_a_search_continues_until_enough_trials_are_finished(place, capsys):
     assert main(command()) == 0
     out = place / "out"
     names = {"study.db", "pareto.md", "pareto.svg", "chosen.yaml"}
@@ -122,8 +124,8 @@ def test_a_search_from_the_command_line_goes_on_until_so_many_trials_are_finishe
     assert len(trials()) == 3
 
 
-def test_a_stopped_trial_goes_on_in_its_folder(place, monkeypatch, capsys):
-    real = Budget.on_step_end
+def test_a_stopped_trial_resumes_in_its_folder(place, monkeypatch, capsys):
+    real = RunControl.on_step_end
 
     def interrupting(self, args, state, control, **kwargs):
         if state.global_step == 3 and "trial-0001" in str(self.trainer.checkpoints):
@@ -131,9 +133,9 @@ def test_a_stopped_trial_goes_on_in_its_folder(place, monkeypatch, capsys):
         real(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Budget, "on_step_end", interrupting)
+        patch.setattr(RunControl, "on_step_end", interrupting)
         assert main(command()) == 143
-    assert capsys.readouterr().err == "resnet-bk: stopped by signal 15; saved. Go on with: the same command\n"
+    assert capsys.readouterr().err == "resnet-bk: stopped by signal 15; saved. Resume with: the same command\n"
     (stopped,) = trials(TrialState.RUNNING)
     begun = (place / "out" / "trial-0001" / "metrics.jsonl").read_text()
     assert begun.count("\n") == 3
@@ -149,7 +151,7 @@ def test_a_stopped_trial_goes_on_in_its_folder(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize("prune", [True, False])
 def test_a_hopeless_trial_ends_at_the_first_rung(made_up, monkeypatch, place, prune):
-    """Four made-up trials far better than any real one at a quarter, then a real one."""
+    """Four made-up trials are far better than any real one at a quarter of the run; then a real one follows."""
     assert main(command(trials=4)) == 0
     monkeypatch.setattr(run, "train", TRAIN)
     assert main(command(f"--prune={prune}", trials=5)) == 0
@@ -157,13 +159,13 @@ def test_a_hopeless_trial_ends_at_the_first_rung(made_up, monkeypatch, place, pr
     steps = (folder / "metrics.jsonl").read_text().count("\n")
     assert (last.state, steps) == ((TrialState.PRUNED, 2) if prune else (TrialState.COMPLETE, 6))
     assert (folder / "results.json").exists() is not prune
-    told = re.search(
+    noted = re.search(
         r"^- trial-0004: [4-9]\.\d+ training bits per byte at 25% of the run, where the worst of 4 finished trials had "
         r"2\.000$",
         (place / "out" / "pareto.md").read_text(),
         re.MULTILINE,
     )
-    assert bool(told) is prune
+    assert bool(noted) is prune
 
 
 # ---------------------------------------------------------------------------------------------- bookkeeping
@@ -200,15 +202,15 @@ def test_decode_is_an_objective_too(made_up):
     assert searched(trials=1, objective="decode").ms_per_kb == pytest.approx(1e6 / 30)
 
 
-def test_an_interrupted_search_draws_what_one_in_a_single_go_draws(made_up, monkeypatch):
-    """13 trials: the last three are drawn by TPE's model, of which Optuna warns that it is experimental."""
+def test_an_interrupted_search_draws_the_same_settings(made_up, monkeypatch):
+    """Of 13 trials the last three are drawn by TPE's model; Optuna warns that it is experimental."""
     searched(trials=13, output_dir="straight")
     straight = [(config.learning_rate, config.model.num_experts) for config in made_up]
     assert len(set(straight)) == 13
     made_up.clear()
     searched(trials=2)
 
-    def killed(config, console, watch):
+    def killed(config, console, on_progress):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -224,7 +226,7 @@ def test_an_interrupted_search_draws_what_one_in_a_single_go_draws(made_up, monk
     assert all(config.resume for config in made_up)
 
 
-def test_other_seeds_draw_otherwise(made_up):
+def test_another_seed_draws_other_settings(made_up):
     for seed in (0, 1):
         searched(trials=2, seed=seed, output_dir=f"seed{seed}")
     first, a, again, b = [config.learning_rate for config in made_up]
@@ -244,7 +246,7 @@ def test_a_kill_before_settings_were_drawn_repeats_the_recipe(made_up, monkeypat
     assert [(config.learning_rate, config.model.num_experts) for config in made_up] == [(3e-3, 1)]
 
 
-def test_a_kill_while_killed_trials_are_queued_loses_and_doubles_none(made_up, monkeypatch):
+def test_a_kill_while_trials_are_queued_again_loses_and_doubles_none(made_up, monkeypatch):
     def killed(*arguments, **keywords):
         raise KeyboardInterrupt
 
@@ -262,7 +264,7 @@ def test_a_kill_while_killed_trials_are_queued_loses_and_doubles_none(made_up, m
 
 
 def test_a_run_that_ended_before_the_kill_is_not_trained_again(made_up, monkeypatch, place):
-    def train(config, console, watch):
+    def train(config, console, on_progress):
         (place / "out" / "trial-0000").mkdir()
         (place / "out" / "trial-0000" / "results.json").write_text(json.dumps(scored(1.25, 1e5)))
         raise KeyboardInterrupt
@@ -276,7 +278,7 @@ def test_a_run_that_ended_before_the_kill_is_not_trained_again(made_up, monkeypa
     assert made_up == []
 
 
-def test_settings_that_no_model_has_are_passed_over_with_the_reason(made_up, place):
+def test_impossible_settings_are_skipped_with_the_reason(made_up, place):
     searched(trials=8, space={"model.top_k": [1, 8]})
     pruned = trials(TrialState.PRUNED)
     assert 0 < len(pruned) < 8
@@ -290,8 +292,8 @@ def test_settings_that_no_model_has_are_passed_over_with_the_reason(made_up, pla
 
 
 @pytest.mark.parametrize("result", [NonFiniteError("step 3: the loss is nan"), scored(float("nan"), 1.0)])
-def test_where_no_trial_comes_to_its_end_there_is_nothing_to_choose(place, monkeypatch, result):
-    def train(config, console, watch):
+def test_without_a_complete_trial_nothing_is_chosen(place, monkeypatch, result):
+    def train(config, console, on_progress):
         if isinstance(result, Exception):
             raise result
         return result
@@ -303,8 +305,8 @@ def test_where_no_trial_comes_to_its_end_there_is_nothing_to_choose(place, monke
     assert not (place / "out" / "chosen.yaml").exists()
 
 
-def test_a_recipe_that_cannot_be_trained_is_an_error_and_a_setting_that_cannot_is_passed_over(made_up, monkeypatch):
-    def refused(config, console, watch):
+def test_an_impossible_recipe_is_an_error_and_an_impossible_setting_is_skipped(made_up, monkeypatch):
+    def refused(config, console, on_progress):
         raise ConfigError("data.source: 9 tokens make 0 windows")
 
     with monkeypatch.context() as patch:
@@ -326,7 +328,7 @@ def test_a_recipe_that_cannot_be_trained_is_an_error_and_a_setting_that_cannot_i
         (
             {"batch_size": 3},
             [],
-            "tune.base.batch_size: got 3, the study in out was started with 2; set it to that to go on, or choose "
+            "tune.base.batch_size: got 3, the study in out was started with 2; set it to that to continue, or choose "
             "another output_dir",
         ),
         ({"model": {"d_model": 32}}, [], "tune.base.model.d_model: got 32, the study in out was started with 16"),
@@ -362,7 +364,7 @@ def test_another_search_in_the_same_folder_is_refused(made_up, place, capsys, ch
     assert len(made_up) == 2
 
 
-def test_where_things_are_may_change(made_up, place):
+def test_paths_may_change(made_up, place):
     assert main(command(trials=1)) == 0
     write(place / "base.yaml", recipe(output_dir="elsewhere", data=recipe()["data"] | {"cache": "other"}))
     assert main(command("--max_loss=0.2", "--seed=4", trials=2)) == 0
@@ -376,7 +378,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(made_up, place, capsys
     path.write_text("mine, and no database at all")
     assert main(command()) == 2
     said = capsys.readouterr().err
-    assert ("cannot be read as a study" if name == "out/study.db" else "out exists and holds no study") in said
+    assert ("cannot be read as a study" if name == "out/study.db" else "out exists and does not hold a study") in said
     assert said.count("\n") == 1
     assert files(place)[path] == b"mine, and no database at all"
     assert made_up == []
@@ -387,12 +389,12 @@ def test_a_folder_that_holds_something_else_is_left_alone(made_up, place, capsys
     [
         ("{model.depth.penlty: [0, 1]}", "tune.space: unknown setting 'model.depth.penlty'; did you mean "),
         ("{zzz: [0, 1]}", "tune.space: unknown setting 'zzz'; see resnet-bk train --help"),
-        ("{model.readout: [0, 1]}", "tune.space: model.readout is no number but 'propagator' or 'diagonal'; only "),
-        ("{model.length.levels: [1, 2]}", "tune.space: model.length.levels is no number but 1 or 2; only numbers"),
-        ("{model.causal: [0, 1]}", "tune.space: model.causal is no number but true or false; only numbers"),
-        ("{data.cache: [0, 1]}", "tune.space: data.cache is no number but text or null; only numbers"),
-        ("{model.multiscale.factors: [2, 4]}", "tune.space: model.multiscale.factors is no number but a list of "),
-        ("{model: [0, 1]}", "tune.space: model is no number but a mapping of its fields; only numbers"),
+        ("{model.readout: [0, 1]}", "tune.space: model.readout allows 'propagator' or 'diagonal'; only "),
+        ("{model.length.levels: [1, 2]}", "tune.space: model.length.levels allows 1 or 2; only numbers"),
+        ("{model.causal: [0, 1]}", "tune.space: model.causal allows true or false; only numbers"),
+        ("{data.cache: [0, 1]}", "tune.space: data.cache allows text or null; only numbers"),
+        ("{model.multiscale.factors: [2, 4]}", "tune.space: model.multiscale.factors allows a list of "),
+        ("{model: [0, 1]}", "tune.space: model allows a mapping of its fields; only numbers"),
         ("{seed: [5, 5]}", "tune.space.seed: got [5.0, 5.0], allowed low < high"),
         ("{learning_rate: [0.2, 0.1]}", "tune.space.learning_rate: got [0.2, 0.1], allowed low < high"),
         ("{seed: [1, 2.5]}", "tune.space.seed: got [1.0, 2.5], allowed two integers, [low, high]"),
@@ -400,7 +402,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(made_up, place, capsys
         ("{seed: [1, 2, 3]}", "tune.space.seed: got [1.0, 2.0, 3.0], allowed two numbers, [low, high]"),
         ("{learning_rate: [.nan, 1]}", "tune.space.learning_rate: got nan, allowed "),
         ("{learning_rate: [0, .inf]}", "tune.space.learning_rate: got inf, allowed "),
-        ("{}", "tune.space: got {}, allowed a mapping of settings to [low, high], as {learning_rate: "),
+        ("{}", "tune.space: got {}, allowed a mapping of settings to [low, high], such as {learning_rate: "),
     ],
     ids=range(16),
 )
@@ -416,34 +418,34 @@ def test_a_bad_space_is_one_line(place, capsys, space, message, form):
 
 @pytest.mark.parametrize("space", ["{seed: 3}", "{seed: [a, 3]}", "[1, 2]", "x", "{seed: {low: 1, high: 2}}", "0.5"])
 @pytest.mark.parametrize("form", ["option", "file"])
-def test_what_is_no_mapping_to_ranges_is_one_line(place, capsys, space, form):
+def test_a_space_that_is_not_a_mapping_to_ranges_is_one_line(place, capsys, space, form):
     (place / "tune.yaml").write_text(f"space: {space}\n")
     assert main(["tune", "base.yaml", *(["--config=tune.yaml"] if form == "file" else [f"--space={space}"])]) == 2
     said = capsys.readouterr().err
-    allowed = "a mapping of settings to [low, high], as {learning_rate: [0.001, 0.01]} or null"
+    allowed = "a mapping of settings to [low, high], such as {learning_rate: [0.001, 0.01]} or null"
     assert re.fullmatch(rf"resnet-bk: error: tune\.space: got \S.*, allowed {re.escape(allowed)}\n", said)
 
 
 def test_a_space_is_read_from_the_command_line_and_from_a_file(place, monkeypatch):
-    seen = []
-    monkeypatch.setattr(cli, "_run", lambda command, config: seen.append(config) or 0)
+    calls = []
+    monkeypatch.setattr(cli, "_run", lambda command, config: calls.append(config) or 0)
     (place / "tune.yaml").write_text("base: b.yaml\nspace: {model.depth.penalty: [1e-2, 1], model.d_ff: [8, 64]}\n")
     assert main(["tune", "--config", "tune.yaml"]) == 0
     assert main(["tune", "b.yaml", "--space", "{model.depth.penalty: [0.01, 1.0], model.d_ff: [8, 64]}"]) == 0
-    assert seen[0] == seen[1] == TuneConfig("b.yaml", {"model.depth.penalty": [0.01, 1.0], "model.d_ff": [8, 64]})
-    assert [type(bound) for bounds in seen[1].space.values() for bound in bounds] == [float, float, int, int]
+    assert calls[0] == calls[1] == TuneConfig("b.yaml", {"model.depth.penalty": [0.01, 1.0], "model.d_ff": [8, 64]})
+    assert [type(bound) for bounds in calls[1].space.values() for bound in bounds] == [float, float, int, int]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "tune.base: 'base.yaml' is no file; give a YAML file"),
+        (None, "tune.base: 'base.yaml' is not a file; give a YAML file"),
         ("", "tune.base: base.yaml is empty; write settings as 'name: value'"),
         ("[1", "tune.base: base.yaml is not plain YAML at line 1"),
         ("max_stps: 3", "base.yaml: unknown field 'max_stps'; did you mean 'max_steps'?"),
         ("max_steps: x", "train.max_steps: got 'x', allowed an integer or null"),
         ("seed: 1", "train: neither max_steps nor max_seconds is set"),
-        ("max_steps: 1", "tune.space: missing, and the default, settings of adaptive depth, means nothing"),
+        ("max_steps: 1", "tune.space: missing, and the default, the settings of adaptive depth, has no effect"),
     ],
     ids=range(7),
 )

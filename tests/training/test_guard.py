@@ -57,7 +57,7 @@ def test_a_look_at_one_later_token_is_caught(ahead):
 
 
 def test_a_leak_inside_blocks_of_a_fixed_length_is_caught():
-    """The mean of the block a token stands in, as a pooling that forgot to shift makes it."""
+    """Adds the mean of the block that a token is in, as a pooling without a shift would."""
     model = tiny()
 
     def leaky(ids):
@@ -68,6 +68,6 @@ def test_a_leak_inside_blocks_of_a_fixed_length_is_caught():
         check(leaky)
 
 
-def test_logits_that_are_not_numbers_do_not_pass():
+def test_nan_logits_do_not_pass():
     with pytest.raises(LeakError):
         check(lambda ids: torch.full((1, ids.shape[1], V), torch.nan))

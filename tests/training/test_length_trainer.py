@@ -38,7 +38,7 @@ def test_steps_learn_and_report(mode):
     assert shortest["speedup_estimate"] > longest["speedup_estimate"]
 
 
-def test_full_length_steps_are_the_base_models():
+def test_steps_at_full_length_are_steps_of_the_base_model():
     wrapper, trainer = pair()
     x, y = batch()
     expected = wrapper.base_model.train()(x, targets=y).loss.item()
@@ -49,7 +49,7 @@ def test_full_length_steps_are_the_base_models():
     assert report["speedup_estimate"] == 1
 
 
-def test_only_what_the_optimizer_holds_is_trained_and_clipped():
+def test_only_the_parameters_of_the_optimizer_are_trained_and_clipped():
     wrapper, _ = pair()
     optimizer = torch.optim.SGD(wrapper.parameters_added(), lr=0.1)
     trainer = LearnedSequenceLengthTrainer(wrapper, optimizer, max_grad_norm=1e9)
@@ -59,10 +59,10 @@ def test_only_what_the_optimizer_holds_is_trained_and_clipped():
         trainer.train_step(*batch())
         gradients.append(wrapper.base_model.embed.weight.grad.norm().item())
     assert all(torch.equal(p, q) for p, q in zip(before, wrapper.base_model.parameters(), strict=True))
-    assert gradients[1] == pytest.approx(gradients[0], rel=0.5)  # of one step each, not added up
+    assert gradients[1] == pytest.approx(gradients[0], rel=0.5)  # gradients are not accumulated over steps
 
 
-def test_no_update_is_made_of_a_loss_that_is_not_finite():
+def test_a_loss_that_is_not_finite_makes_no_update():
     wrapper, trainer = pair()
     with torch.no_grad():
         wrapper.embed.weight[60] = math.nan
@@ -92,20 +92,20 @@ def test_evaluation_scores_all_positions_in_both_modes():
             count += int((targets != -100).sum())
         return math.exp(nats / count)
 
-    assert scores.perplexity == pytest.approx(perplexity(use_adaptive_length=True), rel=1e-5)
-    assert scores.full_perplexity == pytest.approx(perplexity(), rel=1e-5)
-    assert scores.avg_speedup > 0
+    assert scores["perplexity"] == pytest.approx(perplexity(use_adaptive_length=True), rel=1e-5)
+    assert scores["full_perplexity"] == pytest.approx(perplexity(), rel=1e-5)
+    assert scores["avg_speedup"] > 0
     with torch.no_grad():
         found = [length_histogram(wrapper(inputs, use_adaptive_length=True).length) for inputs, _ in ragged]
-    assert sum(scores.histogram.values()) == sum(sum(h.values()) for h in found) == 11
-    assert 8 <= scores.avg_predicted_length <= 32
+    assert sum(scores["histogram"].values()) == sum(sum(h.values()) for h in found) == 11
+    assert 8 <= scores["avg_predicted_length"] <= 32
     plain = trainer.evaluate(ragged, use_adaptive_length=False)
-    assert plain.perplexity == plain.full_perplexity == pytest.approx(scores.full_perplexity)
-    assert plain.avg_speedup == 1
-    assert plain.histogram == {}
+    assert plain["perplexity"] == plain["full_perplexity"] == pytest.approx(scores["full_perplexity"])
+    assert plain["avg_speedup"] == 1
+    assert plain["histogram"] == {}
 
 
-def test_nothing_to_evaluate_is_an_error():
+def test_an_empty_loader_is_an_error():
     _, trainer = pair()
     with pytest.raises(ValueError, match="loader"):
         trainer.evaluate([])

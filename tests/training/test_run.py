@@ -21,7 +21,7 @@ TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    pr
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a corpus of 22 files, two of them held out, and a cache that is not the user's."""
+    """A folder with a corpus of 22 files, two of them held out, and its own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(scored, "measure", lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1))
     (tmp_path / "corpus").mkdir()
@@ -87,7 +87,7 @@ def test_train_eval_and_generate_from_the_command_line(place, capsys):
     report = (run / "report.html").read_text()
     for part in (f"{results['held_out']['bits_per_byte']:.4f}", "<svg", "resnet-bk train --config"):
         assert part in report
-    assert "{'" not in capsys.readouterr().out, "the engine prints dictionaries"
+    assert "{'" not in capsys.readouterr().out, "the Trainer prints dictionaries"
 
     assert main(["eval", str(run)]) == 0
     assert f"{results['held_out']['bits_per_byte']:.4f}" in capsys.readouterr().out
@@ -133,9 +133,9 @@ def test_a_run_killed_while_it_was_scored_ends_without_another_step(place, monke
     assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == 6
 
 
-def test_an_interrupted_run_exits_by_its_signal_and_goes_on_where_it_stopped(place, monkeypatch, capsys):
-    """Signals by raise_signal; the subprocess tests below send real ones."""
-    real = module.Budget.on_step_end
+def test_an_interrupted_run_exits_by_its_signal_and_resumes_where_it_stopped(place, monkeypatch, capsys):
+    """Signals come from raise_signal; the subprocess tests below send them from outside."""
+    real = module.RunControl.on_step_end
 
     def interrupting(self, args, state, control, **kwargs):
         if state.global_step == 3:
@@ -143,10 +143,10 @@ def test_an_interrupted_run_exits_by_its_signal_and_goes_on_where_it_stopped(pla
         real(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.Budget, "on_step_end", interrupting)
+        patch.setattr(module.RunControl, "on_step_end", interrupting)
         assert main(arguments(place, "--log_every=1")) == 143
     assert "--resume true" in capsys.readouterr().err
-    assert main(["eval", str(place / "run")]) == 0, "a checkpoint can be evaluated as it is"
+    assert main(["eval", str(place / "run")]) == 0, "a checkpoint can be evaluated"
     with (place / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "from": "a step that was lost"}\n{"step": 5')
     command = ["train", "--config", str(place / "run" / "config.yaml"), "--resume", "true"]
@@ -180,7 +180,7 @@ def test_resuming_with_other_settings_names_the_first_that_differs(place, change
         check_same_run(settings(place, **changed), folder)
 
 
-def test_when_a_run_ends_and_what_it_reports_may_change(place):
+def test_settings_that_may_change_on_resume(place):
     folder = place / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(module.dataclasses.asdict(settings(place, resume=False))))
@@ -239,7 +239,7 @@ def newest(place):
 
 
 def wait_for_steps(place, process, after):
-    """Until a checkpoint later than `after` is there."""
+    """Wait for a checkpoint later than step `after`."""
     until = time.monotonic() + 90
     while time.monotonic() < until:
         assert process.poll() is None, (place / "log.txt").read_text()
@@ -256,7 +256,7 @@ def step_of(place):
 
 
 def test_runs_killed_at_any_moment_keep_an_intact_checkpoint_and_sigterm_saves_one(place):
-    """Three kills at random moments, each followed by a resumption; then SIGTERM, then the end of the run in here."""
+    """Three kills at random moments, each followed by a resumption; then SIGTERM; the last resumption is in-process."""
     reached = 0
     for kill in range(3):
         process = start(place, "--resume=true")
@@ -273,7 +273,9 @@ def test_runs_killed_at_any_moment_keep_an_intact_checkpoint_and_sigterm_saves_o
     assert process.wait(60) == 143, (place / "log.txt").read_text()
     stopped = step_of(place)
     assert stopped > reached
-    assert not list((place / "run" / "checkpoints").glob(".*")), "a killed run's half checkpoint is still there"
+    assert not list((place / "run" / "checkpoints").glob(".*")), (
+        "the incomplete checkpoint of a killed run is still there"
+    )
     assert main([*arguments(place, "--resume=true", steps=stopped + 2)]) == 0
     assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == stopped + 2
     assert not (place / "run-2").exists()

@@ -1,6 +1,7 @@
 import json
 import math
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.training import trainer as module
 from resnet_bk.training.trainer import (
     BKTrainer,
-    Budget,
     Clock,
     NonFiniteError,
     Recorder,
+    RunControl,
     Windows,
     learning_rate_factor,
 )
@@ -49,16 +50,16 @@ def build(folder, seed=0, model=MODEL, **settings):
     config = TrainConfig(model=model, output_dir=str(folder), **{**defaults, **settings})
     network = ResNetBKForCausalLM(ResNetBKConfig.from_model_config(model))
     trainer = BKTrainer(network, config, windows(length=model.n_seq), bytes_per_token=2.0)
-    trainer.add_callback(Budget(trainer))
+    trainer.add_callback(RunControl(trainer))
     return trainer
 
 
 def stop_at(trainer, step):
     def stop(now):
         if now == step:
-            trainer.signalled = signal.SIGTERM
+            trainer.received_signal = signal.SIGTERM
 
-    trainer.callback_handler.callbacks.insert(0, At(stop))  # before Budget, as a signal would be
+    trainer.callback_handler.callbacks.insert(0, At(stop))  # before RunControl, as a signal would arrive
 
 
 def history(trainer):
@@ -87,7 +88,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert learning_rate_factor(1.0, 1.0, 0.2) == pytest.approx(1.0)
 
 
-def test_each_step_is_taken_at_its_own_learning_rate(tmp_path):
+def test_each_step_uses_the_scheduled_learning_rate(tmp_path):
     trainer = build(tmp_path, warmup=0.5, learning_rate=0.01)
     trainer.run_training(None)
     expected = [0.01 * learning_rate_factor(step / 12, 0.5, 0.05) for step in range(12)]
@@ -99,13 +100,13 @@ def test_a_time_budget_ends_a_run_with_a_checkpoint(tmp_path):
     trainer.run_training(None)
     assert 1.0 <= trainer.clock.seconds < 3.0
     assert trainer.progress == 1.0
-    assert trainer.optimizer.param_groups[0]["lr"] < 0.1 * trainer.run.learning_rate
+    assert trainer.optimizer.param_groups[0]["lr"] < 0.1 * trainer.config.learning_rate
     assert checkpoints(tmp_path) == [f"checkpoint-{trainer.state.global_step}"]
 
 
-def test_the_clock_counts_all_sessions_and_stands_still_outside_them(monkeypatch):
+def test_the_clock_counts_all_sessions_and_stops_between_them(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = Clock()
     now[0] = 5.0
     assert clock.seconds == 0.0
@@ -121,7 +122,7 @@ def test_the_clock_counts_all_sessions_and_stands_still_outside_them(monkeypatch
 # --------------------------------------------------------------------------------------------------- logs
 
 
-def test_logged_bits_per_byte_are_the_cross_entropy_alone(tmp_path):
+def test_logged_bits_per_byte_are_the_cross_entropy(tmp_path):
     experts = ModelConfig(vocab_size=40, d_model=16, n_layers=1, n_seq=8, num_experts=3, balance_weight=50.0)
     trainer = build(tmp_path, model=experts, batch_size=14, max_steps=1, accumulate=1)
     rows = [trainer.train_dataset[i] for i in range(14)]
@@ -166,7 +167,7 @@ def test_a_half_written_last_line_of_metrics_and_later_steps_are_dropped(tmp_pat
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_run_stopped_three_times_is_bitwise_the_run_that_never_stopped(tmp_path, accumulate):
-    """Seven batches an epoch, so that stops fall inside epochs and, without accumulation, on the end of one."""
+    """Seven batches per epoch, so stops fall inside epochs and, without accumulation, on the end of one."""
     straight = build(tmp_path / "straight", accumulate=accumulate)
     straight.run_training(None)
     resumed_from = None
@@ -183,7 +184,7 @@ def test_a_run_stopped_three_times_is_bitwise_the_run_that_never_stopped(tmp_pat
         assert torch.equal(a, b)
 
 
-def test_seconds_go_on_counting_where_the_checkpoint_stopped(tmp_path):
+def test_seconds_continue_from_the_checkpoint(tmp_path):
     first = build(tmp_path)
     stop_at(first, 3)
     first.run_training(None)
@@ -207,7 +208,7 @@ def test_a_run_that_was_already_at_its_end_makes_no_further_step(tmp_path):
 # -------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_the_last_two_checkpoints_are_kept_whole_and_without_pickles(tmp_path):
+def test_the_last_two_checkpoints_are_kept_sealed_and_without_pickles(tmp_path):
     trainer = build(tmp_path, save_every=2)
     trainer.run_training(None)
     assert checkpoints(tmp_path) == ["checkpoint-10", "checkpoint-12"]
@@ -235,22 +236,22 @@ def test_an_older_intact_checkpoint_exists_until_the_new_one_is_sealed(tmp_path,
     ]
 
 
-def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_half(tmp_path, monkeypatch):
-    trainer, real = build(tmp_path, save_every=1), module.save_moments
+def test_a_failed_save_leaves_the_older_checkpoint_and_no_incomplete_one(tmp_path, monkeypatch):
+    trainer, real = build(tmp_path, save_every=1), module.save_optimizer_state
 
-    def full(moments, folder):
+    def full(state, folder):
         if trainer.state.global_step == 4:
             raise OSError(28, "No space left on device")
-        real(moments, folder)
+        real(state, folder)
 
-    monkeypatch.setattr(module, "save_moments", full)
+    monkeypatch.setattr(module, "save_optimizer_state", full)
     with pytest.raises(OSError, match="No space left"):
         trainer.run_training(None)
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     assert newest_valid(tmp_path / "checkpoints", pytest.fail).name == "checkpoint-3"
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_replaced(tmp_path):
     straight = build(tmp_path / "straight")
     straight.run_training(None)
     first = build(tmp_path / "run", save_every=2)
@@ -272,11 +273,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(tmp_path):
         assert torch.equal(a, b)
 
 
-# --------------------------------------------------------------------------------- numbers that are none
+# ------------------------------------------------------------------------------- NaN, infinity, signals
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_weight_that_is_no_number_stops_the_run_at_its_step(tmp_path, value):
+def test_a_nan_or_infinite_weight_stops_the_run_at_its_step(tmp_path, value):
     trainer = build(tmp_path)
     after = []
 
@@ -294,7 +295,7 @@ def test_a_weight_that_is_no_number_stops_the_run_at_its_step(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_gradient_that_is_no_number_never_reaches_a_weight(tmp_path, value):
+def test_a_nan_or_infinite_gradient_never_reaches_a_weight(tmp_path, value):
     trainer = build(tmp_path)
     before = []
 
@@ -333,8 +334,7 @@ def test_windows_cover_the_text_once_and_targets_are_the_next_tokens():
     assert np.array_equal(targets, data.ids[1:])
 
 
-def test_goals_follow_the_run(tmp_path):
-    """A schedule of the model's own goes by the share of the run that is done."""
+def test_schedules_of_the_model_follow_the_progress(tmp_path):
     sparse = ModelConfig(
         vocab_size=40, d_model=16, n_layers=1, n_seq=8, num_experts=1, sparsity=SparsityConfig(target=0.5)
     )

@@ -1,1 +1,1 @@
-"""Adaptive compute: one file a room, and the primitive they share."""
+"""Adaptive compute: one file for each technique, and what they share."""

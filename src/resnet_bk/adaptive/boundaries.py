@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT, ModelConfig
-from resnet_bk.layers.block import token_of
 from resnet_bk.layers.norm import Norm
 
 LONGEST = 2  # times the factor is as old as a chunk's result may get
@@ -73,7 +72,6 @@ class AfterWords(nn.Module):
 
 def ends_of_words(ids: Tensor, before: Tensor) -> Tensor:
     """(B, N) bool: the first separator after a word, every end of a line or document, of byte tokens ids (B, N)."""
-    before, ids = token_of(before), token_of(ids)
     word = _in_word(torch.cat([before.unsqueeze(1), ids], dim=1))
     return (word[:, :-1] & ~word[:, 1:]) | (ids == ord("\n") + BYTE_OFFSET) | (ids == END_OF_DOCUMENT)
 

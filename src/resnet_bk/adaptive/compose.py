@@ -1,4 +1,4 @@
-"""How the rooms nest: learned length around multi-scale around adaptive depth around blocks."""
+"""How the techniques nest: learned length around multi-scale around adaptive depth around blocks."""
 
 from collections.abc import Callable
 
@@ -15,12 +15,12 @@ Read = Callable[[Tensor], Tensor]  # from features (..., D) to logits (..., V)
 
 
 def build(config: ModelConfig, read: Read) -> Stack:
-    """All layers of a model."""
+    """Return all layers of a model. read: its map from features to logits."""
     return learned_length(config, build_stack(config, read), read)
 
 
 def build_stack(config: ModelConfig, read: Read) -> Stack:
-    """The blocks in a row, or, level by level inward, some before and some after a coarser stack."""
+    """Return the blocks in a row; with multi-scale, level by level inward, blocks before and after a coarser stack."""
     before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
     if not config.multiscale.factors:
         return Stack(before)
@@ -29,7 +29,7 @@ def build_stack(config: ModelConfig, read: Read) -> Stack:
 
 
 def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
-    """The stack, or one with a learned length. Where there are no chunks, adaptive depth is of its deep layers."""
+    """Wrap the stack in learned length where that is on; adaptive depth then drives the deep blocks."""
     if config.length.bins:
         deep = driven(config, stack.part(config.trunk), read)
         return Stack([LearnedLength(config, stack.part(0, config.trunk), deep)])
@@ -37,7 +37,7 @@ def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
 
 
 def driven(config: ModelConfig, stack: Stack, read: Read) -> Stack:
-    """The stack, or, where depth has a policy and there are no chunks inside, the same blocks with adaptive depth."""
+    """Let adaptive depth drive the blocks of the stack where it is on and the stack holds no coarser one."""
     if config.multiscale.factors or config.depth.policy == "none":
         return stack
     if config.depth.policy == "exit":

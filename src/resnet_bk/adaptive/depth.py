@@ -1,17 +1,18 @@
-"""Adaptive depth: how many blocks each position goes through.
+"""Adaptive depth: how many blocks each position runs.
 
-The blocks after a decision run on the packed sequence of the positions that go on: their chains consist of those alone.
-A decision reads the position and its past, never how many others go on, so predictions stay causal and do not depend
-on batch-mates. Where nothing goes on in decoding, the blocks do not run at all and keep their state. The last blocks
-run on all positions again: their chains tell those that stopped what became of the others.
+The blocks after a decision run on the packed sequence of the positions that continue, so their chains consist of those
+positions only. A decision reads a position and its past, never how many others continue: predictions stay causal and
+do not depend on batch-mates. In decoding, when no position continues, the remaining blocks do not run and keep their
+state. The last blocks run on all positions again: through their chains, positions that stopped early learn what the
+deeper blocks found for the others.
 
-Dimensions: B batch, N positions, M positions of the fullest row that are still going, D model width.
+Dimensions: B batch, N positions, M positions of the fullest row that are still running, D model width.
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -19,17 +20,25 @@ from torch import Tensor, nn
 
 from resnet_bk.adaptive.select import rows_by_length, run_rows
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.block import Stack
-from resnet_bk.layers.feedforward import TILE
+from resnet_bk.layers.block import AdaptiveLayer, Stack, Tokens
+from resnet_bk.layers.price import price
 from resnet_bk.layers.score import Score
-from resnet_bk.ops.packing import Packing, capacity
-from resnet_bk.record import Record, TaskLoss
+from resnet_bk.ops.packing import TILE, Packing, capacity
+from resnet_bk.record import Loss, Record, TaskLoss
+
+STOP = -3.0  # initial halting score: before training, nearly every position reaches the last segment
+BAND = 0.1  # distance from the target share of blocks at which the price is 1
 
 
 @dataclass(kw_only=True)
 class DepthRecord(Record):
-    """blocks: (B, N) int64, those that each position went through; 0 for padding. computed: blocks times positions,
-    what fills up batches included. available: blocks there are."""
+    """What adaptive depth decided.
+
+    Attributes:
+        blocks: (B, N) int64, blocks that each position ran; 0 for padding.
+        computed: blocks times positions that were computed, rows that fill up a batch included.
+        available: blocks there are.
+    """
 
     blocks: Tensor
     computed: int
@@ -37,31 +46,35 @@ class DepthRecord(Record):
 
     @property
     def mean_blocks(self) -> float:
-        """Of a position that is no padding."""
+        """Mean over non-padding positions."""
         return int(self.blocks.sum()) / max(1, int((self.blocks > 0).sum()))
 
 
-STOP = -3.0  # halting scores before learning: nearly every position reaches the last segment
-BAND = 0.1  # shares of blocks around the target in which the price rises from -1 to 1
-
-
 @dataclass
-class Spent:
-    """What a call has computed so far. expected: the sum over positions of the number of blocks that their
-    probabilities make; blocks: (B, N) int64, those that ran; computed: see :class:`DepthRecord`."""
+class Totals:
+    """Running totals of one forward pass.
+
+    Attributes:
+        expected: scalar, the sum over positions of the expected number of blocks under their probabilities.
+        blocks: (B, N) int64, blocks that each position ran.
+        computed: see :class:`DepthRecord`.
+        states: the new state of each part, in the order in which the parts run.
+        records: what the parts report.
+        task_loss: see :class:`resnet_bk.record.Record`.
+    """
 
     expected: Tensor
     blocks: Tensor
     computed: int
-    states: list[Any]
-    records: list[Record]
+    states: list[Any] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     task_loss: TaskLoss | None = None
 
 
-class AdaptiveDepth(nn.Module):
-    """Blocks that all positions go through, segments of blocks with a decision before each, blocks for all again."""
+class AdaptiveDepth(AdaptiveLayer):
+    """Blocks that every position runs, segments of blocks with a decision before each, then blocks for all again."""
 
-    priced = True  # whether the loss has a price on blocks
+    priced = True  # True where the loss contains a price on blocks
 
     def __init__(self, config: ModelConfig, stack: Stack):
         super().__init__()
@@ -71,73 +84,80 @@ class AdaptiveDepth(nn.Module):
         self.segments = nn.ModuleList(stack.part(i, min(i + every, end)) for i in range(begin, end, every))
 
     def forward(
-        self, x: Tensor, ids: Tensor, state: Sequence[Any] | None, mask: Tensor | None
+        self, x: Tensor, tokens: Tokens, state: Sequence[Any] | None, mask: Tensor | None
     ) -> tuple[Tensor, list[Any], list[Record]]:
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        number = real.sum()
+        present = torch.ones_like(tokens.ids, dtype=torch.bool) if mask is None else mask
+        number = present.sum()
         for_all = len(self.first) + len(self.last)
-        spent = Spent(
-            for_all * number.to(torch.promote_types(x.dtype, torch.float32)),
-            for_all * real.long(),
-            for_all * ids.numel(),
-            [],
-            [],
+        totals = Totals(
+            expected=for_all * number.to(torch.promote_types(x.dtype, torch.float32)),
+            blocks=for_all * present.long(),
+            computed=for_all * tokens.ids.numel(),
         )
         past = [None] * (len(self.segments) + 2) if state is None else state
-        x = self._run(self.first, x, ids, past[0], mask, spent)
-        x = self._decide(x, ids, past[1:-1], real, spent)
-        x = self._run(self.last, x, ids, past[-1], mask, spent)
-        losses = {"ponder": self._ponder(spent, number)} if self.priced else {}
+        x = self._run(self.first, x, tokens, past[0], mask, totals)
+        x = self._run_segments(x, tokens, past[1:-1], present, totals)
+        x = self._run(self.last, x, tokens, past[-1], mask, totals)
         record = DepthRecord(
-            losses=losses,
-            task_loss=spent.task_loss,
-            blocks=spent.blocks,
-            computed=spent.computed,
+            losses={"ponder": Loss(self._ponder(totals, number), self.settings.penalty)} if self.priced else {},
+            task_loss=totals.task_loss,
+            blocks=totals.blocks,
+            computed=totals.computed,
             available=self.available,
         )
-        return x, spent.states, [record, *spent.records]
+        return x, totals.states, [record, *totals.records]
 
     @property
     def stacks(self) -> list[Stack]:
-        """The segments."""
+        """The segments, typed."""
         return cast(list[Stack], list(self.segments))
 
-    def _run(self, stack: Stack, x: Tensor, ids: Tensor, state: Any, mask: Tensor | None, spent: Spent) -> Tensor:
-        x, state, records = stack(x, ids, state, mask)
-        spent.states.append(state)
-        spent.records += records
+    def _run(self, stack: Stack, x: Tensor, tokens: Tokens, state: Any, mask: Tensor | None, totals: Totals) -> Tensor:
+        x, state, records = stack(x, tokens, state, mask)
+        totals.states.append(state)
+        totals.records += records
         return x
 
-    def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
-        """The segments, each on the positions that go into it. x: (B, N, D) -> (B, N, D)."""
+    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], present: Tensor, totals: Totals) -> Tensor:
+        """Run each segment on the positions that enter it, (B, N, D) -> (B, N, D). present: (B, N), not padding."""
         raise NotImplementedError
 
-    def _run_packed(self, segment: Stack, x: Tensor, ids: Tensor, state: Any, packing: Packing, spent: Spent) -> Tensor:
-        """A segment on packed positions x (B, M, D), ids (B, M). Rows without any do not run, except where there is no
-        state yet, or a bound."""
+    def _run_packed(
+        self, segment: Stack, x: Tensor, tokens: Tokens, state: Any, packing: Packing, totals: Totals
+    ) -> Tensor:
+        """Run a segment on packed positions x (B, M, D).
+
+        Rows without a selected position are skipped, except where they have no state yet, or where there is a bound.
+        """
         if packing.bound is not None:
-            spent.computed += len(segment) * packing.mask.numel()
-            return self._run(segment, x, ids, state, packing.mask, spent)
+            totals.computed += len(segment) * packing.mask.numel()
+            return self._run(segment, x, tokens, state, packing.mask, totals)
         counts = packing.counts if state is not None else packing.counts.clamp(min=1)
         groups = rows_by_length(counts, TILE)
-        y, state, records = run_rows(segment, x, ids, state, packing, groups)
-        spent.states.append(state)
-        spent.records += records
-        spent.computed += len(segment) * sum(len(rows) * packing.width(counts[rows]) for rows in groups)
+        y, state, records = run_rows(segment, x, tokens, state, packing, groups)
+        totals.states.append(state)
+        totals.records += records
+        totals.computed += len(segment) * sum(len(rows) * packing.width(counts[rows]) for rows in groups)
         return y
 
-    def _ponder(self, spent: Spent, number: Tensor) -> Tensor:
-        """The expected share of the blocks, times the price: 1 where the share that ran, which is what costs time, is
-        above the target by BAND or more, in proportion where it is closer, negative where it is below: it settles at
-        what holds the target."""
-        scale = 1 / (self.available * number.clamp(min=1).to(spent.expected.dtype))
-        above = spent.blocks.sum() * scale - self.settings.target
-        return (above / BAND).clamp(-1, 1) * spent.expected * scale
+    def _ponder(self, totals: Totals, number: Tensor) -> Tensor:
+        """Return the expected share of the blocks times its price.
+
+        The price follows the share of blocks that ran, because that is what takes time.
+        """
+        scale = 1 / (self.available * number.clamp(min=1).to(totals.expected.dtype))
+        return price(totals.blocks.sum() * scale, self.settings.target, BAND) * totals.expected * scale
 
 
 @dataclass
-class Seen:
-    """Before a segment: how many packings there were, the states x (B, M, D), which of them exist (B, M)."""
+class Snapshot:
+    """The running positions just before a segment's decision.
+
+    Attributes:
+        packings: how many packings had been made by then.
+        x: (B, M, D) their features.
+        present: (B, M) bool, True for running positions, False for rows that fill up the packing.
+    """
 
     packings: int
     x: Tensor
@@ -145,70 +165,76 @@ class Seen:
 
 
 class Stopping(AdaptiveDepth):
-    """Positions stop before a segment, for good, and become the mean of their states under the probabilities to stop at
-    each; of a policy that is certain, the state at which they stop."""
+    """Positions stop before a segment and do not return.
+
+    The output of a position is the mean of its features before each segment, weighted by the probability to stop
+    there. Under a policy without probabilities it is the features at which the position stops.
+    """
 
     def _draw(self, x: Tensor) -> Any:
-        """What a call draws once, for all decisions about x (B, N, D)."""
+        """Return what one forward pass draws at random, once for all of its decisions about x (B, N, D)."""
         return None
 
     def _halt(self, i: int, x: Tensor, drawn: Any) -> Tensor:
-        """(B, M) float32 or float64: the probability to stop before segment i; 0 or 1 of a policy that is certain."""
+        """Return (B, M) float32 or float64, the probability to stop before segment i; 0 or 1 without probabilities."""
         raise NotImplementedError
 
     def _stops(self, halt: Tensor, left: Tensor) -> Tensor:
-        """(B, M) bool: who stops. left: of each position's probability 1, before this decision."""
+        """Return (B, M) bool, True where a position stops. left: (B, M), what remains of its probability 1."""
         raise NotImplementedError
 
-    def _task_loss(self, out: Tensor, seen: list[Seen], packings: list[Packing], drawn: Any) -> TaskLoss | None:
-        """See :class:`resnet_bk.record.Record`. out: (B, N, D). seen: one entry for each decision."""
+    def _task_loss(
+        self, out: Tensor, snapshots: list[Snapshot], packings: list[Packing], drawn: Any
+    ) -> TaskLoss | None:
+        """See :class:`resnet_bk.record.Record`. out: (B, N, D). snapshots: one entry for each decision."""
         return None
 
-    def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
-        drawn, left = self._draw(x), real.to(spent.expected.dtype)
-        present, blocks, out = real, torch.zeros_like(ids), torch.zeros_like(x)
+    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], present: Tensor, totals: Totals) -> Tensor:
+        drawn, left = self._draw(x), present.to(totals.expected.dtype)
+        blocks, out = torch.zeros_like(tokens.ids), torch.zeros_like(x)
         packings: list[Packing] = []
-        waiting: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge the later ones into
-        seen: list[Seen] = []
+        unpacked: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge later ones into
+        snapshots: list[Snapshot] = []
         bound = capacity(self.settings.bound, x.shape[1])
         for i, segment in enumerate(self.stacks):
             if self.training:
-                seen.append(Seen(len(packings), x, present))
+                snapshots.append(Snapshot(len(packings), x, present))
             halt = self._halt(i, x, drawn)
             stops = self._stops(halt, left)
             weight = torch.where(stops, left, halt)
             out = torch.addcmul(out, weight.unsqueeze(-1).to(x.dtype), x)
-            left, goes = left - weight, present & ~stops
-            going = None if bound is not None else int(goes.sum())
-            if going == 0 and past[i] is not None:  # most steps of decoding
-                spent.states += past[i:]
+            left, runs = left - weight, present & ~stops
+            running = None if bound is not None else int(runs.sum())
+            if running == 0 and past[i] is not None:  # most steps of decoding
+                totals.states += past[i:]
                 break
-            packing = Packing(goes, TILE, bound)
-            if going is None or going < goes.numel() or goes.shape[1] % packing.tile:
+            packing = Packing(runs, TILE, bound)
+            if running is None or running < runs.numel() or runs.shape[1] % packing.tile:
                 packings.append(packing)
-                waiting.append((out, blocks))
-                x, ids, out, blocks = (packing.pack(t) for t in (x, ids, out, blocks))
-                present = packing.mask
+                unpacked.append((out, blocks))
+                x, out, blocks = (packing.pack(t) for t in (x, out, blocks))
+                tokens, present = tokens.map(packing.pack), packing.mask
                 left = packing.pack(left) * present
-            x = self._run_packed(segment, x, ids, past[i], packing, spent)
-            spent.expected = spent.expected + len(segment) * left.sum()
+            x = self._run_packed(segment, x, tokens, past[i], packing, totals)
+            totals.expected = totals.expected + len(segment) * left.sum()
             blocks = blocks + len(segment) * present
         else:
             out = torch.addcmul(out, left.unsqueeze(-1).to(x.dtype), x)
-        for packing, (wide, counts) in zip(reversed(packings), reversed(waiting), strict=True):
+        for packing, (wide, counts) in zip(reversed(packings), reversed(unpacked), strict=True):
             out, blocks = packing.merge(out, wide), packing.merge(blocks, counts)
-        spent.blocks = spent.blocks + blocks
+        totals.blocks = totals.blocks + blocks
         if self.training:
-            spent.task_loss = self._task_loss(out, seen, packings, drawn)
+            totals.task_loss = self._task_loss(out, snapshots, packings, drawn)
         return out
 
 
 class Halting(Stopping):
     """Adaptive computation time (Graves 2016, arXiv:1603.08983, eqs. 5 to 13).
 
-    Before each segment a unit gives the probability to stop. A position stops where these add up to the threshold, the
-    last one being what is left of 1; it becomes the mean of its states, so the task trains the units. The ponder cost
-    is the expected number of blocks, a sum over segments of the probability to reach them.
+    A unit before each segment gives the probability to stop there. A position stops where these probabilities add up to
+    the threshold; the last one is what remains of 1. Its output is the mean of its features under them, so the task
+    loss trains the units. The ponder cost is the expected number of blocks: the sum over segments of the probability to
+    reach them.
     """
 
     def __init__(self, config: ModelConfig, stack: Stack):
@@ -223,23 +249,23 @@ class Halting(Stopping):
 
 
 class Skipping(AdaptiveDepth):
-    """Positions go past a segment, and may go into the next one: a router before each lets them in or not.
+    """A router before each segment lets a position in or past; a position that is skipped may enter the next segment.
 
-    Mixture of depths (Raposo et al. 2024, arXiv:2404.02258) with a threshold in place of its top-k over the sequence,
-    which would tell a position about later ones. In training what a segment adds is scaled by a gate that noise moves
-    between 0, where it does not run, and 1 (hard concrete, Louizos et al. 2018, arXiv:1712.01312): over the noise its
-    gradient adds up to all that the segment is worth to the task. At 1 alone it would be what a little more of the
-    segment is worth, which training brings to nothing.
+    This is mixture of depths (Raposo et al. 2024, arXiv:2404.02258) with a threshold instead of a top-k over the
+    sequence, which would tell a position about later ones. In training, a gate scales what a segment adds. Noise moves
+    the gate between 0, where the segment does not run, and 1 (hard concrete, Louizos et al. 2018, arXiv:1712.01312), so
+    over the noise its gradient adds up to the whole worth of the segment for the task. At 1 alone the gradient would be
+    the worth of slightly more of the segment, which training brings to zero.
     """
 
     def __init__(self, config: ModelConfig, stack: Stack):
         super().__init__(config, stack)
         decided = sum(map(len, self.stacks))
         share = (self.settings.target * self.available - self.available + decided) / max(1, decided)
-        share = min(max(share, 0.5), 0.9)  # of positions that go in at first: what meets the target, at least half
+        share = min(max(share, 0.5), 0.9)  # of positions that enter at first: what meets the target, at least half
         self.routers = nn.ModuleList(Score(config.d_model, math.log(share / (1 - share)), 1.0) for _ in self.segments)
 
-    def _decide(self, x: Tensor, ids: Tensor, past: Sequence[Any], real: Tensor, spent: Spent) -> Tensor:
+    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], present: Tensor, totals: Totals) -> Tensor:
         bound = capacity(self.settings.bound, x.shape[1])
         for router, segment, state in zip(self.routers, self.stacks, past, strict=True):
             score = router(x)
@@ -247,25 +273,29 @@ class Skipping(AdaptiveDepth):
             if self.training:
                 noise = torch.rand_like(score).logit(1e-6)
                 gate = (0.5 + score + noise).clamp(0, 1)
-            goes = real & (probability >= self.threshold if gate is None else gate > 0)
-            spent.expected = spent.expected + len(segment) * (probability * real).sum()
-            if bound is None and state is not None and not bool(goes.any()):
-                spent.states.append(state)
+            runs = present & (probability >= self.threshold if gate is None else gate > 0)
+            totals.expected = totals.expected + len(segment) * (probability * present).sum()
+            if bound is None and state is not None and not bool(runs.any()):
+                totals.states.append(state)
                 continue
-            packing = Packing(goes, TILE, bound)
+            packing = Packing(runs, TILE, bound)
             packed = packing.pack(x)
-            y = self._run_packed(segment, packed, packing.pack(ids), state, packing, spent)
+            y = self._run_packed(segment, packed, tokens.map(packing.pack), state, packing, totals)
             if gate is not None:
                 y = torch.lerp(packed, y, packing.pack(gate).unsqueeze(-1).to(x.dtype))
             x = packing.merge(y, x)
-            spent.blocks = spent.blocks + len(segment) * goes
+            totals.blocks = totals.blocks + len(segment) * runs
         return x
 
 
 @contextlib.contextmanager
 def measured_depth(model: nn.Module) -> Iterator[Callable[[], float | None]]:
-    """Inside, counts what every position goes through; call what it yields for the mean number of blocks among those
-    that depth decides about, None where a model has no adaptive depth."""
+    """Count the blocks that positions run while the context is open.
+
+    Yields:
+        A function that returns the mean number of blocks per position so far, among the blocks that adaptive depth
+        decides about; None for a model without adaptive depth.
+    """
     sums: list[tuple[int, int]] = []
 
     def count(module: nn.Module, arguments: Any, output: tuple[Tensor, Any, list[Record]]) -> None:

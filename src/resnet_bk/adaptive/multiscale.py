@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.adaptive.boundaries import BOUNDARIES, LONGEST, at_most, since_last
-from resnet_bk.adaptive.select import Chunks, last_real, run_rows
+from resnet_bk.adaptive.select import Chunks, last_token, run_rows
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.feedforward import TILE
+from resnet_bk.layers.block import AdaptiveLayer, Tokens
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.kernels import scan
-from resnet_bk.ops.packing import capacity
-from resnet_bk.record import Record
+from resnet_bk.ops.packing import TILE, capacity
+from resnet_bk.record import Loss, Record
 
 
 class LearnedDownsampling(nn.Module):
@@ -134,7 +134,7 @@ class ChunkRecord(Record):
     probability: Tensor | None = None
 
 
-class MultiScale(nn.Module):
+class MultiScale(AdaptiveLayer):
     """``scale_full_res * x + scale_low_res * gate(x) * up(inner(down(x)))``; the inner stack runs once a chunk.
 
     The gate, 2 sigmoid(W norm x), has each position take what it needs of a result that several positions share.
@@ -144,6 +144,7 @@ class MultiScale(nn.Module):
         super().__init__()
         settings = config.multiscale
         self.factor, self.bound, width = settings.factors[0], settings.bound, config.inside.d_model
+        self.ratio_weight = settings.ratio_weight
         self.boundaries = BOUNDARIES[settings.boundaries](config, self.factor)
         reach = LONGEST * self.factor if self.boundaries.by_content else self.factor
         self.down = LearnedDownsampling(config.d_model, self.factor, width)
@@ -154,8 +155,9 @@ class MultiScale(nn.Module):
         self.scale_low_res = nn.Parameter(torch.ones(()))
 
     def forward(
-        self, x: Tensor, ids: Tensor, state: MultiScaleState | None, mask: Tensor | None
+        self, x: Tensor, tokens: Tokens, state: MultiScaleState | None, mask: Tensor | None
     ) -> tuple[Tensor, MultiScaleState, list[Record]]:
+        ids = tokens.ids
         past = self._start(x, ids) if state is None else state
         decision = self.boundaries(x, ids, past.since, past.before)
         closes = decision.closes
@@ -173,19 +175,19 @@ class MultiScale(nn.Module):
         if fresh or self.bound is not None or bool(closes.any()):
             chunks = Chunks(closes, TILE if self.boundaries.by_content else 1, self._room(x.shape[1], fresh))
             coarse, still_open = self.down.pool(x, chunks, past.open, mask)
-            y, inner, records = self._inside(coarse, chunks, ids, past.inner, fresh and mask is None)
+            y, inner, records = self._inside(coarse, chunks, tokens, past.inner, fresh and mask is None)
             y = self.up.expand(y).to(x.dtype)
             if decision.probability is not None:
                 wanted = torch.where(decision.closes, decision.probability, 1.0)  # 1 where a chunk was full
                 y = smooth(y, chunks.ends.pack(wanted), chunks.ends.mask, past.result)
-            low_res, result = chunks.spread(past.result, y), last_real(y, chunks.ends.mask, past.result)
+            low_res, result = chunks.spread(past.result, y), last_token(y, chunks.ends.mask, past.result)
         else:  # most steps of decoding: the inner stack has nothing to do
             still_open, inner, records = self.down.keep(x, past.open, mask), past.inner, []
             low_res, result = past.result.unsqueeze(1), past.result
         low_res = self.up.place(low_res, since) * self.gate(self.norm(x)).sigmoid()
         out = (self.scale_full_res * x + 2 * self.scale_low_res * low_res).to(x.dtype)
         after = MultiScaleState(
-            still_open, inner, result, last_real(since, mask, past.since), last_real(ids, mask, past.before)
+            still_open, inner, result, last_token(since, mask, past.since), last_token(ids, mask, past.before)
         )
         return out, after, [record, *records]
 
@@ -205,22 +207,23 @@ class MultiScale(nn.Module):
         return None if self.bound is None else -(-positions // self.factor)
 
     def _inside(
-        self, coarse: Tensor, chunks: Chunks, ids: Tensor, state: Any, whole: bool
+        self, coarse: Tensor, chunks: Chunks, tokens: Tokens, state: Any, whole: bool
     ) -> tuple[Tensor, Any, list[Record]]:
         """The inner stack on the chunks. Rows in which none closes do not run, unless there is a bound. whole: all
         positions are real ones from the start of their sequences."""
         ends = chunks.ends
         if ends.bound is not None:
             regular = whole and not self.boundaries.by_content and ends.bound > 0  # every row has the same chunks
-            return self.inner(coarse, ends.pack(ids), state, None if regular else ends.mask)
-        rows = torch.arange(len(ids), device=ids.device) if state is None else ends.counts.nonzero().squeeze(1)
-        return run_rows(self.inner, coarse, ends.pack(ids), state, ends, [rows])
+            return self.inner(coarse, tokens.map(ends.pack), state, None if regular else ends.mask)
+        rows = torch.arange(len(coarse), device=coarse.device) if state is None else ends.counts.nonzero().squeeze(1)
+        return run_rows(self.inner, coarse, tokens.map(ends.pack), state, ends, [rows])
 
-    def _losses(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
+    def _losses(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> dict[str, Loss]:
         """Of learned boundaries "ratio", 1 where one position in `factor` closes a chunk (H-Net, eq. 10)."""
         if probability is None:
             return {}
         real = torch.ones_like(closes) if mask is None else mask
         share, mean = ((p * real).sum() / real.sum().clamp(min=1) for p in (closes.to(probability.dtype), probability))
         k = self.factor
-        return {"ratio": k / (k - 1) * ((k - 1) * share * mean + (1 - share) * (1 - mean))}
+        ratio = k / (k - 1) * ((k - 1) * share * mean + (1 - share) * (1 - mean))
+        return {"ratio": Loss(ratio, self.ratio_weight)}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.adaptive.compose import build_stack
+from resnet_bk.adaptive.flops import flops_per_position
 from resnet_bk.config import ModelConfig, MultiScaleConfig
-from resnet_bk.layers.block import Block
+from resnet_bk.layers.block import Block, Tokens
 
 COUNTED_TOGETHER = 64  # sequences whose FLOPs are counted at once: experts compute whole tiles of tokens
 
@@ -30,8 +31,8 @@ class _Layer(nn.Module):
         """(B, N, D) -> (B, N, D), any N >= 1."""
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.config.d_model:
             raise ValueError(f"x: expected shape (B, N, {self.config.d_model}) with N >= 1, got {tuple(x.shape)}")
-        ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
-        return self.stack(x, ids, None, None)[0]
+        tokens = Tokens(torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
+        return self.stack(x, tokens, None, None)[0]
 
 
 class MultiScaleResNetBKLayer(_Layer):
@@ -106,34 +107,16 @@ def count_flops_multi_scale(d_model: int, n_seq: int, num_experts: int, hierarch
         upsample=resampling,
         refine=full,
         total=2 * resampling + inner + full,
-        exact_standard=block_flops(layer.config, n_seq),
-        exact_total=stack_flops(layer.config, n_seq),
+        exact_standard=round(n_seq * flops_per_position(block)),
+        exact_total=round(n_seq * flops_per_position(layer.stack)),
         measured_standard=_counted(block, d_model, n_seq),
         measured_total=_counted(layer.stack, d_model, n_seq),
     )
-
-
-def block_flops(config: ModelConfig, n: int) -> int:
-    """Forward FLOPs of one block at length n: matrix products, convolution, the real propagator's recurrences."""
-    d, heads, hidden = config.d_model, config.heads, config.d_hidden
-    mixer = 2 * d * (4 * d + heads + d) + 2 * config.conv_width * 3 * d + heads * (3 + 5 * (d // heads) ** 2)
-    router = 2 * d * config.num_experts if config.num_experts > 1 else 0
-    return n * (mixer + router + config.top_k * 2 * (d * 2 * hidden + hidden * d))
-
-
-def stack_flops(config: ModelConfig, n: int) -> int:
-    """Forward FLOPs of a fixed-stride stack at length n, see :func:`block_flops`."""
-    blocks = sum(config.around) * block_flops(config, n)
-    if not config.multiscale.factors:
-        return blocks
-    d, width, chunks = config.d_model, config.inside.d_model, n // config.multiscale.factors[0]
-    resampling = 2 * n * (d + d * d) + chunks * (2 * 2 * d * width + 2 * width * d)
-    return blocks + resampling + stack_flops(config.inside, chunks)
 
 
 @torch.no_grad()
 def _counted(layer: nn.Module, d_model: int, n: int) -> float:
     x = torch.randn(COUNTED_TOGETHER, n, d_model, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
-        layer(x, torch.zeros(x.shape[:2], dtype=torch.int64), None, None)
+        layer(x, Tokens(torch.zeros(x.shape[:2], dtype=torch.int64)), None, None)
     return counter.get_total_flops() / COUNTED_TOGETHER

@@ -3,6 +3,7 @@
 Dimensions: B batch, N positions, M positions kept by the fullest row.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from resnet_bk.layers.block import Tokens
 from resnet_bk.ops.packing import Packing
-from resnet_bk.record import Record
+from resnet_bk.record import Loss, Record
 
 
 class Chunks:
@@ -55,7 +57,7 @@ class Chunks:
         return table.flatten(0, 1).index_select(0, (rows + self.closed).flatten()).unflatten(0, self.closed.shape)
 
 
-def last_real(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
+def last_token(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
     """The last real entry of each row of x (B, N, ...), or `before` (B, ...) in rows that have none."""
     if mask is None:
         return x[:, -1].clone()  # not a view, which would keep all of x
@@ -79,12 +81,12 @@ def rows_by_length(counts: Tensor, tile: int) -> list[Tensor]:
 def run_rows(
     layer: Callable[..., tuple[Tensor, Any, list[Record]]],
     x: Tensor,
-    ids: Tensor,
+    tokens: Tokens,
     state: Any,
     packing: Packing,
     groups: Sequence[Tensor],
 ) -> tuple[Tensor, Any, list[Record]]:
-    """A layer on packed positions x (B, M, D), ids (B, M), each group of rows by itself, no longer than it needs.
+    """A layer on packed positions x (B, M, D), tokens (B, M), each group of rows by itself, no longer than it needs.
 
     groups: disjoint ascending (R,) int64 indices of rows, at least one. Rows in none of them keep their state, so
     without a state there must be none such. Of several groups' reports only the losses remain, averaged over positions.
@@ -96,9 +98,10 @@ def run_rows(
         taken = packing.mask[:, :width] if whole else packing.mask[rows, :width]
         mask = None if bool(taken.all()) else taken
         if whole:
-            return layer(x, ids, state, mask)
-        past = None if state is None else pytree.tree_map(lambda s, rows=rows: s[rows], state)
-        y, after, records = layer(x[rows, :width], ids[rows, :width], past, mask)
+            return layer(x, tokens, state, mask)
+        select = functools.partial(_rows, rows=rows, width=width)
+        past = None if state is None else pytree.tree_map(functools.partial(_rows, rows=rows), state)
+        y, after, records = layer(select(x), tokens.map(select), past, mask)
         outputs.append(F.pad(y, (0, 0, 0, x.shape[1] - width)))
         states.append(after)
         reports.append(records)
@@ -115,13 +118,19 @@ def run_rows(
     return merge(torch.zeros_like(x), y), pytree.tree_map(merge, state, *states), records
 
 
+def _rows(x: Tensor, rows: Tensor, width: int | None = None) -> Tensor:
+    """Select rows of x (B, ...), and their first `width` positions."""
+    return x[rows] if width is None else x[rows, :width]
+
+
 def _average(reports: Sequence[list[Record]], sizes: Tensor) -> list[Record]:
     """One record for each part of a layer, of the losses its groups report, each group with its number of positions."""
     shares = (sizes / sizes.sum().clamp(min=1)).unbind()
     return [
         Record(
             losses={
-                name: sum(s * r.losses[name] for s, r in zip(shares, group, strict=True)) for name in group[0].losses
+                name: Loss(sum(s * r.losses[name].value for s, r in zip(shares, group, strict=True)), loss.weight)
+                for name, loss in group[0].losses.items()
             }
         )
         for group in zip(*reports, strict=True)

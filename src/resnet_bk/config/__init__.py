@@ -1,4 +1,4 @@
-"""Every setting, typed. A field's docstring is its help text on the command line. Imports nothing heavy."""
+"""All settings, with their types. The docstring of a field is its help text. Importing this package is cheap."""
 
 from resnet_bk.config.checks import (
     ConfigError,

@@ -1,4 +1,4 @@
-"""What a setting may be, and a file that holds some; the one line that says so where it is not."""
+"""Checks of settings and of the YAML files that hold them. A failed check is an error message of one line."""
 
 import difflib
 import types
@@ -13,24 +13,27 @@ _LARGEST_YAML, _DEEPEST_YAML = 1 << 20, 10  # bytes, levels
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used: says which, what it got, what is allowed."""
+    """A setting that cannot be used. The message names it, its value and the values allowed."""
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it: on one line, cut where it is long. No more of a giant one is formatted."""
+    """Return a value as an error message quotes it: on one line, at most 80 characters.
+
+    No more than those are formatted, so a giant value costs neither time nor memory.
+    """
     text = ""
     try:
         for piece in _repr(value):
             text += piece
             if len(text) > 80:
                 return text[:77] + "..."
-    except ValueError:  # Python refuses to print integers of more than some 4,300 digits
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return "an integer too long to print"
     return text
 
 
 def _repr(value: object) -> Iterator[str]:
-    """The repr of what a file can hold, piece by piece; of a long text, of its beginning."""
+    """Yield the repr of a value that a file can hold piece by piece, and of a long text only its beginning."""
     if type(value) is dict:
         yield "{"
         for i, (name, inner) in enumerate(value.items()):
@@ -50,6 +53,7 @@ def _repr(value: object) -> Iterator[str]:
 
 
 def unknown_field(name: object, known: list[str], where: str) -> ConfigError:
+    """Return the error for a field that is not `known`; it suggests the most similar name."""
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
     return ConfigError(f"{where}: unknown field {shown(name)}; {hint}")
@@ -80,7 +84,7 @@ def check_boolean(where: str, **values: bool) -> None:
 
 
 def check_text(where: str, **values: str) -> None:
-    """Text that can be a file's name or a prompt: not empty, no NUL, encodable."""
+    """Raise ConfigError unless each value is a non-empty text that UTF-8 can encode, without NUL characters."""
     for name, value in values.items():
         if not isinstance(value, str):
             raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed text")
@@ -91,7 +95,7 @@ def check_text(where: str, **values: str) -> None:
 
 
 def check_fields(where: str, kind: type, values: Any) -> None:
-    """Are `values` a mapping whose keys are fields of the dataclass `kind`, nested ones included?"""
+    """Raise ConfigError unless `values` is a mapping whose keys are fields of the dataclass `kind`, nested ones too."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: got {shown(values)}, allowed a mapping of fields to values")
     known = {f.name: f.type for f in fields(kind)}
@@ -106,7 +110,16 @@ def check_fields(where: str, kind: type, values: Any) -> None:
 
 
 def read_limited(where: str, path: Path, limit: int) -> str:
-    """A file's UTF-8 text; ConfigError where it is none or has more than `limit` bytes. where: what names the file."""
+    """Return the text of a file.
+
+    Args:
+        where: the setting that names the file, for messages.
+        path: the file.
+        limit: bytes allowed.
+
+    Raises:
+        ConfigError: the file has more bytes, or it is not UTF-8.
+    """
     if (size := path.stat().st_size) > limit:
         raise ConfigError(f"{where}: {path} has {size} bytes, allowed at most {limit}")
     try:
@@ -116,18 +129,24 @@ def read_limited(where: str, path: Path, limit: int) -> str:
 
 
 def read_yaml(where: str, name: str | Path, wanted: str = "a YAML file") -> Any:
-    """What a YAML file holds; ConfigError for whatever can be wrong with it as such. No file can fill the memory.
+    """Return the content of a YAML file. Its size, its depth and its aliases are limited, so no file fills the memory.
 
-    where: what names the file; wanted: what may be given.
+    Args:
+        where: the setting that names the file, for messages.
+        name: the file.
+        wanted: the kind of file to ask for when there is none.
+
+    Raises:
+        ConfigError: the file is missing, is not plain YAML, or exceeds a limit.
     """
     try:
         path = Path(name)
         if not path.is_file():
-            raise ConfigError(f"{where}: {shown(str(name))} is no file; give {wanted}")
+            raise ConfigError(f"{where}: {shown(str(name))} is not a file; give {wanted}")
         text = read_limited(where, path, _LARGEST_YAML)
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+            if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand to gigabytes
                 raise ConfigError(f"{where}: {name} has a YAML alias (*name), not allowed; write the value out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST_YAML:
@@ -145,12 +164,12 @@ def read_yaml(where: str, name: str | Path, wanted: str = "a YAML file") -> Any:
 
 
 def is_section(kind: Any) -> bool:
-    """Is a setting of this type a mapping of settings?"""
+    """Return True if a setting of this type is a mapping of settings."""
     return isinstance(kind, type) and is_dataclass(kind)
 
 
 def all_fields(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> type of every setting, sections and what is in them."""
+    """Return the type of every setting by its dotted name, the sections and the settings in them."""
     found: dict[str, Any] = {}
     for f in fields(kind):
         found[prefix + f.name] = f.type
@@ -160,15 +179,15 @@ def all_fields(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 def in_words(kind: Any) -> str:
-    """What a setting of this type allows."""
+    """Return a description of the values that a setting of this type allows."""
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
-        return "a list of integers, as [4] or [2, 2]"
+        return "a list of integers, such as [4] or [2, 2]"
     if get_origin(kind) is list:
         return f"a list, each {in_words(*get_args(kind))}"
     if get_origin(kind) is dict:
-        return "a mapping of settings to [low, high], as {learning_rate: [0.001, 0.01]}"
+        return "a mapping of settings to [low, high], such as {learning_rate: [0.001, 0.01]}"
     if isinstance(kind, types.UnionType):
         return " or ".join(map(in_words, get_args(kind)))
     named = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -176,6 +195,6 @@ def in_words(kind: Any) -> str:
 
 
 def number_kind(kind: Any) -> type | None:
-    """int or float where a setting of this type is a number, perhaps null; else None."""
+    """Return int or float if a setting of this type is a number (or null), else None."""
     kinds = set(get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) - {type(None)}
     return float if kinds == {float} else int if kinds == {int} else None

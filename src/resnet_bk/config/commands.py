@@ -21,18 +21,18 @@ from resnet_bk.config.model import TECHNIQUES, ModelConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes tokens."""
+    """The text to train on and its tokenizer."""
 
     source: str = "stdlib"
-    """'stdlib' (the running Python's own library), a file, a folder, or a hub dataset 'owner/name[:config]'."""
+    """Training text: 'stdlib' (Python's standard library), a file, a folder, or a hub dataset 'owner/name[:config]'."""
     val_source: str | None = None
-    """Held-out text: a file or folder. Default: a part of the source, see val_fraction."""
+    """Held-out text: a file or a folder. Default: a part of the source, see val_fraction."""
     val_fraction: float = 0.05
-    """Share held out: every (1 / val_fraction)-th file in sorted order; of a single file, its end."""
+    """Share of the source to hold out: every (1 / val_fraction)-th file in sorted order, or a single file's end."""
     tokenizer: str = "byte"
-    """'byte', a folder with a Hugging Face tokenizer, or a hub name."""
+    """'byte', a folder with a Hugging Face tokenizer, or the name of one on the hub."""
     cache: str | None = None
-    """Folder for token files. Default: $XDG_CACHE_HOME/resnet-bk, or ~/.cache/resnet-bk."""
+    """Folder for token files. Default: $XDG_CACHE_HOME/resnet-bk if that variable is set, else ~/.cache/resnet-bk."""
 
     def __post_init__(self) -> None:
         check_range("data", 1e-6, 0.5, val_fraction=self.val_fraction)
@@ -51,44 +51,45 @@ class TrainConfig:
     output_dir: str = "runs/train"
     """Folder for checkpoints, metrics.jsonl and report.html."""
     resume: bool = False
-    """Continue the unfinished run in output_dir. Beside a finished one a new run starts, in output_dir-2, -3, ...
-    Without it a run that exists is an error. Nothing is ever overwritten."""
+    """Continue the unfinished run in output_dir. If that run is finished, start a new one in output_dir-2, -3, ...
+    Without this setting, an existing run is an error. Nothing is ever overwritten."""
     batch_size: int = 12
-    """Sequences a step, of model.n_seq tokens each, of all processes together."""
+    """Sequences in a batch, of model.n_seq tokens each, all processes together."""
     accumulate: int = 1
-    """Batches whose gradients are added before each update."""
+    """Batches per update; their gradients are accumulated."""
     max_steps: int | None = None
-    """Stop after so many updates."""
+    """Stop after this number of updates."""
     max_seconds: float | None = None
-    """Stop after so many seconds of training; the learning rate then follows the clock."""
+    """Stop after this number of seconds of training. The learning rate then follows the clock."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices."""
+    """Decoupled weight decay of matrices. Vectors have none."""
     beta2: float = 0.99
-    """AdamW's second-moment decay."""
+    """Decay rate of AdamW's second moment."""
     warmup: float = 0.05
-    """Share of the run in which the learning rate rises."""
+    """Share of the run in which the learning rate rises to its peak."""
     final_learning_rate: float = 0.05
-    """Share of the peak learning rate left at the end of the cosine."""
+    """Learning rate at the end of the run, as a share of the peak."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type of matrix products; the recurrence stays in float32. bfloat16 pays where the machine has it."""
+    """Autocast type of matrix products. The recurrence stays in float32. bfloat16 is faster only on hardware that has
+    it."""
     activation_checkpointing: bool = False
-    """Compute the insides of blocks again in backward instead of keeping them: less memory, one more forward pass."""
+    """Recompute the activations inside blocks in the backward pass: less memory, one more forward pass."""
     shard: bool = False
-    """Of several processes, each keeps a part of weights and optimizer (FSDP2) instead of all of them."""
+    """Shard weights and optimizer over the processes of a run (FSDP2). Otherwise each process holds all of them."""
     seed: int = 0
-    """Seeds initialisation and data order."""
+    """Seed of initialisation and data order."""
     save_every: int = 200
-    """Steps between checkpoints to resume from; the last two are kept."""
+    """Updates between checkpoints. The last two are kept."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Updates between lines of metrics.jsonl."""
     report_to: str = "none"
-    """Trackers of transformers' Trainer beside metrics.jsonl, comma-separated: tensorboard, wandb, trackio, ..."""
+    """Trackers to report to, besides metrics.jsonl: tensorboard, wandb, trackio, ... (comma-separated)."""
     sample: str = "def "
-    """Prompt of the sample shown at the end."""
+    """Prompt of the sample text at the end of the run."""
 
     def __post_init__(self) -> None:
         where = "train"
@@ -105,21 +106,23 @@ class TrainConfig:
         check_boolean(where, activation_checkpointing=self.activation_checkpointing)
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
         if not self.model.causal:
-            raise ConfigError("model.causal: got False, allowed True: a bidirectional model has no next token to learn")
+            raise ConfigError(
+                "model.causal: got False, allowed True: a bidirectional model cannot learn to predict the next token"
+            )
         if self.model.length.bins and self.model.window > self.model.n_seq:
             raise ConfigError(
                 f"model.length.max_length: got {self.model.window} with model.n_seq = {self.model.n_seq}, allowed at "
-                "most that: longer lengths would never be trained"
+                "most n_seq: longer lengths would never be trained"
             )
         if self.model.length.spacing == "words" and self.model.length.bins and self.data.tokenizer != "byte":
             raise ConfigError(
                 f"model.length.spacing: got 'words' with data.tokenizer = {shown(self.data.tokenizer)}, allowed with "
-                "'byte'; else 'even'"
+                "'byte'; otherwise use 'even'"
             )
         if self.model.multiscale.reads_bytes and self.data.tokenizer != "byte":
             raise ConfigError(
                 f"model.multiscale.boundaries: got {self.model.multiscale.boundaries!r} with data.tokenizer = "
-                f"{shown(self.data.tokenizer)}, allowed with 'byte'; else 'fixed' or 'learned'"
+                f"{shown(self.data.tokenizer)}, allowed with 'byte'; otherwise use 'fixed' or 'learned'"
             )
         if self.max_steps is None and self.max_seconds is None:
             raise ConfigError("train: neither max_steps nor max_seconds is set; give one, so that training ends")
@@ -134,21 +137,21 @@ class EvalConfig:
     """Settings of `resnet-bk eval`."""
 
     checkpoint: str
-    """Folder of a run, or of a model."""
+    """Folder of a run or of a model."""
     source: str | None = None
-    """Text to score: 'stdlib', a file, a folder, a hub dataset. Default: what the run held out of its own data."""
+    """Text to score: 'stdlib', a file, a folder or a hub dataset. Default: the text that the run held out."""
     context: Literal["document", "sliding"] = "document"
-    """What each token is predicted from: all of its document before it, or a sliding window."""
+    """Context of each token: all of its document so far, or a sliding window."""
     window: int = 1024
-    """Sliding: tokens in the window. Document: tokens computed at a time, which changes nothing but memory."""
+    """sliding: tokens in the window. document: tokens computed at a time; this affects memory, not results."""
     stride: int = 512
-    """Sliding: tokens each window scores, its last ones."""
+    """sliding: number of tokens scored at the end of each window."""
     batch_size: int = 16
-    """Documents or windows side by side."""
+    """Documents or windows in a batch."""
     max_bytes: int | None = None
-    """Score only whole documents up to about so many bytes."""
+    """Score only some whole documents, evenly spread, with about this number of bytes in total. Default: all."""
     depth_threshold: float | None = None
-    """Instead of model.depth.threshold as trained: where positions stop. 1 sends those of early exit all the way."""
+    """Replaces the trained model.depth.threshold. With early exit, 1 runs every position through all blocks."""
 
     def __post_init__(self) -> None:
         check_text("eval", checkpoint=self.checkpoint)
@@ -168,22 +171,22 @@ class GenerateConfig:
     """Settings of `resnet-bk generate`."""
 
     checkpoint: str
-    """Folder of a run, or of a model."""
+    """Folder of a run or of a model."""
     prompt: str
-    """Text to continue; '-' reads standard input."""
+    """Text to continue. '-' reads standard input."""
     max_new_tokens: int = 200
-    """Tokens to add at most."""
+    """Largest number of tokens to add."""
     temperature: float = 0.7
-    """Sharpness of sampling; 0 takes the likeliest token each time."""
+    """Temperature of sampling. 0 always takes the most likely token."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability. Below 1, runs of spaces may never end."""
+    """Sample from the most likely tokens whose probabilities add up to this. Below 1, runs of spaces may never end."""
     seed: int = 0
-    """Seeds sampling."""
+    """Seed of sampling."""
     depth_threshold: float | None = None
-    """Instead of model.depth.threshold as trained: where positions stop. 1 sends those of early exit all the way."""
+    """Replaces the trained model.depth.threshold. With early exit, 1 runs every position through all blocks."""
     speculate: int = 0
-    """Tokens that a model with early exit drafts by its first blocks before all of them verify; the text is that of
-    full depth. Needs temperature 0. 0: no drafts."""
+    """Number of tokens that the first blocks of a model with early exit draft before all blocks verify them. The text
+    is that of full depth. Needs temperature 0. 0 turns drafts off."""
 
     def __post_init__(self) -> None:
         check_text("generate", checkpoint=self.checkpoint, prompt=self.prompt)
@@ -197,7 +200,7 @@ class GenerateConfig:
         if self.speculate and self.temperature:
             raise ConfigError(
                 f"generate.speculate: got {self.speculate} with temperature = {self.temperature}, allowed with "
-                "temperature 0: drafts are of the likeliest tokens"
+                "temperature = 0: drafts are the most likely tokens"
             )
 
 
@@ -206,15 +209,15 @@ class InspectConfig:
     """Settings of `resnet-bk inspect`."""
 
     checkpoint: str
-    """Folder of a run, or of a model."""
+    """Folder of a run or of a model."""
     text: str
-    """File to read; '-' is standard input."""
+    """Text file to read. '-' reads standard input."""
     max_tokens: int = 2000
-    """Tokens to look at, from the beginning. What is left out is said."""
+    """Number of tokens to look at, from the beginning. If there are more, a note says so."""
     output: str = "inspect.html"
-    """The page to write; a file that is there is replaced only if it is such a page."""
+    """HTML page to write. An existing file is replaced only if this command has written it."""
     depth_threshold: float | None = None
-    """Instead of model.depth.threshold as trained: where positions stop. 1 sends those of early exit all the way."""
+    """Replaces the trained model.depth.threshold. With early exit, 1 runs every position through all blocks."""
 
     def __post_init__(self) -> None:
         check_text("inspect", checkpoint=self.checkpoint, text=self.text, output=self.output)
@@ -230,11 +233,11 @@ class ReportConfig:
     runs: list[str]
     """Folders of finished runs of `resnet-bk train`, all scored on the same held-out text."""
     output: str = "report.html"
-    """The page to write; a file that is there is replaced only if it is such a page."""
+    """HTML page to write. An existing file is replaced only if this command has written it."""
     text: str | None = None
-    """File to color by what each model spends on it. Default: the first held-out document of the first run."""
+    """Text file to color by its cost under each model. Default: the first held-out document of the first run."""
     max_tokens: int = 600
-    """Tokens of it to look at, from the beginning."""
+    """Number of tokens of that text to look at, from the beginning."""
 
     def __post_init__(self) -> None:
         check_text("report", output=self.output, **{f"runs[{i}]": run for i, run in enumerate(self.runs)})
@@ -250,17 +253,18 @@ class AblateConfig:
     """Settings of `resnet-bk ablate`."""
 
     base: str
-    """YAML file with settings of `resnet-bk train`: the recipe with every technique on that is to be switched. Its
+    """YAML file with settings of `resnet-bk train`: the recipe. All techniques to be switched must be on in it. Its
     max_steps gives all models equal tokens, its max_seconds equal time."""
     techniques: list[str] | None = None
-    """Techniques to switch, of multiscale, length, depth, sparsity, experts. Default: all that the recipe has on.
-    Experts off means that each token uses all of them."""
+    """Techniques to switch: multiscale, length, depth, sparsity, experts. Default: all that are on in the recipe.
+    With experts off, each token uses all experts."""
     plan: Literal["full", "half"] = "full"
-    """Every combination; or, of four techniques or more, those with an even number off, and the plain model."""
+    """full: every combination of techniques. half: those with an even number of techniques off, and the plain model;
+    needs at least four techniques."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Each combination is trained once with each."""
+    """Seeds of training. Each combination is trained once with each seed."""
     output_dir: str = "runs/ablate"
-    """Folder for a run of each combination and seed. Those that are there already count."""
+    """Folder for the runs, one for each combination and seed. Finished runs in it are not repeated."""
 
     def __post_init__(self) -> None:
         where = "ablate"
@@ -268,7 +272,7 @@ class AblateConfig:
         check_choice(where, ("full", "half"), plan=self.plan)
         for name, values in (("techniques", self.techniques), ("seeds", self.seeds)):
             if values is not None and (not values or len(set(values)) < len(values)):
-                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed at least one, each once")
+                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed at least one, without repetition")
         for technique in self.techniques or ():
             check_choice(where, tuple(TECHNIQUES), techniques=technique)
         check_integer(where, 0, 2**31 - 1, **{f"seeds[{i}]": seed for i, seed in enumerate(self.seeds)})
@@ -279,23 +283,23 @@ class TuneConfig:
     """Settings of `resnet-bk tune`."""
 
     base: str
-    """YAML file with settings of `resnet-bk train`: the recipe that every trial starts from."""
+    """YAML file with settings of `resnet-bk train`: the recipe of every trial."""
     space: dict[str, list[float]] | None = None
-    """Which settings of the recipe to search, and where: {model.depth.penalty: [0.01, 1.0]}. Any number can be
-    searched; integers stay integers; where high is at least 10 times low > 0, on a log scale. Default:
-    threshold, penalty and target of model.depth; of policy 'exit', which reads no others, threshold."""
+    """Settings of the recipe to search, with the lowest and highest value: {model.depth.penalty: [0.01, 1.0]}. Any
+    number can be searched. Integers stay integers. The scale is logarithmic if low > 0 and high >= 10 low. Default:
+    threshold, penalty and target of model.depth, or only the threshold with policy 'exit', which uses no others."""
     output_dir: str = "runs/tune"
-    """Folder for the study and the run of each trial. A study that is there already goes on."""
+    """Folder for the study and the runs of its trials. An existing study is continued."""
     trials: int = 20
-    """Trials to finish, those of earlier calls included."""
+    """Number of trials to finish, including those of earlier calls."""
     objective: Literal["prefill", "decode"] = "prefill"
-    """The measured time: reading text, or writing it one token at a time."""
+    """Time to minimise: of reading text in parallel, or of generating it one token at a time."""
     seed: int = 0
-    """Seeds the search. Each trial trains with the recipe's own seed."""
+    """Seed of the search. Each trial trains with the recipe's own seed."""
     prune: bool = True
-    """Stop trials, a quarter or half of the way through training, that are far worse than all finished ones were."""
+    """Stop a trial after a quarter or a half of training if it is far worse than all finished trials were there."""
     max_loss: float = 0.05
-    """Chosen is the fastest trial whose perplexity per byte is at most this share above the best one's."""
+    """The chosen trial is the fastest whose perplexity per byte is at most this share above the best one."""
 
     def __post_init__(self) -> None:
         where = "tune"
@@ -313,7 +317,7 @@ class TuneConfig:
 
 
 def _checked_range(name: str, bounds: list[float]) -> list[float]:
-    """[low, high] of a setting to be searched, as integers where it is one; ConfigError where it cannot be searched."""
+    """Return [low, high] of a setting to search, as its own type. Raise ConfigError if it cannot be searched."""
     known, where = all_fields(TrainConfig), "tune.space"
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
@@ -321,7 +325,7 @@ def _checked_range(name: str, bounds: list[float]) -> list[float]:
         raise ConfigError(f"{where}: unknown setting {shown(name)}; {hint}")
     kind = number_kind(known[name])
     if kind is None:
-        raise ConfigError(f"{where}: {name} is no number but {in_words(known[name])}; only numbers are searched")
+        raise ConfigError(f"{where}: {name} allows {in_words(known[name])}; only numbers can be searched")
     if not isinstance(bounds, list | tuple) or len(bounds) != 2:
         raise ConfigError(f"{where}.{name}: got {shown(bounds)}, allowed two numbers, [low, high]")
     check_range(where, -1e12, 1e12, **{name: bounds[0]})

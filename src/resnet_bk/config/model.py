@@ -12,20 +12,17 @@ from resnet_bk.config.checks import (
     check_integer,
     check_range,
 )
-from resnet_bk.config.techniques import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
+from resnet_bk.config.techniques import (
+    DepthConfig,
+    ExpertsConfig,
+    LengthConfig,
+    MultiScaleConfig,
+    SparsityConfig,
+    Technique,
+)
 
 # The byte tokenizer: byte b is id b + 3, after three special ids, of which one ends documents.
 BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT = 3, 259, 1
-
-
-# The sections of a model's settings, one for each adaptive technique.
-TECHNIQUES = {
-    "multiscale": MultiScaleConfig,
-    "length": LengthConfig,
-    "depth": DepthConfig,
-    "sparsity": SparsityConfig,
-    "experts": ExpertsConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class ModelConfig:
     """Number of blocks, at all scales together. Default: as many as multiscale.layers names, else 4."""
     n_seq: int = 128
     """Sequence length the model is trained at. Not a limit: any length can be run."""
-    num_experts: int = 4
+    num_experts: int = 1
     """Experts in each feed-forward; 1 is a plain SwiGLU."""
     top_k: int = 1
     """Experts each token uses, unless experts.policy has their number follow the token."""
@@ -253,31 +250,19 @@ class ModelConfig:
     @property
     def techniques(self) -> list[str]:
         """Names of the adaptive techniques that are on."""
-        on = {
-            "multiscale": bool(self.multiscale.factors),
-            "length": bool(self.length.bins),
-            "depth": self.depth.policy != "none",
-            "sparsity": self.sparsity.target > 0,
-            "experts": self.num_experts > 1 and (self.top_k < self.num_experts or self.experts != ExpertsConfig()),
-        }
-        return [name for name in TECHNIQUES if on[name]]
+        return [name for name in TECHNIQUES if getattr(self, name).is_on(self)]
 
     @property
     def host_syncs(self) -> list[str]:
-        """Names of the techniques that are on and need a host-device sync: those without a `bound`, and learned length
-        always. Experts need none in bfloat16 on a GPU."""
-        return [
-            name
-            for name in self.techniques
-            if name != "experts" and getattr(getattr(self, name), "bound", None) is None
-        ]
+        """Names of the techniques that are on and need a host-device sync."""
+        return [name for name in self.techniques if getattr(self, name).needs_host_sync]
 
     def without(self, *techniques: str) -> "ModelConfig":
-        """The same model with some of its techniques off: all positions through all blocks, all sites, all experts."""
-        changes: dict[str, Any] = {name: TECHNIQUES[name]() for name in techniques}
-        if "experts" in techniques:
-            changes["top_k"] = self.num_experts
-        return dataclasses.replace(self, n_layers=self.blocks, **changes)
+        """Return the same model with some techniques off: all positions, all blocks, all sites, all experts."""
+        changes: dict[str, Any] = {"n_layers": self.blocks}
+        for name in techniques:
+            changes |= {name: TECHNIQUES[name](), **getattr(self, name).fields_when_off(self)}
+        return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -285,8 +270,15 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         check_fields("model", cls, values)
-        techniques: dict[str, Any] = {}
-        for name, kind in TECHNIQUES.items():
-            given = values.get(name, {})
-            techniques[name] = kind(**given) if isinstance(given, dict) else given
-        return cls(**{**values, **techniques})
+        sections = {
+            name: kind(**values[name]) for name, kind in TECHNIQUES.items() if isinstance(values.get(name), dict)
+        }
+        return cls(**{**values, **sections})
+
+
+# The section of each adaptive technique by its name.
+TECHNIQUES: dict[str, type[Technique]] = {
+    f.name: f.type
+    for f in dataclasses.fields(ModelConfig)
+    if isinstance(f.type, type) and issubclass(f.type, Technique)
+}

@@ -1,9 +1,42 @@
-"""The adaptive techniques' settings, one section each."""
+"""Settings of the adaptive techniques, one section each."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from resnet_bk.config.checks import ConfigError, check_choice, check_integer, check_range, shown
+
+if TYPE_CHECKING:
+    from resnet_bk.config.model import ModelConfig
+
+
+class Technique:
+    """Base of the sections: a field of ModelConfig whose type is a frozen dataclass derived from this is a technique.
+
+    The section's default must be the neutral setting, in which the technique is off.
+    """
+
+    def is_on(self, model: "ModelConfig") -> bool:
+        """True where a model with these settings uses the technique."""
+        return self != type(self)()
+
+    def fields_when_off(self, model: "ModelConfig") -> dict[str, Any]:
+        """Fields of ModelConfig, other than the section itself, that change where the technique is switched off."""
+        return {}
+
+    @property
+    def needs_host_sync(self) -> bool:
+        """True where the CPU must wait for a decision of the GPU to know the shape of a tensor."""
+        return False
+
+
+class BoundedTechnique(Technique):
+    """A technique that selects positions, with a setting `bound` that caps how many."""
+
+    bound: float | None
+
+    @property
+    def needs_host_sync(self) -> bool:
+        return self.bound is None
 
 
 def check_bound(where: str, bound: float | None) -> None:
@@ -12,7 +45,7 @@ def check_bound(where: str, bound: float | None) -> None:
 
 
 @dataclass(frozen=True)
-class MultiScaleConfig:
+class MultiScaleConfig(BoundedTechnique):
     """Stacks that run on chunks of neighbouring positions instead of on all of them."""
 
     factors: tuple[int, ...] = ()
@@ -67,6 +100,9 @@ class MultiScaleConfig:
         if self.reads_bytes and levels > 1:
             raise ConfigError(f"{where}.boundaries: got {self.boundaries!r} for {levels} factors, allowed for one only")
 
+    def is_on(self, model: "ModelConfig") -> bool:
+        return bool(self.factors)
+
     @property
     def reads_bytes(self) -> bool:
         """Whether boundaries depend on which bytes the tokens are."""
@@ -74,7 +110,7 @@ class MultiScaleConfig:
 
 
 @dataclass(frozen=True)
-class LengthConfig:
+class LengthConfig(Technique):
     """Learned sequence length: in each window of text, how many positions go through all blocks."""
 
     bins: int = 0
@@ -145,6 +181,13 @@ class LengthConfig:
         if self.levels == 2 and self.bins and self.groups == self.bins:
             raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two numbers")
 
+    def is_on(self, model: "ModelConfig") -> bool:
+        return self.bins > 0
+
+    @property
+    def needs_host_sync(self) -> bool:
+        return True
+
     @property
     def sampled(self) -> bool:
         """Whether training samples lengths, and computes those only."""
@@ -157,7 +200,7 @@ class LengthConfig:
 
 
 @dataclass(frozen=True)
-class DepthConfig:
+class DepthConfig(BoundedTechnique):
     """Adaptive depth: how many blocks each position goes through."""
 
     policy: Literal["none", "act", "skip", "exit"] = "none"
@@ -201,6 +244,9 @@ class DepthConfig:
         if self.threshold is not None:
             check_range(where, 0, 1, threshold=self.threshold)
 
+    def is_on(self, model: "ModelConfig") -> bool:
+        return self.policy != "none"
+
     @property
     def after(self) -> int:
         """Blocks that every position goes through at the end: what exits goes straight to the head."""
@@ -215,7 +261,7 @@ class DepthConfig:
 
 
 @dataclass(frozen=True)
-class SparsityConfig:
+class SparsityConfig(BoundedTechnique):
     """Learned sparsity in the mixers: which sites of their chains are computed, in all heads alike."""
 
     target: float = 0.0
@@ -238,9 +284,12 @@ class SparsityConfig:
         check_range(where, 0, 1, warmup=self.warmup)
         check_bound(where, self.bound)
 
+    def is_on(self, model: "ModelConfig") -> bool:
+        return self.target > 0
+
 
 @dataclass(frozen=True)
-class ExpertsConfig:
+class ExpertsConfig(Technique):
     """Conditional experts: how many of them a token uses, and what they cost."""
 
     policy: Literal["top_k", "top_p"] = "top_k"
@@ -276,3 +325,9 @@ class ExpertsConfig:
         check_integer(where, 0, 1_024, identity=self.identity, zero=self.zero)
         check_range(where, 0, self.most, target=self.target)
         check_range(where, 0, 1_000, cost_weight=self.cost_weight)
+
+    def is_on(self, model: "ModelConfig") -> bool:
+        return model.num_experts > 1 and (model.top_k < model.num_experts or self != ExpertsConfig())
+
+    def fields_when_off(self, model: "ModelConfig") -> dict[str, Any]:
+        return {"top_k": model.num_experts}

@@ -1,1 +1,1 @@
-"""Corpora, token files, batches."""
+"""Text: corpora, byte ids, token files."""

@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library, files and folders, or a dataset of the Hugging Face hub."""
+"""Read documents from the standard library, from files and folders, or from a dataset of the Hugging Face hub."""
 
 import os
 import re
@@ -9,13 +9,20 @@ from pathlib import Path
 
 from resnet_bk.config import ConfigError
 
-_PIECE = 1 << 20  # bytes read at a time
+_PIECE = 1 << 20  # bytes per read
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: a stretch of a file, or a text in memory."""
+    """One document: a byte range of a file, or a text in memory.
+
+    Attributes:
+        name: str, shown in messages and stored in token files.
+        path: file that holds the document; None for a text in memory.
+        start, stop: byte range within the file.
+        text: the bytes of a document in memory.
+    """
 
     name: str
     path: Path | None = None
@@ -24,11 +31,11 @@ class Document:
     text: bytes = b""
 
     def __len__(self) -> int:
-        """Bytes."""
+        """Return the number of bytes."""
         return len(self.text) if self.path is None else self.stop - self.start
 
     def pieces(self) -> Iterator[bytes]:
-        """Its bytes, a megabyte at a time."""
+        """Yield the bytes, at most a megabyte at a time."""
         if self.path is None:
             yield self.text
             return
@@ -39,49 +46,52 @@ class Document:
                 piece = file.read(min(left, _PIECE))
                 if not piece:
                     raise ConfigError(
-                        f"data: {self.path} became shorter while it was read, by {left} bytes; start again"
+                        f"data: {self.path} became shorter by {left} bytes while it was read; start again"
                     )
                 left -= len(piece)
                 yield piece
 
 
-def _whole(path: Path, name: str) -> Document:
+def _whole_file(path: Path, name: str) -> Document:
     return Document(name, path, 0, path.stat().st_size)
 
 
 def _stdlib() -> list[Document]:
-    """The running Python's own library, tests excluded, in sorted order."""
+    """Return the modules of the running Python's standard library in sorted order, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = []
     for folder, inner, files in os.walk(root):
         inner[:] = set(inner) - _NOT_STDLIB
         paths += [Path(folder, file) for file in files if file.endswith(".py")]
     names = sorted(path.relative_to(root).as_posix() for path in paths)
-    return [_whole(root / name, name) for name in names]
+    return [_whole_file(root / name, name) for name in names]
 
 
 def _folder(root: Path) -> list[Document]:
     names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
     visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return [_whole(root / name, name.as_posix()) for name in visible]
+    return [_whole_file(root / name, name.as_posix()) for name in visible]
 
 
 def documents(source: str) -> list[Document]:
-    """The documents of a file, a folder (every file, hidden ones excepted) or ``stdlib``; empty files left out.
+    """Return the documents of a file, of a folder (all files that are not hidden), or of ``stdlib``.
 
-    Raises ConfigError where there is nothing to read.
+    Empty files are left out.
+
+    Raises:
+        ConfigError: there is nothing to read.
     """
     path = Path(source)
     if not source or "\0" in source:
-        raise ConfigError(f"data: {source!r} is no file's name; give a file, a folder or 'stdlib'")
+        raise ConfigError(f"data: {source!r} is not a file name; give a file, a folder or 'stdlib'")
     if source == "stdlib":
         found = _stdlib()
     elif path.is_dir():
         found = _folder(path)
     elif path.is_file():
-        found = [_whole(path, path.name)]
+        found = [_whole_file(path, path.name)]
     else:
-        raise ConfigError(f"data: {source!r} is no file, no folder, not 'stdlib' and no hub dataset ('owner/name')")
+        raise ConfigError(f"data: {source!r} is not a file, a folder, 'stdlib' or a hub dataset ('owner/name')")
     kept = [document for document in found if len(document)]
     if not kept:
         raise ConfigError(f"data: {source!r} is empty (0 bytes in {len(found)} files); give a file or folder with text")
@@ -89,7 +99,15 @@ def documents(source: str) -> list[Document]:
 
 
 def hub_split(source: str, split: str) -> list[Document]:
-    """One split of a dataset such as ``Salesforce/wikitext:wikitext-2-raw-v1`` (extra ``data``), as one document."""
+    """Return one split of a hub dataset as one document.
+
+    Args:
+        source: such as ``Salesforce/wikitext:wikitext-2-raw-v1``.
+        split: such as ``train``.
+
+    Raises:
+        ConfigError: the package of the extra ``data`` is missing, the split cannot be loaded, or it has no text.
+    """
     name, _, config = source.partition(":")
     try:
         import datasets
@@ -99,7 +117,7 @@ def hub_split(source: str, split: str) -> list[Document]:
         ) from error
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # whatever hub, network, cache and parsers raise
+    except Exception as error:  # hub, network, cache and parsers each raise their own classes
         reason = str(error).splitlines()[0] if str(error) else ""
         raise ConfigError(
             f"data.source: cannot load split {split!r} of {source!r} ({type(error).__name__}: {reason}); "
@@ -114,7 +132,7 @@ def hub_split(source: str, split: str) -> list[Document]:
 
 
 def hub_splits(source: str) -> tuple[list[Document], list[Document]]:
-    """Train and validation documents of a hub dataset."""
+    """Return the training and the validation documents of a hub dataset."""
     return hub_split(source, "train"), hub_split(source, "validation")
 
 
@@ -123,10 +141,17 @@ def is_hub_name(source: str) -> bool:
 
 
 def split(source: str, val_source: str | None, val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Train and held-out documents.
+    """Return the training and the held-out documents.
 
-    With `val_source`, all of it is held out. Otherwise whole files are: every k-th in sorted order, first one included,
-    with k = 1 / val_fraction; of a single file, its last val_fraction, cut between two characters.
+    Args:
+        source: a hub dataset, or a source as :func:`documents` takes it.
+        val_source: text to hold out, as :func:`documents` takes it. None holds out a part of `source`: the validation
+            split of a hub dataset; of several files, every k-th in sorted order from the first on, with
+            k = 1 / val_fraction rounded; of a single file, its end, cut between two characters.
+        val_fraction: share of `source` to hold out; not used with a hub dataset or with `val_source`.
+
+    Raises:
+        ConfigError: as :func:`documents`, or a single file is too small to be cut.
     """
     if is_hub_name(source) and val_source is None:
         return hub_splits(source)
@@ -134,21 +159,22 @@ def split(source: str, val_source: str | None, val_fraction: float) -> tuple[lis
     if val_source is not None:
         return train, documents(val_source)
     if len(train) == 1:
-        return _cut(train[0], val_fraction)
+        return _cut_file(train[0], val_fraction)
     every = max(2, round(1 / val_fraction))
     return [d for i, d in enumerate(train) if i % every], train[::every]
 
 
-def _cut(document: Document, val_fraction: float) -> tuple[list[Document], list[Document]]:
+def _cut_file(document: Document, val_fraction: float) -> tuple[list[Document], list[Document]]:
     assert document.path is not None
     cut = document.start + round(len(document) * (1 - val_fraction))
     with document.path.open("rb") as file:
         file.seek(cut)
         ahead = file.read(4)
-    cut += next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)  # not inside a UTF-8 character
+    cut += next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)  # to the start of a UTF-8 character
     if not document.start < cut < document.stop:
         raise ConfigError(
-            f"data: {document.path} has {len(document)} bytes, too few to hold out {val_fraction:g} of them; give more"
+            f"data: {document.path} has {len(document)} bytes, too few to hold out {val_fraction:g} of them; "
+            "give more text"
         )
     first = Document(f"{document.name}[:{cut}]", document.path, document.start, cut)
     return [first], [Document(f"{document.name}[{cut}:]", document.path, cut, document.stop)]

@@ -1,10 +1,12 @@
-"""Hugging Face adapter: the only package here that imports transformers.
+"""Adapter to Hugging Face transformers: configuration, model, cache and tokenizer.
 
-``import resnet_bk`` registers the classes with transformers' Auto classes as soon as those are imported. Names below
-are loaded on first use: the configuration has to be registered while transformers' models cannot be imported yet.
+The classes register with transformers' Auto classes: after ``import resnet_bk`` where wrapt is installed, else after
+``import resnet_bk.hf``. The names below are loaded on first use, because the configuration must be registered while
+transformers' models cannot be imported yet.
 """
 
 import importlib
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +49,32 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
+def register_config(auto: Any) -> None:
+    """Register the configuration with AutoConfig. auto: transformers' module `configuration_auto`."""
+    from resnet_bk.hf.configuration import ResNetBKConfig
+
+    auto.AutoConfig.register(ResNetBKConfig.model_type, ResNetBKConfig, exist_ok=True)
+
+
+def register_model(auto: Any) -> None:
+    """Register the model with AutoModelForCausalLM. auto: transformers' module `modeling_auto`."""
+    from resnet_bk.hf.configuration import ResNetBKConfig
+    from resnet_bk.hf.modeling import ResNetBKForCausalLM
+
+    auto.AutoModelForCausalLM.register(ResNetBKConfig, ResNetBKForCausalLM, exist_ok=True)
+
+
 def quiet_transformers() -> None:
-    """Our own console says what happens; the engine's notices stay off it."""
+    """Silence transformers' log messages and progress bars: the commands report progress themselves."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+if importlib.util.find_spec("wrapt") is None:  # resnet_bk could not register hooks
+    with extra("hf"):
+        from transformers.models.auto import configuration_auto, modeling_auto
+    register_config(configuration_auto)
+    register_model(modeling_auto)

@@ -1,24 +1,15 @@
-"""The model's configuration in transformers' form: the fields of ModelConfig beside the special token ids."""
+"""The model's configuration in transformers' form: the fields of ModelConfig and the special token ids."""
 
-from dataclasses import asdict, field, fields
+from dataclasses import fields
 from typing import Any, ClassVar, Self
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from resnet_bk.config import (
-    DepthConfig,
-    ExpertsConfig,
-    LengthConfig,
-    ModelConfig,
-    MultiScaleConfig,
-    SparsityConfig,
-    unknown_field,
-)
+from resnet_bk.config import ModelConfig, unknown_field
 
-# Names of ModelConfig's fields here. `top_k` would be taken for sampling's top_k by every generate().
+# Names of ModelConfig's fields here. Every generate() would take `top_k` for the setting of sampling.
 _NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
-# What transformers itself writes into a config.json, or passes on, beside declared fields.
+# Fields that transformers itself writes into a config.json, or passes on.
 _TRANSFORMERS_FIELDS = {
     "model_type",
     "transformers_version",
@@ -30,10 +21,15 @@ _TRANSFORMERS_FIELDS = {
 }
 
 
-@strict
 class ResNetBKConfig(PreTrainedConfig):
-    """``config.json`` of a ResNet-BK model. Fields and defaults: :class:`resnet_bk.config.ModelConfig`, whose
-    ``top_k`` is ``num_experts_per_tok`` here."""
+    """``config.json`` of a ResNet-BK model.
+
+    The fields are those of :class:`resnet_bk.config.ModelConfig`, whose ``top_k`` is called ``num_experts_per_tok``
+    here.
+
+    Raises:
+        ConfigError: an unknown field, or values that a model cannot have.
+    """
 
     model_type = "resnet_bk"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -42,36 +38,26 @@ class ResNetBKConfig(PreTrainedConfig):
         "num_attention_heads": "heads",
     }
 
-    vocab_size: int = 259
-    d_model: int = 64
-    n_layers: int | None = None
-    n_seq: int = 128
-    num_experts: int = 4
-    num_experts_per_tok: int = 1
-    readout: str = "propagator"
-    energy: str = "real"
-    n_heads: int | None = None
-    conv_width: int = 4
-    d_ff: int | None = None
-    tie_word_embeddings: bool = True
-    causal: bool = True
-    balance_weight: float = 0.01
-    multiscale: dict = field(default_factory=lambda: asdict(MultiScaleConfig()))
-    length: dict = field(default_factory=lambda: asdict(LengthConfig()))
-    depth: dict = field(default_factory=lambda: asdict(DepthConfig()))
-    sparsity: dict = field(default_factory=lambda: asdict(SparsityConfig()))
-    experts: dict = field(default_factory=lambda: asdict(ExpertsConfig()))
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = 1
-    use_cache: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        for name in kwargs:
-            if not name.startswith("_") and name not in _TRANSFORMERS_FIELDS and name not in self.attribute_map:
-                raise unknown_field(name, list(type(self).__annotations__), "config.json")
-        super().__post_init__(**kwargs)
-        self.n_layers = self.model_config().blocks  # raises on values that no model can have
+    def __init__(
+        self,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = 1,
+        use_cache: bool = True,
+        **others: Any,
+    ):
+        others = {self.attribute_map.get(name, name): value for name, value in others.items()}
+        shape = {name: others.pop(here) for name, here in _NAMES.items() if here in others}
+        for name in others:
+            if not name.startswith("_") and name not in _TRANSFORMERS_FIELDS:
+                raise unknown_field(name, list(_NAMES.values()), "config.json")
+        self.use_cache = use_cache
+        config = ModelConfig.from_dict(shape)
+        special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        super().__init__(**special, **others)  # type: ignore[arg-type]
+        for name, value in config.to_dict().items():
+            setattr(self, _NAMES[name], value)
+        self.n_layers = config.blocks
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **others: Any) -> Self:

@@ -1,9 +1,10 @@
-"""``AutoModelForCausalLM``, ``generate()`` and ``Trainer`` for :class:`resnet_bk.model.LanguageModel`.
+"""The model class for ``AutoModelForCausalLM``, ``generate()`` and ``Trainer`` of transformers.
 
 Dimensions: B batch, N positions, V vocabulary.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,49 +13,55 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal, verify
 from resnet_bk.hf.configuration import ResNetBKConfig
-from resnet_bk.model import LanguageModel
-from resnet_bk.record import mean_losses
+from resnet_bk.model import RENAMED, LanguageModel
+from resnet_bk.record import mean_losses, weighted_sum
+
+# The name of a cache in outputs and arguments; transformers has renamed it from `past_key_values` to `cache`.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class RecurrentCache:
-    """What decoding carries from token to token: the model's state, of constant size. Cannot be cropped."""
+    """The model's state between calls. Its size does not depend on the length, and it cannot be cropped."""
 
     is_compileable = False
     is_croppable = False
-    is_linear = (False,)  # so that generate() passes on only the positions that the cache has not seen
+    is_linear = (False,)  # makes generate() pass only the positions that are not in the cache yet
 
-    def __init__(self, state: list[Any], seen: int):
-        self.state, self.seen = state, seen
+    def __init__(self, state: list[Any], length: int):
+        self.state, self.length = state, length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions consumed so far, padding included."""
-        return self.seen
+        """Return the number of positions read so far, including padding."""
+        return self.length
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1  # transformers' word for "no limit"
+        return -1  # transformers' value for "no limit"
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues as what row ``beam_idx[i]`` was, for beam search."""
+        """Replace the state of each row i by that of row ``beam_idx[i]``, for beam search."""
         self.state = pytree.tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.state)
 
 
 @dataclass
-class CausalLMOutput(ModelOutput):
-    """loss: weighted sum, see ModelOutput; logits: (B, N or logits_to_keep, V); aux_loss: the weighted part of it that
-    is not cross-entropy."""
+class CausalLMOutput(CausalLMOutputWithPast):
+    """Output of transformers' causal language models, with the auxiliary losses.
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    cache: RecurrentCache | None = None
+    Attributes:
+        loss: (), cross-entropy and auxiliary losses.
+        logits: (B, N or logits_to_keep, V).
+        cache: :class:`RecurrentCache`; called past_key_values in older versions of transformers.
+        aux_loss: (), weighted sum of the auxiliary losses, a part of `loss`.
+    """
+
     aux_loss: Tensor | None = None
 
 
 class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
-    """A :class:`LanguageModel` under transformers' conventions; the model itself is the attribute ``model``."""
+    """A :class:`LanguageModel`, the attribute ``model``, with the interface of transformers."""
 
     config: ResNetBKConfig
     config_class = ResNetBKConfig
@@ -68,32 +75,37 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if not config.causal:
             raise ValueError(
-                "model.causal: got False; a bidirectional model has no next token, use LanguageModel itself"
+                "model.causal: got False, allowed True; use LanguageModel itself for a bidirectional model"
             )
         self.model = LanguageModel.from_config(config.model_config())
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: every module has initialised itself."""
+        """Do nothing: every module has initialised its own weights."""
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As transformers', but damaged files and weights that do not fit are an error before anything runs."""
+        """Load a model as transformers does, but refuse damaged files and weights that do not fit the model.
+
+        Raises:
+            CheckpointError: a file differs from the manifest, or weights are missing, unexpected or of another shape.
+        """
         if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
             verify(Path(path))
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("key_mapping", {re.escape(old): new for old, new in RENAMED.items()})
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
                 names = ", ".join(sorted(map(str, info[problem]))[:3])
                 raise CheckpointError(
-                    f"{path}: {problem.replace('_', ' ')} in the weights: {names}; not this model's file"
+                    f"{path}: {problem.replace('_', ' ')} in the weights: {names}; the file is of another model"
                 )
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' (safetensors), then a manifest of sizes and hashes over the folder."""
+        """Save the model as transformers does (safetensors), then seal the folder with a manifest."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             seal(Path(save_directory))
@@ -111,7 +123,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.head = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; the model inside then knows its new vocabulary too."""
+        """Resize the embeddings as transformers does, and update the configuration of the inner model."""
         embed = super().resize_token_embeddings(*args, **kwargs)
         self.model.config = dataclasses.replace(self.model.config, vocab_size=self.config.vocab_size)
         return embed
@@ -131,53 +143,59 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        past_key_values: RecurrentCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput | tuple:
-        """Next-token logits and loss.
+        """Compute next-token logits and the loss.
+
+        Assisted decoding does not work: it crops the cache, but a recurrent state cannot be cropped.
 
         Args:
-            input_ids: (B, N).
+            input_ids: (B, N) int64 or int32.
             attention_mask: (B, at least N), 0 for padding, on any side.
-            labels: (B, N), the same tokens as input_ids (shifted here); -100 is not counted.
-            shift_labels: (B, N), the token that follows each position (not shifted); instead of labels.
-            num_items_in_batch: tokens in the whole accumulated batch; the loss is then a share of their mean.
-            logits_to_keep: compute logits for that many last positions only; 0 for all; a tensor names the positions.
-
-        A recurrent state cannot forget: the cache cannot be cropped, so no assisted decoding.
+            cache: the cache of the positions before; the sequences continue from there.
+            labels: (B, N), the same tokens as input_ids, shifted here; -100 is not counted.
+            shift_labels: (B, N), the token that follows each position, instead of labels.
+            num_items_in_batch: tokens in all accumulated batches; this batch then contributes its share of their mean.
+            use_cache: return a cache; the default is config.use_cache in evaluation mode, False in training.
+            logits_to_keep: number of last positions to compute logits for, 0 for all; or a tensor of positions.
+            return_dict: False returns a tuple.
+            past_key_values: the name of `cache` in older versions of transformers.
         """
+        cache = past_key_values if cache is None else cache
         length = input_ids.shape[1]
         mask = None
         if attention_mask is not None and not (cache is not None and length == 1):
             mask = attention_mask[:, -length:].bool()
         if labels is not None and shift_labels is None:
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            if mask is not None:  # the last padding before a text does not predict its first token
+            if mask is not None:  # padding before a text must not predict its first token
                 shift_labels = shift_labels.masked_fill(~mask, -100)
         self.model.check(input_ids, shift_labels, mask)
         state = None if cache is None else cache.state
         features = self.model.features(input_ids, mask, state)
-        output = CausalLMOutput()
+        loss = aux_loss = logits = None
         if shift_labels is not None:
-            # Trainer does not divide by its accumulation steps; the share of this batch does it, of every loss.
-            output.loss = self.model.cross_entropy(features, shift_labels)
+            # Trainer does not divide by its accumulation steps, so each loss is multiplied by this batch's share.
+            loss = self.model.cross_entropy(features, shift_labels)
             share: float | Tensor = 1.0
             if num_items_in_batch is not None:
-                share = ((shift_labels != -100).sum().double() / num_items_in_batch).to(output.loss.dtype)
-                output.loss = output.loss * share
+                share = ((shift_labels != -100).sum().double() / num_items_in_batch).to(loss.dtype)
+                loss = loss * share
             if losses := mean_losses(features.records):
-                output.aux_loss = self.model.auxiliary(losses) * share
-                output.loss = output.loss + output.aux_loss
+                aux_loss = torch.as_tensor(weighted_sum(losses)) * share
+                loss = loss + aux_loss
         if shift_labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            output.logits = self.model.head(features.x[:, kept])
+            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.model.head(features.x[:, positions])
+        results: dict[str, Any] = {"loss": loss, "logits": logits, "aux_loss": aux_loss}
         if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
-            seen = length if cache is None else cache.seen + length
-            output.cache = RecurrentCache(features.state, seen)
-        wants_dict = return_dict if return_dict is not None else True
-        return output if wants_dict else output.to_tuple()
+            results[CACHE] = RecurrentCache(features.state, length + (0 if cache is None else cache.length))
+        output = CausalLMOutput(**results)
+        return output if return_dict is None or return_dict else output.to_tuple()
 
 
 def on_device(model: ResNetBKForCausalLM) -> ResNetBKForCausalLM:
-    """On this process's GPU, where there is one."""
+    """Move a model to this process's GPU if there is one, and return it."""
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model

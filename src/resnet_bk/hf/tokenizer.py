@@ -1,4 +1,7 @@
-"""Tokenizers: bytes (ids as ByT5's: 0 pad, 1 end of document, 2 unknown, byte b at b + 3), or any of transformers'."""
+"""Tokenizers: the byte tokenizer, or any tokenizer of transformers.
+
+The byte tokenizer has the ids of ByT5: 0 is padding, 1 ends a document, 2 is unknown, and byte b has the id b + 3.
+"""
 
 import os
 from pathlib import Path
@@ -14,8 +17,8 @@ from resnet_bk.data import corpus, tokens
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: 259 ids, lossless on any text, left-padding as generation wants it."""
-    # The printable stand-ins of GPT-2's byte alphabet: printable Latin-1 stands for itself, the rest from U+0100 on.
+    """Return the byte tokenizer, a byte-level BPE without merges: 259 ids, lossless for any text, left-padded."""
+    # GPT-2's byte alphabet: printable Latin-1 bytes stand for themselves, the others are mapped from U+0100 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     stand_ins = {byte: chr(byte) for byte in printable}
     for byte in range(256):
@@ -34,20 +37,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # "</s>" in a text is four characters
+        split_special_tokens=True,  # "</s>" in a text is four bytes
         model_input_names=["input_ids", "attention_mask"],
     )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """``"byte"``, a folder with a tokenizer, or a hub name."""
+    """Return the tokenizer of a name: ``"byte"``, a folder with a tokenizer, or a hub name.
+
+    Raises:
+        ConfigError: there is no such tokenizer.
+    """
     if name == "byte":
         return byte_tokenizer()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its backends do
+    except Exception as error:  # transformers passes on the many classes of its backends
         is_folder = Path(name).is_dir()
-        kind = "folder has no usable tokenizer" if is_folder else "no such folder, and not to be had from the hub"
+        kind = "folder has no usable tokenizer" if is_folder else "no such folder, and not available from the hub"
         raise ConfigError(
             f"data.tokenizer: {name!r}: {kind} ({type(error).__name__}); "
             "use 'byte', a folder, or a hub name with a network"
@@ -56,6 +63,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def token_cache(data: DataConfig) -> Path:
+    """Return the folder of token files."""
     if data.cache is not None:
         return Path(data.cache)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-bk"
@@ -68,6 +76,6 @@ def _is_bytes(tokenizer: Tokenizer) -> bool:
 def token_file(
     documents: list[corpus.Document], data: DataConfig, tokenizer: Tokenizer
 ) -> tuple[tokens.TokenFile, str]:
-    """The documents as tokens, from the cache or made now, and the fingerprint of text and tokenizer."""
+    """Return the token file of documents, cached or newly written, and the fingerprint of text and tokenizer."""
     name = "byte" if _is_bytes(tokenizer) else tokens.tokenizer_digest(tokenizer)
     return tokens.cached(documents, token_cache(data), name, None if name == "byte" else tokenizer)

@@ -1,1 +1,1 @@
-"""Everything that runs a trained model: loading, generation, speculation, steps as CUDA graphs."""
+"""Run a trained model: load it, generate text, decode speculatively or by CUDA graphs."""

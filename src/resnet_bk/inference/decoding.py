@@ -1,8 +1,8 @@
-"""Decoding that does not wait: a step in buffers that stay in place, replayed on a GPU as one CUDA graph.
+"""Decode without a host-device sync per token. On a GPU, each step is one replay of a CUDA graph.
 
-A step launches hundreds of small kernels, and at small batches launching them takes longer than running them. The
-state has constant size, so a step is the same work on the same memory every time: captured once, replayed by one call.
-Tokens stay on the device; the host looks at them now and then.
+A step launches hundreds of small kernels. At small batch sizes, launching them takes longer than running them. The
+state has constant size, so every step does the same work on the same memory and can be captured once as a graph.
+Generated tokens stay on the device. The host reads them only to see whether all sequences have ended.
 
 Dimensions: B sequences, N tokens of a prompt, V vocabulary.
 """
@@ -22,35 +22,39 @@ REMEDIES = {name: f"set model.{name}.bound" for name in TECHNIQUES} | {"length":
 
 
 class StaticStep:
-    """``step(ids)``, ids (B, 1), is ``model(ids, state=state)``: the logits (B, V) after it, and the state moves on.
+    """A decoding step whose inputs, state and outputs stay in fixed buffers.
 
-    On a GPU it is captured when made, in the autocast that is on there, and replayed by each call; elsewhere a call
-    runs the model. Weights may change in place in between. Techniques that decide something about the token need a
-    `bound` in the model's configuration, and then run masked where they would have skipped.
+    ``step(ids)`` computes what ``model(ids, state=state)`` does for one token per sequence. It returns the logits and
+    updates the state in place. On a GPU, the constructor captures the step as a CUDA graph under the current autocast,
+    and each call replays it. On a CPU, each call runs the model. Weights may change in place between calls.
 
-    state: of the same sequences so far, (B, ...) each; moved on by each call.
+    Techniques other than experts need a `bound` in the model's configuration. Blocks that a token could skip then run
+    masked.
+
+    Attributes:
+        state: tensors (B, ...), the state of the sequences so far.
     """
 
     def __init__(self, model: LanguageModel, state: Sequence[Any]):
-        """state: as a call of the model returned it; it is copied.
+        """Copy `state`, as a call of the model has returned it, and capture the step on a GPU.
 
         Raises:
-            ValueError: the model decides something that the host must wait for.
+            ValueError: a technique of the model needs a host-device sync, or it has experts on a GPU without bfloat16.
         """
-        if waiting := model.config.host_syncs:
+        if syncs := model.config.host_syncs:
             raise ValueError(
-                f"model: the host waits for what {', '.join(waiting)} decides, so steps are not all the same work; "
-                f"{' and '.join(REMEDIES[name] for name in waiting)}, or decode by calling the model"
+                f"model: a static step allows no host-device sync, but {' and '.join(syncs)} would need one; "
+                f"{' and '.join(REMEDIES[name] for name in syncs)}, or decode by calling the model"
             )
         self.model = model
         self.state = pytree.tree_map(torch.clone, list(state))
-        like = pytree.tree_leaves(self.state)[0]
-        self.ids = torch.zeros(len(like), 1, dtype=torch.int64, device=like.device)
-        self.graph = self._captured() if like.is_cuda else None
+        first = pytree.tree_leaves(self.state)[0]
+        self.ids = torch.zeros(len(first), 1, dtype=torch.int64, device=first.device)
+        self.graph = self._capture() if first.is_cuda else None
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """ids: (B, 1). The logits are a buffer: the next call writes over it."""
+        """Return the logits (B, V) after ids (B, 1). They are in a buffer that the next call overwrites."""
         self.ids.copy_(ids)
         if self.graph is None:
             self.logits = self._run()
@@ -60,36 +64,38 @@ class StaticStep:
 
     def _run(self) -> Tensor:
         kind = self.ids.device.type
-        # Autocast's copies of weights must not outlive it: a graph would go on reading them.
+        # Without autocast's cache of cast weights: a graph would keep reading copies that are freed with the cache.
         dtype, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False):
             output = self.model(self.ids, state=self.state)
-        self._move_to(output.state)
+        self._set_state(output.state)
         return output.logits[:, 0]
 
-    def _move_to(self, state: Sequence[Any]) -> None:
+    def _set_state(self, state: Sequence[Any]) -> None:
         for buffer, new in zip(pytree.tree_leaves(self.state), pytree.tree_leaves(list(state)), strict=True):
             buffer.copy_(new)
 
     @torch.no_grad()
-    def _captured(self) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         if self.model.config.num_experts > 1 and computed_in(self.model.embed.weight) != torch.bfloat16:
-            raise ValueError("model: experts without a host that waits are bfloat16's; make the step inside autocast")
+            raise ValueError("model: a captured step needs experts in bfloat16; create it inside torch.autocast")
         start = pytree.tree_map(torch.clone, self.state)
-        graph, self.logits = captured(self._run)
-        self._move_to(start)
+        graph, self.logits = capture(self._run)
+        self._set_state(start)
         return graph
 
 
-def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """`run` as a CUDA graph, and the tensor that each replay writes what it returns to. It is called three times first,
-    and not once more: capturing runs nothing."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what is compiled or allocated at first must not be captured
+def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Return `run` as a CUDA graph, and the tensor into which each replay writes the result.
+
+    `run` is executed three times before the capture. The capture itself executes nothing.
+    """
+    warmup = torch.cuda.Stream()
+    warmup.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warmup):  # compilation and first allocations must not be captured
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(warmup)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
@@ -105,21 +111,28 @@ def generate(
     mask: Tensor | None = None,
     temperature: float = 0.0,
     stop: int | None = None,
-    look_every: int = 32,
+    sync_every: int = 32,
 ) -> Tensor:
-    """Tokens that follow ids (B, N): (B, M) int64, M <= new.
+    """Generate the tokens that follow a prompt.
 
     Args:
-        mask: (B, N) bool, False for padding, which must stand on the left.
-        temperature: of sampling; 0 takes the likeliest token.
-        stop: a token at which a sequence ends; it is kept, and repeated to the end of the longest one.
-        look_every: steps after which the host looks whether all have ended.
+        model: a model that :class:`StaticStep` accepts.
+        ids: (B, N) int64, the prompt.
+        new: largest number of tokens to generate.
+        mask: (B, N) bool, False for padding, which must be on the left.
+        temperature: temperature of sampling; 0 takes the most likely token.
+        stop: id that ends a sequence. It is kept, and repeated up to the length of the longest sequence.
+        sync_every: number of steps after which the host checks whether all sequences have ended.
+
+    Returns:
+        (B, M) int64 with M <= new, without the prompt.
 
     Raises:
-        ValueError: `new` or `look_every` below 1, a negative temperature, or as :class:`StaticStep` and the model.
+        ValueError: `new` or `sync_every` is below 1, or `temperature` is negative; also as :class:`StaticStep` and
+            :meth:`LanguageModel.forward`.
     """
-    if new < 1 or look_every < 1:
-        raise ValueError(f"new, look_every: expected 1 or more, got {new} and {look_every}")
+    if new < 1 or sync_every < 1:
+        raise ValueError(f"new, sync_every: expected 1 or more, got {new} and {sync_every}")
     if temperature < 0:
         raise ValueError(f"temperature: expected 0 or more, got {temperature}")
     model.check(ids, None, mask)
@@ -129,7 +142,7 @@ def generate(
     for i in range(new):
         tokens[:, i] = choose(logits, temperature)
         done = i + 1
-        if stop is not None and done % look_every == 0 and bool((tokens[:, :done] == stop).any(1).all()):
+        if stop is not None and done % sync_every == 0 and bool((tokens[:, :done] == stop).any(1).all()):
             break
         if done < new:
             logits = step(tokens[:, i : i + 1])
@@ -142,8 +155,10 @@ def generate(
 
 
 def choose(logits: Tensor, temperature: float) -> Tensor:
-    """(B, V) -> (B,) the likeliest token, or a sample: the least of exponential waiting times, which needs none of the
-    checks for which torch.multinomial has the host wait."""
+    """Return the most likely token of logits (B, V), or a sample if the temperature is above 0: (B,) int64.
+
+    The sample is the argmin of exponential waiting times with rates p, since torch.multinomial syncs with the host.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)

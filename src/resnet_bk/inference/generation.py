@@ -1,4 +1,4 @@
-"""``resnet-bk generate``: continue a prompt."""
+"""The command ``resnet-bk generate``: continue a prompt."""
 
 import sys
 
@@ -12,7 +12,11 @@ from resnet_bk.inference.speculation import speculate
 
 
 def generate_text(model: ResNetBKForCausalLM, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> str:
-    """Prompt and continuation."""
+    """Return the prompt and its continuation.
+
+    Raises:
+        ConfigError: the prompt is empty, or config.speculate is set and the model has no early exit.
+    """
     if not prompt:
         raise ConfigError("generate.prompt: is empty; give at least one character")
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -33,7 +37,7 @@ def generate_text(model: ResNetBKForCausalLM, tokenizer: Tokenizer, prompt: str,
 
 
 def generate(config: GenerateConfig, console: Console) -> str:
-    """Continue a prompt; prints prompt and continuation."""
+    """Run the command: continue a prompt, print and return prompt and continuation."""
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt

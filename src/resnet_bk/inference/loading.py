@@ -1,4 +1,4 @@
-"""Trained models from their folders."""
+"""Load trained models."""
 
 from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.checkpoint import CheckpointError
@@ -8,13 +8,22 @@ from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, load_tokenizer, on_devi
 
 
 def load(path: str, threshold: float | None = None) -> tuple[ResNetBKForCausalLM, Tokenizer]:
-    """The model and its tokenizer. threshold: of its adaptive depth, instead of that it was trained with."""
+    """Return a trained model, in evaluation mode and on the GPU if there is one, and its tokenizer.
+
+    Args:
+        path: folder of a run or of a model.
+        threshold: replaces the threshold of adaptive depth that the model was trained with.
+
+    Raises:
+        CheckpointError: the folder has no intact model.
+        ConfigError: a threshold is given, but the model has no adaptive depth; or the settings are not valid.
+    """
     folder = model_folder(path)
     try:
         model = ResNetBKForCausalLM.from_pretrained(folder)
     except (CheckpointError, ConfigError):
         raise
-    except Exception as error:  # transformers and safetensors raise whatever they find
+    except Exception as error:  # transformers and safetensors raise many classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder}: cannot be loaded as a ResNet-BK model ({reason})") from error
     if threshold is not None:

@@ -1,7 +1,8 @@
-"""Self-speculative greedy decoding: the first blocks draft, all verify (Elhoushi et al. 2024, arXiv:2404.16710).
+"""Self-speculative greedy decoding (Elhoushi et al. 2024, arXiv:2404.16710).
 
-States are never changed in place, so going back to an earlier one is free. The later blocks read all drafted positions
-at once; where a draft was wrong, they read the right ones again together with the next draft.
+The first blocks of a model with early exit draft tokens, and all blocks verify them. States are never changed in place,
+so returning to an earlier state is free. The later blocks read all positions of a draft in parallel. After a wrong
+draft, they read its accepted positions again, together with the next draft.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,14 @@ from resnet_bk.model import LanguageModel
 
 @dataclass(frozen=True)
 class Drafts:
-    """tokens: (1, new) int64. drafted, accepted: tokens that the first blocks proposed, and that all of them confirmed.
-    rounds: times that the later blocks ran."""
+    """Result of speculative decoding.
+
+    Attributes:
+        tokens: (1, new) int64, the generated tokens.
+        drafted: number of tokens that the first blocks have drafted.
+        accepted: number of drafted tokens that the later blocks have confirmed.
+        rounds: number of drafts verified.
+    """
 
     tokens: Tensor
     drafted: int
@@ -27,32 +34,39 @@ class Drafts:
 
 @torch.no_grad()
 def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure: float = 0.5) -> Drafts:
-    """Continue ids (1, N) by `new` tokens: those that greedy decoding through all blocks gives, in fewer runs of most.
+    """Generate the tokens of greedy decoding through all blocks, with fewer runs of the later blocks.
 
-    A draft ends after `draft` tokens, or where its confidence falls below `sure`. Rounding differs between one position
-    at a time and several at once, so where two tokens are within rounding of each other the choice may differ.
+    One position and several positions in parallel round differently. So the result may differ from greedy decoding
+    where the logits of two tokens are equal up to rounding.
+
+    Args:
+        model: trained with model.depth.policy 'exit'.
+        ids: (1, N) int64, the prompt.
+        new: number of tokens to generate.
+        draft: largest number of tokens in a draft.
+        sure: end a draft after a token whose probability is below this.
 
     Raises:
-        ValueError: the model has no exits (model.depth.policy 'exit'), or ids are not of one sequence.
+        ValueError: the model has no early exits, `ids` has more than one sequence, or `new` or `draft` is below 1.
     """
     layer = model.blocks[0]
     if not isinstance(layer, EarlyExit) or not len(layer.segments):
         raise ValueError("model: has no early exit to draft with; train it with model.depth.policy 'exit'")
     model.check(ids, None, None)
     if len(ids) != 1:
-        raise ValueError(f"ids: expected one sequence, got {len(ids)}; sequences accept different numbers of drafts")
+        raise ValueError(f"ids: expected one sequence, got {len(ids)}; each would accept a different number of drafts")
     if new < 1 or draft < 1:
         raise ValueError(f"new, draft: expected 1 or more tokens, got {new} and {draft}")
     first, later = layer.first, Stack(block for segment in layer.stacks for block in segment)
-    x, early, _ = first(model.embed(ids), ids, None, None)
-    x, late, _ = later(x, ids, None, None)
+    x, early, _ = first(model.embed(ids), None, None, None)
+    x, late, _ = later(x, None, None, None)
     tokens = [model.read(x[:, -1:]).argmax(-1)]
-    pending: list[Tensor] = []  # right positions that the later blocks' state does not know yet, (1, 1, D) each
+    pending: list[Tensor] = []  # accepted positions that are not in the later blocks' state yet, (1, 1, D) each
     drafted = accepted = rounds = 0
     while len(tokens) < new:
         token, features, states, guesses = tokens[-1], [], [], []
         for _ in range(min(draft, new - len(tokens))):
-            x, early, _ = first(model.embed(token), token, early, None)
+            x, early, _ = first(model.embed(token), None, early, None)
             logits = model.read(x)
             token = logits.argmax(-1)
             features.append(x)
@@ -61,11 +75,11 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
             if sure > 0 and confidence(logits, "probability").item() < sure:
                 break
         y, after, _ = later(torch.cat([*pending, *features], dim=1), None, late, None)
-        truth = model.read(y[:, len(pending) :]).argmax(-1)
-        wrong = (torch.cat(guesses, dim=1) != truth)[0].nonzero()
+        verified = model.read(y[:, len(pending) :]).argmax(-1)
+        wrong = (torch.cat(guesses, dim=1) != verified)[0].nonzero()
         right = len(guesses) if len(wrong) == 0 else int(wrong[0])
-        used = min(right + 1, len(guesses))  # positions read that stand: the last one's guess may be wrong
-        tokens += truth[:, :used].split(1, dim=1)
+        used = min(right + 1, len(guesses))  # after the right guesses, the verified token replaces the first wrong one
+        tokens += verified[:, :used].split(1, dim=1)
         early = states[used - 1]
         drafted, accepted, rounds = drafted + len(guesses), accepted + right, rounds + 1
         if used == len(guesses):

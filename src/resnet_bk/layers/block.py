@@ -1,15 +1,17 @@
-"""The block, and a stack of layers. Whatever may stand in a stack - a block, a room - has one form of call:
+"""The block, and a stack of layers. Every layer of a stack, a block or an adaptive layer, has one form of call:
 
-``layer(x (B, N, D), ids (B, N), state, mask) -> (x (B, N, D), state, records)``
+``layer(x (B, N, D), tokens, state, mask) -> (x (B, N, D), state, records)``
 
-ids: the token at each position, and its place, see :func:`placed`. state: of the same sequences up to here, or None.
-mask: (B, N) bool, real positions first, or None.
+- tokens: :class:`Tokens`, what stands at each position.
+- state: the layer's own state after the same sequences up to here, or None at their start.
+- mask: (B, N) bool, True for tokens, False for padding, which comes last in each row; None without padding.
+- records: a list of :class:`resnet_bk.record.Record`, one for each part of the layer that reports something.
 
 Dimensions: B batch, N positions, D model width.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +23,26 @@ from resnet_bk.layers.mixer import MIXERS, MixerState
 from resnet_bk.layers.norm import Norm
 from resnet_bk.record import Record
 
-TOKEN_BITS = 32
+
+class Tokens(NamedTuple):
+    """What stands at each position of a layer's input; it is packed along with the features.
+
+    Attributes:
+        ids: (B, N) int64, token ids.
+        place: (B, N) int64, the index of each position in the flattened batch of the model's input. None unless a
+            ledger is open: it alone asks for whom a layer computes.
+    """
+
+    ids: Tensor
+    place: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """Return the tokens with `function`, a selection of positions, applied to every tensor."""
+        return Tokens(function(self.ids), None if self.place is None else function(self.place))
 
 
-def placed(ids: Tensor) -> Tensor:
-    """Token ids (B, N) that know where they are: the place in the flattened batch is in the upper half of each. It
-    stays with a position wherever rooms pack it, so that the ledger can tell whose computation a layer runs."""
-    place = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    return ids.long() | place << TOKEN_BITS
-
-
-def token_of(ids: Tensor) -> Tensor:
-    """The token alone."""
-    return ids & (1 << TOKEN_BITS) - 1
-
-
-def place_of(ids: Tensor) -> Tensor:
-    """The place alone; 0 where ids never were placed."""
-    return ids >> TOKEN_BITS
+class AdaptiveLayer(nn.Module):
+    """Base of the layers that implement a technique around other layers; the ledger books what runs inside them."""
 
 
 class Block(nn.Module):
@@ -52,7 +56,7 @@ class Block(nn.Module):
         self.ff_norm, self.feed_forward = Norm(config.d_model), feed_forward(config)
 
     def forward(
-        self, x: Tensor, ids: Tensor | None, state: MixerState | None, mask: Tensor | None
+        self, x: Tensor, tokens: Tokens | None, state: MixerState | None, mask: Tensor | None
     ) -> tuple[Tensor, MixerState, list[Record]]:
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self._run, x, state, mask, use_reentrant=False)
@@ -76,12 +80,12 @@ class Stack(nn.ModuleList):
         return Stack(list(self)[begin:end])
 
     def forward(
-        self, x: Tensor, ids: Tensor | None, state: Sequence[Any] | None, mask: Tensor | None
+        self, x: Tensor, tokens: Tokens | None, state: Sequence[Any] | None, mask: Tensor | None
     ) -> tuple[Tensor, list[Any], list[Record]]:
         after: list[Any] = []
         records: list[Record] = []
         for i, layer in enumerate(self):
-            x, layer_state, layer_records = layer(x, ids, None if state is None else state[i], mask)
+            x, layer_state, layer_records = layer(x, tokens, None if state is None else state[i], mask)
             after.append(layer_state)
             records += layer_records
         return x, after, records

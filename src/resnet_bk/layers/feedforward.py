@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
-from resnet_bk.record import Record
+from resnet_bk.layers.price import price
+from resnet_bk.ops.packing import TILE
+from resnet_bk.record import Loss, Record
 
-TILE = 16  # rows of a matrix product that are rounded alike
 BAND = 0.25  # experts a token around the target in which the price rises from -1 to 1
 
 
@@ -59,6 +60,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, f, self.experts, self.settings = config.d_model, config.d_hidden, config.num_experts, config.experts
+        self.balance_weight = config.balance_weight
         self.all = self.experts + self.settings.identity + self.settings.zero
         self.most = config.top_k if self.settings.policy == "top_k" else min(self.settings.most, self.all)
         self.router = nn.Linear(d, self.all, bias=False)
@@ -103,7 +105,7 @@ class Experts(nn.Module):
         takes[:, : self.settings.least] = True
         return chosen, takes
 
-    def _losses(self, probabilities: Tensor, counts: Tensor, used: Tensor, real: Tensor) -> dict[str, Tensor]:
+    def _losses(self, probabilities: Tensor, counts: Tensor, used: Tensor, real: Tensor) -> dict[str, Loss]:
         """Of computing experts "balance", E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4), 1 where all are
         equally busy; balanced by bias, that value with the gradient of the bias alone (Wang et al. 2024,
         arXiv:2408.15664). And "cost", of top_p: see :class:`resnet_bk.config.ExpertsConfig`."""
@@ -114,12 +116,11 @@ class Experts(nn.Module):
         if self.load_bias is not None:
             moved = (self.load_bias * (share - 1 / self.experts).sign()).sum()
             balance = balance.detach() + moved - moved.detach()
-        losses = {"balance": balance}
+        losses = {"balance": Loss(balance, self.balance_weight)}
         if self.settings.policy == "top_p":
-            above = used.sum() / number - self.settings.target
-            price = (above / BAND).clamp(-1, 1) if self.settings.target else 1.0
+            factor = price(used.sum() / number, self.settings.target, BAND) if self.settings.target else 1.0
             entropy = (torch.special.entr(probabilities).sum(-1) * real).sum() / math.log(max(2, self.all))
-            losses["cost"] = price * (entropy + computing.sum()) / number
+            losses["cost"] = Loss(factor * (entropy + computing.sum()) / number, self.settings.cost_weight)
         return losses
 
     def _one_by_one(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:

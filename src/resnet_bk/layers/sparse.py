@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.feedforward import TILE
+from resnet_bk.layers.price import price
 from resnet_bk.ops import Sparsity
-from resnet_bk.ops.packing import capacity
-from resnet_bk.record import Record
+from resnet_bk.ops.packing import TILE, capacity
+from resnet_bk.record import Loss, Record
 
 # The price of keeping a site is 1 for each BAND of the sites that are kept above the goal, and never beyond STEEPEST.
 BAND, STEEPEST = 0.02, 4.0
@@ -60,14 +60,14 @@ class SparseBKCore(nn.Module):
         real = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
         number = real.sum().clamp(min=1)
         goal = 1 - self.settings.target * min(1.0, self.progress / max(1e-9, self.settings.warmup))
-        above = ((importance > 0) & real).sum() / number - goal
-        loss = (above / BAND).clamp(-STEEPEST, STEEPEST) * (importance.sigmoid() * real).sum() / number
+        factor = price(((importance > 0) & real).sum() / number, goal, BAND, STEEPEST)
+        loss = factor * (importance.sigmoid() * real).sum() / number
         if self.training and self.settings.sampling == "gumbel":  # logistic noise: the difference of two Gumbel's
             importance = importance + torch.rand_like(importance).logit(1e-6)
         kept = (importance > 0) & real
         soft = importance.sigmoid()
         gate = torch.where(kept, soft / soft.detach(), 0)  # exactly 1 or 0
-        record = SparsityRecord(losses={"sparsity": loss}, kept=kept, sites=real.sum())
+        record = SparsityRecord(losses={"sparsity": Loss(loss, self.settings.penalty)}, kept=kept, sites=real.sum())
         fill = self.fill.to(exact).sigmoid()
         own = torch.zeros_like(fill) if self.own is None else self.own.to(exact)
         return Sparsity(gate, fill, own, TILE, capacity(self.settings.bound, x.shape[1])), record

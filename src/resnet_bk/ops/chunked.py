@@ -1,7 +1,9 @@
-"""Pure-torch kernels, any device: O(N) work in about 2 sqrt(N) vectorised steps, with hand-written backward.
+"""Kernels in pure torch for any device, forward and backward, all of O(N) work.
+
+The Green's function takes about 3 sqrt(N) vectorised steps, the scan N / SCAN_CHUNK. README.md derives both. Autograd
+does not differentiate any function in this file.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width, C sites in a chunk, M chunks.
-The derivations are in README.md beside this file. No function here is differentiated by autograd.
 """
 
 import math
@@ -11,34 +13,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SCAN_CHUNK = 32
-TINY_DECAY = 1e-30  # a link weaker than this counts as this strong, so that its logarithm exists
+TINY_DECAY = 1e-30  # a decay nearer to 0 is replaced by it, so that it has a logarithm
 
 
-def _fold(x_BN: Tensor, chunk: int, value: float = 0.0) -> Tensor:
-    """(B, N, ...) -> (C, B, M, ...): pad N to whole chunks with `value` and bring the position in the chunk first."""
+def _chunks(x_BN: Tensor, chunk: int, value: float) -> Tensor:
+    """(B, N, ...) -> (B, M, C, ...), N padded with `value` to whole chunks."""
     padding = -x_BN.shape[1] % chunk
     if padding:
         x_BN = F.pad(x_BN, (0, 0) * (x_BN.dim() - 2) + (0, padding), value=value)
-    return x_BN.unflatten(1, (-1, chunk)).movedim(2, 0).contiguous()
+    return x_BN.unflatten(1, (-1, chunk))
+
+
+def _fold(x_BN: Tensor, chunk: int, value: float = 0.0) -> Tensor:
+    """(B, N, ...) -> (C, B, M, ...)."""
+    return _chunks(x_BN, chunk, value).movedim(2, 0).contiguous()
 
 
 def _unfold(x_CBM: Tensor, length: int) -> Tensor:
+    """(C, B, M, ...) -> (B, N, ...)."""
     return x_CBM.movedim(0, 2).flatten(1, 2)[:, :length].contiguous()
 
 
-def _mask3(mask_BN: Tensor | None, x_BNH: Tensor) -> Tensor | None:
-    return None if mask_BN is None else mask_BN.unsqueeze(-1).expand(x_BNH.shape)
-
-
 def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
-    """``g_t = 1 / (d_t - w_t g_{t-1})`` by scattering composition (README, section 2)."""
+    """Compute ``g_t = 1 / (d_t - w_t g_{t-1})`` chunk by chunk (README, section 2). Shapes as in ``kernels.green``."""
     length = d.shape[1]
     chunk = max(1, math.isqrt(length))
-    real_site = _mask3(mask, d)
     d_, w_ = _fold(d, chunk, 1.0), _fold(w, chunk)
-    m_ = None if real_site is None else _fold(real_site, chunk)
-    # A chunk answers to the g that enters it as  r + x t / (1 - x l):  compose its sites one by one, all chunks at
-    # once.
+    m_ = None if mask is None else _fold(mask.unsqueeze(-1).expand(d.shape), chunk)
+    # A chunk maps the entering g, x, to  r + x t / (1 - x l).  Compose its sites one by one, all chunks in parallel.
     r = torch.zeros_like(d_[0])
     t, left = torch.ones_like(r), torch.zeros_like(r)
     for i in range(chunk):
@@ -67,7 +69,7 @@ def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tens
 
 
 def adjoint_recurrence(x: Tensor, u: Tensor) -> Tensor:
-    """``y_t = x_t + u_{t+1} y_{t+1}`` with ``y_N = 0``, in chunks. x, u: (B, N, H)."""
+    """Compute ``y_t = x_t + u_{t+1} y_{t+1}`` in chunks, with nothing after the last site. x, u: (B, N, H)."""
     length = x.shape[1]
     chunk = max(1, math.isqrt(length))
     u_next = torch.cat([u[:, 1:], torch.zeros_like(u[:, :1])], dim=1)
@@ -90,14 +92,17 @@ def adjoint_recurrence(x: Tensor, u: Tensor) -> Tensor:
 def green_backward(
     grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for d, w, g0: ``dg_t/dd_t = -g_t^2``, ``dg_t/dw_t = g_{t-1} g_t^2``, ``dg_t/dg_{t-1} = w_t g_t^2``."""
+    """Return the gradients of d, w and g0.
+
+    ``dg_t/dd_t = -g_t^2``, ``dg_t/dw_t = g_{t-1} g_t^2``, ``dg_t/dg_{t-1} = w_t g_t^2``.
+    """
     before = torch.cat([g0.unsqueeze(1), g[:, :-1]], dim=1)
     squared = (g * g).conj().resolve_conj()
     u = w * squared
     if mask is not None:
-        real_site = mask.unsqueeze(-1)
-        u = torch.where(real_site, u, 1.0)
-        squared = torch.where(real_site, squared, 0.0)
+        is_site = mask.unsqueeze(-1)
+        u = torch.where(is_site, u, 1.0)
+        squared = torch.where(is_site, squared, 0.0)
     adjoint = adjoint_recurrence(grad, u)
     grad_d = -squared * adjoint
     grad_w = -(before.conj() * grad_d).real if g.is_complex() else -before * grad_d
@@ -105,20 +110,21 @@ def green_backward(
 
 
 class _ScanChunks:
-    """What forward and backward of the gated scan share: everything folded to (B, H, M, C, ...) and the decays.
+    """The inputs of the gated scan folded to (B, H, M, C, ...), and their decays, for forward and backward.
 
-    ``decay_ts = prod_{j=s+1..t} alpha_j`` within a chunk, ``since_t = prod_{j<=t} alpha_j`` from the chunk's start,
-    ``until_s = prod_{j>s} alpha_j`` to its end.
+    Attributes:
+        decay: (B, H, M, C, C), ``decay_ts = prod_{s<j<=t} alpha_j`` within a chunk, 0 for s > t.
+        since: (B, H, M, C), ``since_t = prod_{j<=t} alpha_j`` from the start of the chunk.
+        until: (B, H, M, C), ``until_s = prod_{j>s} alpha_j`` to the end of the chunk.
+        past: (C, C) bool, True for s <= t.
+        u: (B, H, M, C, V), ``beta v``.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor):
         chunk = min(SCAN_CHUNK, max(1, q.shape[1]))
 
         def fold(x: Tensor, value: float = 0.0) -> Tensor:
-            padding = -x.shape[1] % chunk
-            if padding:
-                x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding), value=value)
-            return x.unflatten(1, (-1, chunk)).movedim(3, 1)
+            return _chunks(x, chunk, value).movedim(3, 1)
 
         self.fold = fold
         self.q, self.k, self.v = (fold(x).contiguous() for x in (q, k, v))
@@ -136,7 +142,7 @@ class _ScanChunks:
         self.u = self.beta.unsqueeze(-1) * self.v
 
     def entering_states(self, s0: Tensor) -> tuple[Tensor, Tensor]:
-        """The state at the start of every chunk (B, H, M, K, V) and the one after the last (B, H, K, V)."""
+        """Return the state at the start of each chunk, (B, H, M, K, V), and after the last, (B, H, K, V)."""
         local = (self.k * self.until.unsqueeze(-1)).mT @ self.u
         whole = self.since[..., -1, None, None]
         states, s = torch.empty_like(local), s0
@@ -147,13 +153,18 @@ class _ScanChunks:
 
 
 def _flat(x_BHMC: Tensor, length: int) -> Tensor:
+    """(B, H, M, C, ...) -> (B, N, H, ...)."""
     return x_BHMC.movedim(1, 3).flatten(1, 2)[:, :length].contiguous()
 
 
 def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``, ``y_t = q_t S_t``. Returns y, the last S, the S entering chunks."""
+    """Compute ``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T`` and ``y_t = q_t S_t``. Shapes as in ``kernels.scan``.
+
+    Returns:
+        y (B, N, H, V), the last S (B, H, K, V), and the S that enters each chunk (B, H, M, K, V).
+    """
     c = _ScanChunks(q, k, v, alpha, beta)
     states, last = c.entering_states(s0)
     y = ((c.q @ c.k.mT).mul_(c.decay) @ c.u).add_((c.q @ states).mul_(c.since.unsqueeze(-1)))
@@ -170,7 +181,7 @@ def scan_backward(
     beta: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for q, k, v, alpha, beta and s0 (README, section 3)."""
+    """Return the gradients of q, k, v, alpha, beta and s0 (README, section 3)."""
     c = _ScanChunks(q, k, v, alpha, beta)
     dy = c.fold(grad_y).contiguous()
     since, until = c.since.unsqueeze(-1), c.until.unsqueeze(-1)
@@ -189,8 +200,8 @@ def scan_backward(
     u_leaving = (c.u @ leaving.mT).mul_(until)
     dk = (weights.mT @ c.q).add_(u_leaving)
     du = (scores.mT @ dy).add_((c.k @ leaving).mul_(until))
-    # alpha_t weighs every pair (reader u >= t, writer s < t) and every path that crosses t. No term without alpha_t
-    # enters, so dividing by alpha_t is safe however small it is.
+    # alpha_t is a factor of every pair (reader at t or later, writer before t) and of every path across t. All terms of
+    # the sum contain it, so the division by alpha_t at the end is safe however small alpha_t is.
     straddling = scores.mul_(dscores).cumsum(-1)[..., :-1]
     readers = c.past[:, 1:]
     flow = F.pad((straddling * readers).sum(-2), (1, 0))
@@ -213,7 +224,7 @@ def _reverse_cumsum(x: Tensor) -> Tensor:
 
 
 def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
-    """``y_t = sum_i weight_i x_{t+i}``. x: (B, N + W - 1, C), weight: (W, C)."""
+    """Compute ``y_t = sum_i weight_i x_{t+i}``, (B, N, C). x: (B, N + W - 1, C), weight: (W, C), C channels."""
     length = x.shape[1] - weight.shape[0] + 1
     y = x[:, :length] * weight[0]
     for i in range(1, weight.shape[0]):
@@ -222,6 +233,7 @@ def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight."""
     length = grad.shape[1]
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)

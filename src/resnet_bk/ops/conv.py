@@ -1,4 +1,4 @@
-"""Short causal depthwise convolution, forward and backward as one registered operator each.
+"""Short causal depthwise convolution: a registered operator for forward and one for backward.
 
 Dimensions: B batch, N positions, C channels, W width.
 """
@@ -31,7 +31,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_shifts(x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution under autograd, for derivatives of the gradient."""
+    """Run the convolution under autograd, for second derivatives."""
     width = weight.shape[0]
     length = x.shape[1] - width + 1
     return torch.stack([x[:, i : i + length] * weight[i] for i in range(width)]).sum(0)
@@ -52,9 +52,14 @@ short_conv_op.register_autograd(_autograd, setup_context=_setup)
 
 
 def short_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """``y_t = sum_i weight_i x_{t+i}``: x (B, N + W - 1, C) begins with the W - 1 positions before the first output.
+    """Compute ``y_t = sum_i weight_i x_{t+i}``.
 
-    weight: (W, C), like x in dtype. Returns (B, N, C).
+    Args:
+        x: (B, N + W - 1, C); it begins with the W - 1 positions before the first output.
+        weight: (W, C) like x in dtype.
+
+    Returns:
+        y, (B, N, C).
     """
     single = x.shape[1] == weight.shape[0]
     return (x * weight).sum(1, keepdim=True) if single else short_conv_op(x, weight)

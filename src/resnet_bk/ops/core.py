@@ -1,122 +1,17 @@
-"""The BK core: what a chain of sites is asked for, in O(N). Definitions in :mod:`resnet_bk.ops.naive`.
+"""The BK core: left Green's function, resolvent and propagator of a chain in O(N). :mod:`resnet_bk.ops.naive` defines
+them.
 
-Dimensions: B batch, N sites, H chains (heads), K key width, V value width.
+Dimensions: B batch, N sites, M packed length, H chains (heads), K key width, V value width.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from resnet_bk.ops.chain import Chain, PropagatorState, SparseState, Sparsity, check_chain, check_qkv
 from resnet_bk.ops.kernels import green, scan
-from resnet_bk.ops.packing import Packing
 from resnet_bk.ops.sparse import sparse_scan
-
-
-class PropagatorState(NamedTuple):
-    """Everything the past of a chain can still do to its future.
-
-    g: (B, H) left Green's function of the last site, real or complex as the chain is.
-    s: (B, H, K, V) float, ``sum_s P_ts k_s v_s^T``; in a complex chain rows 2i, 2i+1 are its real and imaginary parts.
-    """
-
-    g: Tensor
-    s: Tensor
-
-
-class SparseState(NamedTuple):
-    """As :class:`PropagatorState`, and r (B, H, V) float: what the last kept site passes on to those left out after
-    it."""
-
-    g: Tensor
-    s: Tensor
-    r: Tensor
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """Which sites of a chain :func:`propagate` computes, and what stands in for the others.
-
-    gate: (B, N), exactly 0 or 1. Where it is 0 (as it must be at padding) nothing is written to the chain's state and
-      nothing is read from it: what the last kept site read, faded, stands in, with a part of the site's own value. What
-      passes the site decays there as ever: it is eliminated exactly (a Schur complement). Its gradient is what keeping
-      the site is worth; a gate of 0 gets none.
-    fill: (H,), fading at each site left out in turn, beside the chain's own decay there.
-    own: (H,), how much of ``g_t v_t`` is read where a site is left out. The diagonal, which has no v, ignores it.
-    tile: the number of kept sites is rounded up to a multiple of it in packed tensors.
-    bound: how many kept sites packed tensors have room for; more are an error. Default: as many as the fullest row has.
-    """
-
-    gate: Tensor
-    fill: Tensor
-    own: Tensor
-    tile: int = 1
-    bound: int | None = None
-    _sites: list[Packing] = field(default_factory=list, init=False)
-
-    @property
-    def sites(self) -> Packing:
-        """Kept sites, packed: q and k are those of these alone."""
-        if not self._sites:  # not a cached_property, which does not compile
-            self._sites.append(Packing(self.gate > 0, self.tile, self.bound))
-        return self._sites[0]
-
-    def reversed(self) -> "Sparsity":
-        """Of the chain read from its end."""
-        return Sparsity(self.gate.flip(1), self.fill, self.own, self.tile, self.bound)
-
-
-_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}  # dtype.to_complex() does not compile
-
-
-def chain(
-    a: Tensor, z: Tensor | complex, hop: Tensor | None, state: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the inputs; the diagonal ``d = a - z``, the squared hoppings and the incoming g."""
-    if a.dim() != 3:
-        raise ValueError(f"a: expected shape (B, N, H), got {tuple(a.shape)}")
-    if a.shape[1] == 0:
-        raise ValueError("a: the chain is empty (N = 0); at least one site is needed")
-    if a.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"a: expected float32 or float64 (the recurrence is not run in less), got {a.dtype}")
-    for name, x, shape in (("hop", hop, a.shape), ("mask", mask, a.shape[:2])):
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
-        if x is not None and x.device != a.device:
-            raise ValueError(f"{name}: expected device {a.device} as a, got {x.device}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected bool (True = a site of the chain), got {mask.dtype}")
-    if hop is not None and hop.dtype != a.dtype:
-        raise TypeError(f"hop: expected {a.dtype} as a, got {hop.dtype}")
-    d = a - z
-    if d.dtype not in (a.dtype, _COMPLEX[a.dtype]):
-        raise TypeError(f"z: expected {a.dtype} or {_COMPLEX[a.dtype]} beside a, got {z.dtype}")  # type: ignore[union-attr]
-    w = torch.ones_like(a) if hop is None else hop * hop
-    if state is None:
-        state = d.new_zeros(d.shape[0], d.shape[2])
-    elif state.shape != (d.shape[0], d.shape[2]) or state.dtype != d.dtype:
-        expected = f"({d.shape[0]}, {d.shape[2]}) {d.dtype}"
-        raise ValueError(f"state: expected {expected}, got {tuple(state.shape)} {state.dtype}")
-    return d, w, state
-
-
-def _check_sparsity(sparsity: Sparsity | None, a: Tensor, mask: Tensor | None) -> None:
-    if sparsity is None:
-        return
-    for name, shape in (("gate", a.shape[:2]), ("fill", a.shape[2:]), ("own", a.shape[2:])):
-        x = getattr(sparsity, name)
-        if x.shape != shape:
-            raise ValueError(f"sparsity.{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
-        if x.dtype != a.dtype or x.device != a.device:
-            raise TypeError(f"sparsity.{name}: expected {a.dtype} on {a.device} as a, got {x.dtype} on {x.device}")
-    if a.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # values are looked at where that costs no waiting
-    odd = (sparsity.gate != 0) & (sparsity.gate != 1)
-    if odd.any():
-        raise ValueError(f"sparsity.gate: expected 0 or 1 everywhere, got {sparsity.gate[odd][0].item():g}")
-    if mask is not None and (sparsity.gate[~mask] != 0).any():
-        raise ValueError("sparsity.gate: 1 where mask is False; padding cannot be kept, so its gate must be 0")
 
 
 def left_green(
@@ -128,37 +23,31 @@ def left_green(
     mask: Tensor | None = None,
     sparsity: Sparsity | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Left Green's function ``g_t = 1 / (a_t - z - hop_t^2 g_{t-1})``. Causal: g_t depends on sites <= t only.
+    """Return the left Green's function ``g_t = 1 / (a_t - z - hop_t^2 g_{t-1})``. Causal: g_t depends on sites <= t.
 
     Args:
-        a: on-site energies, (B, N, H) float32 or float64.
+        a: (B, N, H) float32 or float64, on-site energies.
         z: spectral shift, a number or a tensor that broadcasts against a. Complex with ``Im z > 0``, or real and
-            outside the spectrum (``|a - z| > |hop_t| + |hop_{t+1}|``); then everything is real arithmetic.
-        hop: hopping between sites t - 1 and t, (B, N, H) like a; ``hop[:, 0]`` links to the state. Default 1.
-        state: g of the site before the first, (B, H), as returned; default: nothing before.
-        mask: (B, N) bool, False for padding: such a site is not part of the chain, the state passes it unchanged.
-        sparsity: kept sites are a chain of their own; one left out takes the value it would have as its last site,
-            `fill` weakening the link. Default: all are kept.
+            outside the spectrum (``|a - z| > |hop_t| + |hop_{t+1}|``). With real z all arithmetic is real.
+        hop: (B, N, H) like a, hopping between sites t - 1 and t; ``hop[:, 0]`` links to the state. Default: 1.
+        state: (B, H), g of the site before the first, as returned by an earlier call. Default: no site before.
+        mask: (B, N) bool, False at padding. Padding is not part of the chain: the state passes it unchanged.
+        sparsity: sites to keep; they form a chain of their own. A site left out gets the g that it would have as the
+            last site of that chain, over a link weakened by `fill`. Default: all sites are kept.
 
     Returns:
-        g (B, N, H) and the state after the last site (B, H); complex if z is.
+        g (B, N, H), and the state after the last site (B, H). Both are complex if z is.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
+        ValueError: a shape does not fit. Nothing has been computed then.
+        TypeError: a dtype or a device does not fit. Nothing has been computed then.
     """
-    d, w, state = chain(a, z, hop, state, mask)
-    _check_sparsity(sparsity, a, mask)
-    g = green(d, w, state, mask if sparsity is None else sparsity.gate > 0)
+    chain = check_chain(a, z, hop, state, mask, sparsity)
+    g = green(chain.d, chain.w, chain.g, chain.kept)
     if sparsity is None:
         return g, g[:, -1]
-    before = torch.cat([state.unsqueeze(1), g[:, :-1]], dim=1)
-    return _filled(g, 1 / (d - sparsity.fill * w * before), sparsity), g[:, -1]
-
-
-def _filled(kept: Tensor, stand_in: Tensor, sparsity: Sparsity) -> Tensor:
-    """The values of kept sites mixed with those that stand in for sites left out, (B, N, H)."""
-    gate = sparsity.gate.unsqueeze(-1)
-    return torch.where(gate == 0, stand_in, gate * kept + (1 - gate) * stand_in)
+    as_last_site = 1 / (chain.d - sparsity.fill * chain.w * _previous(g, chain.g))
+    return _filled(g, as_last_site, sparsity), g[:, -1]
 
 
 def resolvent_diagonal(
@@ -169,40 +58,16 @@ def resolvent_diagonal(
     mask: Tensor | None = None,
     sparsity: Sparsity | None = None,
 ) -> Tensor:
-    """Diagonal of the resolvent ``G_tt = [(H - z)^-1]_tt``, (B, N, H). Sees the future: for bidirectional models only.
+    """Return the diagonal of the resolvent ``G_tt = [(H - z)^-1]_tt``, (B, N, H). For bidirectional models only.
 
-    Arguments as in :func:`left_green`. Masked positions hold a finite value without meaning.
+    Arguments and errors are those of :func:`left_green`. The value at padding is finite and has no meaning.
     """
-    d, w, nothing = chain(a, z, hop, None, mask)
-    _check_sparsity(sparsity, a, mask)
-    from_left, from_right = _both_sides(d, w, nothing, mask if sparsity is None else sparsity.gate > 0)
-    diagonal = 1 / (d - from_left - from_right)
+    chain = check_chain(a, z, hop, None, mask, sparsity)
+    from_left, from_right = _self_energies(chain, chain.kept)
+    diagonal = 1 / (chain.d - from_left - from_right)
     if sparsity is None:
         return diagonal
-    return _filled(diagonal, 1 / (d - sparsity.fill * (from_left + from_right)), sparsity)
-
-
-def _both_sides(d: Tensor, w: Tensor, nothing: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Self-energies ``w_t gL_{t-1}``, ``w_{t+1} gR_{t+1}``: what the two halves beside a site do to it, (B, N, H)."""
-    left = green(d, w, nothing, mask)
-    left = w * torch.cat([nothing.unsqueeze(1), left[:, :-1]], dim=1)
-    back_w, back_mask = _links_from_the_right(w, mask), None if mask is None else mask.flip(1)
-    right = green(d.flip(1), back_w, nothing, back_mask)
-    right = (back_w * torch.cat([nothing.unsqueeze(1), right[:, :-1]], dim=1)).flip(1)
-    return left, right
-
-
-def _links_from_the_right(hop: Tensor, mask: Tensor | None) -> Tensor:
-    """Reversed in time, each site is entered over the link that its right neighbour owns. Returns it reversed."""
-    hop = hop.flip(1)
-    if mask is None:
-        return torch.cat([torch.zeros_like(hop[:, :1]), hop[:, :-1]], dim=1)
-    # The right neighbour is the next real site: the last one passed in reversed order, padding skipped.
-    position = torch.arange(hop.shape[1], device=hop.device).expand(mask.shape)
-    last_real = torch.where(mask.flip(1), position, -1).cummax(1).values
-    before = torch.cat([torch.full_like(last_real[:, :1], -1), last_real[:, :-1]], dim=1).unsqueeze(-1)
-    gathered = hop.gather(1, before.clamp(min=0).expand(hop.shape))
-    return torch.where(before < 0, torch.zeros_like(gathered), gathered)
+    return _filled(diagonal, 1 / (chain.d - sparsity.fill * (from_left + from_right)), sparsity)
 
 
 def propagate(
@@ -218,147 +83,187 @@ def propagate(
     causal: bool = True,
     sparsity: Sparsity | None = None,
 ) -> tuple[Tensor, PropagatorState | SparseState]:
-    """The propagator applied to q, k, v: ``y_t = Re sum_s P_ts <q_t, k_s> v_s``.
-
-    Causal (default): ``P_ts = [(H_{1..t} - z)^-1]_ts`` for s <= t, which is 1-semiseparable:
-    ``P_ts = g_s prod_{j=s+1..t} (-hop_j g_j)``. So ``|hop g|`` is a decay and, for complex z, ``arg g`` a rotary angle.
-    ``causal=False``: the full resolvent, all s; takes and returns no useful state.
+    """Apply the propagator to q, k and v: ``y_t = Re sum_s P_ts <q_t, k_s> v_s``.
 
     Args:
-        q, k: (B, N, H, K), like a in dtype; for complex z, K is even and pairs are complex numbers (see naive.py). Of
-            sparse chains those of the kept sites, packed as by ``sparsity.sites``.
-        v: (B, N, H, V).
-        a, z, hop, mask: as in :func:`left_green`.
-        state: of the sites before the first, as returned; default: nothing before.
-        sparsity: which sites are left out, and how the others stand in for them. Default: none.
+        q: (B, N, H, K) like a in dtype. In complex chains K is even, and pairs of channels are complex numbers (see
+            ``naive.py``). In sparse chains (B, M, H, K): the kept sites only, packed by ``sparsity.sites``.
+        k: as q.
+        v: (B, N, H, V) like a in dtype.
+        a: as in :func:`left_green`.
+        z: as in :func:`left_green`.
+        hop: as in :func:`left_green`.
+        state: state after the sites before the first, as returned by an earlier call. Default: no site before.
+        mask: as in :func:`left_green`.
+        causal: True: ``P_ts = [(H_{1..t} - z)^-1]_ts`` for s <= t. This matrix is 1-semiseparable,
+            ``P_ts = g_s prod_{j=s+1..t} (-hop_j g_j)``: ``|hop g|`` is a decay, and for complex z ``arg g`` is a rotary
+            angle. False: the full resolvent, for all s; it accepts no state, and the state it returns has no meaning.
+        sparsity: sites to keep, and what replaces the output of the others. Default: all sites are kept.
 
     Returns:
-        y (B, N, H, V), zero at masked positions, and the state after the last site, a SparseState of sparse chains.
+        y (B, N, H, V), 0 at padding, and the state after the last site, a SparseState if the chain is sparse.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is computed.
+        ValueError: a shape or the state does not fit. Nothing has been computed then.
+        TypeError: a dtype or a device does not fit. Nothing has been computed then.
     """
-    d, w, g0 = chain(a, z, hop, None if state is None else state.g, mask)
-    _check_sparsity(sparsity, a, mask)
-    sites = a.shape if sparsity is None else (len(a), sparsity.sites.mask.shape[1], a.shape[2])
-    for name, x, shape in (("q", q, sites), ("k", k, sites), ("v", v, a.shape)):
-        if x.dim() != 4 or x.shape[:3] != shape:
-            raise ValueError(f"{name}: expected shape {(*shape, 'width')}, got {tuple(x.shape)}")
-        if x.dtype != a.dtype or x.device != a.device:
-            raise TypeError(f"{name}: expected {a.dtype} on {a.device} as a, got {x.dtype} on {x.device}")
-    if q.shape != k.shape:
-        raise ValueError(f"k: expected shape {tuple(q.shape)} as q, got {tuple(k.shape)}")
-    if d.is_complex() and q.shape[-1] % 2:
-        raise ValueError(f"q: a complex chain pairs key channels, so K must be even, got {q.shape[-1]}")
-    if causal and state is not None and isinstance(state, SparseState) != (sparsity is not None):
-        raise ValueError(
-            f"state: got a {type(state).__name__}, expected that of a {'dense' if sparsity is None else 'sparse'} "
-            "chain: a sequence is one or the other throughout"
-        )
-    if isinstance(state, SparseState) and state.r.shape != (q.shape[0], *v.shape[2:]):
-        raise ValueError(f"state.r: expected shape {(q.shape[0], *v.shape[2:])}, got {tuple(state.r.shape)}")
-    if state is not None and state.s.shape != (q.shape[0], q.shape[2], q.shape[3], v.shape[3]):
-        expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-        raise ValueError(f"state.s: expected shape {expected}, got {tuple(state.s.shape)}")
-    s0 = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[3]) if state is None else state.s
-    links = torch.ones_like(a) if hop is None else hop
-    if causal:
-        r0 = state.r if isinstance(state, SparseState) else v.new_zeros(v.shape[0], *v.shape[2:])
-        g = green(d, w, g0, mask)
-        y, s, r = _semiseparable(q, k, v, -links * g, g, s0, mask, sparsity=sparsity, r0=r0)
-        if mask is not None:
-            y = y.masked_fill(~mask[:, :, None, None], 0)
-        return y, PropagatorState(g[:, -1], s) if sparsity is None else SparseState(g[:, -1], s, r)
-    if state is not None:
-        raise ValueError("state: a bidirectional propagator has none; pass causal=True or no state")
-    # G_ts = G_tt prod (-hop_{j+1} gL_j) over s <= j < t, and its mirror image: one sweep from each side, with the
-    # diagonal, in both, taken off once.
-    from_left, from_right = _both_sides(d, w, g0, mask)
-    diagonal = 1 / (d - from_left - from_right)
-    back_mask = None if mask is None else mask.flip(1)
-    back_ratio = _ratio(from_right.flip(1), _links_from_the_right(links, mask))
-    back_v, back_diagonal = v.flip(1), diagonal.flip(1)
+    chain = check_chain(a, z, hop, None if state is None else state.g, mask, sparsity)
+    check_qkv(chain, q, k, v, state, causal)
+    before = _no_past(q, v, sparsity) if state is None else tuple(state[1:])
+    y, after = (_causal if causal else _bidirectional)(q, k, v, chain, before)
+    if mask is not None:
+        y = y.masked_fill(~mask[:, :, None, None], 0)
+    return y, after
+
+
+def _no_past(q: Tensor, v: Tensor, sparsity: Sparsity | None) -> tuple[Tensor, ...]:
+    """Return S, and r of sparse chains, before the first site: zeros."""
+    batch, _, heads, values = v.shape
+    s = q.new_zeros(batch, heads, q.shape[3], values)
+    return (s,) if sparsity is None else (s, v.new_zeros(batch, heads, values))
+
+
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, chain: Chain, before: tuple[Tensor, ...]
+) -> tuple[Tensor, PropagatorState | SparseState]:
+    g = green(chain.d, chain.w, chain.g, chain.mask)
+    y, after = _Semiseparable(-chain.links * g, g, None, chain.mask, chain.sparsity).apply(q, k, v, before)
+    return y, PropagatorState(g[:, -1], *after) if chain.sparsity is None else SparseState(g[:, -1], *after)
+
+
+def _bidirectional(
+    q: Tensor, k: Tensor, v: Tensor, chain: Chain, before: tuple[Tensor, ...]
+) -> tuple[Tensor, PropagatorState]:
+    """Sweep from each side: ``G_ts = G_tt prod_{s<=j<t} (-hop_{j+1} gL_j)`` for s < t, and its mirror image for s > t.
+
+    Both sweeps contain the diagonal, so it is subtracted once.
+    """
+    mask, sparsity = chain.mask, chain.sparsity
+    from_left, from_right = _self_energies(chain, mask)
+    diagonal = 1 / (chain.d - from_left - from_right)
+    ratio = _ratio(from_left, chain.links)
+    back_ratio = _ratio(from_right.flip(1), _links_from_the_right(chain.links, mask))
+    back_v, back_diagonal, back_mask = v.flip(1), diagonal.flip(1), None if mask is None else mask.flip(1)
     if sparsity is None:
         back, phase, back_q, back_k = None, diagonal.angle(), q.flip(1), k.flip(1)
     else:
         back, phase = sparsity.reversed(), sparsity.sites.pack(diagonal.angle())
         back_q, back_k = (back.sites.pack(sparsity.sites.merge(x).flip(1)) for x in (q, k))
-    left = _semiseparable(q, k, v, _ratio(from_left, links), None, s0, mask, diagonal, sparsity)[0]
-    right = _semiseparable(back_q, back_k, back_v, back_ratio, None, s0, back_mask, back_diagonal, back)[0].flip(1)
-    own = (q * _turn(k, phase) if d.is_complex() else q * k).sum(-1)
+    ones = torch.ones_like(ratio)
+    left, _ = _Semiseparable(ratio, ones, diagonal, mask, sparsity).apply(q, k, v, before)
+    right, _ = _Semiseparable(back_ratio, ones, back_diagonal, back_mask, back).apply(back_q, back_k, back_v, before)
+    own = (q * _turn(k, phase) if diagonal.is_complex() else q * k).sum(-1)
     if sparsity is not None:
         own = _filled(sparsity.sites.merge(own), sparsity.own, sparsity)
-    y = left + right - (_magnitude(diagonal) * own).unsqueeze(-1) * v
-    if mask is not None:
-        y = y.masked_fill(~mask[:, :, None, None], 0)
-    return y, PropagatorState(g0, s0)
+    y = left + right.flip(1) - (_magnitude(diagonal) * own).unsqueeze(-1) * v
+    return y, PropagatorState(chain.g, before[0])
+
+
+def _self_energies(chain: Chain, sites: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ``w_t gL_{t-1}`` and ``w_{t+1} gR_{t+1}``, (B, N, H): how the two sides of the chain act on site t.
+
+    sites: (B, N) bool, the positions that form the chain; None for all.
+    """
+    left = chain.w * _previous(green(chain.d, chain.w, chain.g, sites), chain.g)
+    back_w, back_sites = _links_from_the_right(chain.w, sites), None if sites is None else sites.flip(1)
+    right = green(chain.d.flip(1), back_w, chain.g, back_sites)
+    return left, (back_w * _previous(right, chain.g)).flip(1)
+
+
+def _previous(g: Tensor, before: Tensor) -> Tensor:
+    """Return ``g_{t-1}`` at each site t, (B, N, H); before the first site is `before`, (B, H)."""
+    return torch.cat([before.unsqueeze(1), g[:, :-1]], dim=1)
+
+
+def _links_from_the_right(links: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the links of the chain read from its end, (B, N, H) in reversed order.
+
+    Read from the end, a site is entered over the link that belongs to its right neighbour; the first one over none.
+    """
+    links = links.flip(1)
+    if mask is None:
+        return torch.cat([torch.zeros_like(links[:, :1]), links[:, :-1]], dim=1)
+    # The right neighbour is the next site that is not padding: in reversed order, the last one before.
+    position = torch.arange(links.shape[1], device=links.device).expand(mask.shape)
+    last_site = torch.where(mask.flip(1), position, -1).cummax(1).values
+    before = torch.cat([torch.full_like(last_site[:, :1], -1), last_site[:, :-1]], dim=1).unsqueeze(-1)
+    gathered = links.gather(1, before.clamp(min=0).expand(links.shape))
+    return torch.where(before < 0, torch.zeros_like(gathered), gathered)
 
 
 def _ratio(self_energy: Tensor, links: Tensor) -> Tensor:
-    """``-hop g`` from ``hop^2 g``; 0 where there is no link."""
+    """Return ``-hop g`` from ``hop^2 g``; 0 where hop is 0."""
     return torch.where(links == 0, 0.0, -self_energy / torch.where(links == 0, 1.0, links))
 
 
-def _semiseparable(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor | None,
-    s0: Tensor,
-    mask: Tensor | None,
-    scale: Tensor | None = None,
-    sparsity: Sparsity | None = None,
-    r0: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``y_t = Re scale_t sum_{s<=t} (prod_{s<j<=t} alpha_j) beta_s <q_t, k_s> v_s``, the last state, and the last r.
+def _filled(kept: Tensor, left_out: Tensor, sparsity: Sparsity) -> Tensor:
+    """Return the value `kept` at kept sites and `left_out` at the others, (B, N, H), with the gradient of the gate."""
+    gate = sparsity.gate.unsqueeze(-1)
+    return torch.where(gate == 0, left_out, gate * kept + (1 - gate) * left_out)
 
-    A complex chain becomes a real one by turning q and k by the cumulated angle (double precision, modulo a turn, so
-    that a million sites lose nothing); the state is turned back, so that it does not depend on where the chain began.
+
+@dataclass(frozen=True)
+class _Semiseparable:
+    """The matrix ``P_ts = scale_t (prod_{s<j<=t} alpha_j) beta_s`` for s <= t, 0 for s > t, of each chain.
+
+    Attributes:
+        alpha: (B, N, H), real or complex.
+        beta: (B, N, H), real or complex as alpha.
+        scale: (B, N, H), real or complex as alpha; None for 1.
+        mask: (B, N) bool, False at padding; None if there is no padding.
+        sparsity: None if all sites are kept.
     """
-    beta = torch.ones_like(alpha) if beta is None else beta
-    if mask is not None:
-        site = mask.unsqueeze(-1)
-        alpha = torch.where(site, alpha, 1.0)
-        beta = torch.where(site, beta, 0.0)
-        v = torch.where(site.unsqueeze(-1), v, 0.0)  # so that a NaN in padding stays there
-        if sparsity is None:
-            k = torch.where(site.unsqueeze(-1), k, 0.0)
-    r0 = v.new_zeros(v.shape[0], *v.shape[2:]) if r0 is None else r0
-    if not alpha.is_complex():
-        y, s, r = _scan(q, k, v, alpha, beta, s0, mask, sparsity, r0)
-        return (y if scale is None else y * scale.unsqueeze(-1)), s, r
-    alpha, decay = _without_zeros(alpha)
-    theta = torch.remainder(alpha.angle().double().cumsum(1), 2 * torch.pi).to(q.dtype)
-    beta, weight = _without_zeros(beta)
-    turn_q, turn_k = -theta if scale is None else -theta - scale.angle(), beta.angle() - theta
-    if sparsity is not None:
-        turn_q, turn_k = sparsity.sites.pack(turn_q), sparsity.sites.pack(turn_k)
-    y, s, r = _scan(_turn(q, turn_q), _turn(k, turn_k), v, decay, weight, s0, mask, sparsity, r0)
-    s = _turn(s.mT, theta[:, -1].unsqueeze(-1)).mT
-    return (y if scale is None else y * scale.abs().unsqueeze(-1)), s, r
 
+    alpha: Tensor
+    beta: Tensor
+    scale: Tensor | None
+    mask: Tensor | None
+    sparsity: Sparsity | None
 
-def _scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    s0: Tensor,
-    mask: Tensor | None,
-    sparsity: Sparsity | None,
-    r0: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan, dense or sparse: y, the last S, the last r."""
-    if sparsity is None:
-        return *scan(q, k, v, alpha, beta, s0), r0
-    fill = sparsity.fill if mask is None else torch.where(mask.unsqueeze(-1), sparsity.fill, 1.0)
-    return sparse_scan(q, k, v, alpha, beta, fill * alpha, sparsity.own * beta, sparsity.gate, s0, r0)
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return ``y_t = Re sum_s P_ts <q_t, k_s> v_s``, and S (and r of sparse chains) after the last site.
+
+        A complex chain becomes a real one: q and k are turned by the cumulated angle, which is float64 and modulo a
+        turn so that it stays exact over a million sites. The state is turned back, so that it does not depend on where
+        the chain began.
+        """
+        alpha, beta = self.alpha, self.beta
+        if self.mask is not None:
+            site = self.mask.unsqueeze(-1)
+            alpha, beta = torch.where(site, alpha, 1.0), torch.where(site, beta, 0.0)
+            v = torch.where(site.unsqueeze(-1), v, 0.0)  # 0 times a NaN in padding would be NaN
+            if self.sparsity is None:
+                k = torch.where(site.unsqueeze(-1), k, 0.0)
+        if alpha.is_complex():
+            alpha, decay = _without_zeros(alpha)
+            theta = torch.remainder(alpha.angle().double().cumsum(1), 2 * torch.pi).to(q.dtype)
+            beta, weight = _without_zeros(beta)
+            turn_q = -theta if self.scale is None else -theta - self.scale.angle()
+            turn_k = beta.angle() - theta
+            if self.sparsity is not None:
+                turn_q, turn_k = self.sparsity.sites.pack(turn_q), self.sparsity.sites.pack(turn_k)
+            y, s, *r = self._scan(_turn(q, turn_q), _turn(k, turn_k), v, decay, weight, before)
+            s = _turn(s.mT, theta[:, -1].unsqueeze(-1)).mT
+        else:
+            y, s, *r = self._scan(q, k, v, alpha, beta, before)
+        if self.scale is not None:
+            y = y * _magnitude(self.scale).unsqueeze(-1)
+        return y, (s, *r)
+
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, before: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Run the dense or the sparse scan, all real: y, S, and r of sparse chains."""
+        if self.sparsity is None:
+            return scan(q, k, v, alpha, beta, *before)
+        fill, own, gate = self.sparsity.fill, self.sparsity.own, self.sparsity.gate
+        if self.mask is not None:
+            fill = torch.where(self.mask.unsqueeze(-1), fill, 1.0)
+        return sparse_scan(q, k, v, alpha, beta, fill * alpha, own * beta, gate, *before)
 
 
 def _without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x with its exact zeros (absent links, padding) moved to 1, where the angle has derivatives; and ``|x|``."""
+    """Return x with its exact zeros (absent links, padding) replaced by 1, where an angle has a derivative, and ``|x|``."""
     zero = x == 0
     x = torch.where(zero, 1.0, x)
     return x, torch.where(zero, 0.0, x.abs())

@@ -1,13 +1,15 @@
-"""The two recurrences as registered torch operators: one entry each, a backend behind it, autograd, FLOP formulas.
+"""The two recurrences of the core as registered torch operators, with backends, autograd and FLOP formulas.
 
-A single step, as in decoding, is a handful of torch calls: :func:`green` and :func:`scan` make them directly.
+``resnet_bk::green``  ``g_t = 1 / (d_t - w_t g_{t-1})``                                   d real or complex, w real
+``resnet_bk::scan``   ``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``,  ``y_t = q_t S_t``    all real
 
-``resnet_bk::green``  ``g_t = 1 / (d_t - w_t g_{t-1})``               d real or complex, w real
-``resnet_bk::scan``   ``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``,  ``y_t = q_t S_t``   all real
+:func:`green` and :func:`scan` call the operators. A single step, as in decoding, they compute in a few torch calls.
 
-A backend is a module with ``green_forward``, ``green_backward``, ``scan_forward`` and ``scan_backward`` of the
-signatures in :mod:`resnet_bk.ops.chunked`, and, where it can skip sites, the pair that :mod:`resnet_bk.ops.sparse` asks
-for. Another one plugs in by adding its row to ``_BACKENDS``.
+A backend is a module with the functions ``green_forward``, ``green_backward``, ``scan_forward``, ``scan_backward``,
+``conv_forward`` and ``conv_backward`` of :mod:`resnet_bk.ops.chunked`. It may have ``sparse_scan_forward`` and
+``sparse_scan_backward``, see :mod:`resnet_bk.ops.sparse`. To add a backend, add its row to ``_BACKENDS``.
+
+Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK sites.
 """
 
 import contextlib
@@ -23,8 +25,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_bk.ops.chunked import SCAN_CHUNK
+from resnet_bk.ops.flops import GREEN, GREEN_BACKWARD, SCAN, SCAN_BACKWARD
 
-# name -> (module, the package it needs, the device type it runs on or None for any), in order of preference
+# name -> (module, package that it needs, device type that it runs on, None for any), in order of preference
 _BACKENDS: dict[str, tuple[str, str, str | None]] = {
     "triton": ("resnet_bk.ops.triton_kernels", "triton", "cuda"),
     "numba": ("resnet_bk.ops.numba_kernels", "numba", "cpu"),
@@ -34,15 +37,15 @@ _forced = os.environ.get("RESNET_BK_BACKEND") or None
 
 
 @functools.cache
-def _load(name: str) -> ModuleType:
+def load_backend(name: str) -> ModuleType:
     return importlib.import_module(_BACKENDS[name][0])
 
 
 @functools.cache
 def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
-    """Names of the installed backends for a device type, preferred first.
+    """Return the names of the installed backends for a device type, in order of preference.
 
-    Last on a CPU is ``triton`` where TRITON_INTERPRET is 1: its interpreter is for tests, and never chosen unasked.
+    On a CPU ``triton`` is the last one if TRITON_INTERPRET is 1. Its interpreter is for tests and must be asked for.
     """
     installed = {name: row[2] for name, row in _BACKENDS.items() if importlib.util.find_spec(row[1]) is not None}
     names = [name for name, device in installed.items() if device in (None, device_type)]
@@ -53,7 +56,10 @@ def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run everything inside on one backend (the environment variable RESNET_BK_BACKEND does so for a process)."""
+    """Force one backend inside the context. The environment variable RESNET_BK_BACKEND does so for a whole process.
+
+    A forced ``triton`` is used without the check that :func:`backend_for` requires.
+    """
     global _forced
     previous, _forced = _forced, name
     try:
@@ -62,11 +68,30 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def backend_for(x: Tensor) -> ModuleType:
-    names = available_backends(x.device.type)
+def preferred_backend(device_type: str) -> str:
+    """Return the name of the forced backend, or of the first one that is available.
+
+    Raises:
+        ValueError: the forced backend is not available for the device type.
+    """
+    names = available_backends(device_type)
     if _forced is not None and _forced not in names:
-        raise ValueError(f"backend {_forced!r} is not available on {x.device.type}; available: {', '.join(names)}")
-    return _load(_forced or names[0])
+        raise ValueError(f"backend {_forced!r} is not available on {device_type}; available: {', '.join(names)}")
+    return _forced or names[0]
+
+
+def backend_for(x: Tensor) -> ModuleType:
+    """Return the backend for the device of x.
+
+    Before Triton is used on a device for the first time, its kernels are compared with the chunked backend there. If
+    they differ, this warns once and returns the chunked backend. A forced backend is not checked.
+    """
+    name = preferred_backend(x.device.type)
+    if name == "triton" and _forced is None:
+        from resnet_bk.ops.triton_check import trusted  # not at the top: it imports Triton
+
+        name = name if trusted(x.device) else "chunked"
+    return load_backend(name)
 
 
 # ------------------------------------------------------------------------------------------------ green
@@ -96,7 +121,7 @@ def _(grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> tu
 
 
 def _green_by_steps(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
-    """The recurrence under autograd: for single steps, and for derivatives of the gradient."""
+    """Run the recurrence under autograd, for single steps and for second derivatives."""
     g, out = g0, []
     for t in range(d.shape[1]):
         here = 1 / (d[:, t] - w[:, t] * g)
@@ -121,10 +146,16 @@ green_op.register_autograd(_green_autograd, setup_context=_green_setup)
 
 
 def green(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
-    """``g_t = 1 / (d_t - w_t g_{t-1})`` along dimension 1.
+    """Compute ``g_t = 1 / (d_t - w_t g_{t-1})`` along dimension 1.
 
-    d: (B, N, H) real or complex, w: (B, N, H) real, g0: (B, H) like d, mask: (B, N) bool, False where the site is not
-    part of the chain (there g repeats its predecessor). Returns g, (B, N, H) like d.
+    Args:
+        d: (B, N, H) real or complex.
+        w: (B, N, H) real.
+        g0: (B, H) like d, g before the first site.
+        mask: (B, N) bool, False where a position is not part of the chain; there g repeats the value before it.
+
+    Returns:
+        g, (B, N, H) like d.
     """
     return _green_by_steps(d, w, g0, mask) if d.shape[1] == 1 else green_op(d, w, g0, mask)
 
@@ -134,8 +165,8 @@ def green(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("resnet_bk::scan", mutates_args=())
 def scan_op(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`scan`, and the states entering each chunk, (B, H, M, K, V), which the backward starts from."""
-    with torch.autocast(q.device.type, enabled=False):  # inside an operator it would round the products' inputs
+    """Run :func:`scan` and return also the states that enter each chunk, (B, H, M, K, V), for the backward."""
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the inputs of the products
         return backend_for(q).scan_forward(q, k, v, alpha, beta, s0)
 
 
@@ -176,7 +207,7 @@ def _(
 
 
 def _scan_by_steps(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence under autograd: for single steps, and for derivatives of the gradient."""
+    """Run the recurrence under autograd, for single steps and for second derivatives."""
     s, out = s0, []
     for t in range(q.shape[1]):
         u = beta[:, t, :, None] * v[:, t]
@@ -201,16 +232,32 @@ scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup)
 
 
 def scan(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
-    """``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T``, ``y_t = q_t S_t`` along dimension 1.
+    """Compute ``S_t = alpha_t S_{t-1} + beta_t k_t v_t^T`` and ``y_t = q_t S_t`` along dimension 1.
 
-    q, k: (B, N, H, K), v: (B, N, H, V), alpha, beta: (B, N, H), s0: (B, H, K, V), all real and of one dtype.
-    Returns y (B, N, H, V) and the last state (B, H, K, V).
+    All inputs are real and of one dtype.
+
+    Args:
+        q: (B, N, H, K).
+        k: (B, N, H, K).
+        v: (B, N, H, V).
+        alpha: (B, N, H).
+        beta: (B, N, H).
+        s0: (B, H, K, V), the state before the first site.
+
+    Returns:
+        y (B, N, H, V) and the last state (B, H, K, V).
     """
     return _scan_by_steps(q, k, v, alpha, beta, s0) if q.shape[1] == 1 else scan_op(q, k, v, alpha, beta, s0)[:2]
 
 
 def differentiable_vjp(function, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The vector-Jacobian product of `function` as a graph that can be differentiated again."""
+    """Return the vector-Jacobian product of `function` as a graph that can be differentiated again.
+
+    Args:
+        function: maps the inputs to a tensor or a tuple of tensors.
+        inputs: tensors; those that do not require a gradient get None.
+        grads: gradients of the outputs.
+    """
     with torch.enable_grad():
         outputs = function(*inputs)
         needed = [x for x in inputs if x.requires_grad]
@@ -219,27 +266,26 @@ def differentiable_vjp(function, inputs: tuple[Tensor, ...], grads: tuple[Tensor
 
 
 # ------------------------------------------------------------------------------------------------- FLOPs
-# Multiply-adds as two operations, as torch counts a matrix product; one division as one.
 
 
 @register_flop_formula(torch.ops.resnet_bk.green)
 def _green_flops(d_shape, w_shape, g0_shape, mask_shape=None, *args, out_shape=None, **kwargs) -> int:
-    return 3 * _product(d_shape)
+    return GREEN * _product(d_shape)
 
 
 @register_flop_formula(torch.ops.resnet_bk.green_backward)
 def _green_backward_flops(grad_shape, *args, out_shape=None, **kwargs) -> int:
-    return 6 * _product(grad_shape)
+    return GREEN_BACKWARD * _product(grad_shape)
 
 
 @register_flop_formula(torch.ops.resnet_bk.scan)
 def _scan_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    return 5 * _product(k_shape) * v_shape[-1]  # decay 1, write 2, read 2, per entry of the state
+    return SCAN * _product(k_shape) * v_shape[-1]
 
 
 @register_flop_formula(torch.ops.resnet_bk.scan_backward)
 def _scan_backward_flops(grad_y_shape, grad_last_shape, q_shape, *args, out_shape=None, **kwargs) -> int:
-    return 14 * _product(q_shape) * grad_y_shape[-1]  # recompute 3 + dq 2, then adjoint 3, dk 2, dv 2, dalpha 2
+    return SCAN_BACKWARD * _product(q_shape) * grad_y_shape[-1]
 
 
 def _product(shape) -> int:

@@ -1,12 +1,12 @@
-"""The definitions: dense float64 inverses, nothing clever. Every other form in this package is tested against these.
+"""The definitions, by dense float64 inverses. Every other form in this package is tested against them.
 
-Dimensions: B batch, N sites, H chains (heads), K key width, V value width.
+Each function takes one chain. Dimensions: N sites, K key width, V value width.
 
-Conventions, used by all of :mod:`resnet_bk.ops`:
+Conventions in all of :mod:`resnet_bk.ops`:
 
-* The chain is ``M = H - z``: a symmetric tridiagonal matrix with diagonal ``a_t - z`` and off-diagonal ``hop_t``
-  between sites ``t - 1`` and ``t``. ``hop_0`` links the first site to whatever came before (the incoming state).
-* A masked site is not part of the chain: its neighbours become neighbours of each other.
+* The chain is ``M = H - z``, a symmetric tridiagonal matrix with the diagonal ``a_t - z``. Its off-diagonal ``hop_t``
+  links the sites ``t - 1`` and ``t``; ``hop_0`` links the first site to the incoming state.
+* A masked site (padding) is not part of the chain: its neighbours become neighbours of each other.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def dense_chain(a_N: Tensor, z: Tensor | complex, hop_N: Tensor) -> Tensor:
-    """The matrix ``H - z`` of one chain. ``a_N``, ``hop_N``: (N,) real. Returns (N, N) float64 or complex128."""
+    """Return the matrix ``H - z``, (N, N) float64 or complex128. ``a_N`` and ``hop_N`` are real."""
     matrix = torch.diag_embed(a_N.double() - z)
     if len(a_N) > 1:
         matrix = matrix + torch.diag_embed(hop_N[1:].double(), 1) + torch.diag_embed(hop_N[1:].double(), -1)
@@ -22,22 +22,22 @@ def dense_chain(a_N: Tensor, z: Tensor | complex, hop_N: Tensor) -> Tensor:
 
 
 def resolvent(a_N: Tensor, z: Tensor | complex, hop_N: Tensor) -> Tensor:
-    """``G = (H - z)^-1`` of one chain, (N, N)."""
+    """Return ``G = (H - z)^-1``, (N, N)."""
     return torch.linalg.inv(dense_chain(a_N, z, hop_N))
 
 
 def left_green(a_N: Tensor, z: Tensor | complex, hop_N: Tensor) -> Tensor:
-    """``g_t = [(H_{1..t} - z)^-1]_tt``: the last diagonal entry of the resolvent of the first t sites, (N,)."""
+    """Return ``g_t = [(H_{1..t} - z)^-1]_tt``, (N,): the last diagonal entry of the resolvent of the first t sites."""
     return torch.stack([resolvent(a_N[:t], z, hop_N[:t])[-1, -1] for t in range(1, len(a_N) + 1)])
 
 
 def resolvent_diagonal(a_N: Tensor, z: Tensor | complex, hop_N: Tensor) -> Tensor:
-    """``G_tt`` of the whole chain, (N,)."""
+    """Return ``G_tt`` of the whole chain, (N,)."""
     return resolvent(a_N, z, hop_N).diagonal()
 
 
 def propagator(a_N: Tensor, z: Tensor | complex, hop_N: Tensor, causal: bool = True) -> Tensor:
-    """``P``, (N, N). Causal: ``P_ts = [(H_{1..t} - z)^-1]_ts`` for s <= t, else 0. Otherwise the full resolvent."""
+    """Return ``P``, (N, N): the full resolvent, or if causal ``P_ts = [(H_{1..t} - z)^-1]_ts`` for s <= t, else 0."""
     if not causal:
         return resolvent(a_N, z, hop_N)
     rows = []
@@ -50,10 +50,10 @@ def propagator(a_N: Tensor, z: Tensor | complex, hop_N: Tensor, causal: bool = T
 def propagate(
     q_NK: Tensor, k_NK: Tensor, v_NV: Tensor, a_N: Tensor, z: Tensor | complex, hop_N: Tensor, causal: bool = True
 ) -> Tensor:
-    """``y_t = Re sum_s P_ts <q_t, k_s> v_s``, (N, V).
+    """Return ``y_t = Re sum_s P_ts <q_t, k_s> v_s``, (N, V).
 
-    For a complex chain q and k are read as K/2 complex numbers, ``(q[2i], q[2i+1]) -> q[2i] + i q[2i+1]``, and
-    ``<q, k> = sum_i conj(q_i) k_i``: the phase of the propagator then turns k against q, as a rotary embedding does.
+    In a complex chain the K channels of q and k are K/2 complex numbers, ``(q[2i], q[2i+1]) -> q[2i] + i q[2i+1]``, and
+    ``<q, k> = sum_i conj(q_i) k_i``. The phase of the propagator then rotates k against q, like a rotary embedding.
     """
     p = propagator(a_N, z, hop_N, causal)
     q, k = q_NK.double(), k_NK.double()
@@ -73,11 +73,21 @@ def sparse_propagate(
     fill: Tensor,
     own: Tensor,
 ) -> Tensor:
-    """:func:`propagate`, causal, reading from kept sites only, (N, V): the sum over s runs over those. fill, own:
-    scalars.
+    """Return y of a causal chain with sites left out, (N, V). The sum of :func:`propagate` runs over kept sites only.
 
-    Sites left out do not read: what the last kept site reads, times fill and ``-hop g`` (its magnitude in a complex
-    chain) of each site since, stands in for it, and own times ``g v`` (again its magnitude).
+    The output of a site left out is that of the last kept site, multiplied by ``fill (-hop g)`` of each site since, plus
+    ``own g v``. A complex chain takes the magnitudes of ``-hop g`` and g.
+
+    Args:
+        q_NK: (N, K).
+        k_NK: (N, K).
+        v_NV: (N, V).
+        a_N: (N,) on-site energies.
+        z: spectral shift.
+        hop_N: (N,) hopping.
+        keep_N: (N,) bool, True at kept sites.
+        fill: scalar.
+        own: scalar.
     """
     p = propagator(a_N, z, hop_N)
     q, k = q_NK.double(), k_NK.double()

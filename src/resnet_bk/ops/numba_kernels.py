@@ -1,8 +1,9 @@
-"""CPU kernels compiled by numba (extra ``cpu-fast``): the recurrences as they are written, one step after the other.
+"""CPU kernels compiled by numba (extra ``cpu-fast``): the recurrences step by step.
 
-Lanes (batch x chains) run in parallel and, where they are adjacent in memory, in SIMD; time is sequential. Same
-signatures and results as :mod:`resnet_bk.ops.chunked`. Dimensions: B batch, N sites, H chains, K key width, V value
-width, M chunks of SCAN_CHUNK sites.
+The chains of all rows run in parallel, and with SIMD where they are adjacent in memory; sites run one after the other.
+Signatures and results are those of :mod:`resnet_bk.ops.chunked`.
+
+Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK sites.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ __all__ = [
     "sparse_scan_forward",
 ]
 
-LANES = 64  # chains one task carries through time together
+LANES = 64  # chains of one task, which advance together from site to site
 
 
 @jit
@@ -295,7 +296,7 @@ def _conv_backward(grad, x, weight, grad_x, grad_weight):
 
 def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], x.shape[1] - weight.shape[0] + 1, x.shape[2])
-    # a copy: the storage of a parameter that numpy has seen could not be freed any more, as sharding does
+    # clone: once numpy holds the storage of a parameter, sharding can no longer free it
     _conv_forward(*arrays(x, weight.clone(), y))
     return y
 

@@ -1,7 +1,8 @@
-"""The sparse scan compiled by numba: sites left out cost O(V) instead of O(K V), and nothing is moved.
+"""The sparse scan compiled by numba. A site left out costs O(V) instead of O(K V), and v and y are not packed.
 
-Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK kept sites. The recurrence
-is in :mod:`resnet_bk.ops.sparse`, the derivation of the gradients in README.md, section 4.
+:mod:`resnet_bk.ops.sparse` has the recurrence, README.md, section 4, derives its gradients.
+
+Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK kept sites.
 """
 
 import numpy as np
@@ -21,7 +22,7 @@ def _forward(q, k, v, alpha, beta, fade, own, gate, s0, r0, y, last_s, last_r, s
         s, r = s0[b, h].copy(), r0[b, h].copy()
         u = np.empty(values, v.dtype)
         site = 0  # kept sites so far
-        pending = alpha.dtype.type(1)  # decay since the state was last touched
+        pending = alpha.dtype.type(1)  # decay that s has not been multiplied by yet
         states[b, h, 0] = s
         for t in range(length):
             if gate[b, t] == 0:
@@ -73,7 +74,7 @@ def _backward(
     dalpha,
     dbeta,
     dfade,
-    down,
+    d_own,
     dgate,
     ds0,
     dr0,
@@ -82,14 +83,14 @@ def _backward(
     width = k.shape[3]
     for task in prange(batch * heads):
         b, h = task // heads, task % heads
-        x = grad_s[b, h].copy()  # of the state
-        dr = grad_r[b, h].copy()  # of what is carried on to sites that are left out
-        s = np.empty((SCAN_CHUNK + 1, width, values), v.dtype)  # after each kept site
-        r = np.empty(values, v.dtype)  # before a site
+        x = grad_s[b, h].copy()  # gradient of the state
+        dr = grad_r[b, h].copy()  # gradient of the r that later sites left out read
+        s = np.empty((SCAN_CHUNK + 1, width, values), v.dtype)  # S after each kept site of the chunk
+        r = np.empty(values, v.dtype)  # r before a site
         u = np.empty(values, v.dtype)
         du = np.empty(values, v.dtype)
         dread = np.empty(values, v.dtype)
-        sites = np.empty(length + 1, np.int64)  # where those kept are
+        sites = np.empty(length + 1, np.int64)  # positions of the kept sites
         count = 0
         for t in range(length):
             sites[count] = t
@@ -104,7 +105,7 @@ def _backward(
             kept = 0
             pending = alpha.dtype.type(1)
             for t in range(start, stop):
-                dalpha[b, t, h] = pending  # for now: decay between the last kept site and this one
+                dalpha[b, t, h] = pending  # until the reverse loop: decay between the last kept site and this one
                 if gate[b, t] == 0:
                     pending *= alpha[b, t, h]
                     continue
@@ -118,13 +119,13 @@ def _backward(
                     for j in range(values):
                         here[i, j] = a * earlier[i, j] + ki * u[j]
                 kept += 1
-            flow = alpha.dtype.type(0)  # gradient of the decay up to the next kept site, or to the end of the chunk
+            flow = alpha.dtype.type(0)  # gradient of the decay from the last kept site to the next one, or to the chunk's end
             if gate[b, stop - 1] == 0:
                 for i in range(width):
                     for j in range(values):
                         flow += x[i, j] * s[kept, i, j]
                         x[i, j] *= pending
-            after = alpha.dtype.type(1)  # decay between each site and the next kept one
+            after = alpha.dtype.type(1)  # decay between this site and the next kept one
             for t in range(stop - 1, start - 1, -1):
                 before = dalpha[b, t, h]
                 if t == 0:
@@ -147,7 +148,7 @@ def _backward(
                     after *= alpha[b, t, h]
                     dbeta[b, t, h] = 0
                     dfade[b, t, h] = faded
-                    down[b, t, h] = vy
+                    d_own[b, t, h] = vy
                     dgate[b, t, h] = 0
                     continue
                 a = alpha[b, t, h] * before
@@ -189,8 +190,8 @@ def _backward(
                     dv[b, t, h, j] = beta[b, t, h] * du[j]
                 dbeta[b, t, h] = vu
                 dfade[b, t, h] = 0
-                down[b, t, h] = 0
-                # what it reads and what is read of it, less what would have stood in
+                d_own[b, t, h] = 0
+                # what the site reads and what later sites read of it, minus its output if it were left out
                 written = beta[b, t, h] * vu - qk * self_read
                 dgate[b, t, h] = read + written - fade[b, t, h] * faded - own[b, t, h] * vy
             stop = start
@@ -218,7 +219,10 @@ def sparse_scan_forward(
 
 
 def sparse_scan_backward(grad_y: Tensor, grad_s: Tensor, grad_r: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-    """saved: q, k, v, alpha, beta, fade, own, gate, r0, y, states. Gradients of the first eight, s0 and r0."""
+    """Return the gradients of q, k, v, alpha, beta, fade, own, gate, s0 and r0.
+
+    saved: q, k, v, alpha, beta, fade, own, gate, r0, y, states.
+    """
     q, k, v, alpha, beta, fade, own = saved[:7]
     found = [x.new_empty(x.shape) for x in (q, k, v, alpha, beta, fade, own, own, grad_s, grad_r)]
     _backward(*arrays(grad_y, grad_s, grad_r, *saved, *found))

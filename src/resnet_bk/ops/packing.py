@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+TILE = 16  # rows of a matrix product that are rounded alike; packed lengths are multiples of it
+
 
 def packed_width(counts: Tensor, tile: int, bound: int | None = None) -> int:
     """Positions that rows need of which `counts` are selected, or that have room for `bound`, in whole tiles."""

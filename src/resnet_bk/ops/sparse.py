@@ -1,9 +1,9 @@
-"""The scan on a chain of which some sites are left out, as a registered operator.
+"""The scan of a chain with sites left out, as a registered operator.
 
-A gate of 0 leaves a site out: nothing is written to the state there and nothing is read from it, what decays in it
-decays on, and what the last kept site read stands in for it, with a part of the site's own value.
+A gate of 0 leaves a site out: it neither writes to the state nor reads from it, and the state decays there as it does
+elsewhere. Its output is that of the last kept site, faded, plus a part of its own value.
 
-Dimensions: B batch, N sites, M the most that a row keeps, H chains, K key width, V value width.
+Dimensions: B batch, N sites, M packed length, H chains, K key width, V value width.
 """
 
 import torch
@@ -12,7 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from resnet_bk.ops import chunked
 from resnet_bk.ops.chunked import SCAN_CHUNK
-from resnet_bk.ops.kernels import backend_for, differentiable_vjp, scan
+from resnet_bk.ops.flops import FILL, FILL_BACKWARD, SCAN, SCAN_BACKWARD
+from resnet_bk.ops.kernels import backend_for, differentiable_vjp, load_backend, preferred_backend, scan
 from resnet_bk.ops.packing import Packing
 
 
@@ -28,40 +29,50 @@ def sparse_scan(
     s0: Tensor,
     r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With gates m, and q and k those of the kept sites, one after the other:
+    """Compute the scan with gates m, where q and k hold the kept sites only, in order:
 
     ``S_t = alpha_t S_{t-1} + m_t beta_t k_t v_t^T``
-    ``r_t = (1 - m_t) fade_t r_{t-1} + m_t (alpha_t q_t S_{t-1} + beta_t <q_t, k_t> v_t)``, carried on to sites left out
+    ``r_t = (1 - m_t) fade_t r_{t-1} + m_t (alpha_t q_t S_{t-1} + beta_t <q_t, k_t> v_t)``
     ``y_t = r_t + (1 - m_t) own_t v_t``
 
-    At m = 1 everywhere this is :func:`resnet_bk.ops.kernels.scan`. Gates are exactly 0 or 1; the gradient is that of
-    the formula, and 0 for a gate of 0: what its site would have read is not computed.
+    With m = 1 everywhere this is :func:`resnet_bk.ops.kernels.scan`. Gradients are those of these formulas, except that
+    a gate of 0 gets none: what its site would have read is not computed.
+
+    All inputs are real and of one dtype.
 
     Args:
-        q, k: (B, M, H, K), what follows a row's last kept site is ignored. v: (B, N, H, V). alpha, beta, fade, own:
-        (B, N, H). gate: (B, N). s0: (B, H, K, V), r0: (B, H, V), before the first site. All real and of one dtype.
+        q: (B, M, H, K); in each row, what follows the last kept site is ignored.
+        k: (B, M, H, K), as q.
+        v: (B, N, H, V).
+        alpha: (B, N, H), decay of S.
+        beta: (B, N, H), weight of what is written.
+        fade: (B, N, H), decay of r at sites left out.
+        own: (B, N, H), weight of v at sites left out.
+        gate: (B, N), exactly 1 at kept sites, else 0.
+        s0: (B, H, K, V), S before the first site.
+        r0: (B, H, V), r before the first site.
 
     Returns:
         y (B, N, H, V), and S (B, H, K, V) and r (B, H, V) after the last site.
 
     Raises:
-        ValueError: q and k differ in shape, or hold fewer sites than the gates keep.
+        ValueError: q and k differ in shape, or have fewer sites than the gates keep.
     """
     inputs = (q, k, v, alpha, beta, fade, own, gate, s0, r0)
     if v.shape[1] == 1:
         return _by_steps(*inputs)
     if q.shape != k.shape:
         raise ValueError(f"k: expected shape {tuple(q.shape)} as q, got {tuple(k.shape)}")
-    looks = v.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would cost waiting
-    if looks and q.shape[1] < (most := int((gate != 0).sum(1).max())):  # a kernel would read beyond their end
+    can_look = v.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU it is a host-device sync
+    if can_look and q.shape[1] < (most := int((gate != 0).sum(1).max())):  # a kernel would read beyond the end
         raise ValueError(f"q and k: expected the {most} sites that the fullest row keeps, got {q.shape[1]}")
-    return sparse_scan_op(*inputs)[:3] if _skips_sites(v.device.type) else _packed(*inputs)
+    return sparse_scan_op(*inputs)[:3] if _has_sparse_kernel(v.device.type) else _on_packed_sites(*inputs)
 
 
 @torch.compiler.assume_constant_result
-def _skips_sites(device_type: str) -> bool:
-    """Whether the backend of a device type has a kernel for sparse chains."""
-    return hasattr(backend_for(torch.empty(0, device=device_type)), "sparse_scan_forward")
+def _has_sparse_kernel(device_type: str) -> bool:
+    """Return True if the backend for a device type has a kernel for sparse chains."""
+    return hasattr(load_backend(preferred_backend(device_type)), "sparse_scan_forward")
 
 
 def _by_steps(
@@ -76,7 +87,7 @@ def _by_steps(
     s0: Tensor,
     r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence under autograd: for single steps, and for derivatives of the gradient."""
+    """Run the recurrence under autograd, for single steps and for second derivatives."""
     keep = gate > 0
     m = torch.where(keep, gate, 0)[..., None, None]
     row, place = torch.arange(len(q), device=q.device), (keep.cumsum(1) - 1).clamp(min=0)
@@ -92,7 +103,7 @@ def _by_steps(
     return torch.stack(out, dim=1), s, r
 
 
-def _packed(
+def _on_packed_sites(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -104,7 +115,7 @@ def _packed(
     s0: Tensor,
     r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The dense scan on the packed sites that are kept, for backends without a kernel."""
+    """Run the dense scan on the kept sites, packed, for backends without a sparse kernel."""
     keep = gate > 0
     packing = Packing(keep, bound=q.shape[1])
     site = packing.mask.unsqueeze(-1)
@@ -124,8 +135,12 @@ def _packed(
 
 
 class _Carry(torch.autograd.Function):
-    """``r_t = fade_t r_{t-1} + new_t`` along dimension 1, by products and sums alone: fades are exactly 0 at kept
-    sites, and have no logarithm. fade: (B, N, H, 1), new: (B, N, H, V), r0: (B, H, V)."""
+    """Compute ``r_t = fade_t r_{t-1} + new_t`` along dimension 1.
+
+    It uses products and sums only: fade is exactly 0 at kept sites and has no logarithm there.
+
+    fade: (B, N, H, 1), new: (B, N, H, V), r0: (B, H, V).
+    """
 
     @staticmethod
     def forward(ctx, fade: Tensor, new: Tensor, r0: Tensor) -> Tensor:
@@ -167,7 +182,7 @@ def sparse_scan_op(
     s0: Tensor,
     r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`sparse_scan`, and S before each SCAN_CHUNK-th kept site, (B, H, chunks, K, V): the backward's start."""
+    """Run :func:`sparse_scan`; return also S before each SCAN_CHUNK-th kept site, (B, H, chunks, K, V), for backward."""
     return backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fade, own, gate, s0, r0)
 
 
@@ -218,13 +233,13 @@ def _autograd(ctx, grad_y: Tensor, grad_s: Tensor, grad_r: Tensor, grad_states: 
 sparse_scan_op.register_autograd(_autograd, setup_context=_setup)
 
 
-# Counted from the gates, so raw arguments: a kept site costs what one of the dense scan does, another 3 V.
+# FLOPs depend on the values of the gates, hence get_raw. A kept site costs as much as a site of the dense scan.
 
 
 @register_flop_formula(torch.ops.resnet_bk.sparse_scan, get_raw=True)
 def _flops(q, k, v, alpha, beta, fade, own, gate, *args, out_val=None, **kwargs) -> int:
     heads, keys, values, kept = k.shape[-2], k.shape[-1], v.shape[-1], int((gate > 0).sum())
-    return heads * (5 * keys * values * kept + 3 * values * (gate.numel() - kept))
+    return heads * (SCAN * keys * values * kept + FILL * values * (gate.numel() - kept))
 
 
 @register_flop_formula(torch.ops.resnet_bk.sparse_scan_backward, get_raw=True)
@@ -232,4 +247,4 @@ def _backward_flops(
     grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, *args, out_val=None, **kwargs
 ) -> int:
     heads, keys, values, kept = k.shape[-2], k.shape[-1], v.shape[-1], int((gate > 0).sum())
-    return heads * (14 * keys * values * kept + 8 * values * (gate.numel() - kept))
+    return heads * (SCAN_BACKWARD * keys * values * kept + FILL_BACKWARD * values * (gate.numel() - kept))

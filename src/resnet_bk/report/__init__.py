@@ -1,1 +1,1 @@
-"""Tables, plots, one-file HTML reports."""
+"""Tables, figures, and HTML reports that each fit in one file."""

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, of a run or of several: figures as inline SVG, no script, no network."""
+"""Self-contained HTML pages: figures are inline SVG, and there are no scripts and no references to the network."""
 
 import html
 import io
@@ -17,7 +17,7 @@ with extra("train"):
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-Spread = tuple[float, float, float]  # median, least, greatest
+Spread = tuple[float, float, float]  # median, minimum, maximum
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -40,7 +40,7 @@ footer { color: #666; margin-top: 2rem; font-size: .85rem; }
 
 
 def figure_svg(figure: Figure) -> str:
-    """The figure as an <svg> element."""
+    """Return the figure as an <svg> element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight")
     text = buffer.getvalue()
@@ -48,21 +48,28 @@ def figure_svg(figure: Figure) -> str:
 
 
 def training_curves(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """Bits per byte and learning rate over seconds of training."""
+    """Draw bits per byte and speed over seconds of training. metrics: lines of metrics.jsonl."""
     seconds = [line["seconds"] for line in metrics]
-    figure = Figure(figsize=(9, 3.2))  # without pyplot, which would choose a backend for the whole process
-    loss, rate = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 3.2))  # not by pyplot, which would choose a backend for the whole process
+    loss, speed = figure.subplots(1, 2)
     loss.plot(seconds, [line["bits_per_byte"] for line in metrics], color="#1f5fa8", linewidth=1.2)
     loss.set(xlabel="seconds of training", ylabel="bits per byte", title="Training loss")
-    rate.plot(seconds, [line["bytes_per_second"] / 1000 for line in metrics], color="#b3541e", linewidth=1.2)
-    rate.set(xlabel="seconds of training", ylabel="kB per second", title="Training speed", ylim=(0, None))
-    for axes in (loss, rate):
+    speed.plot(seconds, [line["bytes_per_second"] / 1000 for line in metrics], color="#b3541e", linewidth=1.2)
+    speed.set(xlabel="seconds of training", ylabel="kB per second", title="Training speed", ylim=(0, None))
+    for axes in (loss, speed):
         _lighten(axes)
     return figure
 
 
 def trade_off(points: Sequence[tuple[float, float]], front: Sequence[int], chosen: int, time_label: str) -> Figure:
-    """Quality against time. points: (bits per byte, time); front, chosen: indices of points."""
+    """Draw quality against time.
+
+    Args:
+        points: bits per byte and time of each trial.
+        front: indices of the points on the Pareto front.
+        chosen: index of the chosen point.
+        time_label: label of the time axis.
+    """
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     axes.scatter([time for _, time in points], [bits for bits, _ in points], s=18, color="#999999", label="trials")
@@ -77,8 +84,12 @@ def trade_off(points: Sequence[tuple[float, float]], front: Sequence[int], chose
 
 
 def compared_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float, float]]]], read: str) -> Figure:
-    """Training loss of several runs, over time and over text. curves: name -> of each run of that name and color,
-    (seconds, read, bits per byte) at each log line; read: what is read, and its unit."""
+    """Draw the training loss of several runs over time and over the text read.
+
+    Args:
+        curves: name -> runs drawn in one color; a run has seconds, amount read, and bits per byte of each log line.
+        read: label of the axis of the amount read.
+    """
     figure = Figure(figsize=(7.5, 7.5), layout="constrained")
     for x, (axes, label) in enumerate(zip(figure.subplots(2, 1), ("seconds of training", read), strict=True)):
         for color, (name, runs) in zip(_colors(len(curves)), curves.items(), strict=True):
@@ -86,19 +97,27 @@ def compared_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float, f
                 own = {"label": name} if i == 0 else {}
                 bits = [line[2] for line in run]
                 axes.plot([line[x] for line in run], bits, ".-", color=color, linewidth=1.2, markersize=2, **own)
-        axes.set(xlabel=label, ylabel="training bits per byte", yscale="log")  # the end matters more than the beginning
+        axes.set(
+            xlabel=label, ylabel="training bits per byte", yscale="log"
+        )  # log scale shows the end of training better
         axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         _lighten(axes)
     legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a name may have dollars in it
+        text.set_parse_math(False)  # a name may contain dollar signs
     return figure
 
 
 def pareto(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[int], cost_label: str) -> Figure:
-    """Quality against a cost. points: name -> bits per byte and cost; front: indices of points, cheapest first."""
+    """Draw quality against a cost.
+
+    Args:
+        points: name -> bits per byte and cost.
+        front: indices of the points on the Pareto front, cheapest first.
+        cost_label: label of the cost axis.
+    """
     figure = Figure(figsize=(5.5, 4.2))
     axes = figure.subplots()
     places = [(cost[0], bits[0]) for bits, cost in points.values()]
@@ -111,24 +130,26 @@ def pareto(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[int], co
     axes.margins(0.15)
     axes.legend(frameon=False)
     _lighten(axes)
-    _name(axes, places, list(points))
+    _label(axes, places, list(points))
     return figure
 
 
 def _lighten(axes: Axes) -> None:
+    """Use a light grid and no upper and right border."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _colors(count: int) -> list[Any]:
+    """Return colors that can be distinguished."""
     if count <= 10:
         return list(color_sequences["tab10"][:count])
     return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
 
 
-def _name(axes: Axes, places: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """A name beside each place, on the side where it covers least of what is there and stays within the axes."""
-    axes.autoscale_view()  # else only drawing would settle where places are
+def _label(axes: Axes, places: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Write a name next to each place, on the side where it covers least and stays within the axes."""
+    axes.autoscale_view()  # else the positions of the places are settled only when the figure is drawn
     renderer = FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()
     frame = axes.get_window_extent(renderer)
     drawn = [line.get_transform().transform_path(line.get_path()).interpolated(20) for line in axes.lines]
@@ -143,7 +164,7 @@ def _name(axes: Axes, places: Sequence[tuple[float, float]], names: Sequence[str
 
     def crowding(one: Bbox) -> float:
         lines = 16 * float(((dots > one.min) & (dots < one.max)).all(axis=1).sum())
-        return lines + _shared(one, one) - _shared(one, frame) + sum(_shared(one, other) for other in taken)
+        return lines + _overlap(one, one) - _overlap(one, frame) + sum(_overlap(one, other) for other in taken)
 
     for name, place in zip(names, places, strict=True):
         text = axes.annotate(name, place, (0, 0), textcoords="offset points", fontsize=8, parse_math=False)
@@ -151,23 +172,24 @@ def _name(axes: Axes, places: Sequence[tuple[float, float]], names: Sequence[str
         taken.append(box(text, best))
 
 
-def _shared(one: Bbox, other: Bbox) -> float:
-    """Area of what two boxes have in common."""
+def _overlap(one: Bbox, other: Bbox) -> float:
+    """Return the area that two boxes share."""
     common = Bbox.intersection(one, other)
     return 0.0 if common is None else float(common.width * common.height)
 
 
 def figures_html(figures: Sequence[Figure]) -> str:
+    """Return figures as HTML, one below the other."""
     return "".join(f"<figure>{figure_svg(figure)}</figure>" for figure in figures)
 
 
 def paired(figures: Sequence[Figure]) -> str:
-    """Two side by side, where the page is wide enough."""
+    """Return figures as HTML, two side by side if the page is wide enough."""
     return f'<div class="pairs">{figures_html(figures)}</div>'
 
 
 def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """The first cell of each row is its name. head: names of the columns, where there are several."""
+    """Return a table as HTML. The first cell of each row is its name. head: names of the columns, if any."""
     lines = [f"<tr>{''.join(f'<th>{_cell(name)}</th>' for name in head)}</tr>"] if head else []
     for name, *values in rows:
         cells = "".join(f"<td>{_cell(value)}</td>" for value in values)
@@ -177,12 +199,12 @@ def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
 
 
 def _cell(text: str) -> str:
-    """Escaped; a path may be broken between its folders."""
+    """Escape the text of a cell, and allow a line break after each slash of a path."""
     return html.escape(text).replace("/", "/<wbr>")
 
 
 def titled(heading: str, body: str) -> str:
-    """A part of a section. body: HTML."""
+    """Return a part of a section as HTML. body: HTML."""
     return f"<h3>{html.escape(heading)}</h3>{body}"
 
 
@@ -195,8 +217,10 @@ def preformatted(text: str) -> str:
 
 
 def heat_map(pieces: Sequence[tuple[str, float, str]]) -> str:
-    """Text as a <pre>, each piece on a background from white to orange. pieces: text, heat in 0 to 1, what a pointer
-    that rests on it is told."""
+    """Return text as a <pre>, each piece on a background from white to orange.
+
+    pieces: text, heat in 0 to 1, and note, which is shown where the pointer hovers.
+    """
     spans = []
     for text, heat, note in pieces:
         red, green, blue = (round(255 + heat * (full - 255)) for full in (236, 112, 20))
@@ -207,8 +231,14 @@ def heat_map(pieces: Sequence[tuple[str, float, str]]) -> str:
 
 
 def page(title: str, rows: Sequence[Sequence[str]], sections: Sequence[tuple[str, str]], footer: Sequence[str]) -> str:
-    """The whole page. rows: name and values of each line of the table; sections: heading and HTML; footer: versions,
-    commands."""
+    """Return a page.
+
+    Args:
+        title: of the page.
+        rows: name and values of each row of the table at its top.
+        sections: heading and HTML of each section.
+        footer: lines at its end, such as versions and commands.
+    """
     parts = "".join(f"<h2>{html.escape(heading)}</h2>{body}" for heading, body in sections)
     notes = "<br>".join(html.escape(line) for line in footer)
     return (

@@ -1,1 +1,1 @@
-"""Everything that compares: scores, costs, reports, searches, ablations, the compute ledger."""
+"""Measurement and comparison of models: scores, costs, the compute ledger, reports, searches and ablations."""

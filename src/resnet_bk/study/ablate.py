@@ -1,9 +1,8 @@
-"""What each technique buys, measured: a factorial plan over a recipe's techniques, each cell a run of `train`.
+"""The command ``resnet-bk ablate``: measure what each technique saves and costs.
 
-Main effects and pairwise interactions come from a least-squares fit of the logarithm of a time, or of bits per byte, to
-the cells: savings are measured together, never multiplied on paper.
-
-Dimensions: C runs, K techniques.
+A factorial plan switches the techniques of a recipe on and off; each of its cells is a run of ``resnet-bk train``. Main
+effects and pairwise interactions come from a least-squares fit to the cells, of bits per byte and of the logarithm of
+each cost. So savings are measured in combination instead of multiplied on paper.
 """
 
 import dataclasses
@@ -17,36 +16,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from resnet_bk import folders
-from resnet_bk.checkpoint import write_whole
+from resnet_bk.checkpoint import write_atomically
 from resnet_bk.config import AblateConfig, ConfigError, TrainConfig, shown
 from resnet_bk.hf import load_tokenizer
+from resnet_bk.report.tables import Console, markdown_table, print_table
 from resnet_bk.study import run
+from resnet_bk.study.versions import version_lines
 from resnet_bk.training.run import StoppedError, with_vocabulary
 
-HALVES_FROM = 4  # techniques: main effects of half a plan of fewer are mixed up with interactions
+HALVES_FROM = 4  # techniques: with fewer, half a plan cannot separate main effects from interactions
 TABLE, DATA = "ablation.md", "ablation.json"
 
-# What is reported of a run: name -> from results.json. Ratios are of logarithms, bits per byte are differences.
+# The responses: name -> how to read it from results.json. Effects on bits per byte are differences, all others factors.
 RESPONSES: dict[str, Callable[[dict[str, Any]], float]] = {
     "bits per byte": lambda r: r["held_out"]["bits_per_byte"],
-    "FLOPs a byte": lambda r: r["costs"]["flops_per_byte"],
-    "prefill, us a byte": lambda r: 1e6 / r["costs"]["prefill"],
-    "decode, us a byte": lambda r: 1e6 / r["costs"]["decode"],
-    "training, us a byte": lambda r: 1e6 / r["training"]["bytes_per_second"],
+    "FLOPs per byte": lambda r: r["costs"]["flops_per_byte"],
+    "prefill, us per byte": lambda r: 1e6 / r["costs"]["prefill"],
+    "decode, us per byte": lambda r: 1e6 / r["costs"]["decode"],
+    "training, us per byte": lambda r: 1e6 / r["training"]["bytes_per_second"],
 }
 BITS = "bits per byte"
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Effect of switching one technique on; of two, how much the effect of one differs where the other is on.
+    """Main effect of a technique, or interaction of two: how much the effect of one differs where the other is on.
 
-    value: bits per byte, or the logarithm of a factor; error: its standard error, NaN where no seeds are left to
-    tell."""
+    Attributes:
+        techniques: one name or two.
+        value: bits per byte added, or the logarithm of the factor that a cost is multiplied by.
+        error: standard error of the value; NaN if the runs are too few to estimate it.
+    """
 
     techniques: tuple[str, ...]
     value: float
@@ -54,7 +56,12 @@ class Effect:
 
 
 def plan(techniques: Sequence[str], kind: str) -> list[tuple[str, ...]]:
-    """The techniques that are on in each cell, all of them first."""
+    """Return the techniques that are on in each cell; the first cell has all of them, the last one none.
+
+    Args:
+        techniques: those to switch.
+        kind: "full" for every combination; "half" for those with an even number of techniques off, and none.
+    """
     cells = [on for size in range(len(techniques), -1, -1) for on in itertools.combinations(techniques, size)]
     if kind == "full":
         return cells
@@ -62,9 +69,14 @@ def plan(techniques: Sequence[str], kind: str) -> list[tuple[str, ...]]:
 
 
 def effects(techniques: Sequence[str], cells: Sequence[tuple[str, ...]], values: Sequence[float]) -> list[Effect]:
-    """Main effects, then pairwise interactions, as far as the cells tell them apart.
+    """Fit main effects, then pairwise interactions; the main effects only, if the cells cannot separate the rest.
 
-    cells, values: of each run. A technique is coded as -1/2 or 1/2, so a main effect is a mean over the others' states.
+    A technique is coded as -1/2 or 1/2, so its main effect is a mean over the states of the others.
+
+    Args:
+        techniques: those that the cells switch.
+        cells: the techniques that are on in each run.
+        values: the response of each run.
     """
     terms = [(technique,) for technique in techniques] + list(itertools.combinations(techniques, 2))
     coded = np.array([[0.5 if technique in on else -0.5 for technique in techniques] for on in cells])
@@ -75,70 +87,64 @@ def effects(techniques: Sequence[str], cells: Sequence[tuple[str, ...]], values:
         design, terms = design[:, : 1 + len(techniques)], terms[: len(techniques)]
     y = np.array(values)
     found, *_ = np.linalg.lstsq(design, y, rcond=None)
-    left = len(y) - design.shape[1]
+    freedom = len(y) - design.shape[1]
     residual = y - design @ found
-    variance = float(residual @ residual) / left if left > 0 else math.nan
+    variance = float(residual @ residual) / freedom if freedom > 0 else math.nan
     errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
     return [Effect(term, float(found[1 + i]), float(errors[1 + i])) for i, term in enumerate(terms)]
 
 
 def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[str, list[Effect]]:
-    """Train what is missing of the plan, then write and print the tables. Returns the effects by response.
+    """Train the runs of the plan that are missing; write and print the tables.
 
-    recipe: the settings in the file config.base.
+    Args:
+        config: settings of the ablation.
+        recipe: settings of a run with all techniques on, from the file config.base.
+        console: prints progress and tables.
+
+    Returns:
+        The effects on each response.
     """
     techniques = config.techniques or recipe.model.techniques
-    missing = [technique for technique in techniques if technique not in recipe.model.techniques]
-    if missing or len(techniques) < 2:
+    if not set(techniques) <= set(recipe.model.techniques) or len(techniques) < 2:
         has = ", ".join(recipe.model.techniques) or "none"
         raise ConfigError(
-            f"ablate.techniques: got {techniques}, allowed at least two of those that {config.base} has on: {has}"
+            f"ablate.techniques: got {techniques}, allowed at least two of those that are on in {config.base}: {has}"
         )
     if config.plan == "half" and len(techniques) < HALVES_FROM:
         raise ConfigError(
-            f"ablate.plan: got 'half' for {len(techniques)} techniques, allowed from {HALVES_FROM} on: of fewer it "
-            "would take interactions for effects; use 'full'"
+            f"ablate.plan: got 'half' for {len(techniques)} techniques, allowed for {HALVES_FROM} or more, since with "
+            "fewer it cannot separate effects from interactions; use 'full'"
         )
     recipe = with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))
-    plans = [
-        tuple(r for r in recipe.model.techniques if r in on or r not in techniques)
-        for on in plan(techniques, config.plan)
-    ]
-    cells = [(on, seed) for seed in config.seeds for on in plans]
-    for on, _ in cells:
-        recipe.model.without(
-            *(technique for technique in techniques if technique not in on)
-        )  # raises before anything is trained
-    results = []
+    models = {}
+    for on in plan(techniques, config.plan):  # all before the first run: a combination may be impossible
+        model = recipe.model.without(*(technique for technique in techniques if technique not in on))
+        models[tuple(model.techniques)] = model
+    cells = [(on, seed) for seed in config.seeds for on in models]
+    results: list[dict[str, Any]] = []
     for i, (on, seed) in enumerate(cells):
         console.print(f"\n[bold]Run {i + 1} of {len(cells)}[/bold]: {name_of(on)}, seed {seed}")
-        results.append(_run(config, recipe, techniques, on, seed, console))
-        _check_same_text(results, Path(config.output_dir) / name_of(on) / f"seed-{seed}")
+        folder = Path(config.output_dir) / name_of(on) / f"seed-{seed}"
+        settings = dataclasses.replace(recipe, model=models[on], seed=seed, output_dir=str(folder), resume=True)
+        results.append(_trained(settings, folder, console))
+        _check_same_text(results, folder)
     return _conclude(config, techniques, cells, results, console)
 
 
 def name_of(on: Sequence[str]) -> str:
+    """Return the name of a cell, which is also that of its folder."""
     return "+".join(on) or "plain"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Median (least to greatest), the latter where they differ as shown."""
+    """Return the median and, in parentheses, the range; without it if both its ends print the same."""
     middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.median, min, max))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def _run(
-    config: AblateConfig,
-    recipe: TrainConfig,
-    techniques: Sequence[str],
-    on: tuple[str, ...],
-    seed: int,
-    console: Console,
-) -> dict[str, Any]:
-    """results.json of a cell, trained in its folder or found there."""
-    folder = Path(config.output_dir) / name_of(on) / f"seed-{seed}"
-    model = recipe.model.without(*(technique for technique in techniques if technique not in on))
-    settings = dataclasses.replace(recipe, model=model, seed=seed, output_dir=str(folder), resume=True)
+def _trained(settings: TrainConfig, folder: Path, console: Console) -> dict[str, Any]:
+    """Return the results of a run, which is trained unless its folder has them."""
     if (folder / folders.RESULTS).exists():
         folders.check_same_run(settings, folder)
         _check_same_budget(settings, folder)
@@ -150,21 +156,22 @@ def _run(
 
 
 def _check_same_budget(settings: TrainConfig, folder: Path) -> None:
-    """Finished runs may go on with a larger budget; those of one table must not differ in it."""
+    """Raise ConfigError if a finished run had another budget: a run may change it, a table must not mix budgets."""
     saved = folders.saved_settings("ablate.output_dir", folder)
     for name in ("max_steps", "max_seconds"):
         if saved.get(name) != (now := getattr(settings, name)):
             raise ConfigError(
                 f"ablate.base: {name} is {now}, the finished run in {folder} had {shown(saved.get(name))}; set it to "
-                "that, or choose another output_dir"
+                "that value, or choose another output_dir"
             )
 
 
 def _check_same_text(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Raise ConfigError if the last run, in `folder`, was trained or scored on other text than the first one."""
     for name in ("train_sha256", "held_out_sha256"):
         if results[-1]["training"][name] != results[0]["training"][name]:
             raise ConfigError(
-                f"ablate.base: the run in {folder} has other text ({name}) than the first one; restore the text, or "
+                f"ablate.base: the run in {folder} has other text ({name}) than the first run; restore the text, or "
                 "choose another output_dir"
             )
 
@@ -176,48 +183,39 @@ def _conclude(
     results: Sequence[dict[str, Any]],
     console: Console,
 ) -> dict[str, list[Effect]]:
+    """Fit the effects, write and print the tables. cells: techniques that are on, and seed, of each run."""
     folder = Path(config.output_dir)
     values = {name: [read(result) for result in results] for name, read in RESPONSES.items()}
     found = {}
     for name, column in values.items():
         fitted = column if name == BITS else [math.log(value) for value in column]
         found[name] = effects(techniques, [on for on, _ in cells], fitted)
-    tables = {
-        "Combinations": _combinations(cells, values),
-        "Effects and interactions": _effects(found),
-    }
-    made_with = "; ".join(f"{name} {version}" for name, version in run.versions().items())
-    text = f"# Ablation of {config.base}\n\n{len(config.seeds)} seeds: median (least to greatest). {made_with}.\n"
-    for title, rows in tables.items():
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines.insert(1, "|" + "---|" * len(rows[0]))
-        text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
-        table = Table(title=title)
-        for head in rows[0]:
-            table.add_column(head, overflow="fold")
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
+    text = f"# Ablation of {config.base}\n\n"
+    text += f"Each cell: median over {len(config.seeds)} seeds (range). {'; '.join(version_lines())}.\n"
+    for title, rows in (("Combinations", _combinations(cells, values)), ("Effects and interactions", _effects(found))):
+        text += f"\n## {title}\n\n{markdown_table(rows)}"
+        print_table(console, title, rows[1:], rows[0])
     text += (
-        "\nEffects: of switching a technique on, averaged over the others' states: bits per byte added, or the factor "
-        "that a cost is multiplied by; in brackets two standard errors either way, where there are enough runs. "
+        "\nEffect of a technique: the bits per byte that it adds, or the factor that it multiplies a cost by, averaged "
+        "over the states of the other techniques. In parentheses: two standard errors either way, if there are enough "
+        "runs. "
     )
     if len(found[BITS]) > len(techniques):
         text += (
-            "a x b: how much a's effect differs where b is on; below 1 they help each other, above 1 they save the "
-            "same work.\n"
+            "a x b: how much the effect of a differs where b is on. Of a cost: below 1 they help each other, above 1 "
+            "they save the same work.\n"
         )
     else:
-        text += "These runs do not tell the interactions of pairs apart; the full plan does.\n"
-    write_whole(folder / TABLE, text)
+        text += "These runs cannot separate the interactions of pairs; the full plan can.\n"
+    write_atomically(folder / TABLE, text)
     data = [{"on": on, "seed": seed, "results": r} for (on, seed), r in zip(cells, results, strict=True)]
-    write_whole(folder / DATA, json.dumps(data, indent=1) + "\n")
+    write_atomically(folder / DATA, json.dumps(data, indent=1) + "\n")
     console.print(f"wrote {folder}: {TABLE}, {DATA}", markup=False)
     return found
 
 
 def _combinations(cells: Sequence[tuple[tuple[str, ...], int]], values: dict[str, list[float]]) -> list[list[str]]:
-    """A line for each combination, its head first."""
+    """Return the table of the combinations, its head first. values: of each run, by response."""
     rows = [["on", *values]]
     for on in dict.fromkeys(on for on, _ in cells):
         own = [i for i, (other, _) in enumerate(cells) if other == on]
@@ -230,13 +228,15 @@ def _combinations(cells: Sequence[tuple[tuple[str, ...], int]], values: dict[str
 
 
 def _effects(found: dict[str, list[Effect]]) -> list[list[str]]:
+    """Return the table of the effects, its head first."""
     rows = [["", *(name.partition(",")[0] for name in found)]]
     for i, effect in enumerate(found[BITS]):
         row = [" x ".join(effect.techniques)]
         for name, column in found.items():
             value, error = column[i].value, 2 * column[i].error
-            shown = "{:+.3f}".format if name == BITS else lambda x: f"{math.exp(x):.2f}x"
-            between = "" if math.isnan(error) else f" ({shown(value - error)} to {shown(value + error)})"
-            row.append(shown(value) + between)
+            text = "{:+.3f}".format if name == BITS else lambda x: f"{math.exp(x):.2f}x"
+            row.append(
+                text(value) + ("" if math.isnan(error) else f" ({text(value - error)} to {text(value + error)})")
+            )
         rows.append(row)
     return rows

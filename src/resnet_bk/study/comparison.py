@@ -1,4 +1,4 @@
-"""``resnet-bk report``: finished runs side by side on one HTML page."""
+"""The command ``resnet-bk report``: compare finished runs on one HTML page."""
 
 import math
 import shlex
@@ -7,40 +7,39 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from rich.console import Console
-
-from resnet_bk.checkpoint import CheckpointError, write_whole
+from resnet_bk.checkpoint import CheckpointError, write_atomically
 from resnet_bk.config import ConfigError, ReportConfig
 from resnet_bk.data import corpus
 from resnet_bk.folders import CONFIG
 from resnet_bk.hf import quiet_transformers
 from resnet_bk.inference.loading import load
 from resnet_bk.report import html
+from resnet_bk.report.html import Figure
+from resnet_bk.report.tables import Console
 from resnet_bk.study.ablate import BITS, RESPONSES, spread
 from resnet_bk.study.finished import FinishedRun, Group, grouped, read_runs
 from resnet_bk.study.inspection import Spending, check_output, heated, legend, read_text, spend
-from resnet_bk.study.run import versions
 from resnet_bk.study.search import front
+from resnet_bk.study.versions import version_lines
 
 TITLE = "Runs compared"
 
-# Columns of the table: name -> how it is read from results.json, and decimals.
+# Columns of the table: name -> how to read it from results.json, and its decimals.
 MEASURES: dict[str, tuple[Callable[[dict[str, Any]], float], int]] = {
     "parameters": (lambda r: r["costs"]["parameters"], 0),
     f"held-out {BITS}": (RESPONSES[BITS], 3),
     "perplexity per byte": (lambda r: 2 ** RESPONSES[BITS](r), 3),
-    "FLOPs a byte": (RESPONSES["FLOPs a byte"], 0),
-    "prefill, us a byte": (RESPONSES["prefill, us a byte"], 1),
-    "decode, us a byte": (RESPONSES["decode, us a byte"], 1),
+    "FLOPs per byte": (RESPONSES["FLOPs per byte"], 0),
+    "prefill, us per byte": (RESPONSES["prefill, us per byte"], 1),
+    "decode, us per byte": (RESPONSES["decode, us per byte"], 1),
     "training, s": (lambda r: r["training"]["seconds"], 1),
     "training, bytes/s": (lambda r: r["training"]["bytes_per_second"], 0),
 }
-COSTS = ("prefill, us a byte", "decode, us a byte", "training, s", "FLOPs a byte")
+COSTS = ("prefill, us per byte", "decode, us per byte", "training, s", "FLOPs per byte")
 
 
 def report(config: ReportConfig, console: Console) -> list[Group]:
-    """Reads the runs, writes the page; returns the runs as it groups them."""
+    """Read the runs and write the page. Returns the groups of runs."""
     quiet_transformers()
     page = Path(config.output)
     check_output("report.output", page, TITLE)
@@ -49,37 +48,39 @@ def report(config: ReportConfig, console: Console) -> list[Group]:
     groups = grouped(runs)
     sections = [
         ("Runs", _table(groups) + _clocks(runs)),
-        ("What quality costs", html.paired([_pareto(groups, cost) for cost in COSTS])),
+        ("Quality and cost", html.paired([_pareto(groups, cost) for cost in COSTS])),
         ("Training", _curves(groups)),
-        ("What each byte costs", _colored(groups, text, config)),
+        ("Cost of each byte", _colored(groups, text, config)),
     ]
     found = f"{_count(len(runs), 'run')} in {_count(len(groups), 'group')}"
-    write_whole(page, html.page(f"{TITLE}: {found}", _facts(runs), sections, _footer(runs, config)))
+    write_atomically(page, html.page(f"{TITLE}: {found}", _facts(runs), sections, _footer(runs, config)))
     console.print(f"wrote {page}: {found}", markup=False)
     return groups
 
 
 def _count(number: int, name: str) -> str:
+    """Return "1 run" or "2 runs"."""
     return f"{number} {name}" + "s" * (number != 1)
 
 
 def _facts(runs: Sequence[FinishedRun]) -> list[tuple[str, str]]:
-    """What holds for all runs."""
+    """Return name and value of what all runs have in common."""
     scored = runs[0].results["held_out"]
     timed = {name: sorted({run.results["costs"][f"{name}_setting"] for run in runs}) for name in ("prefill", "decode")}
     return [
         ("held-out text", f"{scored['bytes']:,} bytes in {scored['documents']:,} documents"),
         *((name, "; ".join(settings)) for name, settings in timed.items()),
-        ("a group", "runs of the same settings but for the seed: median (least to greatest)"),
+        ("groups", "runs whose settings differ in the seed only; median (range)"),
     ]
 
 
 def _values(group: Group, name: str) -> list[float]:
-    """A measure of each run of the group."""
+    """Return a measure of each run of a group."""
     return [MEASURES[name][0](run.results) for run in group.runs]
 
 
 def _table(groups: Sequence[Group]) -> str:
+    """Return the table of all measures as HTML, one row per group."""
     rows = []
     for group in groups:
         row = [group.name, ", ".join(f"{run.folder} (seed {run.config.seed})" for run in group.runs)]
@@ -91,17 +92,17 @@ def _table(groups: Sequence[Group]) -> str:
 
 
 def _clocks(runs: Sequence[FinishedRun]) -> str:
-    """Where not all runs were timed alike, a sentence that says so."""
+    """Return a paragraph that says so if the runs were timed on different machines, else nothing."""
     if len({run.results["versions"].get("machine") for run in runs}) == 1:
         return ""
     return html.paragraph(
-        "Machines or threads differ among the runs, as the end of this page tells: their times and speeds are not "
-        "comparable."
+        "The runs were timed on different machines or with different numbers of threads (see the end of this page): "
+        "their times and speeds are not comparable."
     )
 
 
 def _pareto(groups: Sequence[Group], cost: str) -> Figure:
-    """Quality against one cost."""
+    """Draw quality against one cost."""
 
     def spreads(name: str) -> list[html.Spread]:
         return [(statistics.median(v), min(v), max(v)) for v in (_values(group, name) for group in groups)]
@@ -112,6 +113,7 @@ def _pareto(groups: Sequence[Group], cost: str) -> Figure:
 
 
 def _curves(groups: Sequence[Group]) -> str:
+    """Return the figure of the training curves as HTML."""
     lines = {group.name: [_curve(run) for run in group.runs if run.metrics] for group in groups}
     unlogged = [run.folder for group in groups for run in group.runs if not run.metrics]
     note = html.paragraph(f"Too short for a log line: {', '.join(unlogged)}.") if unlogged else ""
@@ -123,67 +125,74 @@ def _curves(groups: Sequence[Group]) -> str:
 
 
 def _curve(run: FinishedRun) -> list[tuple[float, float, float]]:
-    """Seconds, million tokens read, and bits per byte at each log line."""
-    a_step = run.config.batch_size * run.config.accumulate * run.config.model.n_seq
-    return [(line["seconds"], line["step"] * a_step / 1e6, line["bits_per_byte"]) for line in run.metrics]
+    """Return seconds, million tokens read, and bits per byte at each log line."""
+    tokens_per_step = run.config.batch_size * run.config.accumulate * run.config.model.n_seq
+    return [(line["seconds"], line["step"] * tokens_per_step / 1e6, line["bits_per_byte"]) for line in run.metrics]
 
 
 # ------------------------------------------------------------------------------------------ texts in colors
 
 
 def _colored(groups: Sequence[Group], text: str | None, config: ReportConfig) -> str:
-    """A text colored by what the first run of each group spends on it, all on one scale. text: None for held-out."""
+    """Return a text as HTML, colored by what the first run of each group spends on it, all on one scale.
+
+    Args:
+        groups: the groups.
+        text: the text; None for the first run's held-out text.
+        config: settings of the report.
+    """
     name, source = str(config.text), ""
     if text is None:
-        source = " It was read from the run's data again and is shown as the source is now."
+        source = " It was read again from the run's data source, as that is now."
         try:
             name, text = _held_out(groups[0].runs[0])
         except (ConfigError, OSError) as error:
             return html.paragraph(f"No text to color: {error}. Give one with --text FILE.")
-    spent: dict[str, tuple[list[tuple[str, float, str]], str]] = {}  # pieces and summary: no model is kept
-    left_out = ""
+    costs: dict[str, tuple[list[tuple[str, float, str]], str]] = {}  # pieces and summary; models are not kept
+    failures = ""
     for group in groups:
         folder = group.runs[0].folder
         try:
             model, tokenizer = load(folder)
         except (CheckpointError, ConfigError) as error:
-            left_out += html.paragraph(f"{group.name}: no colors, the model of {folder} cannot be loaded: {error}")
+            failures += html.paragraph(f"{group.name}: no colors, the model of {folder} cannot be loaded: {error}")
             continue
-        found = spend(model, tokenizer, text, config.max_tokens, f"report.text: {name}")
-        spent[folder] = (found.pieces(), _summary(found))
-        text = found.text  # runs on one held-out text have one tokenizer: the rest would be cut off again
-    if not spent:
-        return left_out
-    costs = [cost for pieces, _ in spent.values() for _, cost, _ in pieces]
-    low, high = min(costs), max(costs)
-    intro = f"The beginning of {name}, on one scale for all models. A pointer that rests on a character is told more."
+        spending = spend(model, tokenizer, text, config.max_tokens, f"report.text: {name}")
+        costs[folder] = (spending.pieces(), _summary(spending))
+        text = spending.text  # all runs have one tokenizer, so the others would cut it here too
+    if not costs:
+        return failures
+    flops = [cost for pieces, _ in costs.values() for _, cost, _ in pieces]
+    low, high = min(flops), max(flops)
+    intro = f"The beginning of {name}, on one scale for all models. Hover over a character for details."
     parts = [html.paragraph(intro + source), legend(low, high)]
     for group in groups:
-        if own := spent.get(group.runs[0].folder):
-            pieces, summary = own
+        if found := costs.get(group.runs[0].folder):
+            pieces, summary = found
             heat = html.heat_map(heated(pieces, low, high))
             parts.append(html.titled(group.name, html.paragraph(summary) + heat))
-    return "".join(parts) + left_out
+    return "".join(parts) + failures
 
 
 def _held_out(run: FinishedRun) -> tuple[str, str]:
-    """Name and beginning, a megabyte at most, of the first document that the run held out."""
+    """Return name and beginning, at most a megabyte, of the first document that a run held out."""
     data = run.config.data
     document = corpus.split(data.source, data.val_source, data.val_fraction)[1][0]
     return document.name, next(document.pieces()).decode(errors="replace")
 
 
-def _summary(spent: Spending) -> str:
-    bits = f", {spent.bits.mean().item():.3f} bits a token" if len(spent.bits) else ""
-    mean = spent.cost.mean().item() / 1e6
-    return f"{mean:.3f} MFLOPs a token, {spent.share:.0%} of the same model's without any technique{bits}"
+def _summary(spending: Spending) -> str:
+    """Return the mean costs of a text in one sentence."""
+    bits = f", {spending.bits.mean().item():.3f} bits per token" if len(spending.bits) else ""
+    mean = spending.cost.mean().item() / 1e6
+    return f"{mean:.3f} MFLOPs per token, {spending.share:.0%} of the same model without techniques{bits}"
 
 
 # --------------------------------------------------------------------------------------------------- footer
 
 
 def _footer(runs: Sequence[FinishedRun], config: ReportConfig) -> list[str]:
-    """Versions, where they differ with whose they are, and commands."""
+    """Return versions, with the runs that have them where they differ, and commands."""
     names = dict.fromkeys(name for run in runs for name in run.results["versions"])
     lines = []
     for name in names:
@@ -197,6 +206,6 @@ def _footer(runs: Sequence[FinishedRun], config: ReportConfig) -> list[str]:
     lines += [shlex.join(["resnet-bk", "train", "--config", str(Path(run.folder) / CONFIG)]) for run in runs]
     options = ["--output", config.output, "--max_tokens", str(config.max_tokens)]
     options += [] if config.text is None else ["--text", config.text]
-    lines.append("This page: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    lines.append("This page: " + ", ".join(version_lines()))
     lines.append(shlex.join(["resnet-bk", "report", *config.runs, *options]))
     return lines

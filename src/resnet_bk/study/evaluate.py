@@ -1,7 +1,4 @@
-"""Held-out scores: bits per byte and perplexities, with the context each token was predicted from.
-
-Dimensions: B documents or windows side by side, N tokens.
-"""
+"""Score a model on text: bits per byte and perplexities."""
 
 import math
 import time
@@ -25,8 +22,18 @@ from resnet_bk.training.guard import check_causal
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one text. `words`: whitespace-separated words and line ends, as WikiText's perplexity counts them.
-    `blocks`: those a token went through on average, of those that adaptive depth decides about, where there is any."""
+    """Scores of one text.
+
+    Attributes:
+        context: what each token was predicted from, in words.
+        documents: number of documents scored.
+        bytes: their size.
+        tokens: number of tokens scored.
+        words: whitespace-separated words and line ends in them, as WikiText's perplexity counts them.
+        nats: cross-entropy of all tokens together.
+        seconds: wall-clock time of the scoring.
+        blocks: mean number of blocks per token among those that adaptive depth decides about; None without it.
+    """
 
     context: str
     documents: int
@@ -42,6 +49,7 @@ class Scores:
         return self.nats / self.bytes / math.log(2)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields and what follows from them, as results.json has them."""
         return asdict(self) | {
             "bits_per_byte": self.bits_per_byte,
             "perplexity_per_byte": math.exp(self.nats / self.bytes),
@@ -50,25 +58,42 @@ class Scores:
             "bytes_per_second": self.bytes / self.seconds,
         }
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Return name and value of each row of a table of scores."""
+        values = self.to_dict()
+        rows = [
+            ("held-out bits per byte", f"{self.bits_per_byte:.4f}"),
+            ("held-out perplexity per byte", f"{values['perplexity_per_byte']:.4f}"),
+            ("perplexity per token", f"{values['perplexity_per_token']:.4g}"),
+            ("perplexity per word", f"{values['perplexity_per_word']:.4g}"),
+            ("held-out text", f"{self.bytes:,} bytes in {self.documents} documents"),
+            ("context", self.context),
+        ]
+        return rows if self.blocks is None else [*rows, ("blocks per token", f"{self.blocks:.2f}")]
+
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
 def chosen_documents(tokens: TokenFile, max_bytes: int | None) -> list[int]:
-    """Documents to score: all, or evenly spread ones of about `max_bytes` together (at least one)."""
-    everything = list(range(len(tokens.sizes)))
-    if max_bytes is None or max_bytes >= tokens.bytes:
-        return everything
-    every = math.ceil(tokens.bytes / max_bytes)
-    return everything[::every]
+    """Return the indices of the documents to score: all, or every k-th, about `max_bytes` in all (at least one)."""
+    step = 1 if max_bytes is None else max(1, math.ceil(tokens.bytes / max_bytes))
+    return list(range(0, len(tokens.sizes), step))
 
 
 def evaluate(model: LanguageModel, tokens: TokenFile, end: int, config: EvalConfig, words: int = 0) -> Scores:
-    """Score `tokens` by `model`, after the causality guard has passed.
+    """Score a model on text, after a check that it is causal.
 
-    end: id of the end-of-document token, which is also what the first token of a document is predicted from. The end
-    marker itself is no text and is not scored.
+    Args:
+        model: left in the mode, training or evaluation, that it was in.
+        tokens: the text.
+        end: id of the end-of-document token. A document's first token is predicted from it. It is not scored.
+        config: context, window, stride, batch_size and max_bytes are read.
+        words: number of words in the scored documents, for the perplexity per word.
+
+    Raises:
+        LeakError: a logit depends on a later token.
     """
     device = model.embed.weight.device
     was_training = model.training
@@ -76,16 +101,16 @@ def evaluate(model: LanguageModel, tokens: TokenFile, end: int, config: EvalConf
     check_causal(lambda ids: model(ids).logits, model.config.vocab_size, model.embed.weight.dtype, device)
     chosen = chosen_documents(tokens, config.max_bytes)
     started = time.perf_counter()
-    scored = _document_scores if config.context == "document" else _sliding_scores
+    batches = _document_scores if config.context == "document" else _sliding_scores
     total, count = 0.0, 0
     with torch.no_grad(), measured_depth(model) as blocks:
-        for losses, counted in scored(model, tokens, chosen, end, config):
-            total += float(losses)
-            count += counted
+        for nats, scored_tokens in batches(model, tokens, chosen, end, config):
+            total += float(nats)
+            count += scored_tokens
     model.train(was_training)
     context = {
-        "document": "all of the document so far, state reset at each document",
-        "sliding": f"sliding window of {config.window} tokens, the last {config.stride} scored, reset at each document",
+        "document": "all of the document so far; the state is reset at each document",
+        "sliding": f"sliding window of {config.window} tokens, the last {config.stride} scored; reset at each document",
     }[config.context]
     return Scores(
         context=context,
@@ -100,6 +125,7 @@ def evaluate(model: LanguageModel, tokens: TokenFile, end: int, config: EvalConf
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed cross-entropy of logits (B, N, V) and targets (B, N), -100 where nothing is scored."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum").double()
 
@@ -107,7 +133,11 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
 def _document_scores(
     model: LanguageModel, tokens: TokenFile, chosen: list[int], end: int, config: EvalConfig
 ) -> Iterator[tuple[Tensor, int]]:
-    """Documents of similar length side by side, each from beginning to end with its state carried along."""
+    """Score documents of similar length side by side, from beginning to end, carrying their states.
+
+    Yields:
+        Cross-entropy in nats, and the number of tokens scored, for each window of each batch.
+    """
     device = model.embed.weight.device
     lengths = {i: int(tokens.starts[i + 1] - tokens.starts[i]) - 1 for i in chosen}
     by_length = sorted(chosen, key=lambda i: -lengths[i])
@@ -115,7 +145,7 @@ def _document_scores(
         batch = by_length[first : first + config.batch_size]
         state = None
         for start in range(0, lengths[batch[0]], config.window):
-            batch = [i for i in batch if lengths[i] > start]  # the longest ones, so the first rows
+            batch = [i for i in batch if lengths[i] > start]  # the longest documents, which are the first rows
             if state is not None:
                 rows = len(batch)
                 state = pytree.tree_map(lambda x, rows=rows: x[:rows], state)
@@ -123,10 +153,9 @@ def _document_scores(
             inputs, targets = np.full((len(batch), width), end), np.full((len(batch), width), -100)
             for row, i in enumerate(batch):
                 ids = np.asarray(tokens.document(i)[:-1], np.int64)
-                here = ids[start : start + width]
-                targets[row, : len(here)] = here
-                before = np.concatenate([[end], ids])[start : start + len(here)]
-                inputs[row, : len(here)] = before
+                piece = ids[start : start + width]
+                targets[row, : len(piece)] = piece
+                inputs[row, : len(piece)] = np.concatenate([[end], ids])[start : start + len(piece)]
             output = model(torch.from_numpy(inputs).to(device), state=state)
             state = output.state
             yield _nats(output.logits, torch.from_numpy(targets).to(device)), int((targets != -100).sum())
@@ -135,8 +164,14 @@ def _document_scores(
 def _sliding_scores(
     model: LanguageModel, tokens: TokenFile, chosen: list[int], end: int, config: EvalConfig
 ) -> Iterator[tuple[Tensor, int]]:
-    """Windows of each document; of each window only its last `stride` tokens count, so that all but the first see at
-    least ``window - stride`` tokens before the ones they score."""
+    """Score windows of each document, each without a state.
+
+    The first window scores all of its tokens. Each later one scores its last `stride` tokens, from a context of at
+    least ``window - stride`` tokens.
+
+    Yields:
+        Cross-entropy in nats, and the number of tokens scored, for each batch of windows.
+    """
     device = model.embed.weight.device
     rows: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -166,7 +201,7 @@ def _sliding_scores(
 
 
 def check_vocabulary(model: LanguageModel, tokenizer_size: int, tokenizer: str, digest: str) -> None:
-    """Raise unless every token id of the tokenizer has a row in the model."""
+    """Raise ConfigError unless every token id has a row in the model. digest: SHA-256 of the tokenizer."""
     if tokenizer_size > model.config.vocab_size:
         raise ConfigError(
             f"data.tokenizer: {tokenizer!r} has {tokenizer_size} ids (SHA-256 {digest[:16]}), "
@@ -175,14 +210,14 @@ def check_vocabulary(model: LanguageModel, tokenizer_size: int, tokenizer: str, 
 
 
 def count_words(documents: list[Document]) -> int:
-    """Whitespace-separated words and line ends."""
+    """Count whitespace-separated words and line ends."""
     count = 0
     for document in documents:
-        held = b""
+        cut = b""  # a word whose rest may be in the next piece
         for piece in document.pieces():
             count += piece.count(b"\n")
-            words = (held + piece).split()
-            held = words.pop() if words and not piece[-1:].isspace() else b""
+            words = (cut + piece).split()
+            cut = words.pop() if words and not piece[-1:].isspace() else b""
             count += len(words)
-        count += bool(held)
+        count += bool(cut)
     return count

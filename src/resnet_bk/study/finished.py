@@ -1,4 +1,4 @@
-"""Finished runs of ``resnet-bk train``, read back from their folders and grouped by settings."""
+"""Read finished runs of ``resnet-bk train`` from their folders, and group them by their settings."""
 
 import contextlib
 import dataclasses
@@ -21,12 +21,12 @@ from resnet_bk.config import (
     read_yaml,
     shown,
 )
-from resnet_bk.folders import CONFIG, MAY_DIFFER, METRICS, RESULTS, flat
+from resnet_bk.folders import CHANGEABLE, CONFIG, METRICS, RESULTS, flat
 
 LARGEST_RESULTS, LARGEST_METRICS = 16 << 20, 256 << 20  # bytes
 
-# What runs of one group may differ in, beside all of data.*, for which the hash of the training text stands.
-_BUT_FOR = (MAY_DIFFER - {"max_steps", "max_seconds"}) | {"seed"}
+# Settings in which the runs of a group may differ, in addition to data.*, which the hash of the training text replaces.
+_NOT_COMPARED = (CHANGEABLE - {"max_steps", "max_seconds"}) | {"seed"}
 _LINE = ("step", "seconds", "bits_per_byte")
 _NUMBERS = {
     "held_out": ("bits_per_byte", "bytes", "documents"),
@@ -38,8 +38,14 @@ _TEXTS = {"costs": ("prefill_setting", "decode_setting"), "training": ("train_sh
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """folder: as it was named; metrics: lines of metrics.jsonl, none of a run too short for one; results: what
-    results.json holds."""
+    """A finished run.
+
+    Attributes:
+        folder: its folder, as the user named it.
+        config: its settings.
+        metrics: lines of metrics.jsonl; empty if the run was too short to log one.
+        results: content of results.json.
+    """
 
     folder: str
     config: TrainConfig
@@ -49,15 +55,21 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same settings but for the seed. name: the techniques that are on; where other groups have the same
-    ones on, the first folder too."""
+    """Runs whose settings differ in the seed only.
+
+    The name lists the techniques that are on. If several groups have the same ones on, it also has the first folder.
+    """
 
     name: str
     runs: list[FinishedRun]
 
 
 def read_runs(where: str, folders: Sequence[str]) -> list[FinishedRun]:
-    """Runs that can be compared; ConfigError where one cannot. where: the setting that names them."""
+    """Read runs that can be compared. where: the setting that names them.
+
+    Raises:
+        ConfigError: a folder is not a finished run, is damaged or is given twice; runs were scored on different text.
+    """
     for i, folder in enumerate(folders):
         for other in folders[:i]:
             if Path(folder).resolve() == Path(other).resolve():
@@ -73,11 +85,11 @@ def read_runs(where: str, folders: Sequence[str]) -> list[FinishedRun]:
 
 
 def grouped(runs: Sequence[FinishedRun]) -> list[Group]:
-    """In the order of their first runs."""
+    """Group runs by their settings, in the order of their first runs."""
     found: dict[str, list[FinishedRun]] = {}
     for run in runs:
         settings = flat(dataclasses.asdict(run.config)).items()
-        kept = {name: value for name, value in settings if name not in _BUT_FOR and not name.startswith("data.")}
+        kept = {name: value for name, value in settings if name not in _NOT_COMPARED and not name.startswith("data.")}
         found.setdefault(repr((kept, run.results["training"]["train_sha256"])), []).append(run)
     names = [" + ".join(runs[0].config.model.techniques) or "plain" for runs in found.values()]
     return [
@@ -87,12 +99,13 @@ def grouped(runs: Sequence[FinishedRun]) -> list[Group]:
 
 
 def _read(where: str, folder: str) -> FinishedRun:
+    """Read and check one run. where: the setting that names it."""
     settings, results, metrics = (Path(folder) / name for name in (CONFIG, RESULTS, METRICS))
     if not settings.is_file():
-        raise ConfigError(f"{where}: {folder} is no run of `resnet-bk train`: there is no {settings}")
+        raise ConfigError(f"{where}: {folder} is not a run of `resnet-bk train`: {settings} is missing")
     if not results.is_file():
-        go_on = f"resnet-bk train --config {settings} --resume true"
-        raise ConfigError(f"{where}: {folder} is not finished: there is no {results}; go on with: {go_on}")
+        command = f"resnet-bk train --config {settings} --resume true"
+        raise ConfigError(f"{where}: {folder} is not finished: {results} is missing; resume with: {command}")
     values = read_yaml(where, settings)
     with _named(settings):
         config = _settings(values)
@@ -106,7 +119,7 @@ def _read(where: str, folder: str) -> FinishedRun:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Whatever is wrong with what a file holds: a ConfigError that names it."""
+    """Turn any error about the content of a file into a ConfigError that names the file."""
     try:
         yield
     except ConfigError as error:
@@ -117,12 +130,14 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _settings(values: Any) -> TrainConfig:
+    """Check the content of config.yaml."""
     check_fields("train", TrainConfig, values)
     sections = {"model": ModelConfig.from_dict(values["model"]), "data": DataConfig(**values["data"])}
     return TrainConfig(**(values | sections))
 
 
 def _metrics(text: str) -> list[dict[str, float]]:
+    """Check the content of metrics.jsonl."""
     lines = [json.loads(line) for line in text.splitlines()]
     for i, line in enumerate(lines, 1):
         for name in _LINE:
@@ -131,7 +146,7 @@ def _metrics(text: str) -> list[dict[str, float]]:
 
 
 def _results(text: str, logged: bool) -> dict[str, Any]:
-    """logged: whether the run has log lines, which its speed is the median of."""
+    """Check the content of results.json. logged: True if the run has log lines; its speed is their median, else NaN."""
     values = json.loads(text)
     for section, names in _NUMBERS.items():
         for name in names:
@@ -149,6 +164,6 @@ def _results(text: str, logged: bool) -> dict[str, Any]:
 
 
 def _check_number(where: str, values: dict[str, Any], name: str) -> None:
-    """Bits per byte are 0 for a text of one letter; all else is positive, and in a range that figures can draw."""
+    """Check a number: bits per byte are 0 to 64 (0 for a text of one letter), all else is positive and can be drawn."""
     low, high = (0, 64) if name == "bits_per_byte" else (1e-12, 1e24)
     check_range(where, low, high, **{name: values[name]})

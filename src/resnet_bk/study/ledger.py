@@ -1,7 +1,8 @@
-"""The compute ledger: floating-point operations that ran, by layer and by token.
+"""The compute ledger: count the FLOPs actually executed, per layer and per token.
 
-Counted are matrix products, the core and the convolution, from the shapes they were given and the sites and experts
-that were computed; a multiply-add is two operations, as torch's FLOP counter has it. Element-wise work is not counted.
+It counts matrix products, the core's recurrences and the convolution, from the shapes they were given and from the
+sites and experts that were computed. A multiply-add is two operations, as torch's FLOP counter has it. Element-wise
+work is not counted. :mod:`resnet_bk.adaptive.flops` has the formulas.
 
 Dimensions: B batch, N positions, M packed positions, D model width.
 """
@@ -15,48 +16,57 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from resnet_bk.adaptive.depth import AdaptiveDepth
-from resnet_bk.adaptive.length import LearnedLength
+from resnet_bk.adaptive.flops import expert_flops, own_flops, sweeps
 from resnet_bk.adaptive.multiscale import ChunkRecord, MultiScale
 from resnet_bk.config import TECHNIQUES, ModelConfig
-from resnet_bk.layers.block import Block, place_of, placed
-from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
-from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
+from resnet_bk.layers.block import AdaptiveLayer, Block, Tokens
+from resnet_bk.layers.feedforward import Experts, ExpertsRecord
+from resnet_bk.layers.mixer import PropagatorMixer, ShortConv
 from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.model import LanguageModel, ModelOutput
-from resnet_bk.ops.packing import capacity, packed_width
+from resnet_bk.ops.flops import FILL, SCAN
+from resnet_bk.ops.packing import TILE, Packing, capacity, packed_width
 from resnet_bk.record import Record
-
-LAYERS = (Block, MultiScale, LearnedLength, AdaptiveDepth)
 
 
 @dataclasses.dataclass
 class _Frame:
-    """A layer that is running. evenly: operations shared by all its positions; each: (B, M), those of single ones."""
+    """A layer that is running.
+
+    Attributes:
+        name: its name in the model, "" for the model itself.
+        place: (B, M) int64, index in the flattened batch of each of its positions.
+        mask: (B, M) bool, False for padding; None without padding.
+        evenly: FLOPs that all of its positions share.
+        each: (B, M), FLOPs of single positions; None where there are none.
+    """
 
     name: str
-    ids: Tensor
+    place: Tensor
     mask: Tensor | None
     evenly: float = 0.0
     each: Tensor | None = None
 
     @cached_property
-    def real(self) -> int:
-        """How many of its positions are no padding."""
-        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+    def count(self) -> int:
+        """Number of non-padding positions."""
+        return self.place.numel() if self.mask is None else int(self.mask.sum())
 
 
 class Ledger:
-    """Counts while it is open: ``with Ledger(model) as ledger: model(ids)``. Nothing is left in the model afterwards.
+    """Count FLOPs while the context is open: ``with Ledger(model) as ledger: model(ids)``.
 
-    Counted are calls of the model itself; of its parts alone (features, blocks), as transformers' adapter and
-    speculation make them, it raises RuntimeError. Where a technique has several outputs scored in training, the head
-    counts once for all of them. What a backward pass runs is not counted.
+    Only calls of the model itself are counted; a call of its parts (features, blocks), as transformers' adapter and
+    speculation make it, raises RuntimeError. In training, where a technique scores several outputs, the head counts
+    once for all of them. Backward passes are not counted. The model is unchanged afterwards.
 
-    total: operations of all calls. stages: the same by layer and part of it, ``"blocks.1.inner.0 mixer"``.
-    unused: those of rows that only fill up a batch or a tile.
-    by_token: (B, N) float64, of the last call, each token's own: a chunk's for the token that closes it; what runs on
-      other rows than a layer's positions, such as routing or pooling, for all of its tokens alike.
+    Attributes:
+        total: FLOPs of all calls.
+        stages: the same by layer and its part, such as ``"blocks.1.inner.0 mixer"``.
+        unused: FLOPs of rows that only fill up a batch or a tile.
+        by_token: (B, N) float64, FLOPs of each token in the last call. A chunk's are booked to the token that closes
+            it. FLOPs that run on other rows than a layer's positions, such as routing or pooling, are shared evenly by
+            the layer's tokens.
     """
 
     def __init__(self, model: LanguageModel):
@@ -71,17 +81,18 @@ class Ledger:
 
     def __enter__(self) -> Self:
         self._hook(self.model, self._begin, self._end, with_kwargs=True)
-        layers: list[str] = []  # names; a module's own innermost one is the last that begins its name
+        self._hooks.append(self.model.blocks.register_forward_pre_hook(self._add_place))
+        layers: list[str] = []  # names; the innermost layer of a module is the last one whose name begins its name
         for name, module in self.model.named_modules():
-            if isinstance(module, LAYERS):
+            if isinstance(module, Block | AdaptiveLayer):
                 layers.append(name)
                 self._hook(module, self._enter(name), self._leave)
             elif name.endswith(".qk_proj"):
-                continue  # counted site by site, with the sparse core
-            elif (count := _COUNTED.get(type(module))) is not None:
+                continue  # counted per kept site, with the sparse core
+            elif flops := own_flops(module):
                 layer = next((n for n in reversed(layers) if name.startswith(f"{n}.")), "")
                 part = name.removeprefix(layer).strip(".").split(".")[0]
-                self._hook(module, None, self._counter(count, part))
+                self._hook(module, None, self._counter(flops, part))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -98,7 +109,15 @@ class Ledger:
     def _begin(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs["ids"]
         self.by_token = torch.zeros(ids.numel(), dtype=torch.float64, device=ids.device)
-        self._frames = [_Frame("", placed(ids), kwargs.get("mask"))]
+        place = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        self._frames = [_Frame("", place, kwargs.get("mask"))]
+
+    def _add_place(self, blocks: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Tell the layers where each token is in the batch; techniques then pack that along with the token."""
+        x, tokens, state, mask = args
+        frame = self._running()
+        place = frame.place if frame.mask is None else Packing(frame.mask).pack(frame.place)
+        return x, Tokens(tokens.ids, place), state, mask
 
     def _end(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: ModelOutput) -> None:
         ids = args[0] if args else kwargs["ids"]
@@ -109,9 +128,9 @@ class Ledger:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            _, ids, _, mask = args
+            _, tokens, _, mask = args
             self._running()
-            self._frames.append(_Frame(name, ids, mask))
+            self._frames.append(_Frame(name, tokens.place, mask))
 
         return hook
 
@@ -125,15 +144,19 @@ class Ledger:
                 self._experts(module.feed_forward, record)
             elif isinstance(module, MultiScale) and isinstance(record, ChunkRecord) and record.probability is not None:
                 assert record.closes is not None
-                self._add(5.0 * int(record.closes.sum()) * module.up.expand.out_features, "smoothing")
+                self._add(float(SCAN) * int(record.closes.sum()) * module.up.expand.out_features, "smoothing")
         self._settle(self._frames.pop())
 
-    def _counter(self, count: Callable[..., float], part: str) -> Callable[..., None]:
+    def _counter(self, flops: float, part: str) -> Callable[..., None]:
+        """flops: those of the module at each position."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if torch._C._current_graph_task_id() >= 0:  # a backward pass computes a block again
                 return
-            y = output[0] if isinstance(output, tuple) else output
-            self._add(count(module, args[0], y), part, y.shape[:-1])
+            rows = (output[0] if isinstance(output, tuple) else output).shape[:-1]
+            if isinstance(module, ShortConv) and rows[1] == 1:  # a single step is element-wise work
+                return
+            self._add(flops * rows.numel(), part, rows)
 
         return hook
 
@@ -145,18 +168,20 @@ class Ledger:
         return self._frames[-1]
 
     def _add(self, flops: float, part: str, shape: torch.Size | None = None) -> None:
-        """Book operations for the layer that is running; where they ran on its positions, padding among them has its
-        part."""
+        """Book FLOPs for the layer that is running.
+
+        shape: of the rows they ran on. Where those are the layer's positions, padding gets its share as `unused`.
+        """
         frame = self._running()
         self.stages[f"{frame.name} {part}".strip()] += flops
-        if frame.mask is not None and shape == frame.ids.shape:
-            padding = flops * (1 - frame.real / frame.mask.numel())
+        if frame.mask is not None and shape == frame.place.shape:
+            padding = flops * (1 - frame.count / frame.mask.numel())
             self.unused += padding
             flops -= padding
         frame.evenly += flops
 
     def _add_each(self, flops: Tensor, part: str) -> None:
-        """Book operations (B, M) of single positions; those of padding are its own."""
+        """Book FLOPs (B, M) of single positions; those of padding are `unused`."""
         frame = self._frames[-1]
         self.stages[f"{frame.name} {part}".strip()] += flops.sum().item()
         if frame.mask is not None:
@@ -165,15 +190,15 @@ class Ledger:
         frame.each = flops if frame.each is None else frame.each + flops
 
     def _add_filling(self, flops: float, part: str) -> None:
-        """Book operations on rows that fill up a tile."""
+        """Book FLOPs of rows that fill up a tile."""
         self.stages[f"{self._frames[-1].name} {part}"] += flops
         self.unused += flops
 
     def _sparse_core(self, mixer: PropagatorMixer, record: SparsityRecord) -> None:
         assert mixer.qk_proj is not None
-        chains = (1 if mixer.causal else 2) * mixer.heads
-        scan, fill = 5.0 * mixer.width**2 * chains, 3.0 * mixer.width * chains
-        reads = 2.0 * mixer.qk_proj.weight.numel()
+        chains = sweeps(mixer) * mixer.heads
+        scan, fill = float(SCAN) * mixer.width**2 * chains, float(FILL) * mixer.width * chains
+        reads = own_flops(mixer.qk_proj)
         kept, (batch, length) = record.kept.double(), record.kept.shape
         left_out, tile = (fill, TILE) if length > 1 else (scan, 1)  # single steps are dense
         self._add_each(kept * (reads + scan - left_out) + left_out, "mixer")
@@ -181,51 +206,24 @@ class Ledger:
         self._add_filling(reads * (batch * packed_width(counts, tile, bound) - int(counts.sum())), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
-        each = 2.0 * (experts.up[0].numel() + experts.down[0].numel())
+        each = expert_flops(experts)
         self._add_each(each * record.used.double(), "feed_forward")
         self._add_filling(each * float(((-record.load) % TILE).sum()), "feed_forward")
 
     def _settle(self, frame: _Frame) -> None:
-        """Give what a layer ran to the tokens at its positions."""
-        real = torch.ones_like(frame.ids, dtype=torch.bool) if frame.mask is None else frame.mask
-        each = real.double() * frame.evenly / max(1, frame.real)
-        self.unused += 0.0 if frame.real else frame.evenly
+        """Give the FLOPs of a layer to the tokens at its positions."""
+        mask = torch.ones_like(frame.place, dtype=torch.bool) if frame.mask is None else frame.mask
+        each = mask.double() * frame.evenly / max(1, frame.count)
+        self.unused += 0.0 if frame.count else frame.evenly
         if frame.each is not None:
             each = each + frame.each
-        self.by_token.index_add_(0, torch.where(real, place_of(frame.ids), 0).flatten(), each.flatten())
-
-
-def _linear(module: nn.Linear, x: Tensor, y: Tensor) -> float:
-    return 2.0 * x.numel() * module.out_features
-
-
-def _convolution(module: ShortConv, x: Tensor, y: Tensor) -> float:
-    return 2.0 * module.width * y.numel() if y.shape[1] > 1 else 0.0
-
-
-def _propagator(module: PropagatorMixer, x: Tensor, y: Tensor) -> float:
-    """The Green's function and the dense scan; a sparse one is counted site by site."""
-    sites, sweeps = y.shape[0] * y.shape[1] * module.heads, 1 if module.causal else 2
-    scan = 5 * module.width**2 if module.sparse is None else 0
-    return float(sweeps * sites * (3 + scan))
-
-
-def _diagonal(module: DiagonalMixer, x: Tensor, y: Tensor) -> float:
-    sites, sweeps = y.shape[0] * y.shape[1] * module.energies.potential.out_features, 1 if module.causal else 2
-    return float(3 * sweeps * sites)
-
-
-_COUNTED: dict[type[nn.Module], Callable[..., float]] = {
-    nn.Linear: _linear,
-    ShortConv: _convolution,
-    PropagatorMixer: _propagator,
-    DiagonalMixer: _diagonal,
-}
+        self.by_token.index_add_(0, torch.where(mask, frame.place, 0).flatten(), each.flatten())
 
 
 def plain_flops(config: ModelConfig) -> float:
-    """Operations a token of the plain model: same width, depth and experts, each token through all of them."""
-    plain = config.without(*TECHNIQUES)  # and all its experts are one that is as wide as they are together
+    """Return the FLOPs per token of the plain model: same width and depth, and every token through all experts."""
+    plain = config.without(*TECHNIQUES)
+    # One expert as wide as all of them together computes as much.
     plain = dataclasses.replace(plain, num_experts=1, top_k=1, d_ff=config.num_experts * config.d_hidden)
     with torch.device("meta"):
         model = LanguageModel.from_config(plain)

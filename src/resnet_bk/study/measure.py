@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs per byte, bytes per second of prefill and of decoding.
+"""Measure what a model costs: parameters, FLOPs per byte, bytes per second of prefill and decoding.
 
 Dimensions: B sequences, N tokens.
 """
@@ -17,7 +17,16 @@ from resnet_bk.model import LanguageModel
 
 @dataclass(frozen=True)
 class Costs:
-    """flops_per_byte: of a forward pass, a multiply-add is two. Rates: median of `repeats` runs, bytes per second."""
+    """Costs of one model.
+
+    Attributes:
+        parameters: number of parameters.
+        flops_per_byte: FLOPs of a forward pass per byte of text; a multiply-add counts as two.
+        prefill: bytes per second, median of the repeats.
+        prefill_setting: batch and length of the prefill, in words.
+        decode: bytes per second, median of the repeats.
+        decode_setting: batch and length of the decoding, in words.
+    """
 
     parameters: int
     flops_per_byte: float
@@ -28,6 +37,15 @@ class Costs:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return name and value of each row of a table of costs."""
+        return [
+            ("prefill", f"{self.prefill:,.0f} bytes/s ({self.prefill_setting})"),
+            ("decode", f"{self.decode:,.0f} bytes/s ({self.decode_setting})"),
+            ("parameters", f"{self.parameters:,}"),
+            ("FLOPs per byte", f"{self.flops_per_byte:,.0f} (forward)"),
+        ]
 
 
 @torch.no_grad()
@@ -40,10 +58,17 @@ def measure(
     new: int = 256,
     repeats: int = 5,
 ) -> Costs:
-    """Prefill of `batch` x `length` tokens; greedy decoding of `new` tokens, one sequence, after a prompt of 64.
+    """Measure prefill of a batch, and greedy decoding of one sequence after a prompt of 64 tokens.
 
-    text: (T,) integer, T >= 1, from which the tokens come, over and over where it is short. What a model that decides
-    by content costs depends on it.
+    Args:
+        model: left in the mode, training or evaluation, that it was in.
+        text: (T,) integer, T >= 1, the tokens to read, repeated if there are too few. With adaptive compute the costs
+            depend on them.
+        bytes_per_token: mean over the text, to convert tokens into bytes.
+        batch: sequences of the prefill.
+        length: tokens of each sequence of the prefill.
+        new: tokens to decode.
+        repeats: timed runs, after one that is not timed.
     """
     device = model.embed.weight.device
     was_training = model.training
@@ -68,7 +93,7 @@ def measure(
 
 @torch.no_grad()
 def greedy(model: LanguageModel, ids: torch.Tensor, new: int) -> torch.Tensor:
-    """Continue ids (B, N) by the likeliest token, `new` times; (B, new). Constant time and memory a token."""
+    """Return the `new` likeliest next tokens after ids (B, N), as (B, new). Time and memory per token are constant."""
     output = model(ids)
     tokens = []
     for _ in range(new):
@@ -79,7 +104,10 @@ def greedy(model: LanguageModel, ids: torch.Tensor, new: int) -> torch.Tensor:
 
 
 def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Spearman's, of two tensors of one size; equal values share the mean of their ranks. 0 where one is constant."""
+    """Return Spearman's rank correlation of two tensors of one size, 0 if one is constant.
+
+    Equal values share the mean of their ranks. Ranked by position, they would follow any order in the text.
+    """
     ranks = []
     for values in (x, y):
         _, inverse, counts = values.flatten().unique(return_inverse=True, return_counts=True)

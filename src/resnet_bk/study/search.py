@@ -1,4 +1,4 @@
-"""The rules of a search: where it looks, which trials it stops, what it chooses. Nothing here trains."""
+"""The rules of a search for settings: its space, which trials it stops, and which one it chooses."""
 
 import dataclasses
 import functools
@@ -8,12 +8,19 @@ from typing import Any
 
 from resnet_bk.config import ConfigError, TrainConfig
 
-MARGIN, NEEDED = 0.1, 4  # of `hopeless`
+MARGIN, NEEDED = 0.1, 4  # see `hopeless`
 
 
 @dataclass(frozen=True)
 class Point:
-    """A finished trial. name: its folder; settings: those searched; bits_per_byte: held-out; ms_per_kb: measured."""
+    """A finished trial.
+
+    Attributes:
+        name: its folder.
+        settings: its values of the searched settings.
+        bits_per_byte: on held-out text.
+        ms_per_kb: measured milliseconds per kilobyte.
+    """
 
     name: str
     settings: dict[str, float]
@@ -22,13 +29,15 @@ class Point:
 
     @property
     def perplexity(self) -> float:
-        """Per byte."""
+        """Perplexity per byte."""
         return float(2**self.bits_per_byte)
 
 
 def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, cheapest first, of the pairs (bits per byte, cost) than which no other is better in one way and at least
-    as good in both."""
+    """Return the indices, cheapest first, of the pairs that no other pair dominates.
+
+    A pair dominates another if it is better in one value and at least as good in both. pairs: bits per byte and cost.
+    """
     found: list[int] = []
     for i in sorted(range(len(pairs)), key=lambda i: (pairs[i][1], pairs[i][0])):
         last = pairs[found[-1]] if found else None
@@ -38,34 +47,41 @@ def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:
-    """Indices of the trials on the front of bits per byte and time, fastest first."""
+    """Return the indices of the trials on the front of bits per byte and time, fastest first."""
     return front([(point.bits_per_byte, point.ms_per_kb) for point in points])
 
 
 def choose(points: Sequence[Point], max_loss: float) -> int:
-    """Index of the fastest point, of equals the best, whose perplexity is at most 1 + max_loss times the least one."""
+    """Return the index of the fastest point with a perplexity of at most 1 + max_loss times the lowest perplexity.
+
+    Of equally fast points it is the one with the lowest perplexity.
+    """
     allowed = min(point.perplexity for point in points) * (1 + max_loss)
     good = [i for i, point in enumerate(points) if point.perplexity <= allowed]
     return min(good, key=lambda i: (points[i].ms_per_kb, points[i].bits_per_byte))
 
 
 def hopeless(bits_per_byte: float, finished: Sequence[float]) -> bool:
-    """Whether to stop a trial at a rung: its training bits per byte are more than MARGIN (a tenth) above those that any
-    of the finished trials, at least NEEDED of them, had there.
+    """Return True to stop a trial at a rung: it is worse by a tenth (MARGIN) than the worst finished trial was there.
 
-    Optuna's own pruners refuse studies of two objectives. How fast a model is shows only at the end, so quality alone
-    decides, by a rule that spares whatever could be chosen: a trial that is worse than the worst by so much.
+    The rule needs at least NEEDED finished trials. Optuna's own pruners do not support studies with two objectives.
+    The speed of a model is measured at the end only, so the rule reads quality; it is lenient, to keep every trial that
+    could be chosen for its speed.
+
+    Args:
+        bits_per_byte: training bits per byte of the trial at the rung.
+        finished: training bits per byte of the finished trials at the same rung.
     """
     return len(finished) >= NEEDED and bits_per_byte > (1 + MARGIN) * max(finished)
 
 
 def default_space(recipe: TrainConfig) -> dict[str, list[float]]:
-    """The settings of adaptive depth that its policy reads."""
+    """Return the default space: the settings of adaptive depth that its policy reads."""
     policy = recipe.model.depth.policy
     if policy == "none":
         raise ConfigError(
-            "tune.space: missing, and the default, settings of adaptive depth, means nothing with model.depth.policy = "
-            "'none'; give --space '{learning_rate: [0.001, 0.01]}'"
+            "tune.space: missing, and the default, the settings of adaptive depth, has no effect with "
+            "model.depth.policy = 'none'; give --space '{learning_rate: [0.001, 0.01]}'"
         )
     if policy == "exit":
         return {"model.depth.threshold": [0.9 if recipe.model.depth.confidence == "gain" else 0.5, 0.99]}
@@ -77,7 +93,7 @@ def default_space(recipe: TrainConfig) -> dict[str, list[float]]:
 
 
 def with_settings(recipe: Any, settings: dict[str, Any]) -> Any:
-    """The recipe with dotted settings replaced, all at once; ConfigError where no run can have them together."""
+    """Replace settings of a recipe together, by their dotted names; ConfigError if they do not fit each other."""
     changes: dict[str, Any] = {name: value for name, value in settings.items() if "." not in name}
     for section in {name.partition(".")[0] for name in settings if "." in name}:
         inner = {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(f"{section}.")}
@@ -86,7 +102,7 @@ def with_settings(recipe: Any, settings: dict[str, Any]) -> Any:
 
 
 def recipe_settings(recipe: TrainConfig, space: dict[str, list[float]]) -> dict[str, float] | None:
-    """What the recipe itself has for the settings of `space`; None where one lies outside of it or has no value."""
+    """Return the recipe's own values of the settings in `space`; None if one is outside its range or has no value."""
     found: dict[str, Any] = {name: functools.reduce(getattr, name.split("."), recipe) for name in space}
     if found.get("model.depth.threshold", 0) is None:
         found["model.depth.threshold"] = recipe.model.depth.stops_at

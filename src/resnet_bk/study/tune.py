@@ -1,7 +1,8 @@
-"""Search settings of a recipe for the trade between quality and time: an Optuna study whose trials are runs of `train`.
+"""The command ``resnet-bk tune``: search settings for the trade-off between quality and time.
 
-All of it is in one folder: the study, a run for each trial, and what they show. One process at a time works on it; a
-killed one loses nothing but the steps since its run's last checkpoint.
+The search is an Optuna study; its trials are runs of ``resnet-bk train``. One folder holds the study, the run of each
+trial, and the results. Only one process may work on a folder at a time. If it is killed, only the steps since the last
+checkpoint of the current run are lost.
 """
 
 import contextlib
@@ -14,14 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from rich.console import Console
-from rich.table import Table
+
+from resnet_bk.extras import extra
+
+with extra("study"):
+    import optuna
+    from optuna.trial import FrozenTrial, TrialState
+    from sqlalchemy.exc import SQLAlchemyError
 
 from resnet_bk import folders
-from resnet_bk.checkpoint import write_whole
+from resnet_bk.checkpoint import write_atomically
 from resnet_bk.config import ConfigError, TrainConfig, TuneConfig, shown
-from resnet_bk.extras import extra
 from resnet_bk.report import html
+from resnet_bk.report.tables import Console, markdown_table, print_table
 from resnet_bk.study import run
 from resnet_bk.study.search import (
     Point,
@@ -33,20 +39,15 @@ from resnet_bk.study.search import (
     with_settings,
 )
 from resnet_bk.training.run import StoppedError
-from resnet_bk.training.trainer import NonFiniteError, Watch
-
-with extra("study"):
-    import optuna
-    from optuna.trial import FrozenTrial, TrialState
-    from sqlalchemy.exc import SQLAlchemyError
+from resnet_bk.training.trainer import NonFiniteError, ProgressCallback
 
 STUDY, TABLE, FIGURE, CHOSEN = "study.db", "pareto.md", "pareto.svg", "chosen.yaml"
-RUNGS = (0.25, 0.5)  # shares of a run at which it may be stopped
-_FREE = {"output_dir", "resume", "data.cache"}  # of the recipe: may differ when a study goes on
+RUNGS = (0.25, 0.5)  # progress of a run at which it may be stopped
+_CHANGEABLE = {"output_dir", "resume", "data.cache"}  # settings of the recipe that may change when a study continues
 
 
 class HopelessError(RuntimeError):
-    """The trial's training was stopped by `hopeless`."""
+    """The training of a trial was stopped by the rule `hopeless`."""
 
 
 # ---------------------------------------------------------------------------------------------- study
@@ -54,10 +55,10 @@ class HopelessError(RuntimeError):
 
 @contextlib.contextmanager
 def _opened(config: TuneConfig, recipe: TrainConfig, space: dict[str, list[float]]) -> Iterator[optuna.Study]:
-    """The study in config.output_dir, a new one or that of an earlier call; ConfigError where it is another search."""
+    """Open the study in config.output_dir, or create it; ConfigError if the folder holds another search."""
     folder, path = Path(config.output_dir), Path(config.output_dir) / STUDY
     if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"tune.output_dir: {folder} exists and holds no study; choose another")
+        raise ConfigError(f"tune.output_dir: {folder} exists and does not hold a study; choose another")
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -82,23 +83,26 @@ def _opened(config: TuneConfig, recipe: TrainConfig, space: dict[str, list[float
 def _check_same_search(
     study: optuna.Study, config: TuneConfig, recipe: TrainConfig, space: dict[str, list[float]]
 ) -> None:
-    base = {name: value for name, value in folders.flat(dataclasses.asdict(recipe)).items() if name not in _FREE}
+    """Raise ConfigError if the study was started with another recipe, space or objective; a new study notes them."""
+    base = {name: value for name, value in folders.flat(dataclasses.asdict(recipe)).items() if name not in _CHANGEABLE}
     asked = {"base": base, "space": space, "objective": config.objective}
     if "search" not in study.user_attrs:
         study.set_user_attr("search", asked)
     before, now = folders.flat(study.user_attrs["search"]), folders.flat(asked)
     for name in before | now:
-        later = name.startswith("base.") and name not in before  # a setting that an older version did not have
-        if not later and before.get(name) != now.get(name):
+        is_new = name.startswith("base.") and name not in before  # a setting that an older version did not have
+        if not is_new and before.get(name) != now.get(name):
             raise ConfigError(
                 f"tune.{name}: got {shown(now.get(name))}, the study in {config.output_dir} was started with "
-                f"{shown(before.get(name))}; set it to that to go on, or choose another output_dir"
+                f"{shown(before.get(name))}; set it to that to continue, or choose another output_dir"
             )
 
 
 def _retry_killed(study: optuna.Study) -> None:
-    """Trials that a process left running, as it was killed or stopped, start again as new ones in their old folders,
-    where their runs go on. Queued first and then marked: a kill between the two must not lose one."""
+    """Queue the trials that a stopped process left running again, in their old folders, so that their runs continue.
+
+    Each trial is queued before it is marked as failed, so that none is lost if the process is killed in between.
+    """
     trials = study.get_trials()
     queued = {trial.user_attrs.get("folder") for trial in trials if trial.state is TrialState.WAITING}
     for trial in trials:
@@ -110,11 +114,16 @@ def _retry_killed(study: optuna.Study) -> None:
 
 
 def _folder(trial: optuna.Trial | FrozenTrial) -> str:
+    """Return the name of a trial's folder."""
     return str(trial.user_attrs.get("folder", f"trial-{trial.number:04}"))
 
 
 def _sampler(seed: int, done: int) -> optuna.samplers.TPESampler:
-    """Seeded anew for each trial, so that a search that was interrupted draws what one in a single go would have."""
+    """Return the sampler of one trial.
+
+    Its seed depends on the number of finished trials, so that an interrupted search draws the same settings as an
+    uninterrupted one.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         mixed = int(np.random.SeedSequence([seed, done]).generate_state(1)[0])
@@ -122,6 +131,7 @@ def _sampler(seed: int, done: int) -> optuna.samplers.TPESampler:
 
 
 def _suggested(trial: optuna.Trial, name: str, low: float, high: float) -> float:
+    """Draw a setting, on a log scale if its range covers a factor of 10."""
     log = low > 0 and high / low >= 10
     if isinstance(low, int) and isinstance(high, int):
         return trial.suggest_int(name, low, high, log=log)
@@ -129,6 +139,7 @@ def _suggested(trial: optuna.Trial, name: str, low: float, high: float) -> float
 
 
 def _finished(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    """Return the trials in some states; by default those that are complete and those that were stopped."""
     return study.get_trials(states=states or (TrialState.COMPLETE, TrialState.PRUNED))
 
 
@@ -136,9 +147,15 @@ def _finished(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
 
 
 def tune(config: TuneConfig, recipe: TrainConfig, console: Console) -> Point | None:
-    """Search until config.trials are finished; returns the chosen point, None where no trial came to its end.
+    """Search until config.trials trials are finished.
 
-    recipe: the settings in the file config.base.
+    Args:
+        config: settings of the search.
+        recipe: settings of a run, from the file config.base.
+        console: prints progress and the table.
+
+    Returns:
+        The chosen trial; None if no trial is complete.
     """
     space = config.space or default_space(recipe)
     with _opened(config, recipe, space) as study:
@@ -157,7 +174,7 @@ def tune(config: TuneConfig, recipe: TrainConfig, console: Console) -> Point | N
                 study.tell(trial, _run_trial(study, trial, config, possible, console))
             except (ConfigError, NonFiniteError, HopelessError) as error:
                 if isinstance(error, ConfigError) and not _complete(study):
-                    raise  # nothing has been trained yet: what cannot be may be the recipe, or its text
+                    raise  # no trial is complete yet: the recipe or its text may be at fault, not the trial's settings
                 _prune(study, trial, error, console)
             _write(study, config, recipe)
         return _conclude(study, config, recipe, console)
@@ -168,6 +185,7 @@ def _complete(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _prune(study: optuna.Study, trial: optuna.Trial, error: Exception, console: Console) -> None:
+    """End a trial without a result, and note why."""
     console.print(f"trial stopped: {error}", markup=False)
     trial.set_user_attr("reason", str(error))
     study.tell(trial, state=TrialState.PRUNED)
@@ -176,15 +194,15 @@ def _prune(study: optuna.Study, trial: optuna.Trial, error: Exception, console: 
 def _run_trial(
     study: optuna.Study, trial: optuna.Trial, config: TuneConfig, settings: TrainConfig, console: Console
 ) -> tuple[float, float]:
-    """Held-out bits per byte and milliseconds per kilobyte of a trial, trained in its folder."""
+    """Train a trial in its folder. Returns its held-out bits per byte and milliseconds per kilobyte."""
     folder = Path(config.output_dir) / _folder(trial)
     trial.set_user_attr("folder", folder.name)
     settings = dataclasses.replace(settings, output_dir=str(folder), resume=True)
-    if (folder / folders.RESULTS).exists():  # the process was killed between the end of the run and that of the trial
+    if (folder / folders.RESULTS).exists():  # the process was killed after the run, before the study noted its result
         results = json.loads((folder / folders.RESULTS).read_text())
     else:
         try:
-            results = run.train(settings, console, _watch(study, trial, config.prune))
+            results = run.train(settings, console, _on_progress(study, trial, config.prune))
         except StoppedError as stopped:
             raise StoppedError(stopped.number, "the same command") from stopped
     values = (results["held_out"]["bits_per_byte"], 1e6 / results["costs"][config.objective])
@@ -193,16 +211,16 @@ def _run_trial(
     return values
 
 
-def _watch(study: optuna.Study, trial: optuna.Trial, prune: bool) -> Watch:
-    """Notes the training bits per byte at each rung, and raises HopelessError where `hopeless` says so."""
+def _on_progress(study: optuna.Study, trial: optuna.Trial, prune: bool) -> ProgressCallback:
+    """Return a callback that notes the training bits per byte at each rung, and ends a hopeless trial."""
 
-    def watch(progress: float, bits_per_byte: float) -> None:
-        seen = trial.user_attrs.get("rungs", {})
+    def on_progress(progress: float, bits_per_byte: float) -> None:
+        noted = trial.user_attrs.get("rungs", {})
         for rung in RUNGS:
-            if progress < rung or str(rung) in seen:
+            if progress < rung or str(rung) in noted:
                 continue
-            seen = {**seen, str(rung): bits_per_byte}
-            trial.set_user_attr("rungs", seen)
+            noted = {**noted, str(rung): bits_per_byte}
+            trial.set_user_attr("rungs", noted)
             others = [at[str(rung)] for t in _complete(study) if str(rung) in (at := t.user_attrs.get("rungs", {}))]
             if prune and hopeless(bits_per_byte, others):
                 raise HopelessError(
@@ -210,14 +228,14 @@ def _watch(study: optuna.Study, trial: optuna.Trial, prune: bool) -> Watch:
                     f"{len(others)} finished trials had {max(others):.3f}"
                 )
 
-    return watch
+    return on_progress
 
 
-# ---------------------------------------------------------------------------------------------- what it shows
+# --------------------------------------------------------------------------------------------- results
 
 
 def _write(study: optuna.Study, config: TuneConfig, recipe: TrainConfig) -> tuple[list[list[str]], Point | None]:
-    """Write the table, the figure and the chosen settings. Returns the table, its head first, and the chosen point."""
+    """Write the table, the figure and the chosen settings. Returns the table, its head first, and the chosen trial."""
     folder, label = Path(config.output_dir), f"{config.objective}, ms per kB"
     points = [Point(_folder(t), t.params, *t.values) for t in _complete(study)]
     names = list(study.user_attrs["search"]["space"])
@@ -228,35 +246,30 @@ def _write(study: optuna.Study, config: TuneConfig, recipe: TrainConfig) -> tupl
         marks = ["front"] * (i in front) + ["chosen"] * (i == chosen)
         numbers = [f"{point.bits_per_byte:.4f}", f"{point.perplexity:.4f}", f"{point.ms_per_kb:.4g}"]
         rows.append([point.name, *values, *numbers, ", ".join(marks)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    pruned = [f"- {_folder(t)}: {t.user_attrs.get('reason')}" for t in _finished(study, TrialState.PRUNED)]
-    rule = (
-        f"Chosen: the fastest whose perplexity per byte is at most {config.max_loss:.3g}, as a share, above the least."
-    )
-    write_whole(folder / TABLE, "\n".join([*lines, "", rule, *(["", "Stopped:", "", *pruned] if pruned else []), ""]))
+    text = markdown_table(rows)
+    text += f"\nChosen: the fastest trial with a perplexity at most {100 * config.max_loss:.3g}% above the lowest.\n"
+    pruned = [f"- {_folder(t)}: {t.user_attrs.get('reason')}\n" for t in _finished(study, TrialState.PRUNED)]
+    write_atomically(folder / TABLE, "".join([text, *(["\nStopped:\n\n", *pruned] if pruned else [])]))
     if chosen is None:
         return rows, None
     axes = [(point.bits_per_byte, point.ms_per_kb) for point in points]
-    write_whole(folder / FIGURE, html.figure_svg(html.trade_off(axes, sorted(front), chosen, label)))
+    write_atomically(folder / FIGURE, html.figure_svg(html.trade_off(axes, sorted(front), chosen, label)))
     settings = with_settings(recipe, points[chosen].settings | {"output_dir": str(folder / "chosen"), "resume": False})
-    write_whole(folder / CHOSEN, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+    write_atomically(folder / CHOSEN, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
     return rows, points[chosen]
 
 
 def _conclude(study: optuna.Study, config: TuneConfig, recipe: TrainConfig, console: Console) -> Point | None:
+    """Write and print the results. Returns the chosen trial; None if no trial is complete."""
     rows, chosen = _write(study, config, recipe)
     folder = Path(config.output_dir)
     if chosen is None:
-        console.print(f"no trial came to its end; {folder / TABLE} says why")
+        console.print(f"no trial is complete; {folder / TABLE} says why")
         return None
     title = f"{len(rows) - 1} finished trials, {len(_finished(study)) - len(rows) + 1} stopped"
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0))
-    for name in rows[0]:
-        table.add_column(name.replace(".", ".\n"), overflow="fold")  # dotted names are long
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, title, rows[1:], rows[0])
     console.print(f"wrote {folder}: {TABLE}, {FIGURE}, {CHOSEN}", markup=False)
-    console.print(f"train the chosen one: resnet-bk train --config {folder / CHOSEN}", markup=False, soft_wrap=True)
+    console.print(
+        f"train with the chosen settings: resnet-bk train --config {folder / CHOSEN}", markup=False, soft_wrap=True
+    )
     return chosen

@@ -1,1 +1,1 @@
-"""Training, evaluation and generation on transformers' engine."""
+"""Training with the Trainer of transformers."""

@@ -1,4 +1,4 @@
-"""A black-box look for leaks from the future, before any bits per byte are quoted."""
+"""A black-box test that no prediction depends on later tokens. It runs before any bits per byte are reported."""
 
 from collections.abc import Callable
 
@@ -10,21 +10,23 @@ LENGTH = 64
 
 
 class LeakError(RuntimeError):
-    """A model whose prediction at one position changes with tokens after it."""
+    """A prediction of the model changes with later tokens."""
 
 
 @torch.no_grad()
 def check_causal(
     logits_of: Callable[[Tensor], Tensor], vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Change what follows a prefix and compare the prefix's logits.
+    """Change the tokens after a prefix and compare the logits of the prefix.
 
     Args:
-        logits_of: (1, N) token ids -> (1, N, V) logits.
-        dtype: what it computes in; differences of rounding size are allowed.
+        logits_of: maps token ids (1, N) to logits (1, N, V).
+        vocab_size: V; token ids are drawn from it.
+        dtype: the dtype `logits_of` computes in. Differences of the size of its rounding are allowed.
+        device: where `logits_of` expects the ids.
 
     Raises:
-        LeakError: naming the first prefix that differs.
+        LeakError: the logits differ; names the shortest prefix for which they do.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, LENGTH), generator=generator)
@@ -34,7 +36,7 @@ def check_causal(
     for n in PREFIXES:
         changed = torch.cat([ids[:, :n], other[:, n:]], dim=1)
         worst = (logits_of(changed.to(device))[:, :n] - expected[:, :n]).abs().max().item()
-        if not worst <= allowed:
+        if not worst <= allowed:  # NaN fails too
             raise LeakError(
                 f"the model sees the future: logits of the first {n} tokens move by {worst:.3g} when only later tokens "
                 f"change (rounding allows {allowed:.1g}); its bits per byte would mean nothing"

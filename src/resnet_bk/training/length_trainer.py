@@ -1,9 +1,9 @@
-"""Training and scoring a learned length, in plain PyTorch: any optimizer, any iterable of (inputs, targets)."""
+"""Training and scoring of learned length in plain PyTorch: any optimizer, any iterable of (inputs, targets)."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -13,11 +13,16 @@ from resnet_bk.model import ModelOutput
 from resnet_bk.wrapper import AdaptiveOutput, AdaptiveSequenceLengthWrapper, length_histogram
 
 
-@dataclass(frozen=True)
-class LengthScores:
-    """perplexity: per token, over all positions, in the mode asked for; full_perplexity: of the same model at full
-    length. avg_speedup: seconds at full length over seconds in that mode, batch by batch in turn, both as they ran.
-    avg_predicted_length and histogram {length: windows}: of the windows that decided."""
+class LengthScores(TypedDict):
+    """Scores over all positions that have a target.
+
+    Attributes:
+        perplexity: per token, in the mode asked for.
+        full_perplexity: per token, of the same model at full length.
+        avg_speedup: seconds at full length over seconds in the mode asked for. The two alternate batch by batch.
+        avg_predicted_length: mean over the windows that chose a length; the window's length if none did.
+        histogram: length -> number of windows that chose it.
+    """
 
     perplexity: float
     full_perplexity: float
@@ -27,12 +32,12 @@ class LengthScores:
 
 
 class LearnedSequenceLengthTrainer:
-    """Steps of ``CE + length_penalty * E[length] / max_seq_len``, with a gradient to the predictor from both.
+    """Minimizes ``CE + length_penalty * E[length] / max_seq_len``; both terms have a gradient in the predictor.
 
     Args:
-        model: the wrapper; its base model is trained along with the predictor and the way out.
-        optimizer: over ``model.parameters()``, or those of them that should learn.
-        max_grad_norm: gradients of what the optimizer trains are scaled down to this norm.
+        model: the wrapper. Its base model is trained together with the length predictor and the bypass.
+        optimizer: holds ``model.parameters()``, or those that should be trained.
+        max_grad_norm: the gradients of the optimizer's parameters are clipped to this norm.
     """
 
     def __init__(
@@ -41,7 +46,15 @@ class LearnedSequenceLengthTrainer:
         self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
 
     def train_step(self, x: Tensor, y: Tensor, use_adaptive_length: bool = True) -> dict[str, float]:
-        """One update from inputs x and targets y, both (B, N) integer, -100 in y not counted.
+        """Make one update.
+
+        Args:
+            x: (B, N) integer, inputs.
+            y: (B, N) integer, targets; -100 is not counted.
+            use_adaptive_length: False trains the base model at full length.
+
+        Returns:
+            total_loss, ce_loss, length_cost (the penalty in the loss), avg_predicted_length and speedup_estimate.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; no update was made.
@@ -53,8 +66,8 @@ class LearnedSequenceLengthTrainer:
             raise FloatingPointError(f"the loss is {output.loss.item()}; no update was made")
         self.model.zero_grad()
         output.loss.backward()
-        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}; no update was made")
         self.optimizer.step()
@@ -73,10 +86,10 @@ class LearnedSequenceLengthTrainer:
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]], use_adaptive_length: bool = True) -> LengthScores:
-        """Score every batch at full length and, if asked for, adaptively.
+        """Score every batch at full length and, unless `use_adaptive_length` is False, at the predicted lengths.
 
         Raises:
-            ValueError: the loader is empty, or has no target to score.
+            ValueError: the loader has no batch with a target.
         """
         self.model.eval()
         nats = {False: 0.0, True: 0.0}
@@ -84,7 +97,7 @@ class LearnedSequenceLengthTrainer:
         tokens, histogram, first = 0, Counter[int](), True
         modes = (False, True) if use_adaptive_length else (False,)
         for x, y in loader:
-            if first:  # compiles kernels outside the clock
+            if first:  # compile kernels before timing
                 self._timed(x, y, True)
                 self._timed(x, y, False)
             first, count = False, int((y != -100).sum())
@@ -99,13 +112,13 @@ class LearnedSequenceLengthTrainer:
             raise ValueError("loader: has no batch with a target to score")
         windows = sum(histogram.values())
         lengths = sum(length * number for length, number in histogram.items())
-        return LengthScores(
-            perplexity=math.exp(nats[use_adaptive_length] / tokens),
-            full_perplexity=math.exp(nats[False] / tokens),
-            avg_speedup=seconds[False] / seconds[use_adaptive_length],
-            avg_predicted_length=lengths / windows if windows else float(self.model.config.window),
-            histogram=dict(sorted(histogram.items())),
-        )
+        return {
+            "perplexity": math.exp(nats[use_adaptive_length] / tokens),
+            "full_perplexity": math.exp(nats[False] / tokens),
+            "avg_speedup": seconds[False] / seconds[use_adaptive_length],
+            "avg_predicted_length": lengths / windows if windows else float(self.model.config.window),
+            "histogram": dict(sorted(histogram.items())),
+        }
 
     def _timed(self, x: Tensor, y: Tensor, adaptive: bool) -> tuple[ModelOutput, float]:
         return timed(lambda: self.model(x, targets=y, logits=False, use_adaptive_length=adaptive), x.device)

@@ -1,8 +1,8 @@
-"""The processes of one run, as torchrun and accelerate start them: who is first, and what all of them agree on.
+"""The processes that share one training run, as torchrun and accelerate start them.
 
-What they tell each other here goes over a gloo group of its own, in CPU tensors: it waits for no device, and it waits
-as long as it takes, since the first rank may read a large text while the others have nothing to do. A process that ends
-closes its connections, so the others fail at once instead of waiting for it.
+Control messages use their own gloo group and CPU tensors, so they never wait for a GPU. The timeout of that group is
+long because rank 0 may read a large text while the others wait. A process that exits closes its connections, so the
+others fail immediately rather than at the timeout.
 """
 
 import contextlib
@@ -15,81 +15,89 @@ from typing import Self
 import torch
 from torch import distributed as dist
 
-PATIENCE = timedelta(days=7)
+TIMEOUT = timedelta(days=7)
 
 
-def launched() -> int:
-    """How many processes share this command's work; 1 where no launcher started it."""
+def world_size() -> int:
+    """Return the number of processes that a launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: of this process, from 0; world: how many there are; group: None where there is one."""
+    """This process among the processes of a run. Its methods are collective: all ranks must call them.
+
+    Attributes:
+        rank: index of this process, from 0.
+        world_size: number of processes.
+        group: the gloo group for control messages; None if there is one process only.
+    """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     group: dist.ProcessGroup | None = None
 
     @classmethod
     def start(cls) -> Self:
-        """Meet the other processes that a launcher started; alone without one."""
-        if launched() == 1:
+        """Join the process group that a launcher set up; without a launcher, return the only rank of one."""
+        if world_size() == 1:
             return cls()
         if not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
-    def largest(self, *values: float) -> list[float]:
-        """Of each value the largest that any rank gives; none may be NaN."""
+    def max(self, *values: float) -> list[float]:
+        """Return the maximum over all ranks of each value. No value may be NaN."""
         table = torch.tensor(values, dtype=torch.float64)
         if self.group is not None:
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self.group)
         return table.tolist()
 
     def mean(self, value: float) -> float:
-        """Over all ranks."""
-        total = torch.tensor(value / self.world, dtype=torch.float64)
+        """Return the mean over all ranks."""
+        total = torch.tensor(value / self.world_size, dtype=torch.float64)
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
         return total.item()
 
     @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """The first rank goes through the block, then the others do. Where it raises, they leave without a word: the
-        first one says why."""
-        if not self.is_first and self.largest(0.0)[0]:
+    def rank_zero_first(self) -> Iterator[None]:
+        """Run the block on rank 0, then on the other ranks.
+
+        If the block raises on rank 0, the others exit with status 1 and print nothing: rank 0 reports the error.
+        """
+        if not self.is_rank_zero and self.max(0.0)[0]:
             raise SystemExit(1)
         try:
             yield
         except BaseException:
-            if self.is_first:
-                self.largest(1.0)
+            if self.is_rank_zero:
+                self.max(1.0)
             raise
-        if self.is_first:
-            self.largest(0.0)
+        if self.is_rank_zero:
+            self.max(0.0)
 
-    def told(self, make: Callable[[], str]) -> str:
-        """What `make` returns on the first rank; the others do not call it. Where it raises there, they leave."""
+    def broadcast(self, make: Callable[[], str]) -> str:
+        """Call `make` on rank 0 only and return its result on every rank. If it raises there, the others exit."""
         text = b""
-        with self.first():
-            if self.is_first:
+        with self.rank_zero_first():
+            if self.is_rank_zero:
                 text = make().encode(errors="surrogateescape")
-        size = int(self.largest(len(text))[0])
+        size = int(self.max(len(text))[0])
         if self.group is None or size == 0:
             return text.decode(errors="surrogateescape")
         table = torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
         dist.broadcast(table, src=0, group=self.group)
         return bytes(table.tolist()).decode(errors="surrogateescape")
 
-    def leave(self) -> None:
-        """All together: what follows is done without the others, however long it takes."""
+    def shutdown(self) -> None:
+        """Wait for all ranks, then destroy the process groups, so that rank 0 can work on while the others exit."""
         if self.group is not None:
             dist.barrier(group=self.group)
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A training run: from its configuration to a trained model in its folder."""
+"""A training run, from its configuration to a trained model in its run folder."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -32,26 +32,38 @@ from resnet_bk.hf import (
 )
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import recompute, shard
-from resnet_bk.training.states import whole_weights
-from resnet_bk.training.trainer import BKTrainer, Budget, Recorder, Watch, Windows
+from resnet_bk.training.states import gather_weights
+from resnet_bk.training.trainer import BKTrainer, ProgressCallback, Recorder, RunControl, Windows
 
 
 class StoppedError(RuntimeError):
-    """The run was interrupted by a signal after a checkpoint was saved."""
+    """A signal stopped the run after a checkpoint was saved.
 
-    def __init__(self, number: int, go_on: str):
-        """go_on: the command that continues."""
-        super().__init__(f"stopped by signal {number}; saved. Go on with: {go_on}")
+    Args:
+        number: the signal.
+        resume: the command that resumes the run.
+    """
+
+    def __init__(self, number: int, resume: str):
+        super().__init__(f"stopped by signal {number}; saved. Resume with: {resume}")
         self.number, self.exit_code = number, 128 + number
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run whose training has ended: what is needed to score it and to report on it.
+    """A finished training: everything that scoring and the report need.
 
-    config: with the folder and the vocabulary that the run really has. documents held out: not tokenised yet.
-    seconds: of training, all sessions together. bytes_per_token: mean over the training text. processes: how many
-    shared each batch. train_sha256: fingerprint of the training text and its tokenizer.
+    Attributes:
+        config: the settings, with the actual folder and vocabulary size.
+        folder: the run folder.
+        model: the trained model.
+        tokenizer: its tokenizer.
+        held_out: documents for scoring, not tokenised yet.
+        steps: number of steps made.
+        seconds: training time of all sessions together.
+        bytes_per_token: mean over the training text.
+        processes: number of processes that shared each batch.
+        train_sha256: hash of the training text and its tokenizer.
     """
 
     config: TrainConfig
@@ -66,107 +78,122 @@ class TrainedRun:
     train_sha256: str
 
 
-def train(config: TrainConfig, console: Console, watch: Watch | None = None) -> TrainedRun | None:
+@dataclass(frozen=True)
+class _Data:
+    """The texts of a run. sha256: hash of the training text and its tokenizer."""
+
+    tokenizer: Tokenizer
+    train: tokens.TokenFile
+    held_out: list[corpus.Document]
+    sha256: str
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.train.bytes / len(self.train.ids)
+
+
+def train(config: TrainConfig, console: Console, on_progress: ProgressCallback | None = None) -> TrainedRun | None:
     """Train a model and save it in its run folder.
 
-    Under torchrun or accelerate the processes share each batch. Rank 0 alone chooses the folder, prints and writes; the
-    other ranks return None once training has ended.
+    Under torchrun or accelerate the processes share each batch. Only rank 0 chooses the folder, prints and writes; the
+    other ranks return None when training ends.
 
     Args:
-        watch: called at each log line; an exception it raises ends the training.
+        config: settings of the run.
+        console: where rank 0 prints.
+        on_progress: called at each log line; an exception that it raises ends the training.
 
     Raises:
-        ConfigError: settings, text and folder do not fit each other.
-        StoppedError: a signal ended the run after a checkpoint.
-        NonFiniteError: a loss or gradient was NaN or infinite.
+        ConfigError: settings, text and folder do not fit together.
+        StoppedError: a signal stopped the run after a checkpoint was saved.
+        NonFiniteError: a loss or a gradient was NaN or infinite.
     """
     quiet_transformers()
     ranks = Ranks.start()
-    console = console if ranks.is_first else Console(quiet=True)
-    folder = Path(ranks.told(lambda: str(run_folder(config, console))))
-    config = dataclasses.replace(config, output_dir=str(folder))
-    with ranks.first():  # what it finds wrong ends the run for all; the token files it makes are there for the others
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        config = with_vocabulary(config, len(tokenizer))
-        check_same_run(config, folder)
-        train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
-        train_tokens, train_hash = token_file(train_documents, config.data, tokenizer)
-        check_same_text(config.data.source, train_hash, folder)
-        windows = Windows(train_tokens, config.model.n_seq)
-        _check_batch(config, windows, ranks)
-        folder.mkdir(parents=True, exist_ok=True)
+    console = console if ranks.is_rank_zero else Console(quiet=True)
+    folder = Path(ranks.broadcast(lambda: str(run_folder(config, console))))
+    with ranks.rank_zero_first():  # errors are reported once; the other ranks find the token files written
+        config, data = _prepare_data(dataclasses.replace(config, output_dir=str(folder)), ranks)
     torch.manual_seed(config.seed)
-    model = ResNetBKForCausalLM(_hub_config(config, tokenizer))
-    bytes_per_token = train_tokens.bytes / len(train_tokens.ids)
-    console.print(
-        f"{len(train_tokens.names)} documents, {train_tokens.bytes / 1e6:.1f} MB to train on; "
-        f"{len(held_out)} documents held out; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
-        + (f"{ranks.world} processes of " if ranks.world > 1 else "")
-        + f"{torch.get_num_threads()} threads"
-    )
-    _warm_up(model)
-    if config.activation_checkpointing:
-        recompute(model)
-    if config.shard and ranks.world > 1:
-        shard(on_device(model))
-    with ranks.first():
-        try:
-            trainer = BKTrainer(model, config, windows, bytes_per_token, tokenizer, ranks)
-        except ValueError as error:  # of all settings, only a tracker's name is checked there and not here
-            raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
-    trainer.add_callback(Budget(trainer))
-    checkpoint = ranks.told(lambda: str(newest_valid(folder / CHECKPOINTS, console.print) or ""))
-    recorder = Recorder(trainer, folder / METRICS, console, watch)
-    if ranks.is_first:
+    model = ResNetBKForCausalLM(_hub_config(config, data.tokenizer))
+    _print_sizes(console, data, model, ranks)
+    _prepare_model(model, config, ranks)
+    with ranks.rank_zero_first():
+        trainer = _make_trainer(model, config, data, ranks)
+    checkpoint = ranks.broadcast(lambda: str(newest_valid(folder / CHECKPOINTS, console.print) or ""))
+    recorder = Recorder(trainer, folder / METRICS, console, on_progress)
+    if ranks.is_rank_zero:
         trainer.add_callback(recorder)
         (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-        (folder / TEXT_HASH).write_text(train_hash + "\n")
+        (folder / TEXT_HASH).write_text(data.sha256 + "\n")
     try:
         trainer.run_training(Path(checkpoint) if checkpoint else None)
     finally:
         recorder.close()
-    weights = whole_weights(model, ranks.is_first)
-    ranks.leave()
+    weights = gather_weights(model, ranks.is_rank_zero)
+    ranks.shutdown()
     if trainer.stopped_by is not None:
         raise StoppedError(trainer.stopped_by, f"resnet-bk train --config {folder / CONFIG} --resume true")
-    if not ranks.is_first:
+    if not ranks.is_rank_zero:
         return None
-    if config.shard and ranks.world > 1:
+    if config.shard and ranks.world_size > 1:
         model = on_device(ResNetBKForCausalLM(model.config))
         model.load_state_dict(weights)
     with replacing(folder / MODEL) as scratch:
         model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        data.tokenizer.save_pretrained(scratch)
     return TrainedRun(
         config=config,
         folder=folder,
         model=model,
-        tokenizer=tokenizer,
-        held_out=held_out,
+        tokenizer=data.tokenizer,
+        held_out=data.held_out,
         steps=trainer.state.global_step,
         seconds=trainer.clock.seconds,
-        bytes_per_token=bytes_per_token,
-        processes=ranks.world,
-        train_sha256=train_hash,
+        bytes_per_token=data.bytes_per_token,
+        processes=ranks.world_size,
+        train_sha256=data.sha256,
     )
 
 
+def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data]:
+    """Split and tokenise the text, check it against the settings and the folder, and create the folder.
+
+    Returns:
+        `config` with the vocabulary size of the tokenizer, and the texts.
+    """
+    folder = Path(config.output_dir)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = with_vocabulary(config, len(tokenizer))
+    check_same_run(config, folder)
+    train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
+    train_tokens, sha256 = token_file(train_documents, config.data, tokenizer)
+    check_same_text(config.data.source, sha256, folder)
+    _check_batch(config, Windows(train_tokens, config.model.n_seq), ranks)
+    folder.mkdir(parents=True, exist_ok=True)
+    return config, _Data(tokenizer, train_tokens, held_out, sha256)
+
+
 def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
-    """Raise ConfigError where there are not enough windows for a batch, or a batch cannot be shared out evenly."""
+    """Raise ConfigError unless the text has a batch of windows and the ranks can share it evenly."""
     if len(windows) < config.batch_size:
         raise ConfigError(
             f"data.source: {len(windows.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
             f"fewer than one batch of {config.batch_size}; give more text, or lower model.n_seq or batch_size"
         )
-    if config.batch_size % ranks.world:
+    if config.batch_size % ranks.world_size:
         raise ConfigError(
-            f"train.batch_size: got {config.batch_size}, allowed a multiple of {ranks.world}, the number of processes "
-            "that share each batch"
+            f"train.batch_size: got {config.batch_size}, allowed a multiple of {ranks.world_size}, the number of "
+            "processes that share each batch"
         )
 
 
 def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
-    """The tokenizer's vocabulary size, unless a larger one was set."""
+    """Set the vocabulary size to that of the tokenizer, unless a larger one was set.
+
+    Raises:
+        ConfigError: a smaller one was set.
+    """
     asked = config.model.vocab_size
     if asked != tokens.BYTE_VOCABULARY and asked < size:
         raise ConfigError(
@@ -177,15 +204,39 @@ def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 
-def _hub_config(config: TrainConfig, tokenizer: Tokenizer) -> ResNetBKConfig:
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return ResNetBKConfig.from_model_config(config.model, **ids)
+def _print_sizes(console: Console, data: _Data, model: ResNetBKForCausalLM, ranks: Ranks) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    processes = f"{ranks.world_size} processes of " if ranks.world_size > 1 else ""
+    console.print(
+        f"{len(data.train.names)} documents, {data.train.bytes / 1e6:.1f} MB to train on; "
+        f"{len(data.held_out)} documents held out; {parameters / 1e6:.2f} M parameters; "
+        f"{processes}{torch.get_num_threads()} threads"
+    )
 
 
-def _warm_up(model: ResNetBKForCausalLM) -> None:
-    """Compile the kernels before the clock starts. Leaves no trace: no random numbers, no gradients."""
+def _prepare_model(model: ResNetBKForCausalLM, config: TrainConfig, ranks: Ranks) -> None:
+    """Compile the kernels before the clock starts, then apply the settings for memory. Draws no random numbers."""
     ids = torch.ones(1, 2, dtype=torch.long)
     with torch.random.fork_rng(devices=[]):
         output = model(ids, shift_labels=ids)
     output.loss.backward()
     model.zero_grad(set_to_none=True)
+    if config.activation_checkpointing:
+        recompute(model)
+    if config.shard and ranks.world_size > 1:
+        shard(on_device(model))
+
+
+def _make_trainer(model: ResNetBKForCausalLM, config: TrainConfig, data: _Data, ranks: Ranks) -> BKTrainer:
+    windows = Windows(data.train, config.model.n_seq)
+    try:
+        trainer = BKTrainer(model, config, windows, data.bytes_per_token, data.tokenizer, ranks)
+    except ValueError as error:  # the only setting that transformers checks and we do not
+        raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
+    trainer.add_callback(RunControl(trainer))
+    return trainer
+
+
+def _hub_config(config: TrainConfig, tokenizer: Tokenizer) -> ResNetBKConfig:
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return ResNetBKConfig.from_model_config(config.model, **ids)

@@ -1,4 +1,4 @@
-"""A model over several processes: parameters sharded by FSDP2, activations recomputed, one sequence in pieces."""
+"""One model over several processes: parameters sharded by FSDP2, activation checkpointing, one sequence in pieces."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,36 +17,46 @@ from resnet_bk.model import LanguageModel
 from resnet_bk.ops.sequence_parallel import Pieces
 
 
-def units(stack: Stack) -> Iterator[nn.Module]:
-    """The layers of a model that run exactly once in each forward pass, inner ones first. A block inside learned length
-    or adaptive depth runs once for each group of rows, as often as the data say, so it is no unit: processes that
-    gather its parameters would wait for each other in vain."""
+def fsdp_units(stack: Stack) -> Iterator[nn.Module]:
+    """Yield the layers that run exactly once in each forward pass, inner layers first.
+
+    A block inside learned length or adaptive depth is not among them: it runs once for each group of rows, so how often
+    depends on the data. If processes gathered its parameters a different number of times, they would wait forever.
+    """
     for layer in stack:
         if isinstance(layer, MultiScale) and isinstance(layer.inner, Stack):
-            yield from units(layer.inner)
+            yield from fsdp_units(layer.inner)
         yield layer
 
 
 def shard(model: nn.Module, mesh: dist.DeviceMesh | None = None) -> nn.Module:
-    """Each process of `mesh` (default: all) keeps a part of every parameter, and gathers a layer's when it runs.
+    """Shard every parameter over the processes of `mesh` (default: all); a layer's are gathered while it runs.
 
-    model: a LanguageModel, or a ResNetBKForCausalLM, which is the one that must be called then. Changed in place. Its
-    state is gathered by :func:`resnet_bk.training.states.whole_weights`.
+    Parameters of dimension 0 cannot be sharded: each process holds them, and the training loop must average their
+    gradients. :func:`resnet_bk.training.states.gather_weights` returns the full weights.
+
+    Args:
+        model: a LanguageModel, or a ResNetBKForCausalLM; the latter must then be called itself, not its inner model.
+            Changed in place.
+        mesh: the processes that share the model.
     """
-    numbers = {p for p in model.parameters() if p.dim() == 0}  # has no parts; whoever trains averages its gradient
-    # a block's state holds views, and FSDP2 warns of work in place on them; there is none
+    scalars = {p for p in model.parameters() if p.dim() == 0}
+    # The state of a block holds views, and FSDP2 warns against in-place operations on them; there are none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     core: Any = model if isinstance(model, LanguageModel) else model.model
-    for layer in units(core.blocks):
-        passing = not isinstance(layer, EarlyExit)  # whose units work in the loss too, once the layer has run
-        fully_shard(layer, mesh=mesh, ignored_params=numbers, reshard_after_forward=passing)
-    fully_shard(model, mesh=mesh, ignored_params=numbers)
+    for layer in fsdp_units(core.blocks):
+        reshard = not isinstance(layer, EarlyExit)  # the loss uses its exit predictors after its forward pass
+        fully_shard(layer, mesh=mesh, ignored_params=scalars, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, ignored_params=scalars)
     return model
 
 
 def recompute(model: nn.Module) -> nn.Module:
-    """Have every block keep its input alone and compute the rest again in backward: the same gradients for another
-    forward pass and a fraction of the memory. Changed in place."""
+    """Turn on activation checkpointing in every block. Changes `model` in place.
+
+    A block then keeps its input only and computes the rest again in the backward pass. The gradients are the same; the
+    cost is one more forward pass, the gain a fraction of the memory.
+    """
     for module in model.modules():
         if isinstance(module, Block):
             module.recomputes = True
@@ -54,15 +64,16 @@ def recompute(model: nn.Module) -> nn.Module:
 
 
 def split_sequences(model: LanguageModel, group: dist.ProcessGroup | None = None) -> LanguageModel:
-    """From now on the processes of `group` (default: all) give `model` consecutive pieces of the same sequences, and
-    each gets the logits and the gradients of its own piece; see :class:`resnet_bk.ops.sequence_parallel.Pieces`.
+    """Make the processes of `group` (default: all) compute consecutive pieces of the same sequences.
 
-    A parameter's gradient is the sum of those of all processes. Where losses are means over pieces of equal length, it
-    is their mean, which is what DistributedDataParallel makes. Balancing of experts looks at a piece at a time.
+    Each process passes its piece to `model` and gets the logits and the gradients of that piece; see
+    :class:`resnet_bk.ops.sequence_parallel.Pieces`. The gradient of a parameter is the sum over processes. Where losses
+    are means over pieces of equal length it is their mean, which is what DistributedDataParallel computes. Balancing of
+    experts counts each piece separately.
 
     Raises:
-        ConfigError: the model is bidirectional, or a technique decides about positions, which would cross pieces.
-        ValueError: no group, and none was initialised.
+        ConfigError: the model is bidirectional, or a technique is on whose decisions would cross pieces.
+        ValueError: no group was given and none is initialised.
     """
     group = group or dist.group.WORLD
     if group is None:

@@ -1,5 +1,7 @@
-"""Weights and optimizer as whole tensors in safetensors, however many processes hold them: a checkpoint written by any
-number of processes can be read by any other number."""
+"""Weights and optimizer state as full tensors in safetensors.
+
+A checkpoint does not depend on how many processes wrote it; any number of processes can read it.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,71 +12,89 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from resnet_bk.checkpoint import CheckpointError
+from resnet_bk.model import current_name
 
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
-def whole(x: Tensor) -> Tensor:
-    """All of x. Where it is sharded, every process has to call this."""
+def full_tensor(x: Tensor) -> Tensor:
+    """Gather all shards of x. If x is sharded, every process must call this."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def _like(x: Tensor, model: Tensor) -> Tensor:
-    """x where and as `model` is: this process's part of it where that is sharded."""
-    x = x.to(model.device)
-    if not isinstance(model, DTensor):
+def _place_like(x: Tensor, reference: Tensor) -> Tensor:
+    """Move x to the device of `reference`; if `reference` is sharded, keep this process's shard only."""
+    x = x.to(reference.device)
+    if not isinstance(reference, DTensor):
         return x
-    return distribute_tensor(x, model.device_mesh, model.placements, src_data_rank=None)
+    return distribute_tensor(x, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
-def whole_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """As ``model.state_dict()``, on the CPU; tied tensors stay tied. Every process has to call this; `keep` False: it
-    only takes part."""
-    found: dict[str, Tensor] = {}
+def gather_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Return ``model.state_dict()`` as full CPU tensors; tied tensors stay tied.
+
+    Every process must call this. With `keep` False a process takes part in the gathering and returns nothing.
+    """
+    weights: dict[str, Tensor] = {}
     first_name: dict[int, str] = {}
     for name, x in model.state_dict(keep_vars=True).items():
-        same = first_name.setdefault(id(x), name)
-        if same != name:
-            found |= {name: found[same]} if keep else {}
+        tied_to = first_name.setdefault(id(x), name)
+        if tied_to != name:
+            weights |= {name: weights[tied_to]} if keep else {}
             continue
-        x = whole(x)
+        x = full_tensor(x)
         if keep:
-            found[name] = x.detach().cpu()
-    return found
+            weights[name] = x.detach().cpu()
+    return weights
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Every parameter of `model` from a checkpoint."""
-    saved = load_file(folder / WEIGHTS)
+    """Load every parameter of `model` from a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a parameter, or has it in another shape.
+    """
+    saved = {current_name(name): x for name, x in load_file(folder / WEIGHTS).items()}
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name not in saved or saved[name].shape != p.shape:
-                raise CheckpointError(f"{folder / WEIGHTS}: no {name!r} of shape {tuple(p.shape)}; not this model's")
-            p.copy_(_like(saved[name], p))
+                raise CheckpointError(
+                    f"{folder / WEIGHTS}: has no {name!r} of shape {tuple(p.shape)}; the file belongs to another model"
+                )
+            p.copy_(_place_like(saved[name], p))
 
 
-def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
-    """All that an optimizer remembers, as "parameter name/entry". `keep` as in :func:`whole_weights`."""
-    found: dict[str, Tensor] = {}
+def gather_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
+    """Return the state of an optimizer as full CPU tensors, each named "parameter name/entry".
+
+    Every process must call this; `keep` is that of :func:`gather_weights`.
+    """
+    state: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         for entry, x in sorted(optimizer.state.get(p, {}).items()):
-            x = whole(x)
+            x = full_tensor(x)
             if keep:
-                found[f"{name}/{entry}"] = x.cpu()
-    return found
+                state[f"{name}/{entry}"] = x.cpu()
+    return state
 
 
-def save_moments(moments: dict[str, Tensor], folder: Path) -> None:
-    save_file({name: x.contiguous() for name, x in moments.items()}, folder / OPTIMIZER)
+def save_optimizer_state(state: dict[str, Tensor], folder: Path) -> None:
+    save_file({name: x.contiguous() for name, x in state.items()}, folder / OPTIMIZER)
 
 
-def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """The reverse of :func:`whole_moments`, for the same parameters."""
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Load what :func:`gather_optimizer_state` returned for the same parameters.
+
+    Raises:
+        CheckpointError: the file names a parameter that `model` does not have.
+    """
     parameters = dict(model.named_parameters())
     for key, x in load_file(folder / OPTIMIZER).items():
-        name, _, entry = key.rpartition("/")
+        name, _, entry = current_name(key).rpartition("/")
         if name not in parameters:
-            raise CheckpointError(f"{folder / OPTIMIZER}: {name!r} is no parameter of this model; not its file")
+            raise CheckpointError(
+                f"{folder / OPTIMIZER}: {name!r} is not a parameter of this model; the file belongs to another model"
+            )
         state: dict[str, Any] = optimizer.state[parameters[name]]
         p = parameters[name]
-        state[entry] = _like(x, p) if x.dim() or not p.dim() else x.to(p.device)  # a step count is held whole
+        state[entry] = _place_like(x, p) if x.dim() or not p.dim() else x.to(p.device)  # step counts are not sharded

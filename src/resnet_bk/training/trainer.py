@@ -1,7 +1,8 @@
-"""transformers' Trainer with what a run on any machine, or on several, needs: a time budget, sealed checkpoints, honest
-logs. Whatever ends or steers a run - the clock, a signal, a loss that is no number - all its processes agree on.
+"""transformers' Trainer with a time budget, sealed checkpoints and a loss log of cross-entropy.
 
-Dimensions: B sequences a step, N tokens each.
+All processes of a run agree on everything that ends or steers it: the clock, a signal, a NaN or infinite loss.
+
+Dimensions: B sequences per step, N tokens each.
 """
 
 import contextlib
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from resnet_bk.checkpoint import replacing
+from resnet_bk.checkpoint import replacing, saved_steps
 from resnet_bk.clock import Clock
 from resnet_bk.config import TrainConfig
 from resnet_bk.data.tokens import TokenFile
@@ -29,12 +32,12 @@ from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.states import (
-    load_moments,
+    full_tensor,
+    gather_optimizer_state,
+    gather_weights,
+    load_optimizer_state,
     load_weights,
-    save_moments,
-    whole,
-    whole_moments,
-    whole_weights,
+    save_optimizer_state,
 )
 
 with extra("train"):
@@ -52,15 +55,16 @@ with extra("train"):
 NO_STEP_LIMIT = 10**9
 KEPT_CHECKPOINTS = 2
 _ELAPSED, _STATE = "elapsed.json", "trainer_state.json"
-Watch = Callable[[float, float], None]  # of progress, 0 to 1, and training bits per byte since the last log line
+ProgressCallback = Callable[[float, float], None]
+"""Called at each log line with the progress, 0 to 1, and the training bits per byte since the last line."""
 
 
 class NonFiniteError(RuntimeError):
-    """Training produced NaN or infinity; the update was not made."""
+    """Training met a NaN or an infinity; the update was not made."""
 
 
 class Windows(Dataset):
-    """Non-overlapping windows of a token file, end to end."""
+    """Consecutive, non-overlapping windows of a token file, each with the next token as its target."""
 
     def __init__(self, tokens: TokenFile, length: int):
         self.ids, self.length = tokens.ids, length
@@ -73,9 +77,12 @@ class Windows(Dataset):
         return {"input_ids": window[:-1], "shift_labels": window[1:]}
 
 
-class Shuffled(Sampler):
-    """All windows in an order that follows from the seed and the epoch alone, whatever process asks, and wherever in an
-    epoch a run goes on. (accelerate's own sampler forgets the epoch when several processes go on within one.)"""
+class ShuffledSampler(Sampler):
+    """All windows in an order that depends on the seed and the epoch only.
+
+    So the order is the same on every process and after every resumption. (accelerate's own sampler loses the epoch when
+    several processes resume within one.)
+    """
 
     def __init__(self, size: int, seed: int):
         self.size, self.seed, self.epoch = size, seed, 0
@@ -92,7 +99,13 @@ def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
 
 
 def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
-    """Linear rise, then a cosine down to `final`. progress: 0 at the start of the run, 1 at its end."""
+    """Return the factor of the peak learning rate: a linear rise, then a cosine.
+
+    Args:
+        progress: 0 at the start of the run, 1 at its end.
+        warmup: progress at which the rise ends.
+        final: factor at the end of the run.
+    """
     if progress < warmup:
         return max(progress / warmup, 1e-3)
     along = min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))
@@ -100,8 +113,26 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
 
 
 class BKTrainer(Trainer):
-    """Trainer whose schedule follows steps or the clock, whose loss log is cross-entropy alone, whose checkpoints are
-    sealed by a manifest, and which stops at the first NaN or infinity before it reaches a weight."""
+    """Trainer with a schedule by steps or seconds, sealed checkpoints, and a check for NaN before each update.
+
+    Two of the methods below override private ones of transformers' Trainer, for lack of a public hook. Both have had
+    the same arguments and the same callers from 5.0.0 to 5.24.0:
+
+    - ``_save_checkpoint(model, trial)``: the public ``save_model`` writes part of a folder that then cannot be sealed.
+    - ``_load_from_checkpoint(checkpoint, model)``: the original cannot load full tensors into a sharded model.
+
+    What else the Trainer would restore from a checkpoint (optimizer.pt, scheduler.pt, rng_state.pth) it skips in these
+    versions where the file is missing. Ours have none: `create_optimizer`, `create_scheduler` and :class:`RunControl`
+    restore the same.
+
+    Args:
+        model: the model to train. May be sharded already, see :func:`resnet_bk.training.sharded.shard`.
+        config: settings of the run. Its batch_size counts the sequences of all ranks together.
+        windows: the training text.
+        bytes_per_token: mean over the training text; converts nats per token to bits per byte.
+        tokenizer: saved in each checkpoint, so that the checkpoint can be evaluated as it is.
+        ranks: the processes that share each batch; default: this one only.
+    """
 
     def __init__(
         self,
@@ -112,27 +143,27 @@ class BKTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         ranks: Ranks | None = None,
     ):
-        """tokenizer: saved in each checkpoint, so that it can be evaluated as it is. ranks: the processes that share
-        each batch; config.batch_size is of all of them."""
-        self.run, self.clock, self.bytes_per_token = config, Clock(), bytes_per_token
+        self.config, self.clock, self.bytes_per_token = config, Clock(), bytes_per_token
         self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"
         self.ranks = ranks or Ranks()
         self.tokens_per_step = config.batch_size * config.accumulate * windows.length
         self.steps_per_epoch = math.ceil(len(windows) // config.batch_size / config.accumulate)
-        self.order = Shuffled(len(windows), config.seed)
-        self.cross_entropy: list[Tensor] = []
-        self.losses: list[Tensor] = []  # of this step
-        self.seconds = 0.0  # of the first rank's clock, when all last looked at it
-        self.signalled: int | None = None  # what this process was sent
-        self.stopped_by: int | None = None  # what all of them stop for
-        on_gpu = torch.cuda.is_available()
+        self.sampler = ShuffledSampler(len(windows), config.seed)
+        self.cross_entropy: list[Tensor] = []  # of each forward pass since the last log line
+        self.losses: list[Tensor] = []  # of each forward pass of this step
+        self.seconds = 0.0  # the clock of rank 0 before the last update
+        self.grad_norm = 0.0  # of the last update, before clipping
+        self.received_signal: int | None = None  # by this process
+        self.stopped_by: int | None = None  # the signal that stops all ranks
+        self.resumed_from: Path | None = None
+        self.first_step = 0
         arguments = TrainingArguments(
             output_dir=str(self.checkpoints),
             max_steps=config.max_steps or NO_STEP_LIMIT,
-            per_device_train_batch_size=config.batch_size // self.ranks.world,
+            per_device_train_batch_size=config.batch_size // self.ranks.world_size,
             gradient_accumulation_steps=config.accumulate,
             learning_rate=config.learning_rate,
-            max_grad_norm=config.max_grad_norm,
+            max_grad_norm=0.0,  # check_update clips
             bf16=config.dtype == "bfloat16",
             logging_steps=config.log_every,
             logging_nan_inf_filter=False,
@@ -140,112 +171,131 @@ class BKTrainer(Trainer):
             seed=config.seed,
             report_to=[] if config.report_to == "none" else config.report_to.split(","),
             disable_tqdm=True,
-            use_cpu=not on_gpu,
-            dataloader_drop_last=True,
-            dataloader_pin_memory=on_gpu,
-            ddp_find_unused_parameters=False,  # each technique takes part in each step, if only with a gradient of 0
+            use_cpu=not torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,  # every technique gives its parameters a gradient, if only 0
             remove_unused_columns=False,
         )
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
-        # The Trainer's name for a model that comes sharded: it wraps nothing around it, averages the gradients of what
-        # is not sharded, and clips over both. Not said before, since it cannot save such a model's optimizer; we can.
-        self.is_distributed_loading_by_transformers = isinstance(model, FSDPModule)
+        if isinstance(model, FSDPModule):  # evaluation mode: no DistributedDataParallel around the shards
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, 0 to 1: of its steps or of its seconds, whichever is further."""
+        """The part of the run that is done, 0 to 1: of its steps or of its seconds, whichever is larger."""
         return self._progress(self.state.global_step)
 
     def _progress(self, step: int) -> float:
-        seconds = 0.0 if self.run.max_seconds is None else self.seconds / self.run.max_seconds
-        return min(1.0, max(step / (self.run.max_steps or NO_STEP_LIMIT), seconds))
+        seconds = 0.0 if self.config.max_seconds is None else self.seconds / self.config.max_seconds
+        return min(1.0, max(step / (self.config.max_steps or NO_STEP_LIMIT), seconds))
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return self.order
-
-    @contextlib.contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Of a sharded model, while batches accumulate."""
-        assert isinstance(self.network, FSDPModule)
-        self.network.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.network.set_requires_gradient_sync(True)
+    def get_train_dataloader(self) -> DataLoader:
+        assert self.train_dataset is not None
+        loader = DataLoader(
+            self.train_dataset,
+            self.args.train_batch_size,
+            sampler=self.sampler,
+            collate_fn=collate,
+            drop_last=True,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return AdamW, with weight decay on matrices only; a resumed run gets its saved state."""
         parameters = [p for p in (model or self.network).parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.dim() >= 2]
         others = [p for p in parameters if p.dim() < 2]
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": self.run.weight_decay},
+            {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
         for group in groups:
-            group["initial_lr"] = self.run.learning_rate  # where a schedule that goes on looks for it
-        betas = (0.9, self.run.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr=self.run.learning_rate, betas=betas, fused=True)
+            group["initial_lr"] = self.config.learning_rate  # a scheduler that resumes expects it
+        betas = (0.9, self.config.beta2)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=betas, fused=True)
+        if self.resumed_from is not None:
+            load_optimizer_state(self.network, self.optimizer, self.resumed_from)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         def factor(step: int) -> float:
-            return learning_rate_factor(self._progress(step), self.run.warmup, self.run.final_learning_rate)
+            return learning_rate_factor(self._progress(step), self.config.warmup, self.config.final_learning_rate)
 
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
-        self.lr_scheduler = LambdaLR(optimizer, factor, last_epoch=self.state.global_step - 1)
+        self.lr_scheduler = LambdaLR(optimizer, factor, last_epoch=self.first_step - 1)
         return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward. Of a sharded model, exchange gradients in the last pass of a step only."""
+        if not isinstance(self.network, FSDPModule):
+            return super().training_step(*args, **kwargs)
+        self.network.set_requires_gradient_sync(self.accelerator.sync_gradients)
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            for p in self.network.parameters():
+                if not isinstance(p, DTensor) and p.grad is not None:  # FSDP2 leaves these to us
+                    dist.all_reduce(p.grad, dist.ReduceOp.AVG)
+        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         anneal(self.network, self.progress)
         output = model(**inputs)
-        extra = 0.0 if output.aux_loss is None else output.aux_loss.detach()
-        self.cross_entropy.append(output.loss.detach() - extra)
+        auxiliary = 0.0 if output.aux_loss is None else output.aux_loss.detach()
+        self.cross_entropy.append(output.loss.detach() - auxiliary)
         self.losses.append(output.loss.detach())
         return (output.loss, output) if kwargs.get("return_outputs") else output.loss
 
     def check_update(self) -> None:
-        """Before each update, on all ranks: one clock for all, and an error on all where any of them met NaN or
-        infinity."""
+        """Before each update: read the clock of rank 0, check the losses and gradients of all ranks, clip gradients.
+
+        Raises:
+            NonFiniteError: on every rank, if any of them met a NaN or an infinity.
+        """
         loss = torch.stack(self.losses).sum()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         self.losses.clear()
         found = 3 if torch.isnan(loss) else 2 if torch.isinf(loss) else int(not torch.isfinite(norm))
-        worst, self.seconds = self.ranks.largest(found, self.clock.seconds if self.ranks.is_first else 0.0)
+        worst, self.seconds = self.ranks.max(found, self.clock.seconds if self.ranks.is_rank_zero else 0.0)
         if worst:
             what = ("a gradient is not finite", "the loss is inf", "the loss is nan")[int(worst) - 1]
             raise NonFiniteError(f"step {self.state.global_step + 1}: {what}; no update was made")
+        torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.config.max_grad_norm, norm)
+        self.grad_norm = norm.item()
 
     def check_signals(self) -> None:
-        """After each step, on all ranks: a signal to one of them is a signal to all."""
-        self.stopped_by = int(self.ranks.largest(self.signalled or 0)[0]) or None
+        """After each step: a signal that any rank received stops all of them."""
+        self.stopped_by = int(self.ranks.max(self.received_signal or 0)[0]) or None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the mean cross-entropy of all ranks since the last line instead of the loss; add bits per byte."""
         if "loss" in logs and self.cross_entropy:
             logs["loss"] = self.ranks.mean(torch.stack(self.cross_entropy).mean().item())
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
-            logs["seconds"] = self.clock.seconds
+            logs["grad_norm"], logs["seconds"] = self.grad_norm, self.clock.seconds
             self.cross_entropy.clear()
         super().log(logs, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """All ranks gather, the first one writes: beside the checkpoints, then moved among them sealed, and only then
-        old ones are deleted."""
+        """Gather on all ranks, write on rank 0.
+
+        The folder gets its name once it is complete and sealed; only then are older checkpoints deleted.
+        """
         assert self.optimizer is not None
-        weights = whole_weights(self.network, self.ranks.is_first)
-        moments = whole_moments(self.network, self.optimizer, self.ranks.is_first)
-        with self.ranks.first():
-            if not self.ranks.is_first:
+        weights = gather_weights(self.network, self.ranks.is_rank_zero)
+        optimizer_state = gather_optimizer_state(self.network, self.optimizer, self.ranks.is_rank_zero)
+        with self.ranks.rank_zero_first():
+            if not self.ranks.is_rank_zero:
                 return
             with replacing(self.checkpoints / f"checkpoint-{self.state.global_step}") as scratch:
                 self.network.save_pretrained(scratch, state_dict=weights)
                 if isinstance(self.processing_class, PreTrainedTokenizerBase):
                     self.processing_class.save_pretrained(scratch)
-                save_moments(moments, scratch)
+                save_optimizer_state(optimizer_state, scratch)
                 self.state.save_to_json(str(scratch / _STATE))
                 (scratch / _ELAPSED).write_text(json.dumps({"seconds": self.clock.seconds}))
             self._delete_old_checkpoints()
@@ -253,34 +303,21 @@ class BKTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.network, Path(resume_from_checkpoint))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self.optimizer is not None
-            load_moments(self.network, self.optimizer, Path(checkpoint))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: see :class:`Budget`."""
-
     def _delete_old_checkpoints(self) -> None:
-        """Keep the newest ones up to this step: later ones did not verify when this run was resumed."""
-        found = {}
-        for path in self.checkpoints.glob("checkpoint-*"):
-            number = path.name.removeprefix("checkpoint-")
-            if number.isdigit():
-                found[int(number)] = path
-        kept = sorted(step for step in found if step <= self.state.global_step)[-KEPT_CHECKPOINTS:]
-        for step, path in found.items():
-            if step not in kept:
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self.checkpoints.glob(".checkpoint-*.partial"):  # of runs killed while they wrote
+        """Keep the newest checkpoints up to this step. Later ones were damaged when this run was resumed."""
+        saved = saved_steps(self.checkpoints)
+        kept = sorted(step for step in saved if step <= self.state.global_step)[-KEPT_CHECKPOINTS:]
+        for step in saved.keys() - set(kept):
+            shutil.rmtree(saved[step], ignore_errors=True)
+        for path in self.checkpoints.glob(".checkpoint-*.partial"):  # left by a kill during a save
             shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C mean: finish the step, save, stop."""
+    def _handle_signals(self) -> Iterator[None]:
+        """Make SIGTERM and Ctrl-C end the run after the current step, with a checkpoint."""
 
         def stop(number: int, frame: Any) -> None:
-            self.signalled = number
+            self.received_signal = number
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -289,39 +326,41 @@ class BKTrainer(Trainer):
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _load_finished(self, checkpoint: Path) -> None:
-        """The end of a run that was killed after its last step; the Trainer would make one step more."""
-        self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
-        load_weights(self.network, checkpoint)
-
     def run_training(self, checkpoint: Path | None) -> None:
         """Train to the end of the budget, from the start or from a verified checkpoint."""
-        self.seconds = json.loads((checkpoint / _ELAPSED).read_text())["seconds"] if checkpoint else 0.0
-        with self._signals():
+        if checkpoint is not None:
+            self.resumed_from, self.first_step = checkpoint, int(checkpoint.name.rpartition("-")[2])
+            self.seconds = json.loads((checkpoint / _ELAPSED).read_text())["seconds"]
+        with self._handle_signals():
             self.clock.start(self.seconds)
             try:
-                if checkpoint and self._progress(int(checkpoint.name.rpartition("-")[2])) >= 1:
-                    self._load_finished(checkpoint)
-                    return
-                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                if checkpoint and self._progress(self.first_step) >= 1:  # killed after its last step
+                    self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
+                    load_weights(self.network, checkpoint)
+                else:  # the Trainer makes one step at least
+                    self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 self.clock.stop()
 
 
-class Budget(TrainerCallback):
-    """Ends the run, with a checkpoint, when its time is up or a signal came; refuses losses and gradients that are not
-    finite. And it deals out chance: the order of an epoch follows from seed and epoch, what techniques draw in a
-    step from seed, step and rank. So no state of a generator is saved, and a run that goes on draws what it
-    would have drawn."""
+class RunControl(TrainerCallback):
+    """Ends the run, and seeds every epoch and step.
+
+    - The run ends with a checkpoint when its steps or seconds are used up or a signal arrived. A NaN or infinite loss
+      or gradient ends it with an error.
+    - The order of an epoch depends on the seed and the epoch; what techniques draw in a step depends on the seed, the
+      step and the rank. So checkpoints need no generator states, and a resumed run draws the same numbers as one
+      that was never stopped.
+    """
 
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.order.epoch = state.global_step // self.trainer.steps_per_epoch
+        self.trainer.sampler.epoch = state.global_step // self.trainer.steps_per_epoch
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        numbers = [self.trainer.run.seed, state.global_step, self.trainer.ranks.rank]
+        numbers = [self.trainer.config.seed, state.global_step, self.trainer.ranks.rank]
         torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -334,19 +373,19 @@ class Budget(TrainerCallback):
 
 
 class Recorder(TrainerCallback):
-    """metrics.jsonl, one line a log, and the progress bar: bits per byte, bytes per second, time left."""
+    """Writes metrics.jsonl, one line per log, and shows a progress bar with bits per byte and bytes per second."""
 
-    def __init__(self, trainer: BKTrainer, path: Path, console: Console, watch: Watch | None = None):
-        self.trainer, self.path, self.watch = trainer, path, watch
+    def __init__(self, trainer: BKTrainer, path: Path, console: Console, on_progress: ProgressCallback | None = None):
+        self.trainer, self.path, self.on_progress = trainer, path, on_progress
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self.bar = Progress(*columns, *times, console=console)
         self.task: TaskID | None = None
-        self.marks: list[tuple[float, int]] = []
+        self.marks: list[tuple[float, int]] = []  # seconds and step of the last log lines
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.marks = [(self.trainer.clock.seconds, state.global_step)]
-        if self.path.exists():  # a resumed run: lines after its checkpoint will be written again
+        if self.path.exists():  # resumed: the steps after the checkpoint will be logged again
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
             self.path.write_text("".join(line + "\n" for line in lines))
         self.task = self.bar.add_task("training", total=1.0)
@@ -372,15 +411,15 @@ class Recorder(TrainerCallback):
         if self.task is not None:
             text = f"step {state.global_step}  {logs['bits_per_byte']:.3f} bits/byte  {rate / 1000:.1f} kB/s"
             self.bar.update(self.task, description=text)
-        if self.watch is not None:
-            self.watch(self.trainer.progress, logs["bits_per_byte"])
+        if self.on_progress is not None:
+            self.on_progress(self.trainer.progress, logs["bits_per_byte"])
 
     def close(self) -> None:
         self.bar.stop()
 
 
 def _step(line: str) -> float:
-    """Of a line of metrics.jsonl; infinite for the half line that a killed run may leave."""
+    """Return the step of a line of metrics.jsonl; infinity for an incomplete line, as a killed run may leave."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

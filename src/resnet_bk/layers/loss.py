@@ -1,0 +1,34 @@
+"""Cross-entropy of an output head, without ever holding the logits of all tokens.
+
+Dimensions: T tokens, D model width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**24  # entries; more logits than that are computed in pieces of rows
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of ``softmax(x weight^T)`` in nats.
+
+    Beyond LOGITS_AT_ONCE entries the logits are computed piece by piece, and again in the backward pass.
+
+    Args:
+        x: (T, D) features.
+        weight: (V, D) rows of the output head.
+        targets: (T,) int64, the right token of each row; -100 is not counted.
+        reduction: "none" for (T,) nats, 0 where the target is -100; "mean" for their mean over counted targets.
+    """
+    rows = max(1, LOGITS_AT_ONCE // len(weight))
+    if len(targets) <= rows:
+        return F.cross_entropy(F.linear(x, weight), targets, reduction=reduction)
+    pieces = zip(x.split(rows), targets.split(rows), strict=True)
+    nats = torch.cat([checkpoint(_nats, part, weight, own, use_reentrant=False) for part, own in pieces])
+    return nats if reduction == "none" else nats.sum() / (targets != -100).sum()
+
+
+def _nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight), targets, reduction="none")

@@ -1,0 +1,195 @@
+"""Inputs of the core's functions: their types, and the checks that run before anything is computed.
+
+Dimensions: B batch, N sites, M packed length, H chains (heads), K key width, V value width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_bk.ops.packing import Packing
+
+
+class PropagatorState(NamedTuple):
+    """State of a dense chain after its last site: all that later sites need of it.
+
+    Attributes:
+        g: (B, H) left Green's function of the last site, complex if the chain is.
+        s: (B, H, K, V) float, ``sum_s P_ts k_s v_s^T``. In a complex chain rows 2i and 2i + 1 are the real and the
+            imaginary part of one row.
+    """
+
+    g: Tensor
+    s: Tensor
+
+
+class SparseState(NamedTuple):
+    """State of a sparse chain after its last site.
+
+    Attributes:
+        g: as in :class:`PropagatorState`.
+        s: as in :class:`PropagatorState`.
+        r: (B, H, V) float, the output of the last kept site, faded by the sites left out since.
+    """
+
+    g: Tensor
+    s: Tensor
+    r: Tensor
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Sites of a chain that are kept, and what replaces the output of the others.
+
+    A site left out is eliminated exactly (a Schur complement): it neither writes to the state of the chain nor reads
+    from it, and the state decays there as it does at a kept site. Its output is that of the last kept site, faded, plus
+    a part of its own value.
+
+    Attributes:
+        gate: (B, N) float, exactly 1 at kept sites and 0 elsewhere; must be 0 at padding. The gradient of a 1 is what
+            keeping the site is worth; a 0 gets no gradient.
+        fill: (H,) float, factor on the output of the last kept site at each site left out, on top of the chain's decay.
+        own: (H,) float, weight of ``g_t v_t`` in the output of a site left out. Not used for diagonals, which have no v.
+        tile: packed lengths are rounded up to a multiple of it.
+        bound: number of kept sites that packed tensors can hold; more raise an error. Default: the fullest row's number.
+    """
+
+    gate: Tensor
+    fill: Tensor
+    own: Tensor
+    tile: int = 1
+    bound: int | None = None
+    _sites: list[Packing] = field(default_factory=list, init=False)
+
+    @property
+    def sites(self) -> Packing:
+        """Packing of the kept sites; q and k have these sites only."""
+        if not self._sites:  # not a cached_property, which does not compile
+            self._sites.append(Packing(self.gate > 0, self.tile, self.bound))
+        return self._sites[0]
+
+    def reversed(self) -> "Sparsity":
+        """Return the sparsity of the same chain read from its end."""
+        return Sparsity(self.gate.flip(1), self.fill, self.own, self.tile, self.bound)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain whose inputs :func:`check_chain` has checked.
+
+    Attributes:
+        d: (B, N, H) real or complex, the diagonal ``a - z``.
+        links: (B, N, H) float, hopping between sites t - 1 and t.
+        w: (B, N, H) float, squared hopping.
+        g: (B, H) like d, left Green's function of the site before the first; 0 where the chain begins.
+        mask: (B, N) bool, True at sites, False at padding; None if there is no padding.
+        sparsity: None if all sites are kept.
+    """
+
+    d: Tensor
+    links: Tensor
+    w: Tensor
+    g: Tensor
+    mask: Tensor | None
+    sparsity: Sparsity | None
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(B, N) bool, True at kept sites, which are never padding; None if that is every position."""
+        return self.mask if self.sparsity is None else self.sparsity.gate > 0
+
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}  # dtype.to_complex() does not compile
+
+
+def check_chain(
+    a: Tensor,
+    z: Tensor | complex,
+    hop: Tensor | None = None,
+    g: Tensor | None = None,
+    mask: Tensor | None = None,
+    sparsity: Sparsity | None = None,
+) -> Chain:
+    """Return the chain, or raise if inputs do not fit; g is the incoming state, the rest is as in :func:`left_green`.
+
+    Raises:
+        ValueError: a shape does not fit, or a gate is neither 0 nor 1, or it is 1 at padding.
+        TypeError: a dtype or a device does not fit.
+    """
+    if a.dim() != 3:
+        raise ValueError(f"a: expected shape (B, N, H), got {tuple(a.shape)}")
+    if a.shape[1] == 0:
+        raise ValueError("a: the chain is empty (N = 0); at least one site is needed")
+    if a.dtype not in _COMPLEX:
+        raise TypeError(f"a: expected float32 or float64 (the recurrence needs that precision), got {a.dtype}")
+    d = a - z
+    if d.dtype not in (a.dtype, _COMPLEX[a.dtype]):
+        raise TypeError(f"z: expected {a.dtype} or {_COMPLEX[a.dtype]} to go with a, got {z.dtype}")  # type: ignore[union-attr]
+    if hop is not None:
+        _expect("hop", hop, a.shape, a)
+    if mask is not None:
+        _expect("mask", mask, a.shape[:2], a, torch.bool)
+    if sparsity is not None:
+        _expect("sparsity.gate", sparsity.gate, a.shape[:2], a)
+        _expect("sparsity.fill", sparsity.fill, a.shape[2:], a)
+        _expect("sparsity.own", sparsity.own, a.shape[2:], a)
+        _check_gate(sparsity.gate, mask)
+    if g is None:
+        g = d.new_zeros(d.shape[0], d.shape[2])
+    else:
+        _expect("state", g, (d.shape[0], d.shape[2]), d)
+    links = torch.ones_like(a) if hop is None else hop
+    return Chain(d, links, links if hop is None else hop * hop, g, mask, sparsity)
+
+
+def check_qkv(
+    chain: Chain, q: Tensor, k: Tensor, v: Tensor, state: PropagatorState | SparseState | None, causal: bool
+) -> None:
+    """Raise if the other inputs of :func:`propagate` do not fit the chain.
+
+    Raises:
+        ValueError: a shape or the kind of state does not fit.
+        TypeError: a dtype or a device does not fit.
+    """
+    sparsity, (batch, length, heads) = chain.sparsity, chain.links.shape
+    rows = (batch, length if sparsity is None else sparsity.sites.mask.shape[1], heads, *q.shape[-1:])
+    _expect("q", q, rows, chain.links)
+    _expect("k", k, rows, chain.links)
+    _expect("v", v, (batch, length, heads, *v.shape[-1:]), chain.links)
+    keys, values = q.shape[-1], v.shape[-1]
+    if chain.d.is_complex() and keys % 2:
+        raise ValueError(f"q: a complex chain pairs key channels, so K must be even, got {keys}")
+    if state is None:
+        return
+    if not causal:
+        raise ValueError("state: a bidirectional propagator has none; pass causal=True or no state")
+    if isinstance(state, SparseState) != (sparsity is not None):
+        raise ValueError(
+            f"state: got a {type(state).__name__}, expected that of a {'dense' if sparsity is None else 'sparse'} "
+            "chain; a sequence is dense or sparse from its start to its end"
+        )
+    _expect("state.s", state.s, (batch, heads, keys, values), state.s)
+    if isinstance(state, SparseState):
+        _expect("state.r", state.r, (batch, heads, values), state.r)
+
+
+def _expect(name: str, x: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise unless x has this shape and the dtype (by default) and device of `like`."""
+    if x.shape != torch.Size(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+    dtype = dtype or like.dtype
+    if x.dtype != dtype or x.device != like.device:
+        raise TypeError(f"{name}: expected {dtype} on {like.device}, got {x.dtype} on {x.device}")
+
+
+def _check_gate(gate: Tensor, mask: Tensor | None) -> None:
+    if gate.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # on a GPU, to look at values would be a host-device sync
+    invalid = (gate != 0) & (gate != 1)
+    if invalid.any():
+        raise ValueError(f"sparsity.gate: expected 0 or 1 everywhere, got {gate[invalid][0].item():g}")
+    if mask is not None and (gate[~mask] != 0).any():
+        raise ValueError("sparsity.gate: got 1 where mask is False, expected 0; padding cannot be kept")

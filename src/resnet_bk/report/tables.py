@@ -1,0 +1,27 @@
+"""Tables in the terminal and in Markdown."""
+
+from collections.abc import Sequence
+
+from resnet_bk.extras import extra
+
+with extra("train"):
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+
+def print_table(console: Console, title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> None:
+    """Print a table; cells and title are plain text, not rich's markup. head: names of the columns, if any."""
+    table = Table(title=escape(title), show_header=bool(head), box=None if head else box.HEAVY_HEAD)
+    for name in head:
+        table.add_column(name.replace(".", ".\n"), overflow="fold")  # dotted names are long
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows as a Markdown table; the first row is its head."""
+    head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines]) + "\n"

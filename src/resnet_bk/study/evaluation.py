@@ -1,0 +1,48 @@
+"""The command ``resnet-bk eval``: score a checkpoint on held-out text."""
+
+from pathlib import Path
+from typing import Any
+
+from resnet_bk.config import ConfigError, DataConfig, EvalConfig, check_fields, read_yaml
+from resnet_bk.data import corpus
+from resnet_bk.data.tokens import tokenizer_digest
+from resnet_bk.folders import CONFIG
+from resnet_bk.hf import quiet_transformers, token_file
+from resnet_bk.inference.loading import load
+from resnet_bk.report.tables import Console, print_table
+from resnet_bk.study.evaluate import check_vocabulary, chosen_documents, count_words, evaluate
+
+
+def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
+    """Score a checkpoint and print a table. Returns its values.
+
+    The text is config.source; without it, the text that the run held out from its training data.
+    """
+    quiet_transformers()
+    model, tokenizer = load(config.checkpoint, config.depth_threshold)
+    saved = Path(config.checkpoint) / CONFIG
+    data = _saved_data(saved) if saved.exists() else DataConfig()
+    if config.source is not None:
+        is_hub = corpus.is_hub_name(config.source)
+        documents = corpus.hub_splits(config.source)[1] if is_hub else corpus.documents(config.source)
+    elif saved.exists():
+        documents = corpus.split(data.source, data.val_source, data.val_fraction)[1]
+    else:
+        raise ConfigError(
+            f"eval.source: {config.checkpoint} is not a run folder, so it has no held-out text; give --source"
+        )
+    check_vocabulary(model.model, len(tokenizer), config.checkpoint, tokenizer_digest(tokenizer))
+    tokens, _ = token_file(documents, data, tokenizer)
+    words = count_words([documents[i] for i in chosen_documents(tokens, config.max_bytes)])
+    scores = evaluate(model.model, tokens, tokenizer.eos_token_id, config, words)
+    print_table(console, f"{config.checkpoint} on {config.source or 'its held-out text'}", scores.rows())
+    return scores.to_dict()
+
+
+def _saved_data(path: Path) -> DataConfig:
+    """Return the section `data` of a run's saved settings."""
+    values = read_yaml("eval.checkpoint", path)
+    if not isinstance(values, dict) or "data" not in values:
+        raise ConfigError(f"{path}: has no section 'data'; the file is damaged")
+    check_fields(f"{path}: data", DataConfig, values["data"])
+    return DataConfig(**values["data"])

@@ -1,0 +1,25 @@
+"""Versions of what produced a result."""
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from resnet_bk import __version__
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages, and the machine with its cores and threads."""
+    return {
+        "resnet-bk": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+
+
+def version_lines() -> list[str]:
+    """Return each version after its name."""
+    return [f"{name} {version}" for name, version in versions().items()]
