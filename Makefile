@@ -8,7 +8,7 @@ BIN := .venv/bin
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu-fast,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,cpu-fast,dev]'
 	touch $@
 
 demo: .venv/installed
@@ -35,9 +35,12 @@ soak: .venv/installed
 bench: .venv/installed
 	cd benchmarks && for name in ops decode mixers tinyshakespeare multiscale length depth sparsity experts together peers; do ../$(BIN)/python $$name.py || exit; done
 
-# All of it on one GPU, ten minutes; whatever torch the environment has is left as it is.
-gpu: .venv/installed
-	cd benchmarks && ../$(BIN)/python gpu.py --out ../runs/gpu.md
+# All of it on one GPU, ten minutes, in the environment at hand: PYTHON is used as it is where it has torch and
+# transformers, so that the torch that fits the card stays. Elsewhere in the environment of `make demo`.
+gpu:
+	@if $(PYTHON) -c 'import torch, transformers, numpy, safetensors, yaml' 2>/dev/null; \
+	then python=$$(command -v $(PYTHON)); else $(MAKE) .venv/installed && python=$(CURDIR)/$(BIN)/python; fi && \
+	cd benchmarks && PYTHONPATH=$(CURDIR)/src $$python gpu.py --out ../runs/gpu.md
 
 clean:
 	rm -rf .venv

@@ -1,6 +1,6 @@
-"""What the benchmarks share: corpora as id arrays, one plain training loop, scoring, tables with their conditions.
+"""Corpora as id arrays, a plain training loop, scoring, timing and tables, shared by the benchmarks.
 
-Dimensions: B sequences a step, N tokens.
+Dimensions: B sequences per step, N tokens.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parent
 
 
 def stdlib_ids() -> tuple[np.ndarray, np.ndarray]:
-    """Train and held-out byte ids of the default corpus."""
+    """Return train and held-out byte ids of the default corpus."""
     parts = []
     for documents in corpus.split("stdlib", None, 0.05):
         ids = [np.append(tokens.byte_ids(b"".join(d.pieces())), np.uint16(tokens.END_OF_DOCUMENT)) for d in documents]
@@ -39,7 +39,7 @@ def stdlib_ids() -> tuple[np.ndarray, np.ndarray]:
 
 
 def prose_ids() -> tuple[np.ndarray, np.ndarray]:
-    """Train and held-out byte ids of Tiny Shakespeare and WikiText-2's validation text: nine tenths and the rest."""
+    """Return train and held-out byte ids of Tiny Shakespeare and WikiText-2's validation text, 90% and 10% of each."""
     files = SHARED / "data/tinyshakespeare/input.txt", SHARED / "data/wikitext-2/wiki.valid.raw"
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for file in files:
@@ -50,7 +50,7 @@ def prose_ids() -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts[0]), np.concatenate(parts[1])
 
 
-# name -> train and held-out byte ids, and what they are
+# name -> function that returns train and held-out byte ids; description
 CORPORA: dict[str, tuple[Callable[[], tuple[np.ndarray, np.ndarray]], str]] = {
     "stdlib": (stdlib_ids, "the default corpus"),
     "prose": (prose_ids, "Tiny Shakespeare and WikiText-2's validation text, a tenth of each held out"),
@@ -58,7 +58,7 @@ CORPORA: dict[str, tuple[Callable[[], tuple[np.ndarray, np.ndarray]], str]] = {
 
 
 def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Random windows, (B, N) inputs and the tokens that follow; the same ones for the same seed."""
+    """Return a function that draws random windows: inputs (B, N) and their next tokens (B, N), fixed by the seed."""
     rng = np.random.default_rng(seed)
 
     def draw() -> tuple[Tensor, Tensor]:
@@ -83,10 +83,23 @@ def train(
     first: tuple[int, int] = (1, 8),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """AdamW, cosine, clipping at 1, for a number of steps or of seconds; steps, seconds and the first gradient norm.
+    """Train with AdamW, a cosine schedule and gradient clipping at 1.
 
-    first: sequences and tokens of a pass before the clock starts, in which kernels are compiled. clock: what seconds
-    are; with one thread and `time.process_time`, what else runs on the machine counts little.
+    Args:
+        loss_of: returns the loss of inputs and targets, (B, N) each.
+        model: the model to train, in place.
+        draw: returns the next inputs and targets.
+        steps, seconds: budget; training ends when either is used up.
+        learning_rate: peak of the schedule.
+        weight_decay: of matrices; other parameters have none.
+        betas: of AdamW.
+        warmup: share of the budget in which the learning rate rises.
+        final: share of the peak learning rate at the end.
+        first: sequences and tokens of a pass before the clock starts, in which kernels are compiled.
+        clock: returns seconds. With one thread and `time.process_time`, other programs on the machine matter little.
+
+    Returns:
+        "steps", "seconds" and "first_gradient_norm".
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -117,7 +130,15 @@ def train(
 def mean_nats(
     loss_of: Callable[[Tensor, Tensor], Tensor], ids: np.ndarray, length: int, limit: int = 2**62, batch: int = 16
 ) -> float:
-    """Mean cross-entropy in nats over non-overlapping windows of `length` tokens, the first `limit` tokens at most."""
+    """Return the mean cross-entropy in nats.
+
+    Args:
+        loss_of: returns the mean loss of inputs and targets, (B, N) each.
+        ids: the text.
+        length: tokens per window; windows do not overlap.
+        limit: tokens to score at most, from the beginning.
+        batch: windows per pass.
+    """
     windows = min(len(ids) - 1, limit) // length
     total = 0.0
     for first in range(0, windows, batch):
@@ -128,6 +149,7 @@ def mean_nats(
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 7, warmup: int = 2) -> list[float]:
+    """Return the seconds of each timed run; warm-up runs come first and are not timed."""
     for _ in range(warmup):
         run()
     times = []
@@ -139,7 +161,7 @@ def seconds_of(run: Callable[[], Any], repeats: int = 7, warmup: int = 2) -> lis
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, taken in turn so that the machine's moods fall on all."""
+    """Return the seconds of each run by name. Runs alternate, so that changes of the machine's speed affect all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -152,15 +174,21 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median, with the least and the greatest where they differ as shown."""
+    """Return the median in words, with the least and the greatest value where the digits shown differ."""
     middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: Path) -> list[dict[str, Any]]:
-    """Each cell in a process of its own (``script --cell JSON``), `workers` at a time; those in `log` are done.
+    """Run each cell in its own process, ``script --cell JSON``, and return their results.
 
-    One thread a cell, from the start: teams of idle threads that wait for each other cost more than half of the time.
+    Each process has one thread: teams of threads that wait for each other cost more than half of the time.
+
+    Args:
+        script: path of the benchmark.
+        cells: settings of each run, as JSON objects.
+        workers: processes at a time.
+        log: file with a line of JSON per finished cell. Cells that it has are not run again.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -183,7 +211,7 @@ def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: P
 
 
 def conditions(command: str) -> str:
-    """Date, hardware, versions and command, as every results page begins."""
+    """Return date, hardware, versions and command: the first paragraph of every results page."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
@@ -195,6 +223,7 @@ def conditions(command: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines) + "\n" + "".join(map(table_row, rows))
 
@@ -210,6 +239,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def publish(text: str, out: Path | None) -> None:
+    """Print the page, and write it to `out` if given."""
     print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

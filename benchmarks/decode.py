@@ -1,4 +1,4 @@
-"""Decoding: time and memory a token, however long the context.
+"""Decoding: time and memory per token by the length of the context.
 
 Dimensions: B sequences, N tokens.
 """

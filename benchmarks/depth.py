@@ -1,7 +1,7 @@
-"""Adaptive depth: blocks, perplexity and the clock, of ACT, of mixture of depths, and of early exit.
+"""Adaptive depth: blocks, perplexity and speed of ACT, mixture of depths and early exit.
 
 ``python benchmarks/depth.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
-(two single-thread processes at a time), then the timings on the then quiet machine.
+(two single-thread processes at a time), then times the models on the quiet machine.
 
 Dimensions: B sequences, N tokens.
 """
@@ -37,7 +37,7 @@ from resnet_bk.study.measure import greedy
 SEEDS, BATCH, STEPS, LAYERS = (0, 1, 2), 12, 600, 8
 SHAPE = {"d_model": 64, "n_seq": 256, "num_experts": 1}
 THRESHOLDS = (1.0, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9)  # of early exit
-DRAFTS = (4, 8, 16)
+DRAFTS = (4, 8, 16)  # tokens drafted at a time
 
 # name -> fields of the model
 MODELS: dict[str, dict[str, Any]] = {
@@ -55,12 +55,13 @@ load = TRAINED.load
 
 
 def adaptive_layer(model: LanguageModel) -> AdaptiveDepth | None:
-    technique = model.blocks[0]
-    return technique if isinstance(technique, AdaptiveDepth) else None
+    """Return the layer of adaptive depth; None where the model has none."""
+    layer = model.blocks[0]
+    return layer if isinstance(layer, AdaptiveDepth) else None
 
 
 def nats_and_blocks(model: LanguageModel, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats (B, N) of every token, and the blocks (B, N) each went through."""
+    """Return the nats of every token and the number of blocks it ran, (B, N) each."""
     nats, outputs = scored(model, rows)
     if adaptive_layer(model) is None:
         return nats, torch.full(nats.shape, model.config.blocks)
@@ -71,7 +72,7 @@ def nats_and_blocks(model: LanguageModel, rows: Tensor) -> tuple[Tensor, Tensor]
 
 
 def quality(results: list[dict[str, Any]], rows: Tensor, scores: dict[tuple[str, int], tuple[Tensor, Tensor]]) -> str:
-    """Equal steps: bits per byte and blocks, against the plain model of the same seed and against full depth."""
+    """Return the table at equal steps: bits per byte and blocks, against the plain model and against full depth."""
     lines = []
     for name in MODELS:
         bpb, full, blocks, seconds = [], [], [], []
@@ -106,10 +107,10 @@ def quality(results: list[dict[str, Any]], rows: Tensor, scores: dict[tuple[str,
 
 
 def everywhere(model: LanguageModel) -> LanguageModel:
-    """Every position through every block: none stops, none is passed by."""
-    technique = adaptive_layer(model)
-    assert technique is not None
-    technique.threshold = 0.0 if technique.settings.policy == "skip" else 1.0
+    """Set the threshold so that every position runs all blocks; return the model."""
+    layer = adaptive_layer(model)
+    assert layer is not None
+    layer.threshold = 0.0 if layer.settings.policy == "skip" else 1.0
     return model
 
 
@@ -117,7 +118,7 @@ def everywhere(model: LanguageModel) -> LanguageModel:
 
 
 def clock(rows: Tensor) -> str:
-    """Prefill of 8 x 2,048 held-out bytes and training steps of 12 x 256, in turn with the plain model's."""
+    """Return the table of prefill (8 x 2,048 held-out bytes) and training steps (12 x 256), against the plain model."""
     found = TRAINED.speeds({"prefill": prefill(rows), "training": training_step(rows)}, lambda name: "plain")
     for name, seed in itertools.product(MODELS, SEEDS):
         model = load(name, seed)
@@ -141,7 +142,7 @@ def clock(rows: Tensor) -> str:
 
 
 def where_time_goes(rows: Tensor) -> str:
-    """Prefill of 8 x 2,048 bytes by what is computed, plain and adaptive, milliseconds of the profiler."""
+    """Return the table of milliseconds by kind of operation, by the profiler, for prefill of 8 x 2,048 bytes."""
     long = long_rows(rows)
     kinds = {
         "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -156,13 +157,13 @@ def where_time_goes(rows: Tensor) -> str:
             model(long, logits=False)
             with profile() as profiler:
                 model(long, logits=False)
-        spent = dict.fromkeys(names, 0.0)
+        milliseconds = dict.fromkeys(names, 0.0)
         for event in profiler.key_averages():
             kind = next((k for k, starts in kinds.items() if event.key.startswith(starts)), "rest")
-            spent[kind] += event.self_cpu_time_total / 1000
-        columns.append(spent)
-    lines = [[kind, *(f"{spent[kind]:.0f}" for spent in columns)] for kind in names]
-    lines.append(["together", *(f"{sum(spent.values()):.0f}" for spent in columns)])
+            milliseconds[kind] += event.self_cpu_time_total / 1000
+        columns.append(milliseconds)
+    lines = [[kind, *(f"{milliseconds[kind]:.0f}" for milliseconds in columns)] for kind in names]
+    lines.append(["together", *(f"{sum(milliseconds.values()):.0f}" for milliseconds in columns)])
     return table(["", "plain", *ADAPTIVE], lines)
 
 
@@ -170,7 +171,7 @@ def where_time_goes(rows: Tensor) -> str:
 
 
 def decode(rows: Tensor) -> str:
-    """Early exit by threshold: quality on all held-out text, and steps through 256 bytes of it, one sequence."""
+    """Return the table of early exit by threshold: quality on all held-out text, and the speed of 256 single steps."""
     found: dict[float, dict[str, list[float]]] = {t: defaultdict(list) for t in THRESHOLDS}
     text = rows[3:4, :320]
     for seed in SEEDS:
@@ -204,7 +205,7 @@ def decode(rows: Tensor) -> str:
 
 
 def speculation(rows: Tensor) -> str:
-    """Greedy continuations of four held-out prompts by 200 bytes, at full depth and with drafts by the first blocks."""
+    """Return the table of greedy continuations of 200 bytes: full depth against drafts by the first blocks."""
     prompts = [rows[i : i + 1, :64] for i in (2, 60, 120, 180)]
     found: dict[int, dict[str, list[float]]] = {k: defaultdict(list) for k in DRAFTS}
     for seed in SEEDS:
@@ -237,7 +238,7 @@ def speculation(rows: Tensor) -> str:
 
 
 def difficulty(scores: dict[tuple[str, int], tuple[Tensor, Tensor]], out: Path | None) -> str:
-    """Mean blocks of the tokens in each tenth by the plain model's loss."""
+    """Return the table of mean blocks in each tenth of the tokens by the plain model's loss; plot it."""
     lines, curves = [], {}
     for name in ADAPTIVE:
         pairs = [by_tenth(scores["plain", seed][0], scores[name, seed][1]) for seed in SEEDS]

@@ -1,7 +1,7 @@
-"""Conditional experts: perplexity, expert FLOPs, the clock and the load, against always four and always one.
+"""Conditional experts: perplexity, expert FLOPs, speed and load, against always four and always one.
 
 ``python benchmarks/experts.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
-(two single-thread processes at a time), then the timings on the then quiet machine.
+(two single-thread processes at a time), then times the models on the quiet machine.
 
 Dimensions: B sequences, N tokens, D model width, E experts.
 """
@@ -48,6 +48,7 @@ TRAINED = Trained("experts", SHAPE, MODELS, batch=12, steps=300, seeds=(0, 1, 2)
 
 
 def of_experts(records: list[Record]) -> list[ExpertsRecord]:
+    """Return the records of experts, one per feed-forward."""
     return [r for r in records if isinstance(r, ExpertsRecord)]
 
 
@@ -55,7 +56,7 @@ def of_experts(records: list[Record]) -> list[ExpertsRecord]:
 
 
 def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
-    """Bits per byte, experts a token, load, and experts by tenths of the loss of the model that always uses four."""
+    """Return two tables: bits per byte, experts per byte and load; experts by tenths of the loss of always four."""
     lines, tenth_lines, curves = [], [], {}
     four = [scored(TRAINED.load("always four", seed), rows)[0] for seed in TRAINED.seeds]
     one = [bits(scored(TRAINED.load("always one", seed), rows)[0]) for seed in TRAINED.seeds]
@@ -114,8 +115,11 @@ def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> st
 
 
 def clock(rows: Tensor) -> str:
-    """In turn with always four: prefill of 8 x 2,048 held-out bytes, training steps of 12 x 256, and, on the features
-    that reach them there, the blocks and their feed-forwards alone."""
+    """Return the table of speed against always four.
+
+    Prefill reads 8 x 2,048 held-out bytes, a training step 12 x 256. The blocks, and their feed-forwards, also run on
+    their own, on the features that reach them in prefill.
+    """
     runs = {
         "prefill": prefill(rows),
         "training step": training_step(rows),
@@ -131,7 +135,7 @@ def clock(rows: Tensor) -> str:
 
 
 def parts_alone(part_of: Callable[[Any], nn.Module], call: Callable[[Any, Tensor], Any], rows: Tensor) -> Run:
-    """A run of one part of every block, on what reaches it in prefill."""
+    """Return a run of one part of every block, on the features that reach it in prefill."""
 
     @functools.lru_cache(len(MODELS))  # of one seed
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
     python benchmarks/figure.py [--page benchmarks/results/PAGE.md] [--out docs/peers.svg]
 
-No model runs and no number is typed here: the figure repeats what the page says. The same page gives the same bytes.
+Runs no model: every number comes from the page. The same page gives the same file, byte for byte.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The library on one GPU, in about ten minutes: kernels, layers, training, decoding, memory.
 
-``python benchmarks/gpu.py --out benchmarks/results/...`` writes the page anew after every number, so that a run cut off
-keeps what it has; a part that fails says so on the page, and the others run. ``--device cpu --quick`` runs all of it in
-miniature. The exit status is 1 where a part failed.
+``python benchmarks/gpu.py --out benchmarks/results/...`` rewrites the page after every number, so a run that is cut off
+keeps its results. If a part fails, the page says so and the other parts run. ``--device cpu --quick`` runs everything
+in miniature. The exit status is 1 if a part failed.
 """
 
 import argparse
@@ -16,17 +16,17 @@ from gpu_page import Machine, Page
 
 from resnet_bk.ops import available_backends
 
-# Shares of the time that each part may take; what is compiled before training comes on top of it.
+# Share of the time that each part may take; compilation before training comes on top.
 SHARES = {"kernels": 0.12, "mixers": 0.18, "training": 0.45, "decoding": 0.15, "memory": 0.1}
-COMPILING = 20  # seconds for each model that is trained
+COMPILING = 20  # seconds per trained model
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu")
-    parser.add_argument("--quick", action="store_true", help="in miniature, to see that it runs")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
-    parser.add_argument("--train-seconds", type=float, help="of training for each model; default: by --minutes")
+    parser.add_argument("--quick", action="store_true", help="run everything in miniature")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time for all parts together")
+    parser.add_argument("--train-seconds", type=float, help="training time of each model; default: from --minutes")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile blocks")
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():

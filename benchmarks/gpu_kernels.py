@@ -1,4 +1,4 @@
-"""Kernels and mixer layers on a GPU: what is right, and how fast that is.
+"""Kernels and mixer layers on a GPU: first that their numbers are right, then how fast they are.
 
 Dimensions: B batch, N sites, H chains (heads), K = V head width, D model width.
 """
@@ -19,12 +19,12 @@ from resnet_bk.ops import naive, propagate, use_backend
 from resnet_bk.ops.kernels import green, scan
 
 SHIFTS = {"real": 0.1, "complex": 0.3 + 0.2j}
-# The largest relative error of an output or a gradient, by the precision of the inputs.
+# Largest relative error allowed for an output or a gradient, by the precision of the inputs.
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 def copy_bandwidth(machine: Machine) -> float:
-    """Bytes a second that a copy within the card's memory reads and writes."""
+    """Return the bytes per second that a copy within the card's memory reads and writes."""
     source = torch.empty(2**20 if machine.quick else 2**29, dtype=torch.bfloat16, device=machine.device)
     target = torch.empty_like(source)
     return 2 * source.numel() * source.element_size() / machine.seconds(lambda: target.copy_(source))
@@ -34,7 +34,7 @@ def copy_bandwidth(machine: Machine) -> float:
 
 
 def chain(regime: str, batch: int, n: int, heads: int, width: int) -> list[Tensor]:
-    """q, k, v (B, N, H, K), energies and hoppings (B, N, H), float64."""
+    """Return random q, k, v (B, N, H, K), energies and hoppings (B, N, H), float64."""
     generator = torch.Generator().manual_seed(n)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -46,7 +46,7 @@ def chain(regime: str, batch: int, n: int, heads: int, width: int) -> list[Tenso
 
 
 def with_gradients(propagator: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """y and the gradients of its sum, weighted by numbers that are always the same."""
+    """Return y and the gradients of its sum, weighted by fixed random numbers."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     y = propagator(*inputs)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y)
@@ -54,7 +54,7 @@ def with_gradients(propagator: Callable[..., Tensor], inputs: list[Tensor]) -> l
 
 
 def dense(shift: complex) -> Callable[..., Tensor]:
-    """The definition, of one sequence, chain by chain."""
+    """Return the dense definition, computed for one sequence, chain by chain."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, a: Tensor, hop: Tensor) -> Tensor:
         rows = [naive.propagate(*(x[0, :, h] for x in (q, k, v, a)), shift, hop[0, :, h]) for h in range(a.shape[2])]
@@ -64,6 +64,8 @@ def dense(shift: complex) -> Callable[..., Tensor]:
 
 
 def fast(shift: complex, backend: str) -> Callable[..., Tensor]:
+    """Return the propagator on one backend."""
+
     def run(q: Tensor, k: Tensor, v: Tensor, a: Tensor, hop: Tensor) -> Tensor:
         with use_backend(backend):
             return propagate(q, k, v, a, shift, hop)[0]
@@ -72,7 +74,7 @@ def fast(shift: complex, backend: str) -> Callable[..., Tensor]:
 
 
 def worst(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest error of any of them, root mean square, relative."""
+    """Return the largest relative root-mean-square error of the tensors."""
     errors = []
     for x, y in zip(got, expected, strict=True):
         y = y.to(x.device, torch.float64)
@@ -81,11 +83,15 @@ def worst(got: list[Tensor], expected: list[Tensor]) -> float:
 
 
 class WrongNumbersError(AssertionError):
-    """A backend whose numbers are wrong; no speed is measured of it."""
+    """A backend computes wrong numbers; its speed is not measured."""
 
 
 def checked(machine: Machine, backend: str) -> Iterator[str]:
-    """Outputs and all gradients against the dense float64 definition; at a model's sizes against chunked float64."""
+    """Compare outputs and all gradients with the dense float64 definition; at larger sizes with chunked float64.
+
+    Raises:
+        WrongNumbersError: an error is above what ALLOWED permits.
+    """
     short, long = (2, 33) if machine.quick else (2, 33, 130), 100 if machine.quick else 4097
     wrong = []
     yield table(["regime", "N", "against", *(f"{kind}: relative error" for kind in ("float64", "float32"))], [])
@@ -112,7 +118,7 @@ def checked(machine: Machine, backend: str) -> Iterator[str]:
 
 
 def kernels(machine: Machine, backend: str, bandwidth: float) -> Iterator[str]:
-    """Checks, then each kernel's time beside the time that a copy of the bytes it must move would take."""
+    """Check the backend, then time each kernel against a copy of the bytes that the kernel must move."""
     yield from checked(machine, backend)
     tokens, heads, width = (256, 2, 16) if machine.quick else (2**18, 16, 64)
     yield "\n" + table(["kernel", "B x N x H (x K)", "direction", "ms", "GB/s", "% of a copy's"], [])
@@ -137,8 +143,10 @@ def kernels(machine: Machine, backend: str, bandwidth: float) -> Iterator[str]:
 def _both_ways(
     machine: Machine, kernel: Callable[..., Tensor], inputs: list[Tensor]
 ) -> Iterator[tuple[str, float, int]]:
-    """Seconds, and bytes that must be read and written: of each input, output and gradient once. The last input, the
-    state before the first site, is too small to count."""
+    """Yield direction, seconds, and bytes that must be read and written: each input, output and gradient once.
+
+    The last input, the state before the first site, is too small to count.
+    """
     y = kernel(*inputs)
     upstream = torch.randn_like(y)
     given = sum(x.numel() * x.element_size() for x in inputs[:-1])
@@ -167,7 +175,7 @@ def _scan_inputs(machine: Machine, sites: tuple[int, int, int], width: int) -> l
 
 
 class First(nn.Module):
-    """A layer by its output alone, (B, N, D) -> (B, N, D), whatever else it takes and returns."""
+    """A layer (B, N, D) -> (B, N, D) that hides its further inputs and outputs."""
 
     def __init__(self, layer: nn.Module, *others: Any):
         super().__init__()
@@ -201,7 +209,7 @@ def _mamba2(config: ModelConfig) -> nn.Module:
     return First(Mamba2(d_model=config.d_model, headdim=config.d_model // config.heads))
 
 
-# name -> how it is made, the package it needs
+# name -> function that makes the layer; package it needs
 MIXERS: dict[str, tuple[Callable[[ModelConfig], nn.Module], str]] = {
     "propagator (ours)": (_ours, "torch"),
     "softmax attention, RoPE, SDPA": (_attention, "torch"),
@@ -215,13 +223,13 @@ def installed(package: str) -> bool:
 
 
 def mixers(machine: Machine) -> Iterator[str]:
-    """One layer of each, forward and backward, at constant tokens."""
+    """Time forward and backward of one layer of each kind, at a constant number of tokens."""
     width, tokens = (32, 128) if machine.quick else (1_024, 65_536)
     config = ModelConfig(d_model=width, n_heads=max(1, width // 64), num_experts=1)
     lengths = (32, 128) if machine.quick else (1_024, 4_096, 16_384, 65_536)
     missing = [f"{name}: {package} is not installed" for name, (_, package) in MIXERS.items() if not installed(package)]
     yield f"D = {width:,}, {config.heads} heads, bfloat16 by autocast, {tokens:,} tokens in rows of N; forward and "
-    yield "backward. Ours and softmax attention compiled, the others with the kernels of their packages. "
+    yield "backward. Ours and softmax attention are compiled; the others use the kernels of their packages. "
     yield "Left out: " + ("; ".join(missing) or "none") + ".\n\n"
     yield table(["layer", "parameters", "N", "ms", "thousand tokens/s"], [])
     present = {name: make for name, (make, package) in MIXERS.items() if installed(package)}

@@ -1,4 +1,4 @@
-"""Models on a GPU: training in equal time, decoding, and a million tokens at once.
+"""Models on a GPU: training in equal time, decoding, and a million tokens in one sequence.
 
 Dimensions: B sequences, N tokens.
 """
@@ -21,13 +21,13 @@ from resnet_bk.layers.block import Block
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.sharded import recompute
 
-WORDS = 5 / 16  # technique for words, a share of the bytes: no window of the corpus of 1,024 bytes has more than 0.27
-WINDOW = 1_024  # bytes scored at a time
-PIECE = 4_096  # tokens of a long prompt that are read at a time
+WORDS = 5 / 16  # bound on words per byte: no window of 1,024 bytes of the corpus has more than 0.27
+WINDOW = 1_024  # bytes per scored window
+PIECE = 4_096  # tokens of a long prompt read per call
 
 
 def sizes(machine: Machine) -> tuple[int, int, int]:
-    """Width, blocks, heads of about 50 million parameters."""
+    """Return width, blocks and heads; about 50 million parameters unless quick."""
     return (32, 3, 1) if machine.quick else (512, 16, 8)
 
 
@@ -37,7 +37,7 @@ def plain(machine: Machine) -> Peer:
 
 
 def adaptive(machine: Machine) -> Peer:
-    """Two blocks on bytes, all others on words, in shapes that do not depend on the text."""
+    """Return a model with two blocks on bytes and the others on words; its shapes do not depend on the text."""
     width, layers, heads = sizes(machine)
     scales = {"factors": [4], "layers": [2, layers - 2, 0], "boundaries": "whitespace", "bound": WORDS}
     return Ours(d_model=width, n_heads=heads, multiscale=scales)
@@ -49,7 +49,7 @@ def transformer(machine: Machine) -> Peer:
     return HuggingFace("llama", width, layers, max_position_embeddings=2**17, attn_implementation="sdpa", **shape)
 
 
-MODELS: dict[str, tuple[Callable[[Machine], Peer], float]] = {  # name -> how it is made, its learning rate
+MODELS: dict[str, tuple[Callable[[Machine], Peer], float]] = {  # name -> function that makes it, learning rate
     "plain": (plain, 1e-3),
     "adaptive, 2 blocks on bytes, the others on words": (adaptive, 1e-3),
     "Transformer (Llama)": (transformer, 6e-4),
@@ -57,27 +57,27 @@ MODELS: dict[str, tuple[Callable[[Machine], Peer], float]] = {  # name -> how it
 
 
 def compile_blocks(machine: Machine, model: torch.nn.Module) -> None:
-    """Each block by itself: all of one kind are compiled once."""
+    """Compile each block; blocks of one kind share the result."""
     for module in model.modules():
         if isinstance(module, Block) or type(module).__name__ == "LlamaDecoderLayer":
             machine.compile(module)
 
 
 def training(machine: Machine, seconds: float) -> Iterator[str]:
-    """Each model so many seconds on the default corpus: tokens a second, utilisation, held-out bits per byte."""
+    """Train each model for `seconds` on the default corpus; report tokens/s, utilization, held-out bits per byte."""
     batch, length = (2, WINDOW) if machine.quick else (32, 2_048)
     ids, _ = stdlib_ids()
     rows = held_out()[: 2 if machine.quick else None]
     torch._dynamo.config.recompile_limit = 64  # blocks meet several widths, masks and modes
     yield (
-        f"Default corpus, {len(ids):,} bytes. {seconds:.0f} s of training each, what is compiled before not counted; "
-        f"{batch} x {length:,} bytes a step, AdamW, cosine, bfloat16 by autocast, blocks compiled. MFU: the operations "
-        "of a forward pass (ours by the ledger, as they ran; the Transformer's with causal attention), times three, as "
-        f"a share of the dense bfloat16 peak of {machine.name}. {rows.numel():,} held-out bytes in windows of "
+        f"Default corpus, {len(ids):,} bytes. {seconds:.0f} s of training each, compilation not counted; "
+        f"{batch} x {length:,} bytes per step, AdamW, cosine, bfloat16 by autocast, blocks compiled. MFU: three times "
+        "the FLOPs of a forward pass (ours by the ledger, as executed; the Transformer's with causal attention), as a "
+        f"share of the dense bfloat16 peak of {machine.name}. {rows.numel():,} held-out bytes in windows of "
         f"{WINDOW:,}.\n\n"
     )
     header = ["model", "parameters", "learning rate", "steps", "passes over the corpus", "thousand tokens/s", "MFU, %"]
-    yield table([*header, "MFLOPs a byte, forward", "peak GiB", "bits per byte"], [])
+    yield table([*header, "MFLOPs per byte, forward", "peak GiB", "bits per byte"], [])
     for name, (make, rate) in MODELS.items():
         if machine.late:
             yield table_row([name, "left out: out of time", *[""] * 8])
@@ -104,13 +104,13 @@ def training(machine: Machine, seconds: float) -> Iterator[str]:
         score = bits_per_byte(functools.partial(_logits, machine, peer), rows, WINDOW)
         seen = found["steps"] * batch * length
         speed = seen / found["seconds"]
-        used = f"{300 * flops * speed / machine.peak_flops:.1f}" if machine.peak_flops else "peak not known"
+        used = f"{300 * flops * speed / machine.peak_flops:.1f}" if machine.peak_flops else "peak unknown"
         count = sum(p.numel() for p in peer.model.parameters())
         cells = [f"{count:,}", rate, found["steps"], f"{seen / len(ids):.2f}", f"{speed / 1e3:,.1f}", used]
         yield table_row([name, *cells, f"{flops / 1e6:.1f}", f"{peak:.1f}", f"{score:.3f}"])
 
 
-@torch.compiler.set_stance("force_eager")  # shapes of scoring are not worth compiling
+@torch.compiler.set_stance("force_eager")  # scoring has other shapes; compiling them would cost more than it saves
 def _logits(machine: Machine, peer: Peer, ids: Tensor) -> Tensor:
     peer.model.eval()
     with machine.autocast():
@@ -122,11 +122,11 @@ def _logits(machine: Machine, peer: Peer, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decoding(machine: Machine) -> Iterator[str]:
-    """Steps of the plain model and of the adaptive one, whose cost does not depend on the context."""
+    """Time decoding steps of the plain and the adaptive model; their cost does not depend on the context."""
     contexts, many = _contexts(machine)
     yield (
-        "Untrained weights in bfloat16; greedy, tokens stay on the device. Graph: the step replayed as a CUDA graph "
-        f"(on a CPU it runs as it is); called: kernel by kernel. Mean of {_steps_of(machine)} steps, median of 3.\n\n"
+        "Untrained weights in bfloat16; greedy, tokens stay on the device. Graph: the step is replayed as a CUDA graph "
+        f"(on a CPU it is called); called: kernel by kernel. Mean of {_steps_of(machine)} steps, median of 3 runs.\n\n"
     )
     yield table(STEP_HEADER, [])
     for name, make in (("plain", plain), ("adaptive", adaptive)):
@@ -144,7 +144,7 @@ def decoding(machine: Machine) -> Iterator[str]:
 
 
 def _contexts(machine: Machine) -> tuple[tuple[int, int], int]:
-    """Tokens before the steps, and how many sequences beside one."""
+    """Return the context lengths in tokens, and the larger batch size (the smaller is 1)."""
     return ((16, 64), 2) if machine.quick else ((1_000, 100_000), 64)
 
 
@@ -153,7 +153,7 @@ def _steps_of(machine: Machine) -> int:
 
 
 class Called:
-    """A step by calling the model, kernel after kernel."""
+    """A decoding step that calls the model, kernel by kernel."""
 
     def __init__(self, model: LanguageModel, state: Any):
         self.model, self.state = model, state
@@ -165,13 +165,21 @@ class Called:
 
 
 class CachedStep:
-    """A step of a transformers model in a static cache that is full up to `context`."""
+    """A decoding step of a transformers model, with a static cache that is full up to `context`."""
 
-    def __init__(self, model: torch.nn.Module, batch: int, context: int, technique: int, graph: bool):
-        """technique: positions of the cache. graph: whether it is captured and replayed."""
-        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=technique)
+    def __init__(self, model: torch.nn.Module, batch: int, context: int, capacity: int, graph: bool):
+        """Fill the cache with random keys and values.
+
+        Args:
+            model: a causal language model of transformers.
+            batch: sequences.
+            context: positions in the cache before the first step.
+            capacity: positions that the cache can hold.
+            graph: capture the step as a CUDA graph and replay it.
+        """
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=capacity)
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-        self._run()  # makes the buffers
+        self._run()  # allocates the buffers
         for layer in self.cache.layers:
             layer.keys.normal_()
             layer.values.normal_()
@@ -196,7 +204,7 @@ class CachedStep:
 
 @torch.no_grad()
 def cached_decoding(machine: Machine) -> Iterator[str]:
-    """Steps of a Transformer with its cache of keys and values."""
+    """Time decoding steps of a Transformer with its cache of keys and values."""
     model = transformer(machine).model.to(machine.device, torch.bfloat16).eval()
     contexts, many = _contexts(machine)
     width, layers, _ = sizes(machine)
@@ -205,25 +213,25 @@ def cached_decoding(machine: Machine) -> Iterator[str]:
     for way in ("called", "graph"):
         for context in contexts:
             for batch in (1, many):
-                technique = context + 5 * _steps_of(machine)
-                held = 2 * 2 * layers * batch * technique * width
+                capacity = context + 5 * _steps_of(machine)
+                held = 2 * 2 * layers * batch * capacity * width
                 if machine.on_gpu and held > 0.8 * torch.cuda.mem_get_info(machine.device)[0]:
                     why = f"does not fit: {held / 2**30:,.0f} GiB"
                     yield table_row([f"Transformer, {way}", f"{context:,}", batch, why, "", f"{held / 2**20:,.1f}"])
                     continue
-                step = CachedStep(model, batch, context, technique, way == "graph" and machine.on_gpu)
+                step = CachedStep(model, batch, context, capacity, way == "graph" and machine.on_gpu)
                 yield _measured(machine, f"Transformer, {way}", context, batch, step, held)
                 del step
                 machine.forget()
 
 
-STEP_HEADER = ["model", "context", "sequences", "ms a step", "tokens/s", "state or cache, MiB"]
+STEP_HEADER = ["model", "context", "sequences", "ms per step", "tokens/s", "state or cache, MiB"]
 
 
 def _measured(
     machine: Machine, name: str, context: int, batch: int, step: Callable[[Tensor], Tensor], held: int
 ) -> str:
-    """A row: steps one after the other, the host waiting at the end of them only."""
+    """Return a table row: steps run one after the other, with one host-device sync at their end."""
     token = torch.zeros(batch, 1, dtype=torch.int64, device=machine.device)
     steps = _steps_of(machine)
 
@@ -241,13 +249,13 @@ def _measured(
 
 
 def memory(machine: Machine) -> Iterator[str]:
-    """Forward and backward of a million bytes in one sequence."""
+    """Time forward and backward of a million bytes in one sequence, and their peak memory."""
     width, tokens = (32, 1_000) if machine.quick else (256, 2**20)
     yield (
-        f"One sequence of {tokens:,} random bytes, D = {width}, bfloat16 by autocast, forward and backward. Run again: "
-        "each block's forward pass is repeated in the backward one, so that only its input is kept.\n\n"
+        f"One sequence of {tokens:,} random bytes, D = {width}, bfloat16 by autocast, forward and backward. "
+        "Recomputed: only each block's input is kept; its forward pass runs again during the backward pass.\n\n"
     )
-    yield table(["blocks", "run again", "parameters", "seconds", "thousand tokens/s", "peak GiB"], [])
+    yield table(["blocks", "recomputed", "parameters", "seconds", "thousand tokens/s", "peak GiB"], [])
     ids = torch.randint(VOCABULARY, (1, tokens + 1), device=machine.device)
     for blocks, again in ((8, True), (2, False)):
         model = LanguageModel(VOCABULARY, d_model=width, n_layers=blocks, num_experts=1, n_heads=max(1, width // 64))

@@ -1,4 +1,4 @@
-"""The machine that benchmarks/gpu.py measures, and the page it writes while it does."""
+"""The machine that benchmarks/gpu.py measures, and the page that it writes meanwhile."""
 
 import contextlib
 import gc
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from common import seconds_of
 
-# Dense bfloat16 operations a second of a card, by a part of its name; of several, the longest.
+# Dense bfloat16 FLOPs per second of a card by a part of its name; the longest matching part counts.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -25,10 +25,10 @@ PEAK_FLOPS = {
 
 
 class Machine:
-    """Where the parts of the benchmark run, how large they are, and when the part that runs should end."""
+    """The device, the size of the benchmark, and the time at which its current part should end."""
 
     def __init__(self, device: str, quick: bool, compiles: bool):
-        """quick: in miniature. compiles: whether blocks are compiled."""
+        """Set device ("cuda", "cpu", ...), miniature size (`quick`), and whether blocks are compiled (`compiles`)."""
         self.device, self.quick, self.compiles = torch.device(device), quick, compiles
         self.ends = float("inf")
 
@@ -50,6 +50,7 @@ class Machine:
         return PEAK_FLOPS[max(known, key=len)] if known else None
 
     def wait(self) -> None:
+        """Wait until the device has finished."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
@@ -57,12 +58,12 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def compile(self, module: torch.nn.Module) -> None:
-        """In place, for the shapes it meets; in miniature only as a graph, which needs no compiler."""
+        """Compile a module in place, per shape; in miniature only trace it, which needs no compiler."""
         if self.compiles:
             module.compile(dynamic=False, backend="aot_eager" if self.quick else "inductor")
 
     def seconds(self, run: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> float:
-        """The median, each run waited for."""
+        """Return the median seconds of a run, the device's work included."""
 
         def whole() -> None:
             run()
@@ -71,13 +72,13 @@ class Machine:
         return statistics.median(seconds_of(whole, 2 if self.quick else repeats, 1 if self.quick else warmup))
 
     def forget(self) -> None:
-        """Give back memory that nothing uses."""
+        """Free memory that is no longer used."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
 
     def peak_gib(self, run: Callable[[], Any]) -> float:
-        """GiB of the card's memory at its highest while it ran; nan on a CPU."""
+        """Run once and return the peak memory of the card in GiB; NaN on a CPU."""
         if not self.on_gpu:
             run()
             return float("nan")
@@ -88,7 +89,7 @@ class Machine:
 
 
 class Page:
-    """What has been found so far, on the screen and, written anew each time, in a file."""
+    """The results so far, on the screen and in a file that is rewritten after each addition."""
 
     def __init__(self, out: Path | None):
         self.out, self.text, self.failed = out, "", False
@@ -103,7 +104,14 @@ class Page:
             scratch.replace(self.out)
 
     def section(self, title: str, machine: Machine, seconds: float, parts: Iterator[str]) -> None:
-        """Whatever comes of it: an error is written down, and the page goes on. seconds: what it should take."""
+        """Add a section. If it raises an error, the page shows the traceback and the benchmark continues.
+
+        Args:
+            title: heading of the section.
+            machine: gets the time at which the section should end.
+            seconds: time that the section may take.
+            parts: yields text to add.
+        """
         started = time.perf_counter()
         machine.ends = started + seconds
         self.add(f"\n## {title}\n\n")
@@ -112,7 +120,7 @@ class Page:
                 self.add(part)
         except Exception:
             self.failed = True
-            self.add(f"\n**Failed here; what is above stands.**\n\n```\n{traceback.format_exc()}```\n")
+            self.add(f"\n**Failed here; the results above are valid.**\n\n```\n{traceback.format_exc()}```\n")
         self.add(f"\nThis part took {time.perf_counter() - started:.0f} s.\n")
         torch.compiler.reset()
         machine.forget()

@@ -1,7 +1,7 @@
-"""Learned length on mixed text: easy, medium and hard windows, on the clock and in perplexity.
+"""Learned length on mixed text (easy, medium and hard windows): speed and perplexity.
 
 ``python benchmarks/length.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
-(two single-thread processes at a time), then the timings on the then quiet machine.
+(two single-thread processes at a time), then times the models on the quiet machine.
 
 Dimensions: B windows, N tokens.
 """
@@ -54,9 +54,9 @@ EVERY_SEED = ("plain", "plain, 4 blocks", "truncate", "pool")
 
 
 def texts() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Train and held-out ids of each kind: code-page tables, ordinary modules, certificates and keys in base64.
+    """Return train and held-out ids of each kind: code-page tables, ordinary modules, certificates and keys in base64.
 
-    Every tenth file is held out; tables are much alike, so those of easy text are nearly known.
+    Every tenth file is held out. Tables are similar, so held-out easy text is nearly known from training.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     tables = [p for p in root.glob("encodings/*.py") if b"decoding_table" in p.read_bytes()]
@@ -72,33 +72,34 @@ def texts() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def windows(ids: np.ndarray, starts: np.ndarray) -> Tensor:
-    """(B, N + 1)."""
+    """Return the windows that begin at `starts`, (B, N + 1) int64."""
     return torch.from_numpy(np.stack([ids[s : s + WINDOW + 1] for s in starts]).astype(np.int64))
 
 
 def held_out(ids: np.ndarray, count: int) -> Tensor:
-    """(count, N + 1), evenly spread, overlapping where the text is short."""
+    """Return `count` evenly spread windows, (count, N + 1); they overlap where the text is short."""
     return windows(ids, np.linspace(0, len(ids) - WINDOW - 2, count).astype(np.int64))
 
 
 def adaptive_layer(model: LanguageModel) -> LearnedLength | None:
-    technique = model.blocks[0]
-    return technique if isinstance(technique, LearnedLength) else None
+    """Return the layer of learned length; None where the model has none."""
+    layer = model.blocks[0]
+    return layer if isinstance(layer, LearnedLength) else None
 
 
 @torch.no_grad()
 def nats(model: LanguageModel, rows: Tensor) -> Tensor:
-    """(B,) mean of each window."""
+    """Return the mean nats of each window, (B,)."""
     logits = model(rows[:, :-1]).logits
     return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
 
 
 @torch.no_grad()
 def full_length(model: LanguageModel, rows: Tensor, logits: bool = True) -> Any:
-    """Every position through every block, whatever its length would be. (B, N, V) logits, or features."""
-    technique, x = adaptive_layer(model), model.embed(rows[:, :-1])
-    assert technique is not None
-    for part in (technique.trunk, technique.deep):
+    """Run every position through all blocks, whatever its length; return logits (B, N, V) or features (B, N, D)."""
+    layer, x = adaptive_layer(model), model.embed(rows[:, :-1])
+    assert layer is not None
+    for part in (layer.trunk, layer.deep):
         x, _, _ = part(x, rows[:, :-1], None, None)
     x = model.norm(x)
     return model.head(x) if logits else x
@@ -108,23 +109,23 @@ def full_length(model: LanguageModel, rows: Tensor, logits: bool = True) -> Any:
 
 
 def drawn(ids: dict[str, tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A batch of training windows, a third of each kind, and the tokens that follow."""
+    """Return a batch of training windows, a third of each kind, and their next tokens, (B, N) each."""
     starts = {kind: rng.integers(0, len(ids[kind][0]) - WINDOW - 1, BATCH // 3) for kind in KINDS}
     x = torch.cat([windows(ids[kind][0], starts[kind]) for kind in KINDS])
     return x[:, :-1], x[:, 1:]
 
 
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
-    """One training run: bits per byte of each kind as it chooses, at full length and at each length forced."""
+    """Train one model; return bits per byte of each kind at chosen lengths, at full length and at each fixed length."""
     torch.set_num_threads(1)
     if "penalty" in spec:
         return predictor_alone(**spec)
     name, seed = spec["model"], spec["seed"]
     torch.manual_seed(seed)
     model = LanguageModel(259, **{**SHAPE, **MODELS[name]})
-    technique, rng, ids = adaptive_layer(model), np.random.default_rng(seed), texts()
-    if technique is not None and "from the" in name:
-        technique.predictor.out.bias.data[-1 if name.endswith("longest") else 0] = 3.0
+    layer, rng, ids = adaptive_layer(model), np.random.default_rng(seed), texts()
+    if layer is not None and "from the" in name:
+        layer.predictor.out.bias.data[-1 if name.endswith("longest") else 0] = 3.0
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         return model(x, targets=y, logits=False).loss  # type: ignore[return-value]
@@ -135,18 +136,18 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     result["parameters"] = sum(p.numel() for p in model.parameters())
     rows = {kind: held_out(ids[kind][1], 192) for kind in KINDS}
     result |= {kind: {"bits_per_byte": bits(model, rows[kind])} for kind in KINDS}
-    if technique is not None:
+    if layer is not None:
         for kind in KINDS:
-            result[kind] |= lengths_of(model, technique, rows[kind])
+            result[kind] |= lengths_of(model, layer, rows[kind])
     return result
 
 
 def at_first(seed: int) -> dict[str, Tensor]:
-    """What the predictor of a seed's model began as."""
+    """Return the initial weights of the predictor of a seed's model."""
     torch.manual_seed(seed)
-    technique = adaptive_layer(LanguageModel(259, **{**SHAPE, **MODELS["truncate"]}))
-    assert technique is not None
-    return technique.predictor.state_dict()
+    layer = adaptive_layer(LanguageModel(259, **{**SHAPE, **MODELS["truncate"]}))
+    assert layer is not None
+    return layer.predictor.state_dict()
 
 
 def bits(model: LanguageModel, rows: Tensor) -> float:
@@ -159,14 +160,14 @@ def saved(name: str, seed: int) -> Path:
     return folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.safetensors"
 
 
-def lengths_of(model: LanguageModel, technique: LearnedLength, rows: Tensor) -> dict[str, Any]:
-    """What is chosen for one kind of text, and what each length costs in bits per byte."""
+def lengths_of(model: LanguageModel, layer: LearnedLength, rows: Tensor) -> dict[str, Any]:
+    """Return the lengths chosen for one kind of text, and the bits per byte at each length."""
     logits = full_length(model, rows)
     full = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:]).item() / math.log(2)
     chosen = record_of(model, rows).predicted_lengths[:, 0]
-    values, forced = technique.predictor.fixed, {}
+    values, forced = layer.predictor.fixed, {}
     for value in values:
-        with lengths_given(technique, torch.tensor(value)):
+        with lengths_given(layer, torch.tensor(value)):
             forced[value] = bits(model, rows)
     return {
         "full": full,
@@ -177,14 +178,14 @@ def lengths_of(model: LanguageModel, technique: LearnedLength, rows: Tensor) -> 
 
 
 @contextlib.contextmanager
-def lengths_given(technique: LearnedLength, lengths: Tensor) -> Iterator[None]:
-    """Every first window has these lengths, (B,) or (), whatever the predictor says."""
-    choose = technique.predictor.choose
-    technique.predictor.choose = lambda values, scores: lengths.reshape(-1, 1).expand(scores.shape[:-1])  # type: ignore
+def lengths_given(layer: LearnedLength, lengths: Tensor) -> Iterator[None]:
+    """Give the first windows these lengths, (B,) or (), instead of the predictor's."""
+    choose = layer.predictor.choose
+    layer.predictor.choose = lambda values, scores: lengths.reshape(-1, 1).expand(scores.shape[:-1])  # type: ignore
     try:
         yield
     finally:
-        technique.predictor.choose = choose  # type: ignore[method-assign]
+        layer.predictor.choose = choose  # type: ignore[method-assign]
 
 
 @torch.no_grad()
@@ -195,18 +196,19 @@ def record_of(model: LanguageModel, rows: Tensor) -> LengthRecord:
 
 
 def predictor_alone(penalty: float, seed: int, steps: int) -> dict[str, Any]:
-    """The trained network with a predictor trained anew, at another penalty.
+    """Train a new predictor for the trained network, at another penalty.
 
-    The predictor does not shape the network (its features come detached, and both ways out learn everywhere), so
-    this is what training all of it at that penalty gives, but for when the predictor learns.
+    The predictor does not shape the network: its features are detached, and the deep blocks and the bypass learn at
+    every position. The result is therefore that of training all of it at that penalty, except for when the predictor
+    learns.
     """
     model, ids, rng = load("truncate", seed), texts(), np.random.default_rng(seed + 100)
-    technique = adaptive_layer(model)
-    assert technique is not None
+    layer = adaptive_layer(model)
+    assert layer is not None
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    technique.predictor.load_state_dict(at_first(seed))
-    technique.predictor.requires_grad_(True)
+    layer.predictor.load_state_dict(at_first(seed))
+    layer.predictor.requires_grad_(True)
     model.train()
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
@@ -214,8 +216,8 @@ def predictor_alone(penalty: float, seed: int, steps: int) -> dict[str, Any]:
         certainty = model.config.length.entropy_weight * losses["certainty"]
         return losses["cross_entropy"] + penalty * losses["length"] + certainty
 
-    result = train(loss_of, technique.predictor, lambda: drawn(ids, rng), steps=steps)
-    save_model(technique.predictor, str(saved(f"penalty {penalty:g}", seed)))
+    result = train(loss_of, layer.predictor, lambda: drawn(ids, rng), steps=steps)
+    save_model(layer.predictor, str(saved(f"penalty {penalty:g}", seed)))
     return result
 
 
@@ -223,7 +225,7 @@ def predictor_alone(penalty: float, seed: int, steps: int) -> dict[str, Any]:
 
 
 def mixed(mix: str, ids: dict[str, tuple[np.ndarray, np.ndarray]], batch: int) -> Tensor:
-    """(B, N + 1) held-out windows in the mix's proportions, shuffled."""
+    """Return held-out windows in the mix's proportions, shuffled, (B, N + 1)."""
     rng = np.random.default_rng(7)
     counts = [round(share * batch) for share in MIXES[mix]]
     counts[-1] = batch - sum(counts[:-1])
@@ -234,13 +236,13 @@ def mixed(mix: str, ids: dict[str, tuple[np.ndarray, np.ndarray]], batch: int) -
 
 @torch.no_grad()
 def timed(model: LanguageModel, rows: Tensor, plain: LanguageModel, repeats: int) -> dict[str, list[float]]:
-    """Seconds of prefill: at full length, adaptively in groups and at the longest, and of the plain model, in turn."""
-    technique = adaptive_layer(model)
-    assert technique is not None
-    settings = technique.settings
+    """Return seconds of prefill in turn: full length, adaptive (grouped, batch_max), and the plain model."""
+    layer = adaptive_layer(model)
+    assert layer is not None
+    settings = layer.settings
 
     def adaptive(execution: str) -> None:
-        technique.settings = dataclasses.replace(settings, execution=execution)  # type: ignore[arg-type]
+        layer.settings = dataclasses.replace(settings, execution=execution)  # type: ignore[arg-type]
         model(rows[:, :-1], logits=False)
 
     runs = {
@@ -250,7 +252,7 @@ def timed(model: LanguageModel, rows: Tensor, plain: LanguageModel, repeats: int
         "plain": lambda: plain(rows[:, :-1], logits=False),
     }
     times = interleaved(runs, repeats)
-    technique.settings = settings
+    layer.settings = settings
     return times
 
 
@@ -261,12 +263,12 @@ def load(name: str, seed: int) -> LanguageModel:
 
 
 def worse(bits: float, base: float) -> float:
-    """Per cent of perplexity per byte."""
+    """Return by how many percent the perplexity per byte is above that of `base`."""
     return 100 * (2 ** (bits - base) - 1)
 
 
 def against(model: LanguageModel, plain: LanguageModel, text: Tensor, repeats: int) -> dict[str, float]:
-    """Speed and quality of a model on one batch, beside itself at full length and beside the plain model."""
+    """Return speed and quality of a model on one batch, against itself at full length and against the plain model."""
     times = timed(model, text, plain, repeats)
 
     def ratio(key: str, base: str) -> float:
@@ -296,20 +298,20 @@ HEADER = [
 
 
 def clock(batch: int = 96, repeats: int = 5) -> str:
-    """Every mix, both modes."""
+    """Return the table of speed and quality for every mix and both modes."""
     ids, rows = texts(), []
     for mix in MIXES:
         text = mixed(mix, ids, batch)
         for name in ("truncate", "pool"):
             found = [against(load(name, seed), load("plain", seed), text, repeats) for seed in SEEDS]
             rows.append([mix, name, *(spread([f[key] for f in found], DIGITS[key]) for key in DIGITS)])
-            if name == "pool":  # which has never run at that rate
+            if name == "pool":  # it never trained at full length
                 rows[-1][2 + list(DIGITS).index("worse")] = ""
     return table(["mix", "mode", *HEADER], rows)
 
 
 def by_penalty(out: Path | None, repeats: int = 3) -> str:
-    """Every penalty's predictor on the uniform mix, the higher ones on the others too; figure beside `out`."""
+    """Return the table by penalty: all on the uniform mix, the two highest on the others too. Plot the former."""
     ids, rows, points = texts(), [], []
     for mix in MIXES:
         text = mixed(mix, ids, 96)
@@ -352,7 +354,7 @@ def quality_table(results: list[dict[str, Any]]) -> str:
 
 
 def forced_table(results: list[dict[str, Any]]) -> str:
-    """Truncate and pool with every window at the same length."""
+    """Return the table of truncate and pool with every window at the same length."""
     rows = []
     for name in ("truncate", "pool"):
         here = [r for r in results if r["cell"]["model"] == name]
@@ -366,7 +368,7 @@ def forced_table(results: list[dict[str, Any]]) -> str:
 
 
 def starts_table(results: list[dict[str, Any]]) -> str:
-    """Where predictors that began at opposite ends arrive."""
+    """Return the table of the lengths at which predictors arrive that began at opposite ends."""
     rows = []
     for mode in ("truncate", "pool"):
         ends = {
@@ -383,18 +385,21 @@ def starts_table(results: list[dict[str, Any]]) -> str:
 
 
 def controls_table() -> str:
-    """Truncate, the uniform mix: its choices, these dealt to windows at random, and a predictor as it began."""
+    """Return the table of controls for truncate on the uniform mix.
+
+    Compared are the model's choices, the same choices dealt to windows at random, and an untrained predictor.
+    """
     text, rows = mixed("uniform", texts(), 384), []
     for seed in SEEDS:
         model = load("truncate", seed)
-        technique = adaptive_layer(model)
-        assert technique is not None
+        layer = adaptive_layer(model)
+        assert layer is not None
         chosen = record_of(model, text).predicted_lengths[:, 0]
         own = bits(model, text)
         shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(len(chosen)))
-        with lengths_given(technique, chosen[shuffled]):
+        with lengths_given(layer, chosen[shuffled]):
             dealt = bits(model, text)
-        technique.predictor.load_state_dict(at_first(seed))
+        layer.predictor.load_state_dict(at_first(seed))
         first = record_of(model, text).avg_predicted_length
         rows.append([seed, f"{chosen.double().mean():.0f}", f"{own:.4f}", f"{dealt:.4f}", f"{first:.0f}"])
         rows[-1].append(f"{bits(model, text):.4f}")

@@ -1,7 +1,7 @@
 """Token mixers at equal parameters on the default corpus: bits per byte at equal tokens and equal time, throughput.
 
 ``python benchmarks/mixers.py --out benchmarks/results/...`` runs every cell that is not in the log yet (two
-single-thread processes at a time), then the throughput sweep on the then quiet machine.
+single-thread processes at a time), then measures throughput on the quiet machine.
 """
 
 import json
@@ -38,10 +38,11 @@ PEERS = {"softmax attention": SoftmaxAttention, "sigmoid-gated linear": SigmoidG
 SHAPE = {"d_model": 128, "n_layers": 4, "n_seq": 256, "num_experts": 1}
 BATCH, STEPS, SECONDS, SEEDS = 12, 150, 45, (0, 1, 2)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-TOKENS_A_STEP = 16384
+TOKENS_A_STEP = 16384  # tokens per step of the throughput sweep
 
 
 def build(name: str, d_ff: int | None = None) -> LanguageModel:
+    """Return a model with the mixer of this name in every block."""
     config = ModelConfig(**SHAPE, d_ff=d_ff, **OURS.get(name, {}))  # type: ignore[arg-type]
     model = LanguageModel.from_config(config)
     if name in PEERS:
@@ -55,13 +56,14 @@ def parameters(model: LanguageModel) -> int:
 
 
 def equal(name: str) -> LanguageModel:
-    """The mixer in a model whose feed-forward width makes up for its parameters."""
+    """Return a model with the mixer; its feed-forward width makes the number of parameters equal for all mixers."""
     target, plain = parameters(build("propagator, real")), parameters(build(name))
     width = ModelConfig(**SHAPE).d_hidden + round((target - plain) / (3 * SHAPE["d_model"] * SHAPE["n_layers"]))
     return build(name, d_ff=width)
 
 
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train one model and score it."""
     torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     train_ids, val_ids = stdlib_ids()
@@ -77,6 +79,7 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def throughput(name: str, length: int) -> list[float]:
+    """Return thousand tokens per second of forward and backward, one value per run."""
     model = equal(name)
     ids = torch.randint(SHAPE["d_model"], (TOKENS_A_STEP // length, length + 1))
 
@@ -96,7 +99,7 @@ def main() -> None:
         print(json.dumps(cell(options.cell)))
         return
     names = [*OURS, *PEERS]
-    # At the training length too, for those that do not extrapolate, and ours beside them.
+    # Also at the training length: the peers do not extrapolate, and ours is their reference there.
     plan = [(name, "tokens", 1024) for name in names] + [(name, "time", 1024) for name in OURS]
     plan += [(name, "tokens", SHAPE["n_seq"]) for name in ("propagator, real", *PEERS)]
     cells = [{"mixer": n, "budget": b, "window": w, "seed": seed} for seed in SEEDS for n, b, w in plan]

@@ -1,7 +1,7 @@
-"""Multi-scale against flat: bits per byte at equal steps and at equal training time, boundaries, and the clock.
+"""Multi-scale against flat: bits per byte at equal steps and at equal training time, boundaries, and speed.
 
 ``python benchmarks/multiscale.py --out benchmarks/results/...`` first runs every training cell that is not in the log
-yet (two single-thread processes at a time), then the timings on the then quiet machine.
+yet (two single-thread processes at a time), then times the models on the quiet machine.
 
 Dimensions: B sequences, N tokens.
 """
@@ -43,10 +43,11 @@ SHAPE = {"d_model": 128, "n_seq": LENGTH, "num_experts": 1}
 
 
 def scales(layers: list[int], boundaries: str = "fixed", factor: int = 4) -> dict[str, Any]:
+    """Return the model field for one level of chunks."""
     return {"multiscale": {"factors": [factor], "layers": layers, "boundaries": boundaries}}
 
 
-# name -> fields of the model. Eight blocks each, sixteen below, and equal parameters but for the resampling.
+# name -> fields of the model. Eight blocks each (sixteen in DEEPER); parameters are equal except for the resampling.
 MODELS: dict[str, dict[str, Any]] = {
     "flat": {"n_layers": 8},
     "stride 4, 1-6-1": scales([1, 6, 1]),
@@ -65,7 +66,7 @@ BY_CORPUS = {
     "default corpus": tuple(MODELS),
     "Tiny Shakespeare": ("flat", "stride 4, 1-6-1", "words, 2-5-1"),
 }
-EQUAL_TIME = "words, 2-5-1"  # gets the seconds that the flat model's steps took, the median of its runs
+EQUAL_TIME = "words, 2-5-1"  # also trained for the time that the flat model's steps took (median of its runs)
 
 
 def corpus(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +77,7 @@ def corpus(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def closes(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor | None:
-    """(B, N) bool, where chunks end; None in a flat model."""
+    """Return where chunks end, (B, N) bool; None for a flat model."""
     with torch.no_grad():
         records = [r for r in model(ids, logits=False).records if isinstance(r, ChunkRecord)]
     return records[0].closes if records else None
@@ -86,7 +87,7 @@ def closes(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
-    """One training run: what it reached, the seconds it took, and where it ends its chunks."""
+    """Train one model; return its score, its seconds, and where its chunks end."""
     torch.set_num_threads(1)
     train_ids, val_ids = corpus(spec["corpus"])
     torch.manual_seed(spec["seed"])
@@ -112,7 +113,7 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def texts() -> dict[str, bytes]:
-    """Code, tables and prose, up to 64 KiB each; code and tables are held out of the default corpus."""
+    """Return up to 64 KiB each of code and tables, held out of the default corpus, and of prose if it is there."""
     held_out = [b"".join(d.pieces()) for d in split("stdlib", None, 0.05)[1]]
     tables = [text for text in held_out if b"decoding_table" in text or b"decoding_map" in text]
     found = {"code": b"".join(t for t in held_out if t not in tables), "tables": b"".join(tables)}
@@ -123,7 +124,7 @@ def texts() -> dict[str, bytes]:
 
 
 def chunks_of(model: LanguageModel, text: bytes) -> dict[str, Any]:
-    """Mean and tenths of the lengths of a text's chunks, and an excerpt with "|" where they end."""
+    """Return mean and quantiles of the chunk lengths of a text, and an excerpt with "|" where chunks end."""
     ids = encode(text)[None]
     ends_here = closes(model, ids)[0]  # type: ignore[index]
     ends = ends_here.nonzero().flatten()
@@ -147,12 +148,12 @@ def chunks_of(model: LanguageModel, text: bytes) -> dict[str, Any]:
 
 
 def ratios(times: dict[str, list[float]], base: str) -> dict[str, str]:
-    """Base over each, pair by pair: median (least to greatest)."""
+    """Return the times of `base` divided by those of each, pair by pair: median (least to greatest)."""
     return {n: spread([b / t for b, t in zip(times[base], ts, strict=True)], 2) for n, ts in times.items()}
 
 
 def inner_stack_ratio(repeats: int = 7) -> str:
-    """Six blocks on 2,048 positions against the same six on 512, forward and backward."""
+    """Return the time of six blocks on 2,048 positions divided by that on 512, forward and backward."""
     torch.manual_seed(0)
     stack = build_stack(ModelConfig(d_model=160, n_layers=6, num_experts=1), torch.nn.Identity())
 
@@ -164,7 +165,14 @@ def inner_stack_ratio(repeats: int = 7) -> str:
 
 
 def clock(ids: np.ndarray, width: int, batch: int, length: int, repeats: int = 5) -> list[list[str]]:
-    """Training step, prefill and decode of every model, as ratios to the flat one."""
+    """Return the table rows of training step, prefill and decoding of every model, against the flat one.
+
+    Args:
+        ids: held-out text.
+        width: model width of all models.
+        batch, length: sequences and tokens of a training step.
+        repeats: timed runs.
+    """
     models = {}
     for name, fields in MODELS.items():
         torch.manual_seed(0)
@@ -213,7 +221,7 @@ def clock(ids: np.ndarray, width: int, batch: int, length: int, repeats: int = 5
 
 
 def quality_table(results: list[dict[str, Any]], name: str) -> str:
-    """Every model on one corpus, beside the flat one seed by seed."""
+    """Return the table of every model on one corpus, against the flat one, seed by seed."""
     here = [r for r in results if r["cell"]["corpus"] == name]
     by_cell = {(r["cell"]["model"], r["cell"]["seed"]): r for r in here if "steps" in r["cell"]}
     rows = []
@@ -231,7 +239,7 @@ def quality_table(results: list[dict[str, Any]], name: str) -> str:
 
 
 def boundary_pages(results: list[dict[str, Any]]) -> str:
-    """Chunk lengths and excerpts where content decides, of the first seed."""
+    """Return chunk lengths and excerpts of the first seed, for boundaries that depend on content."""
     shown = ("words, 1-6-1", "learned, 1-6-1", "learned from words, 1-6-1")
     rows, pictures = [], ""
     for r in results:
@@ -250,7 +258,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
     parser.add_argument("--log", type=Path, default=Path("runs/benchmarks/multiscale.jsonl"))
-    parser.add_argument("--deeper", action="store_true", help="the models of 16 blocks too")
+    parser.add_argument("--deeper", action="store_true", help="also train the models of 16 blocks")
     parser.add_argument("--train-only", action="store_true", help="fill the log and stop before the timings")
     options = parser.parse_args()
     if options.cell is not None:

@@ -1,4 +1,4 @@
-"""The core's kernels on this machine: speed against the step-by-step loop, scaling with N, share of a mixer layer.
+"""The kernels of the core: speed against the step-by-step loop, scaling with N, share of a mixer layer's time.
 
 Dimensions: B batch, N sites, H chains, D model width.
 """
@@ -19,7 +19,7 @@ LANES, LENGTH = 256, 2048
 
 
 def loop_against_kernels() -> str:
-    """Forward + backward of g on 256 lanes x 2048 sites, complex64."""
+    """Return the table of forward + backward of g on 256 lanes x 2,048 sites, complex64."""
     d = (torch.rand(1, LENGTH, LANES) * 6 - 3 - 1j).requires_grad_()
     w = torch.rand(1, LENGTH, LANES).requires_grad_()
     g0, upstream = torch.zeros(1, LANES, dtype=torch.complex64), torch.randn(1, LENGTH, LANES, dtype=torch.complex64)
@@ -40,7 +40,7 @@ def loop_against_kernels() -> str:
 
 
 def scaling() -> str:
-    """propagate, forward + backward, N = 1K to 1M; the slope of log time over log N."""
+    """Return the table of `propagate`, forward + backward, for N = 1K to 1M, with the slope of log time over log N."""
     rows = []
     for name in available_backends():
         lengths, times = [2**i for i in range(10, 21, 2)], []
@@ -60,7 +60,7 @@ def scaling() -> str:
 
 
 def share_of_a_layer() -> str:
-    """One mixer layer at D = 256, N = 2048: its core against its own linear projections."""
+    """Return the table of one mixer layer at D = 256, N = 2,048: its core against its linear projections."""
     mixer = PropagatorMixer(ModelConfig(d_model=256, num_experts=1))
     x = torch.randn(1, 2048, 256, requires_grad=True)
     q, k, v = (torch.randn(1, 2048, mixer.heads, mixer.width).requires_grad_() for _ in range(3))

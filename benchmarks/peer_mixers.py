@@ -1,4 +1,4 @@
-"""Token mixers of others, in the same block as ours: what the benchmarks compare with.
+"""Other token mixers, for the same block as ours: the references of the benchmarks.
 
 Dimensions: B batch, N positions, D width, H heads.
 """
@@ -16,7 +16,7 @@ from resnet_bk.ops.kernels import scan
 
 
 class SoftmaxAttention(nn.Module):
-    """Causal softmax attention, RoPE (Su et al. 2021, arXiv:2104.09864), torch's SDPA. Parallel form only."""
+    """Causal softmax attention with RoPE (Su et al. 2021, arXiv:2104.09864), by torch's SDPA. Parallel form only."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -32,7 +32,7 @@ class SoftmaxAttention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding, (B, H, N, K)."""
+    """Apply rotary position embedding to x (B, H, N, K)."""
     half = x.shape[-1] // 2
     frequency = 10000 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(x.shape[-2], device=x.device).unsqueeze(-1) * frequency
@@ -41,8 +41,10 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class SigmoidGatedAttention(nn.Module):
-    """Our propagator mixer with the resolvent's decay replaced by ``sigmoid(linear)``, as in gated linear attention and
-    Mamba-2: everything else, the kernel included, is the same."""
+    """Our propagator mixer with the decay ``sigmoid(linear)``, as in gated linear attention and Mamba-2.
+
+    Everything else is the same, the kernel included.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()

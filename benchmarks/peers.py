@@ -1,7 +1,7 @@
-"""Families of language models on the same bytes, machine and clock: what equal training time buys, and what it costs.
+"""Families of language models on the same bytes and machine: quality after equal training time, and costs.
 
 ``python benchmarks/peers.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
-(two single-thread processes at a time), then the clocks on the then quiet machine.
+(two single-thread processes at a time), then times the models on the quiet machine.
 
 Dimensions: B sequences, N tokens, V vocabulary.
 """
@@ -33,10 +33,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SECONDS, BATCH, LENGTH, SEEDS = 240, 12, 256, (0,)
-WINDOWS = (LENGTH, 1_024)  # bytes scored at a time
-AT_ONCE = 16_384  # bytes of a prefill, or one sequence
-PREFILLS = {512: 7, 2_048: 7, 8_192: 3, 32_768: 3}  # N -> repeats
-QUALITY_AT = 2_048  # N of the prefill and of the FLOPs that quality is held against
+WINDOWS = (LENGTH, 1_024)  # bytes per scored window
+AT_ONCE = 16_384  # bytes of a prefill; one sequence if that is longer
+PREFILLS = {512: 7, 2_048: 7, 8_192: 3, 32_768: 3}  # N -> timed runs
+QUALITY_AT = 2_048  # N of the prefill and the FLOPs that quality is compared with
 PROMPT, NEW, REPEATS = 64, 128, 7
 VOCABULARY = 259
 Times = dict[str, dict[str, list[float]]]  # measurement -> name -> milliseconds
@@ -47,10 +47,13 @@ MODELS_AT = Path("runs/benchmarks/peers")
 
 
 class Peer:
-    """A model of whatever family, by what this benchmark asks of it.
+    """A model of any family, with the methods that this benchmark needs.
 
-    logits(ids): (B, N, V) of ids (B, N). flops(ids): operations of a forward pass.
-    read(ids, state=None): logits (B, 1, V) after the last of ids, and the state there, from which reading goes on.
+    Subclasses have three more:
+
+    - ``logits(ids)``: logits (B, N, V) of ids (B, N).
+    - ``flops(ids)``: operations of a forward pass.
+    - ``read(ids, state=None)``: logits (B, 1, V) after the last of ids, and the state there, to continue from.
     """
 
     def __init__(self, model: nn.Module):
@@ -61,7 +64,7 @@ class Peer:
 
 
 class Ours(Peer):
-    """LanguageModel; operations by its ledger."""
+    """A LanguageModel; its ledger counts the operations."""
 
     def __init__(self, **fields: Any):
         super().__init__(LanguageModel(VOCABULARY, n_seq=LENGTH, num_experts=1, **fields))
@@ -83,7 +86,7 @@ class Ours(Peer):
 
 
 class HuggingFace(Peer):
-    """A model of transformers, by its `model_type`."""
+    """A model of transformers, named by its `model_type`."""
 
     def __init__(self, kind: str, width: int, layers: int, **fields: Any):
         shape = {"vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": layers}
@@ -99,20 +102,20 @@ class HuggingFace(Peer):
         return output.logits, output.cache
 
     def flops(self, ids: Tensor) -> float:
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter leaves out
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's counter leaves it out
         with FlopCounterMode(display=False, custom_mapping={attention: causal_attention_flops}) as counter:
             self.model(ids, use_cache=False)
         return counter.get_total_flops()
 
 
 def causal_attention_flops(query: Sequence[int], key: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """Of both products, without what lies above the diagonal."""
+    """Return the FLOPs of both matrix products, without the part above the diagonal."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * (key[2] + 1) * width
 
 
 def llama(width: int, layers: int) -> Peer:
-    """RoPE, SwiGLU; heads and feed-forwards as wide as ours."""
+    """Return a Llama (RoPE, SwiGLU) with heads and feed-forwards as wide as ours."""
     shape = {"num_attention_heads": width // 32, "intermediate_size": -(-width // 3) * 8}
     return HuggingFace(
         "llama", width, layers, max_position_embeddings=max(PREFILLS), attn_implementation="sdpa", **shape
@@ -120,8 +123,10 @@ def llama(width: int, layers: int) -> Peer:
 
 
 def nano_gpt(width: int, layers: int) -> Peer:
-    """GPT-2 without dropout. Positions are learned, as many as it is trained at; beyond, they start again, so that
-    the clock can run."""
+    """Return a GPT-2 without dropout.
+
+    It has as many learned positions as the training length. Beyond, they start again, so longer texts can be timed.
+    """
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attn_implementation": "sdpa"}
     peer = HuggingFace("gpt2", width, layers, num_attention_heads=width // 32, n_positions=LENGTH, **off)
     positions = peer.model.transformer.wpe
@@ -130,7 +135,7 @@ def nano_gpt(width: int, layers: int) -> Peer:
 
 
 def mamba2(width: int, layers: int) -> Peer:
-    """In plain torch: its own kernels need CUDA. Inner width twice the model's, heads 64 wide."""
+    """Return a Mamba-2 in plain torch (its kernels need CUDA), with inner width 2 D and heads 64 wide."""
     shape = {"num_heads": width // 32, "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 64}
     return HuggingFace("mamba2", width, layers, rescale_prenorm_residual=True, **shape)
 
@@ -152,19 +157,19 @@ class Entry(NamedTuple):
 
 
 def words(*layers: int, **fields: Any) -> dict[str, Any]:
-    """Some blocks on bytes, some on words."""
+    """Return the model field for blocks on bytes, on words, and on bytes again."""
     return {"multiscale": {"factors": [4], "layers": list(layers), "boundaries": "whitespace", **fields}}
 
 
 SIZES = ((64, 3), (96, 4), (128, 6))  # width, layers
-# At the least width. By hand, 150 s of one core of an AMD EPYC, one seed, bits per byte in the better windows:
+# For the smallest width. Tried by hand, 150 s of one core of an AMD EPYC, one seed, bits per byte in better windows:
 # Llama 1.724, 1.752, 1.748 at 3e-3, 6e-3, 1e-2; nanoGPT 2.512, 2.371 at 3e-3, 6e-3; Mamba-2 1.679, 1.672 at 6e-3, 1e-2;
 # plain 1.584, 1.511, 1.481 and adaptive 1.551, 1.482, 1.486 at 3e-3, 6e-3, 1e-2.
 RATES = {"Llama": 3e-3, "nanoGPT": 6e-3, "Mamba-2": 1e-2, "ResNet-BK plain": 1e-2, ADAPTIVE: 1e-2}
 
 
 def entries() -> dict[str, Entry]:
-    """Name -> family, fields of its constructor, learning rate: in inverse proportion to the width."""
+    """Return every model by name. Learning rates are in inverse proportion to the width."""
 
     def entry(family: str, fields: dict[str, Any], width: int) -> Entry:
         return Entry(family, fields, round(RATES[family] * SIZES[0][0] / width, 5))
@@ -192,7 +197,7 @@ MODELS = entries()
 
 
 def planned(kind: str, seed: int) -> list[dict[str, Any]]:
-    """A cell for every model. kind: "training"; or "memory", of one step of the trained model."""
+    """Return a cell per model. kind: "training", or "memory" (of one step of the trained model)."""
     common = {"batch": BATCH, "length": LENGTH, "seconds": SECONDS, "seed": seed}
     return [{"kind": kind, "model": name, **entry._asdict(), **common} for name, entry in MODELS.items()]
 
@@ -218,16 +223,23 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def bits_per_byte(logits: Callable[[Tensor], Tensor], rows: Tensor, window: int) -> float:
-    """Of rows (B, N + 1), cut into windows that are read alone. logits: (B, N, V) of ids (B, N)."""
+    """Return the bits per byte of rows (B, N + 1), cut into windows that do not see each other.
+
+    Args:
+        logits: returns logits (B, N, V) of ids (B, N).
+        rows: held-out ids.
+        window: bytes per window.
+    """
     x, y = (part.reshape(-1, window).split(AT_ONCE // window) for part in (rows[:, :-1], rows[:, 1:]))
     pairs = zip(x, y, strict=True)
     return bits(torch.cat([F.cross_entropy(logits(a).transpose(1, 2), b, reduction="none") for a, b in pairs]))
 
 
 def peak_of_step(peer: Peer) -> float:
-    """MiB of resident memory, at its highest in a training step, above that before it. Linux.
+    """Return by how many MiB resident memory rises at most during a training step. Linux only.
 
-    Not getrusage's ru_maxrss, which starts at what the parent process had."""
+    getrusage's ru_maxrss does not serve: it starts at the peak of the parent process.
+    """
 
     def resident(what: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -235,7 +247,7 @@ def peak_of_step(peer: Peer) -> float:
 
     rows = held_out()
     training_step(rows[:1, :17], peer)  # compiles kernels
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     training_step(rows[:BATCH, : LENGTH + 1], peer)
     return (resident("VmHWM") - before) / 1024
@@ -256,21 +268,21 @@ def load(name: str, seed: int) -> Peer:
 
 
 def in_turn(peers: dict[str, Peer], run: Callable[[Peer], Any], per: float, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each by `per`."""
+    """Return the milliseconds of each timed run divided by `per`, by name; models run in turn."""
     times = interleaved({name: partial(run, peer) for name, peer in peers.items()}, repeats)
     return {name: [1000 * s / per for s in seconds] for name, seconds in times.items()}
 
 
 @torch.no_grad()
 def decode(ids: Tensor, peer: Peer) -> None:
-    """The likeliest byte NEW times, one at a time, from the state after ids (B, N)."""
+    """Generate NEW bytes greedily, one at a time, after ids (B, N)."""
     logits, state = peer.read(ids)
     for _ in range(NEW):
         logits, state = peer.read(logits.argmax(-1), state)
 
 
 def training_step(rows: Tensor, peer: Peer) -> None:
-    """Forward and backward of rows (B, N + 1)."""
+    """Run forward and backward of rows (B, N + 1)."""
     peer.model.train()
     peer.loss(rows[:, :-1], rows[:, 1:]).backward()
     peer.model.zero_grad()
@@ -278,7 +290,7 @@ def training_step(rows: Tensor, peer: Peer) -> None:
 
 
 def clocks(peers: dict[str, Peer], rows: Tensor) -> Times:
-    """Prefill a byte at each N, decoding a byte, a training step."""
+    """Return milliseconds of prefill per byte at each N, of decoding per byte, and of a training step."""
     text = rows[:, :-1].flatten()
     found = {}
     for length, repeats in PREFILLS.items():
@@ -300,7 +312,7 @@ COSTS = {
     "flops": f"MFLOPs a byte, N = {QUALITY_AT:,}",
     "memory": "peak memory of a training step, MiB",
 }
-Found = dict[str, dict[str, float]]  # name -> "bits" and each of COSTS
+Found = dict[str, dict[str, float]]  # name -> "bits" and each cost of COSTS
 
 
 def quality(runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -315,7 +327,7 @@ def quality(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def beside_the_best(found: Found) -> str:
-    """Each other family's best model, and the adaptive one fastest in prefill that is as good, if any is."""
+    """Return the table of each other family's best model against the fastest adaptive one of at least its quality."""
     rows = []
     for family in [f for f in FAMILIES if f != ADAPTIVE]:
         best = min((n for n in found if MODELS[n].family == family), key=lambda n: found[n]["bits"])
@@ -327,7 +339,7 @@ def beside_the_best(found: Found) -> str:
 
 
 def plot(found: Found, out: Path) -> None:
-    """Bits per byte against each cost, beside the page: all models, and the best that each family has for a cost."""
+    """Plot bits per byte against each cost, with the best of each family up to that cost; an SVG next to the page."""
     figure, panels = plt.subplots(1, len(COSTS), figsize=(22, 4.5), sharey=True)
     for axes, cost in zip(panels, COSTS, strict=True):
         for number, family in enumerate(FAMILIES):

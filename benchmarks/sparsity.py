@@ -1,7 +1,7 @@
-"""Learned sparsity in the core: the clock of sparse chains, and what leaving sites out costs a trained model.
+"""Learned sparsity in the core: speed of sparse chains, and quality of trained models.
 
 ``python benchmarks/sparsity.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
-(two single-thread processes at a time), then the timings on the then quiet machine.
+(two single-thread processes at a time), then times the models on the quiet machine.
 
 Dimensions: B sequences, N sites, D model width, H heads.
 """
@@ -36,6 +36,7 @@ TRAINED = Trained("sparsity", SHAPE, MODELS, batch=12, steps=300, seeds=(0, 1, 2
 
 
 def dense_of(name: str) -> str:
+    """Return the name of the dense model with the same readout."""
     return "diagonal" if name.startswith("diagonal") else "dense"
 
 
@@ -43,7 +44,7 @@ def dense_of(name: str) -> str:
 
 
 def core_steps(readout: str, width: int, length: int, target: float) -> dict[str, Callable[[], None]]:
-    """Forward and backward of a core, and of the whole mixer around it, dense and at exactly `target` sparsity."""
+    """Return runs of forward and backward of a core and of its whole mixer, dense and with `target` of sites out."""
     shape = {"d_model": 4 * width, "readout": readout, "n_heads": 4 if readout == "propagator" else None}
     mixers = {}
     for name, sparsity in (("dense", SparsityConfig()), ("sparse", SparsityConfig(target=target))):
@@ -84,6 +85,7 @@ def core_steps(readout: str, width: int, length: int, target: float) -> dict[str
 
 
 def clock() -> str:
+    """Return the table of speed of cores and mixers with half of the sites left out."""
     lines = []
     for readout, width in (("propagator", 32), ("propagator", 64), ("diagonal", 32)):
         for length in LENGTHS:
@@ -99,7 +101,7 @@ def clock() -> str:
 
 
 def whole_models(rows: Tensor) -> str:
-    """Prefill of 8 x 2,048 held-out bytes and training steps of 12 x 256, in turn with the dense model's."""
+    """Return the table of prefill (8 x 2,048 held-out bytes) and training steps (12 x 256), against dense models."""
     found = TRAINED.speeds({"prefill": prefill(rows), "training step": training_step(rows)}, dense_of)
     lines = [[name, spread(f["prefill"], 2), spread(f["training step"], 2)] for name, f in found.items()]
     return table(["model", "prefill, x faster than dense", "training step, x faster than dense"], lines)
@@ -109,7 +111,7 @@ def whole_models(rows: Tensor) -> str:
 
 
 def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> str:
-    """Bits per byte and sparsity, and who is kept: by tenths of the dense model's loss."""
+    """Return the table of bits per byte and sparsity; plot the share kept by tenths of the dense model's loss."""
     lines, curves = [], {}
     dense: dict[tuple[str, int], Tensor] = {}
     for name in MODELS:
@@ -138,7 +140,7 @@ def quality(results: list[dict[str, Any]], rows: Tensor, out: Path | None) -> st
 
 
 def _kept(records: list[Any]) -> Tensor:
-    """(B, N), the share of mixers in which each position is kept."""
+    """Return the share of mixers that keep each position, (B, N)."""
     return torch.stack([r.kept.double() for r in records if isinstance(r, SparsityRecord)]).mean(0)
 
 

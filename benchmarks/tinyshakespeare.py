@@ -1,9 +1,9 @@
-"""Tiny Shakespeare by characters: nanoGPT's CPU recipe against our default model in the same wall-clock time.
+"""Tiny Shakespeare by characters: nanoGPT's CPU recipe against our default model in equal wall-clock time.
 
-The flat Transformer (4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 steps, no dropout) is trained first; our
-model then gets exactly the seconds that took, on the same machine, seed by seed. Split: first 90%, last 10%.
+The flat Transformer (4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 steps, no dropout) trains first. Our model
+then trains for exactly as many seconds on the same machine, seed by seed. Split: first 90%, last 10%.
 
-Dimensions: B sequences a step, N tokens.
+Dimensions: B sequences per step, N tokens.
 """
 
 import math
@@ -51,6 +51,7 @@ class FlatTransformer(nn.Module):
 
 
 def load(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return train ids, validation ids (uint16) and the number of different characters."""
     text = path.read_text()
     alphabet = {character: i for i, character in enumerate(sorted(set(text)))}
     ids = np.array([alphabet[character] for character in text], np.uint16)

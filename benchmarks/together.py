@@ -1,7 +1,7 @@
-"""The techniques in one model: perplexity, executed FLOPs and the clock, against the plain model with every expert on.
+"""All techniques in one model: perplexity, executed FLOPs and speed, against the plain model with every expert on.
 
 ``python benchmarks/together.py --out benchmarks/results/...`` first runs every training cell that is not in the log yet
-(two single-thread processes at a time), then the timings on the then quiet machine.
+(two single-thread processes at a time), then times the models on the quiet machine.
 
 Dimensions: B sequences, N tokens.
 """
@@ -55,7 +55,7 @@ TRAINED = Trained(
 
 
 def quality(results: list[dict[str, Any]], rows: Tensor) -> str:
-    """Bits per byte, and FLOPs that ran on the held-out text, by the ledger."""
+    """Return the table of bits per byte and of FLOPs executed on the held-out text, by the ledger."""
     lines, plain, whole = [], [], plain_flops(TRAINED.load("plain", 0).config)
     for name in TRAINED.models:
         bpb, saved = [], []
@@ -83,7 +83,7 @@ def quality(results: list[dict[str, Any]], rows: Tensor) -> str:
 
 
 def clock(rows: Tensor) -> str:
-    """In turn with the plain model: prefill of 8 x 2,048 bytes, training steps of 12 x 256, greedy decoding."""
+    """Return the table of prefill (8 x 2,048 bytes), training steps (12 x 256) and greedy decoding, against plain."""
 
     def decode(model: LanguageModel) -> None:
         with torch.no_grad():
@@ -104,7 +104,7 @@ def clock(rows: Tensor) -> str:
 
 
 def counted(rows: Tensor) -> str:
-    """What the ledger itself costs: the same with it open, in turn."""
+    """Return the table of the ledger's own cost: the same runs with and without it, in turn."""
     lines = []
     for name in ("plain", "fast", NARROW + LONG):
         model, row = TRAINED.load(name, 0), [name]
@@ -121,7 +121,7 @@ def counted(rows: Tensor) -> str:
 
 
 def stages(rows: Tensor) -> str:
-    """Where the FLOPs of one model run, one seed."""
+    """Return the table of FLOPs by part of the model SHOWN, one seed."""
     model = TRAINED.load(SHOWN, 0)
     with Ledger(model) as ledger:
         scored(model, rows[:64])

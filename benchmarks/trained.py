@@ -1,4 +1,4 @@
-"""Models that a benchmark trains once, in cells of a resumable log, and loads again to measure.
+"""Models that a benchmark trains once, with a resumable log, and loads again to measure.
 
 Dimensions: B sequences, N tokens.
 """
@@ -27,7 +27,7 @@ from resnet_bk.study.measure import rank_correlation
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-HELD_OUT, WINDOW = 2**18, 1024  # bytes scored, and at a time
+HELD_OUT, WINDOW = 2**18, 1024  # bytes scored; bytes per window
 Run = Callable[[LanguageModel], Any]
 Page = Callable[[list[dict[str, Any]], Tensor, Path | None], str]
 
@@ -35,9 +35,16 @@ Page = Callable[[list[dict[str, Any]], Tensor, Path | None], str]
 class Trained:
     """The models of one benchmark, trained on one of CORPORA.
 
-    models: name -> fields of the model. timed: name -> a model and a share: trained not for so many steps, but for that
-    share of the processor's seconds that the other one took (the median of its seeds). only: corpus -> the models that
-    are trained on it, where not all are.
+    Args:
+        benchmark: name of the script without ".py".
+        shape: fields that all models share.
+        models: name -> further fields of the model.
+        batch: sequences per step.
+        steps: training steps of models that are not in `timed`.
+        seeds: each model is trained once with each.
+        timed: name -> (other model, share). The model trains for this share of the processor time that the other one
+            took (the median of its seeds), instead of for `steps`.
+        only: corpus -> names of the models that are trained on it, where not all are.
     """
 
     def __init__(
@@ -56,8 +63,15 @@ class Trained:
         self.batch, self.steps, self.seeds, self.corpus, self.only = batch, steps, seeds, "stdlib", only or {}
 
     def main(self, script: str, about: str | None, title: str, page: Page) -> None:
-        """The whole command line. page: from the results of the training cells, held-out rows and where the page goes,
-        what it says below its title and conditions."""
+        """Run the whole command line.
+
+        Args:
+            script: path of the benchmark.
+            about: its docstring, shown by --help.
+            title: title of the page.
+            page: returns the page below title and conditions, given the results of the training cells, the held-out
+                rows (B, N + 1) and the path of the page (None: screen only).
+        """
         parser = arguments(about)
         parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
         parser.add_argument("--corpus", choices=CORPORA, default=self.corpus)
@@ -93,7 +107,7 @@ class Trained:
         self.timed = {name: timed for name, timed in self.timed.items() if name in self.models}
 
     def _cells(self, budgets: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-        """One for each model and seed. budgets: name -> {"steps": ...} or {"seconds": ...}."""
+        """Return one cell per model and seed. budgets: name -> {"steps": ...} or {"seconds": ...}."""
         return [
             {
                 "corpus": self.corpus,
@@ -138,8 +152,17 @@ class Trained:
     def speeds(
         self, runs: dict[str, Run], reference: Callable[[str], str], repeats: int = 7
     ) -> dict[str, dict[str, list[float]]]:
-        """By model and run: how many times as fast as its reference model it is, all models in turn, every seed; and
-        under "... ms" the median milliseconds of each seed."""
+        """Time all models in turn, for every seed.
+
+        Args:
+            runs: name -> what to time.
+            reference: returns the name of the reference model of a model.
+            repeats: timed runs per seed.
+
+        Returns:
+            model -> run -> how many times as fast as the reference model, for each pair of runs; under "RUN ms", the
+            median milliseconds of each seed.
+        """
         found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in self.models}
         for seed in self.seeds:
             models = {name: self.load(name, seed) for name in self.models}
@@ -152,7 +175,7 @@ class Trained:
         return found
 
     def described(self) -> str:
-        """How they were trained, in words."""
+        """Return how the models were trained, in words."""
         return (
             f"D = {self.shape['d_model']}, {CORPORA[self.corpus][1]}, {self.steps} steps of {self.batch} x "
             f"{self.shape['n_seq']} bytes, AdamW 3e-3 cosine, one thread a run, two runs at a time; up to {HELD_OUT:,} "
@@ -161,7 +184,7 @@ class Trained:
 
 
 def held_out(corpus: str = "stdlib") -> Tensor:
-    """(B, N + 1) ids, end to end."""
+    """Return held-out windows of WINDOW tokens and their next token, (B, N + 1) ids, without gaps."""
     _, ids = CORPORA[corpus][0]()
     count = min(HELD_OUT, len(ids) - 1) // WINDOW
     return torch.from_numpy(np.stack([ids[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(count)]).astype(np.int64))
@@ -169,7 +192,7 @@ def held_out(corpus: str = "stdlib") -> Tensor:
 
 @torch.no_grad()
 def scored(model: LanguageModel, rows: Tensor) -> tuple[Tensor, list[ModelOutput]]:
-    """Nats (B, N) of every token, and what the model returned for sixteen rows at a time, without logits."""
+    """Return the nats of every token, (B, N), and the model's outputs for 16 rows at a time, without logits."""
     nats, outputs = [], []
     for x in rows.split(16):
         output = model(x[:, :-1])
@@ -180,7 +203,7 @@ def scored(model: LanguageModel, rows: Tensor) -> tuple[Tensor, list[ModelOutput
 
 
 def prefill(rows: Tensor) -> Run:
-    """8 x 2,048 of the rows' tokens."""
+    """Return a run that reads 8 x 2,048 tokens of the rows."""
     ids = long_rows(rows)
 
     def run(model: LanguageModel) -> None:
@@ -191,12 +214,12 @@ def prefill(rows: Tensor) -> Run:
 
 
 def long_rows(rows: Tensor) -> Tensor:
-    """(8, 2048) ids."""
+    """Return (8, 2048) ids of the rows, two windows each."""
     return rows[:16, :WINDOW].reshape(8, 2 * WINDOW)
 
 
 def training_step(rows: Tensor) -> Run:
-    """Forward and backward of 12 x 256 tokens."""
+    """Return a run of forward and backward of 12 x 256 tokens."""
 
     def run(model: LanguageModel) -> None:
         model.train()(rows[:12, :256], targets=rows[:12, 1:257], logits=False).loss.backward()
@@ -206,23 +229,31 @@ def training_step(rows: Tensor) -> Run:
 
 
 def bits(nats: Tensor) -> float:
+    """Return the mean in bits."""
     return nats.mean().item() / math.log(2)
 
 
 def worse(bpb: float, reference: float) -> float:
-    """Perplexity per byte, % above that of the reference."""
+    """Return by how many percent the perplexity per byte is above that of the reference."""
     return 100 * (2 ** (bpb - reference) - 1)
 
 
 def by_tenth(loss: Tensor, what: Tensor) -> tuple[list[float], float]:
-    """Means of `what` in each tenth of the tokens by loss, and the rank correlation of the two. Any shape."""
+    """Return the mean of `what` in each tenth of the tokens by loss, and their rank correlation. Any equal shapes."""
     loss, what = loss.flatten(), what.flatten().double()
     tenths = [tenth.mean().item() for tenth in what[loss.argsort()].tensor_split(10)]
     return tenths, rank_correlation(loss, what)
 
 
 def plot_tenths(curves: dict[str, list[list[float]]], of_whom: str, what: str, out: Path | None) -> None:
-    """Medians over the seeds, with their spread, beside the page. curves: name -> for each seed, ten means."""
+    """Plot medians over the seeds and their spread, as an SVG with the name of the page.
+
+    Args:
+        curves: name -> for each seed, ten means.
+        of_whom: name of the model whose loss orders the bytes.
+        what: label of the y axis.
+        out: path of the page; None writes nothing.
+    """
     figure, axes = plt.subplots(figsize=(6, 4))
     for name, seeds in curves.items():
         axes.plot(range(1, 11), middle(seeds), marker="o", label=name)
@@ -234,5 +265,5 @@ def plot_tenths(curves: dict[str, list[list[float]]], of_whom: str, what: str, o
 
 
 def middle(curves: list[list[float]]) -> list[float]:
-    """The median curve, point by point."""
+    """Return the median of the curves, point by point."""
     return [statistics.median(values) for values in zip(*curves, strict=True)]

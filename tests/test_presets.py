@@ -49,12 +49,12 @@ def test_an_unknown_name_is_refused():
 def parsed(monkeypatch, tmp_path):
     """Return the configuration that a command line is parsed to. No command is run."""
     monkeypatch.chdir(tmp_path)
-    seen = []
-    monkeypatch.setattr(cli, "_run", lambda command, config: seen.append(config) or 0)
+    configs = []
+    monkeypatch.setattr(cli, "_run", lambda command, config: configs.append(config) or 0)
 
     def parse(*arguments):
         assert cli.main(arguments) == 0
-        return seen[-1]
+        return configs[-1]
 
     return parse
 

@@ -35,7 +35,7 @@ def _fsync(path: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the files that a manifest covers: all but itself, the model card and hidden ones, by relative name.
+    """Return the files that a manifest covers, by relative name: all but itself, the model card and hidden ones.
 
     Raises:
         CheckpointError: the folder has a link or a device.

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin
+from typing import Any, get_origin
 
 import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -35,57 +35,24 @@ from resnet_bk.config import (
 )
 from resnet_bk.extras import MissingExtraError, extra
 
-
-class _Command(NamedTuple):
-    """A command.
-
-    Attributes:
-        config: class of its settings. A setting `base` names a file with the settings of a run to start from.
-        function: "module:name"; takes the settings, those of the run if there is a `base`, and a console.
-        help: text for the help page.
-    """
-
-    config: type
-    function: str
-    help: str
-
-
 _COMMANDS = {
-    "train": _Command(
-        TrainConfig,
-        "resnet_bk.study.run:train",
-        "Train a model, score it on held-out text, measure its speed, write a report.",
-    ),
-    "eval": _Command(
-        EvalConfig,
-        "resnet_bk.study.evaluation:evaluate_checkpoint",
-        "Score a checkpoint: bits per byte and perplexities.",
-    ),
-    "generate": _Command(
-        GenerateConfig,
-        "resnet_bk.inference.generation:generate",
-        "Continue a prompt.",
-    ),
-    "inspect": _Command(
-        InspectConfig,
-        "resnet_bk.study.inspection:inspect",
-        "Show the FLOPs that a checkpoint uses for each byte of a text, as colors.",
-    ),
-    "report": _Command(
-        ReportConfig,
-        "resnet_bk.study.comparison:report",
-        "Compare finished runs on one page: table, curves, Pareto fronts, texts in colors.",
-    ),
-    "tune": _Command(
-        TuneConfig,
-        "resnet_bk.study.tune:tune",
-        "Search settings for the trade-off between held-out bits per byte and measured time.",
-    ),
-    "ablate": _Command(
-        AblateConfig,
-        "resnet_bk.study.ablate:ablate",
-        "Train every combination of a recipe's techniques; measure what each one saves and costs.",
-    ),
+    "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
+    "eval": (EvalConfig, "Score a checkpoint: bits per byte and perplexities."),
+    "generate": (GenerateConfig, "Continue a prompt."),
+    "inspect": (InspectConfig, "Show the FLOPs that a checkpoint uses for each byte of a text, as colors."),
+    "report": (ReportConfig, "Compare finished runs on one page: table, curves, Pareto fronts, texts in colors."),
+    "tune": (TuneConfig, "Search settings for the trade-off between held-out bits per byte and measured time."),
+    "ablate": (AblateConfig, "Train every combination of a recipe's techniques; measure what each saves and costs."),
+}
+# Imported when the command runs. Arguments: its settings, those of a run (if it has a setting `base`), and a console.
+_FUNCTIONS = {
+    "train": "resnet_bk.study.run:train",
+    "eval": "resnet_bk.study.evaluation:evaluate_checkpoint",
+    "generate": "resnet_bk.inference.generation:generate",
+    "inspect": "resnet_bk.study.inspection:inspect",
+    "report": "resnet_bk.study.comparison:report",
+    "tune": "resnet_bk.study.tune:tune",
+    "ablate": "resnet_bk.study.ablate:ablate",
 }
 
 
@@ -100,7 +67,7 @@ def _parser() -> ArgumentParser:
         description="Language models that spend compute where the text is hard.",
     )
     commands = parser.add_subcommands(dest="command")
-    for name, (config, _, text) in _COMMANDS.items():
+    for name, (config, text) in _COMMANDS.items():
         command = ArgumentParser(exit_on_error=False, description=text)
         preset = f", or a model to start from: {', '.join(PRESETS)}" if config is TrainConfig else ""
         command.add_argument("--config", action="config", help=f"YAML file with any of the settings below{preset}.")
@@ -116,7 +83,7 @@ def _parser() -> ArgumentParser:
 
 def _positional(command: str | None) -> dict[str, str]:
     """Map each setting without a default to its text in the usage line; RUN... stands for a list of runs."""
-    every = fields(_COMMANDS[command].config) if command else ()
+    every = fields(_COMMANDS[command][0]) if command else ()
     names = {f.name: get_origin(f.type) is list for f in every if f.default is f.default_factory is MISSING}
     return {name: f"{name.removesuffix('s').upper()}..." if many else name.upper() for name, many in names.items()}
 
@@ -175,7 +142,7 @@ def _check_no_whole_section(arguments: Sequence[str], kind: type) -> None:
 
 def _settings(command: str | None) -> dict[str, str]:
     """Map the dotted name of each setting of a command to what it allows, in words."""
-    return {name: in_words(kind) for name, kind in all_fields(_COMMANDS[command].config).items()} if command else {}
+    return {name: in_words(kind) for name, kind in all_fields(_COMMANDS[command][0]).items()} if command else {}
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
@@ -232,8 +199,14 @@ def _one_line(error: Exception | str) -> str:
     return text if len(text) <= 1000 else text[:997] + "..."
 
 
-def _fail(message: Exception | str, code: int) -> int:
-    print(f"resnet-bk: error: {_one_line(message)}", file=sys.stderr)
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(message: Exception | str, code: int, once: bool = False) -> int:
+    """Print an error and return its exit code. once: all processes of a run fail in the same way, and rank 0 prints."""
+    if not once or _is_rank_0():
+        print(f"resnet-bk: error: {_one_line(message)}", file=sys.stderr)
     return code
 
 
@@ -250,7 +223,7 @@ def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, A
     command = command if command in _COMMANDS else None
     try:
         if command:
-            config = _COMMANDS[command].config
+            config, _ = _COMMANDS[command]
             _check_no_whole_section(arguments, config)
             # a preset has no budget, so it cannot be the recipe of another command
             presets = PRESETS if command == "train" and given_as == "--config" else ()
@@ -261,7 +234,7 @@ def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, A
         parsed = parser.parse_args(arguments)
         values = dict(vars(parser.instantiate(parsed)[parsed.command]))
         values.pop("config", None)
-        return parsed.command, _COMMANDS[parsed.command].config(**values)
+        return parsed.command, _COMMANDS[parsed.command][0](**values)
     except ConfigError:
         raise
     except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:  # of the parser and its loaders
@@ -273,12 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))
     except (ConfigError, MissingExtraError) as error:
-        return _fail(error, 2) if _is_rank_0() else 2
-
-
-def _is_rank_0() -> bool:
-    """True in the process of a run that prints what is the same in all of them."""
-    return os.environ.get("RANK", "0") == "0"
+        return _fail(error, 2, once=True)
 
 
 def _run(command: str, config: Any) -> int:
@@ -294,18 +262,18 @@ def _run(command: str, config: Any) -> int:
 
     if command != "train" and (count := world_size()) > 1:
         message = f"{command}: got {count} processes, allowed 1: only train can share its work; start one process"
-        return _fail(message, 2) if _is_rank_0() else 2
+        return _fail(message, 2, once=True)
     try:
         settings = [config]
         if hasattr(config, "base"):
             settings.append(_parse(["train", f"--config={config.base}"], f"{command}.base")[1])
-        pkgutil.resolve_name(_COMMANDS[command].function)(*settings, Console())
+        pkgutil.resolve_name(_FUNCTIONS[command])(*settings, Console())
     except StoppedError as stopped:
         if _is_rank_0():
             print(f"resnet-bk: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except NonFiniteError as error:
-        return _fail(error, 1) if _is_rank_0() else 1
+        return _fail(error, 1, once=True)
     except UnicodeDecodeError as error:
         return _fail(f"{command}: the input is not UTF-8 at byte {error.start}", 2)
     except (ConfigError, CheckpointError) as error:

@@ -1,7 +1,7 @@
-"""Compile every kernel of the Triton backend for an H100 that need not be there; prints names and bytes shared.
+"""Compile all kernels of the Triton backend for an H100, without one; print each name and its bytes of shared memory.
 
-The backend is called as ever, on CPU tensors of the types named on the command line; its kernels are compiled for what
-they are given and not launched.
+The backend is called as usual, on CPU tensors of the dtypes named on the command line. Its kernels are compiled for
+their arguments and not launched.
 """
 
 import sys

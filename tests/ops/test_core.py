@@ -1,4 +1,4 @@
-"""The core's functions against the dense float64 definitions; state, padding, precision, bad input.
+"""Tests of the core's functions: the dense float64 definitions, state, padding, precision, invalid input.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width.
 """
@@ -13,7 +13,7 @@ REGIMES = {"complex": 0.3 + 0.2j, "real": 0.1}
 
 
 def chain(regime, n, batch=2, heads=2, dtype=torch.float64):
-    """Random energies, hoppings, q, k, v; dominant for the real regime."""
+    """Return random energies, hoppings, q, k and v; diagonally dominant in the real regime."""
     if regime == "real":
         hop = torch.rand(batch, n, heads, dtype=dtype) * 0.8 + 0.2
         a = -2 - torch.rand(batch, n, heads, dtype=dtype)
@@ -34,7 +34,7 @@ def test_every_length_to_257_equals_the_dense_definition(backend):
             a, hop, q, k, v = (x[:1, :, :1] for x in chain(regime, n, batch=1, heads=1))
             one = a[0, :, 0], z, hop[0, :, 0]
             rows = q[0, :, 0], k[0, :, 0], v[0, :, 0]
-            # the last row of a dense inverse is as good a check of g and P as all of them, and N times cheaper
+            # the last row of the inverse depends on the whole chain, and it is N times cheaper to check than all rows
             dense = naive.resolvent(*one)
             assert relative(left_green(a, z, hop)[0][0, -1, 0], dense[-1, -1]) <= 1e-12
             assert relative(resolvent_diagonal(a, z, hop)[0, :, 0], dense.diagonal()) <= 1e-12
@@ -108,12 +108,12 @@ def test_complex64_error_is_small_and_g_stays_in_its_bounds(backend, eta):
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("causal", [True, False])
-def test_padding_anywhere_is_as_if_it_were_not_there(every_backend, regime, causal):
+def test_padding_anywhere_changes_nothing(every_backend, regime, causal):
     z = REGIMES[regime]
     a, hop, q, k, v = chain(regime, 40)
     keep = torch.rand(2, 40) < 0.7
     keep[0, :5], keep[1, -9:] = False, False
-    # values in padding must not matter, not even NaN
+    # values at padding must not matter, not even NaN
     dirty = [torch.where(keep.view(2, 40, *[1] * (x.dim() - 2)), x, torch.nan) for x in (q, k, v)]
     y, state = propagate(*dirty, a, z, hop, mask=keep, causal=causal)
     g, last = left_green(a, z, hop, mask=keep)
@@ -133,7 +133,7 @@ def test_padding_anywhere_is_as_if_it_were_not_there(every_backend, regime, caus
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("cut", [1, 13, 32, 99])
-def test_a_chain_cut_anywhere_goes_on_from_its_state(backend, regime, cut):
+def test_a_cut_chain_continues_from_its_state(backend, regime, cut):
     z = REGIMES[regime]
     a, hop, q, k, v = chain(regime, 100)
     whole, end = propagate(q, k, v, a, z, hop)
@@ -232,13 +232,13 @@ def long_chain(regime, n):
         ({"state": torch.zeros(2, 2)}, ValueError, "state: expected"),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(change, error, words):
+def test_invalid_input_is_refused(change, error, words):
     inputs = {"a": torch.zeros(2, 3, 1) - 3, "z": 0.0, "hop": None, "state": None, "mask": None} | change
     with pytest.raises(error, match=words):
         left_green(inputs.pop("a"), inputs.pop("z"), inputs.pop("hop"), **inputs)
 
 
-def test_bad_propagator_input_is_refused():
+def test_invalid_propagator_input_is_refused():
     a, q, v = torch.zeros(1, 3, 1) - 3, torch.zeros(1, 3, 1, 3), torch.zeros(1, 3, 1, 2)
     with pytest.raises(ValueError, match="K must be even"):
         propagate(q, q, v, a, 1j)

@@ -1,4 +1,4 @@
-"""The registered operators: registration, backends, FLOP formulas, planted bugs.
+"""Tests of the registered operators: registration, backends, FLOP formulas, a planted bug.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width.
 """
@@ -103,7 +103,7 @@ def test_registered_flops_count_the_steps():
 
 
 def test_a_wrong_scan_order_is_caught(monkeypatch):
-    """Planted bug: chunks composed from the right. The comparison with the dense definition must see it."""
+    """Planted bug: the chunks come back in reversed order. The comparison with the dense definition must fail."""
     a = -2 - torch.rand(1, 50, 1, dtype=torch.float64)
     hop = torch.ones_like(a)
     expected = naive.left_green(a[0, :, 0], 0.0, hop[0, :, 0])

@@ -1,6 +1,6 @@
-"""Properties of the core, over random chains: 500 examples each in CI.
+"""Properties of the core over random chains: 500 examples each in CI.
 
-Dimensions: B = H = 1 here, N sites.
+Dimensions: N sites, B = H = 1.
 """
 
 import torch
@@ -71,7 +71,7 @@ def test_any_cut_gives_the_same(c, data):
 
 
 @given(chains(least=2), st.data())
-def test_the_future_changes_no_bit(c, data):
+def test_later_sites_change_no_bit(c, data):
     a, z, hop, q, k, v = c
     t = data.draw(st.integers(1, a.shape[1] - 1))
     y, _ = propagate(q, k, v, a, z, hop)
@@ -99,7 +99,7 @@ def test_padding_is_neutral(c, data):
 
 
 @given(chains())
-def test_the_diagonal_does_not_know_left_from_right(c):
+def test_the_diagonal_is_the_same_read_from_the_end(c):
     a, z, hop, *_ = c
     mirrored = torch.cat([hop[:, :1], hop[:, 1:].flip(1)], dim=1)  # hop[0] links to nothing
     assert close(resolvent_diagonal(a.flip(1), z, mirrored).flip(1), resolvent_diagonal(a, z, hop))

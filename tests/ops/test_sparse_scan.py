@@ -1,4 +1,4 @@
-"""Sparse chains against the definition; gradients, state, padding, FLOPs, both backends.
+"""Tests of sparse chains: the definition, gradients, state, padding, FLOPs, backends.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width.
 """
@@ -86,14 +86,14 @@ def test_kept_sites_of_a_bidirectional_chain_read_the_whole_resolvent(backend, r
     kept = sparsity(n, 1, 1)
     y, _ = propagate(*packed(q, k, kept), v, a, REGIMES[regime], hop, causal=False, sparsity=kept)
     keep = kept.gate[0] > 0
-    silent = torch.where(keep[None, :, None, None], v, 0)  # those left out say nothing
+    silent = torch.where(keep[None, :, None, None], v, 0)  # sites left out contribute nothing
     row = (q[0, :, 0], k[0, :, 0], silent[0, :, 0], a[0, :, 0], REGIMES[regime], hop[0, :, 0])
     expected = naive.propagate(*row, causal=False)
     torch.testing.assert_close(y[0, keep, 0], expected[keep], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_sites_left_out_of_a_diagonal_hang_on_the_chain_that_is_left(regime):
+def test_sites_left_out_of_a_diagonal_link_to_the_kept_chain(regime):
     n = 17
     *_, a, hop = (x[:1, :, :1] for x in chain(regime, n))
     hop = torch.ones_like(hop)
@@ -105,7 +105,7 @@ def test_sites_left_out_of_a_diagonal_hang_on_the_chain_that_is_left(regime):
     z = REGIMES[regime]
     g, _ = left_green(a, z, hop, sparsity=whole)
     torch.testing.assert_close(g[:, keep], left_green(a[:, keep], z)[0], rtol=1e-12, atol=1e-12)
-    alone = torch.cat([a[:, :5], a[:, 6:7]], dim=1)  # the second one takes the first one's place
+    alone = torch.cat([a[:, :5], a[:, 6:7]], dim=1)  # site 6 in the place of site 5
     torch.testing.assert_close(g[:, 6], left_green(alone, z)[0][:, -1], rtol=1e-12, atol=1e-12)
     both = resolvent_diagonal(a, z, hop, sparsity=whole)
     torch.testing.assert_close(both[:, keep], resolvent_diagonal(a[:, keep], z), rtol=1e-12, atol=1e-12)
@@ -128,7 +128,10 @@ def test_gradients_are_exact(backend, n):
 
 
 def test_the_gradient_of_a_gate_is_what_its_site_is_worth(backend):
-    """That of the formula, which is linear in each gate but for the effects on other sites; none where it is 0."""
+    """The gradient is that of the formula, which is linear in a gate except for effects on other sites.
+
+    A gate of 0 has no gradient.
+    """
     inputs = scan_inputs(41)
     loss = lambda y, s, r: y.square().sum() + s.square().sum() + r.square().sum()  # noqa: E731
     (grad,) = torch.autograd.grad(loss(*sparse_scan(*inputs)), inputs[7])
@@ -137,7 +140,7 @@ def test_the_gradient_of_a_gate_is_what_its_site_is_worth(backend):
     gate = inputs[7].detach()
     assert (grad[gate == 0] == 0).all()
     assert (grad[gate == 1] != 0).all()
-    # at the last site nothing follows: an output is linear in the gate, and one step is the difference it makes
+    # no site follows the last one, so its output is linear in its gate: the gradient is the difference between 1 and 0
     gate[:, -1] = 1
     q = torch.randn(2, int(gate.sum(1).max()), 3, 3, dtype=torch.float64)
     with_it = [q, q, *(x.detach() for x in inputs[2:7]), gate.requires_grad_(), *(x.detach() for x in inputs[8:])]
@@ -149,8 +152,8 @@ def test_the_gradient_of_a_gate_is_what_its_site_is_worth(backend):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 31, 32, 33, 64, 70])
-def test_whatever_the_rows_keep(backend, kept):
-    """One row keeps so many sites, another none, a third all; decays of 0; what follows the kept ones is ignored."""
+def test_rows_keep_different_numbers_of_sites(backend, kept):
+    """One row keeps `kept` sites, another none, a third all. Decays of 0. What follows the kept sites is ignored."""
     gate = torch.zeros(3, 70, dtype=torch.float64)
     gate[0, torch.randperm(70)[:kept]] = 1
     gate[2] = 1
@@ -206,7 +209,7 @@ def test_the_operator_passes_opcheck():
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("readout", ["propagator", "diagonal"])
 def test_state_and_padding(every_backend, regime, readout):
-    """In two pieces, the second with padding in it, as in one go."""
+    """Two pieces, the second with padding, equal one whole."""
     q, k, v, a, hop = chain(regime, 50)
     whole = sparsity(50)
     z = REGIMES[regime]
@@ -231,7 +234,7 @@ def test_state_and_padding(every_backend, regime, readout):
     kept = replace(whole, gate=padded(whole.gate).where(mask, 0))
     rows = [padded(x) for x in (q, k, v, a, hop)]
     for x in rows[:3]:
-        x[:, [0, 7]] = torch.nan  # stays where it is
+        x[:, [0, 7]] = torch.nan  # must not spread
     second, after = run(rows, state, kept, mask)
     torch.testing.assert_close(torch.cat([first, second[:, place]], dim=1), expected, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(tuple(after), tuple(last), rtol=1e-10, atol=1e-11)
@@ -248,7 +251,7 @@ def test_flops_count_kept_sites():
     assert counter.get_total_flops() == heads * (19 * keys * values * kept + 11 * values * (20 - kept))
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_invalid_input_is_refused():
     q, k, v, a, hop = chain("real", 5)
     gate, one = torch.ones(2, 5, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     mask = torch.ones(2, 5, dtype=torch.bool)

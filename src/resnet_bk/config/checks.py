@@ -33,7 +33,7 @@ def shown(value: object) -> str:
 
 
 def _repr(value: object) -> Iterator[str]:
-    """Yield the repr of a value that a file can hold piece by piece, and of a long text only its beginning."""
+    """Yield in pieces the repr of a value that a file can hold; of a long text only the beginning."""
     if type(value) is dict:
         yield "{"
         for i, (name, inner) in enumerate(value.items()):
@@ -169,7 +169,7 @@ def is_section(kind: Any) -> bool:
 
 
 def all_fields(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every setting by its dotted name, the sections and the settings in them."""
+    """Return the types of all settings by dotted name, of sections as well as of the settings in them."""
     found: dict[str, Any] = {}
     for f in fields(kind):
         found[prefix + f.name] = f.type

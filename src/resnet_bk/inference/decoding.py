@@ -64,7 +64,7 @@ class StaticStep:
 
     def _run(self) -> Tensor:
         kind = self.ids.device.type
-        # Without autocast's cache of cast weights: a graph would keep reading copies that are freed with the cache.
+        # Autocast must not cache its copies of weights: a graph would keep reading them.
         dtype, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False):
             output = self.model(self.ids, state=self.state)

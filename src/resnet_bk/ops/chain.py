@@ -51,10 +51,12 @@ class Sparsity:
     Attributes:
         gate: (B, N) float, exactly 1 at kept sites and 0 elsewhere; must be 0 at padding. The gradient of a 1 is what
             keeping the site is worth; a 0 gets no gradient.
-        fill: (H,) float, factor on the output of the last kept site at each site left out, on top of the chain's decay.
-        own: (H,) float, weight of ``g_t v_t`` in the output of a site left out. Not used for diagonals, which have no v.
+        fill: (H,) float, factor by which the output of the last kept site fades at each site left out, on top of the
+            decay of the chain there.
+        own: (H,) float, weight of ``g_t v_t`` in the output of a site left out. Diagonals, which have no v, ignore it.
         tile: packed lengths are rounded up to a multiple of it.
-        bound: number of kept sites that packed tensors can hold; more raise an error. Default: the fullest row's number.
+        bound: number of kept sites of a row that packed tensors hold; more raise an error. Default: that of the row
+            with most kept sites.
     """
 
     gate: Tensor

@@ -263,7 +263,7 @@ class _Semiseparable:
 
 
 def _without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x with its exact zeros (absent links, padding) replaced by 1, where an angle has a derivative, and ``|x|``."""
+    """Return x with its exact zeros (absent links, padding) replaced by 1, which has an angle, and ``|x|``."""
     zero = x == 0
     x = torch.where(zero, 1.0, x)
     return x, torch.where(zero, 0.0, x.abs())

@@ -75,8 +75,8 @@ def sparse_propagate(
 ) -> Tensor:
     """Return y of a causal chain with sites left out, (N, V). The sum of :func:`propagate` runs over kept sites only.
 
-    The output of a site left out is that of the last kept site, multiplied by ``fill (-hop g)`` of each site since, plus
-    ``own g v``. A complex chain takes the magnitudes of ``-hop g`` and g.
+    The output of a site left out is that of the last kept site, multiplied by ``fill (-hop g)`` of each site since,
+    plus ``own g v``. A complex chain takes the magnitudes of ``-hop g`` and g.
 
     Args:
         q_NK: (N, K).

@@ -119,7 +119,9 @@ def _backward(
                     for j in range(values):
                         here[i, j] = a * earlier[i, j] + ki * u[j]
                 kept += 1
-            flow = alpha.dtype.type(0)  # gradient of the decay from the last kept site to the next one, or to the chunk's end
+            flow = alpha.dtype.type(
+                0
+            )  # gradient of the decay from the last kept site to the next one, or to the chunk's end
             if gate[b, stop - 1] == 0:
                 for i in range(width):
                     for j in range(values):

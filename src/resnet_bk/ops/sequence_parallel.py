@@ -1,7 +1,7 @@
 """Sequence parallelism: each process holds one piece of a long sequence and computes what enters it from earlier ones.
 
 Three things pass from a piece to the next: g of its last site, the state S, and the last inputs of the short
-convolution. A piece changes g by a Möbius map and S by a decay and a sum, and these maps do not grow with its length. So
+convolution. A piece changes g by a Möbius map, and S by a decay and a sum; these maps do not grow with its length. So
 each process computes the map of its own piece, all maps are gathered, and each process composes the maps of the pieces
 before its own. No process waits until another one has computed its piece (README, section 7).
 
@@ -77,7 +77,7 @@ class Pieces:
         return self._mine(entering)
 
     def state(self, k: Tensor, v: Tensor, a: Tensor, z: Tensor | complex, hop: Tensor | None = None) -> PropagatorState:
-        """Return the state that enters this piece, for :func:`resnet_bk.ops.propagate`. Arguments as there, no padding."""
+        """Return the state that enters this piece. Arguments as in :func:`resnet_bk.ops.propagate`, without padding."""
         chain = check_chain(a, z, hop)
         g0 = self._green(chain)
         g = green(chain.d, chain.w, g0, None)

@@ -182,7 +182,7 @@ def sparse_scan_op(
     s0: Tensor,
     r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run :func:`sparse_scan`; return also S before each SCAN_CHUNK-th kept site, (B, H, chunks, K, V), for backward."""
+    """Run :func:`sparse_scan` and return also S before each SCAN_CHUNK-th kept site, (B, H, chunks, K, V)."""
     return backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fade, own, gate, s0, r0)
 
 

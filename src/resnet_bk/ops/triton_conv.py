@@ -1,8 +1,8 @@
-"""The short depthwise convolution in Triton: every input comes from memory once, its W uses from the cache.
+"""The short depthwise convolution in Triton. An input is read from memory once; its W uses come from the cache.
 
 Dimensions: B batch, N positions, C channels, W width.
 
-Bytes that a position of one channel moves in float32: forward 8, backward 12, and 8 W / SITES of partial sums.
+Bytes moved per position and channel in float32: 8 forward, 12 backward, and 8 W / SITES of partial sums.
 """
 
 import torch
@@ -10,20 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SITES, CHANNELS = 64, 64  # of a program
+SITES, CHANNELS = 64, 64  # tile of one program
 
 
 @triton.jit
-def _place(length, channels, SITES: tl.constexpr, CHANNELS: tl.constexpr):
-    """Row, positions and channels of this program."""
+def _tile_of_program(length, channels, SITES: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the row, the positions (SITES,) and the channels (CHANNELS,) of this program."""
     tiles = tl.cdiv(length, SITES)
     t = (tl.program_id(0) % tiles) * SITES + tl.arange(0, SITES)
     return (tl.program_id(0) // tiles).to(tl.int64), t, tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
 
 
 @triton.jit
-def _rows(x, row, t, c, length, channels, ACC: tl.constexpr):
-    """(SITES, CHANNELS) of x (B, length, C), 0 beyond its ends."""
+def _load_tile(x, row, t, c, length, channels, ACC: tl.constexpr):
+    """Return a (SITES, CHANNELS) tile of x (B, length, C), 0 outside of x."""
     at = (row * length + t)[:, None] * channels + c[None, :]
     return tl.load(x + at, mask=((t >= 0) & (t < length))[:, None] & (c < channels)[None, :], other=0).to(ACC)
 
@@ -40,11 +40,11 @@ def _forward(
     CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    row, t, c = _place(length, channels, SITES, CHANNELS)
+    row, t, c = _tile_of_program(length, channels, SITES, CHANNELS)
     total = tl.zeros([SITES, CHANNELS], ACC)
     for i in tl.static_range(WIDTH):
         tap = tl.load(weight + i * channels + c, mask=c < channels, other=0).to(ACC)
-        total += _rows(x, row, t + i, c, length + WIDTH - 1, channels, ACC) * tap[None, :]
+        total += _load_tile(x, row, t + i, c, length + WIDTH - 1, channels, ACC) * tap[None, :]
     at = (row * length + t)[:, None] * channels + c[None, :]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(t < length)[:, None] & (c < channels)[None, :])
 
@@ -63,14 +63,14 @@ def _backward(
     CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """partial: (programs, W, C), each tile's part of the gradient of the weights."""
+    """Write grad_x, and to partial (programs, W, C) the part of each tile in the gradient of the weights."""
     longer = length + WIDTH - 1
-    row, t, c = _place(longer, channels, SITES, CHANNELS)
-    here = _rows(x, row, t, c, longer, channels, ACC)
+    row, t, c = _tile_of_program(longer, channels, SITES, CHANNELS)
+    here = _load_tile(x, row, t, c, longer, channels, ACC)
     total = tl.zeros([SITES, CHANNELS], ACC)
     for i in tl.static_range(WIDTH):
         tap = tl.load(weight + i * channels + c, mask=c < channels, other=0).to(ACC)
-        arriving = _rows(grad, row, t - i, c, length, channels, ACC)
+        arriving = _load_tile(grad, row, t - i, c, length, channels, ACC)
         total += arriving * tap[None, :]
         at = (tl.program_id(0).to(tl.int64) * WIDTH + i) * channels + c
         tl.store(partial + at, tl.sum(arriving * here, 0), mask=c < channels)
@@ -78,7 +78,7 @@ def _backward(
     tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), mask=(t < longer)[:, None] & (c < channels)[None, :])
 
 
-def _launch(batch: int, positions: int, weight: Tensor) -> tuple[tuple[int, int], dict]:
+def _launch_options(batch: int, positions: int, weight: Tensor) -> tuple[tuple[int, int], dict]:
     width, channels = weight.shape
     exact = tl.float64 if weight.dtype == torch.float64 else tl.float32
     grid = batch * triton.cdiv(positions, SITES), triton.cdiv(channels, CHANNELS)
@@ -87,20 +87,20 @@ def _launch(batch: int, positions: int, weight: Tensor) -> tuple[tuple[int, int]
 
 
 def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
-    """As :func:`resnet_bk.ops.chunked.conv_forward`."""
+    """Same as :func:`resnet_bk.ops.chunked.conv_forward`."""
     x, weight = x.contiguous(), weight.contiguous()
     length = x.shape[1] - weight.shape[0] + 1
     y = x.new_empty(x.shape[0], length, x.shape[2])
-    grid, options = _launch(x.shape[0], length, weight)
+    grid, options = _launch_options(x.shape[0], length, weight)
     with torch.cuda.device_of(x):
         _forward[grid](x, weight, y, length, x.shape[2], **options)
     return y
 
 
 def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`resnet_bk.ops.chunked.conv_backward`."""
+    """Same as :func:`resnet_bk.ops.chunked.conv_backward`."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
-    grid, options = _launch(x.shape[0], x.shape[1], weight)
+    grid, options = _launch_options(x.shape[0], x.shape[1], weight)
     grad_x = torch.empty_like(x)
     partial = weight.new_empty(grid[0], *weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     with torch.cuda.device_of(x):

@@ -1,12 +1,16 @@
-"""The Green's function in Triton: chunks of about sqrt(N) sites, a lane of the grid each (README, sections 2 and 6).
+"""The Green's function in Triton, in chunks of about sqrt(N) sites, one lane for each chunk (README, sections 2 and 6).
 
-Dimensions: B batch, N sites, H chains, C sites in a chunk, M chunks. In memory a complex number is a pair, in a kernel
-two tensors; the second is carried along unused where numbers are real, and the compiler drops it.
+A complex number is a pair in memory and two tensors in a kernel. With real numbers the second tensor is unused, and the
+compiler removes it.
 
-Bytes that a site of one chain moves in float32 (real, complex), beside 2 of a mask and 1/C of 24 to 64 between chunks:
+Dimensions: B batch, N sites, H chains, C sites in a chunk, M chunks.
 
-    forward    reads d, w twice        16, 24    writes g        4, 8     together 20, 32
-    backward   reads grad, g, w twice  24, 40    writes dd, dw   8, 12    together 32, 52
+Bytes moved per site and chain in float32, for real and for complex numbers:
+
+    forward    reads d, w twice        16, 24    writes g        4, 8     total 20, 32
+    backward   reads grad, g, w twice  24, 40    writes dd, dw   8, 12    total 32, 52
+
+A mask adds 2. What passes between chunks adds 24 to 64 per chunk.
 """
 
 import math
@@ -16,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES = 128  # chunks, of all chains of a row, that one program takes
-STAGES = 4  # sites loaded ahead: a step is one division, far less than memory takes to answer
+LANES = 128  # chunks of one program, from all chains of a row
+STAGES = 4  # sites loaded ahead: the one division of a step takes far less time than a load
 
 
 @triton.jit
@@ -48,7 +52,7 @@ def _store(x, at, re, im, live, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _lanes(heads, chunks, LANES: tl.constexpr):
-    """Row, chunk and chain of each lane, chains fastest as in memory, and which lanes there are."""
+    """Return row, chunk and chain of each lane, and which lanes exist. Heads vary fastest, as in memory."""
     blocks = tl.cdiv(chunks * heads, LANES)
     lane = (tl.program_id(0) % blocks) * LANES + tl.arange(0, LANES)
     return (tl.program_id(0) // blocks).to(tl.int64), (lane // heads).to(tl.int64), lane % heads, lane < chunks * heads
@@ -75,7 +79,7 @@ def _compose(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """pieces, (3, B, M, H): r, t, l of each chunk, which answers ``r + x t / (1 - x l)`` to the g that enters it."""
+    """Write r, t, l of each chunk, which maps the entering g, x, to ``r + x t / (1 - x l)``, to pieces (3, B, M, H)."""
     row, m, head, lane = _lanes(heads, chunks, LANES)
     r = tl.zeros([LANES], w.dtype.element_ty)
     ri, left, left_i, ti = r, r, r, r
@@ -99,8 +103,8 @@ def _compose(
 
 
 @triton.jit
-def _enter(pieces, g0, heads, chunks, size, lanes, COMPLEX: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr):
-    """From piece to piece: the g that enters each chunk takes the place of its r."""
+def _carry_g(pieces, g0, heads, chunks, size, lanes, COMPLEX: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr):
+    """Carry g from chunk to chunk, and replace r of each chunk in pieces by the g that enters it."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     live = lane < lanes
     g, gi = _load(g0, lane, live, COMPLEX)
@@ -169,10 +173,10 @@ def _adjoint(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``carried <- conj(w g^2) (grad + carried)`` from each chunk's last site to its first.
+    """Compute ``carried <- conj(w g^2) (grad + carried)`` from the last site of each chunk to its first.
 
-    COMPOSE: as a function ``c + p carried`` of what enters at the chunk's end, into leaving (2, B, M, H). Otherwise
-    what enters is read from there, and grad_d and grad_w are written.
+    With COMPOSE, the result is a function ``c + p carried`` of what enters at the end of the chunk; c and p are written
+    to leaving (2, B, M, H). Without, what enters is read from leaving, and grad_d and grad_w are written.
     """
     row, m, head, lane = _lanes(heads, chunks, LANES)
     at = (row * chunks + m) * heads + head
@@ -212,10 +216,10 @@ def _adjoint(
 
 
 @triton.jit
-def _leave(
+def _carry_adjoint(
     leaving, grad_g0, heads, chunks, size, lanes, COMPLEX: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr
 ):
-    """From the last chunk to the first: what enters each chunk at its end takes the place of its c."""
+    """Carry the adjoint from the last chunk to the first, and replace c of each chunk by what enters at its end."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     live = lane < lanes
     later = tl.zeros([LANES], leaving.dtype.element_ty)
@@ -232,7 +236,18 @@ def _leave(
 
 
 class _Launch:
-    """How the chains of a call are cut, and what its kernels are told."""
+    """Chunk sizes, grids and options of the kernels of one call.
+
+    Attributes:
+        mask: uint8; w in its place if there is none, which the kernels then do not read.
+        pieces: shape (B, M, H).
+        sites: integer arguments of the kernels that run over the sites of chunks.
+        chains: integer arguments of the kernels that run over the chunks of chains.
+        site_options: options of the former kernels.
+        chain_options: options of the latter.
+        site_grid: grid of the former.
+        chain_grid: grid of the latter.
+    """
 
     def __init__(self, w: Tensor, mask: Tensor | None, is_complex: bool):
         batch, length, heads = w.shape
@@ -243,40 +258,40 @@ class _Launch:
         size, lanes = batch * chunks * heads, batch * heads
         self.sites = length, heads, chunk, chunks, size
         self.chains = heads, chunks, size, lanes
-        self.kind = {"COMPLEX": is_complex, "LANES": LANES, "STAGES": STAGES, "enable_fp_fusion": True}
-        self.kind_of_sites = {**self.kind, "MASKED": mask is not None}
-        self.by_site = (batch * triton.cdiv(chunks * heads, LANES),)
-        self.by_chain = (triton.cdiv(lanes, LANES),)
+        self.chain_options = {"COMPLEX": is_complex, "LANES": LANES, "STAGES": STAGES, "enable_fp_fusion": True}
+        self.site_options = {**self.chain_options, "MASKED": mask is not None}
+        self.site_grid = (batch * triton.cdiv(chunks * heads, LANES),)
+        self.chain_grid = (triton.cdiv(lanes, LANES),)
 
 
-def _numbers(x: Tensor) -> Tensor:
-    """Contiguous; complex numbers as a last axis of (real, imaginary)."""
+def _as_real(x: Tensor) -> Tensor:
+    """Return x contiguous; a complex number becomes a last axis of (real, imaginary)."""
     return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).contiguous()
 
 
 def green_forward(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
-    """As :func:`resnet_bk.ops.chunked.green_forward`."""
+    """Same as :func:`resnet_bk.ops.chunked.green_forward`."""
     launch, w = _Launch(w, mask, d.is_complex()), w.contiguous()
     out = torch.empty_like(d, memory_format=torch.contiguous_format)
-    d, g0, pieces, g = (_numbers(x) for x in (d, g0, d.new_empty(3, *launch.pieces), out))
+    d, g0, pieces, g = (_as_real(x) for x in (d, g0, d.new_empty(3, *launch.pieces), out))
     with torch.cuda.device_of(w):
-        _compose[launch.by_site](d, w, launch.mask, pieces, *launch.sites, **launch.kind_of_sites)
-        _enter[launch.by_chain](pieces, g0, *launch.chains, **launch.kind)
-        _recur[launch.by_site](d, w, launch.mask, pieces, g, *launch.sites, **launch.kind_of_sites)
+        _compose[launch.site_grid](d, w, launch.mask, pieces, *launch.sites, **launch.site_options)
+        _carry_g[launch.chain_grid](pieces, g0, *launch.chains, **launch.chain_options)
+        _recur[launch.site_grid](d, w, launch.mask, pieces, g, *launch.sites, **launch.site_options)
     return out
 
 
 def green_backward(
     grad: Tensor, g: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`resnet_bk.ops.chunked.green_backward`."""
+    """Same as :func:`resnet_bk.ops.chunked.green_backward`."""
     launch, w = _Launch(w, mask, g.is_complex()), w.contiguous()
     out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, w, g0))
-    grad_d, grad_w, grad_g0 = (_numbers(x) for x in out)
-    leaving = _numbers(g.new_empty(2, *launch.pieces))
-    inputs = (*(_numbers(x) for x in (grad, g)), w, _numbers(g0), launch.mask, leaving, grad_d, grad_w)
+    grad_d, grad_w, grad_g0 = (_as_real(x) for x in out)
+    leaving = _as_real(g.new_empty(2, *launch.pieces))
+    inputs = (*(_as_real(x) for x in (grad, g)), w, _as_real(g0), launch.mask, leaving, grad_d, grad_w)
     with torch.cuda.device_of(w):
-        _adjoint[launch.by_site](*inputs, *launch.sites, COMPOSE=True, **launch.kind_of_sites)
-        _leave[launch.by_chain](leaving, grad_g0, *launch.chains, **launch.kind)
-        _adjoint[launch.by_site](*inputs, *launch.sites, COMPOSE=False, **launch.kind_of_sites)
+        _adjoint[launch.site_grid](*inputs, *launch.sites, COMPOSE=True, **launch.site_options)
+        _carry_adjoint[launch.chain_grid](leaving, grad_g0, *launch.chains, **launch.chain_options)
+        _adjoint[launch.site_grid](*inputs, *launch.sites, COMPOSE=False, **launch.site_options)
     return out  # type: ignore[return-value]

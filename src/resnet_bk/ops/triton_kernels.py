@@ -1,7 +1,8 @@
-"""GPU kernels in Triton (extra ``gpu``): chosen for CUDA tensors where Triton is installed.
+"""GPU kernels in Triton (extra ``gpu``), preferred for CUDA tensors if Triton is installed and passes its check.
 
-Same signatures and results as :mod:`resnet_bk.ops.chunked`. With TRITON_INTERPRET=1 they also run, slowly, on CPU
-tensors when asked for by :func:`resnet_bk.ops.use_backend`: that is how they are tested without a GPU.
+Signatures and results are those of :mod:`resnet_bk.ops.chunked`; ``triton_check.py`` compares the results on the card
+before the kernels are used. With TRITON_INTERPRET=1, :func:`resnet_bk.ops.use_backend` can also run them, slowly, on
+CPU tensors; tests without a GPU do so.
 """
 
 from resnet_bk.ops.triton_conv import conv_backward, conv_forward

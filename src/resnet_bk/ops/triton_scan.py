@@ -1,24 +1,25 @@
-"""The gated scan in Triton, chunks of SCAN_CHUNK sites as products on tensor cores (README, sections 3 and 6).
+"""The gated scan in Triton, in chunks of SCAN_CHUNK sites as products on tensor cores (README, sections 3 and 6).
+
+One kernel carries a block of the state from chunk to chunk and stores the state that enters each chunk. Another one
+computes outputs or gradients from these states, all chunks in parallel. Too few chains to fill a GPU are cut into
+segments: each segment first sums up its own part of the state, and a short kernel carries states from segment to
+segment.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width, C sites in a chunk, M chunks, G segments of chunks.
 
-One kernel carries a block of the state from chunk to chunk and keeps what enters each; another, all chunks at once,
-makes outputs or gradients of that. Where there are too few chains to fill a GPU they are cut into segments: each first
-adds up its own part of the state, and a short kernel passes states on from one to the next.
+Sums are float32, or float64 for float64 inputs. A product of float32 is three products of TF32. It is one if torch may
+use TF32 (``torch.backends.cuda.matmul.fp32_precision``) or if the inputs have 16 bits, which TF32 represents exactly.
 
-Sums are float32 (float64 where the inputs are). Products of float32 are three of TF32, or one where torch may use it
-(``torch.backends.cuda.matmul.fp32_precision``) or the inputs have 16 bits, which TF32 does not round.
-
-Numbers that a site of one chain moves (of 4 bytes in float32), and at K = V = 32:
+Elements moved per site and chain (4 bytes each in float32), and their number for K = V = 32:
 
     carry      reads k, v (q, dy), writes states       K + V + KV/C           96
     outputs    reads q, k, v, states, writes y         2K + 2V + KV/C        160
-    gradients  reads q, k, v, dy, states of both       2K + 2V + 2KV/C       192
+    gradients  reads q, k, v, dy, both kinds of state  2K + 2V + 2KV/C       192
                writes dq, dk, dv                       2K + V                 96
-    segments   reads k, v (q, dy), not of all sites    K + V, at most         64
+    segments   reads k, v (q, dy) of some sites        K + V at most          64
 
-so 256 forward and 384 backward; and 2 of alpha and beta in each, 2 of their gradients. Where K or V is above BLOCK, the
-operands of a block are read again for the next one, from the cache.
+Without segments that is 256 forward and 384 backward. alpha and beta add 2 to each, their gradients 2 to backward. If K
+or V is above BLOCK, the operands of a block are read again for the next block, from the cache.
 """
 
 import torch
@@ -33,28 +34,28 @@ from resnet_bk.ops.triton_tiles import (
     dot,
     first_of,
     in_state,
-    row_of,
+    per_site,
     state_block,
     store_tile,
     through_sites,
     tile,
 )
 
-PROGRAMS = 512  # about four for each of the 132 multiprocessors of an H100: chains are cut until there are so many
-STAGES = 3  # chunks loaded ahead of the one added to the state
-BLOCK = 32  # of K and V in a product: both halves of its operands must fit in registers where TF32 is taken three times
+PROGRAMS = 512  # chains are cut into segments to get so many programs: about four for each of an H100's 132 processors
+STAGES = 3  # chunks loaded ahead of the one that is added to the state
+BLOCK = 32  # of K and V in a product: with three products of TF32, both halves of its operands must fit in registers
 
 
 @triton.jit
-def _place(heads, pieces):
-    """Row, chain and piece of this program, and the chain among all; neighbours in memory run side by side."""
+def _piece_of_program(heads, pieces):
+    """Return row, head, piece (chunk or segment) and chain of this program. Heads vary fastest, as in memory."""
     program = tl.program_id(0)
     row, head = (program // (heads * pieces)).to(tl.int64), program % heads
     return row, head, program // heads % pieces, row * heads + head
 
 
 @triton.jit
-def _carry(
+def _carry_state(
     x,
     xb,
     xn,
@@ -84,14 +85,15 @@ def _carry(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A block of the state, through the chunks of a segment.
+    """Carry a block of the state through the chunks of a segment.
 
-    x, y: k and v. REVERSE: q and dy, and from the last chunk to the first.
-    KEEP: from what is entering, (B, H, G, K, V), to the states that enter each chunk (B, H, M, K, V), and the last.
-    Otherwise from nothing, for all segments but the last in order: the state takes its place in entering, and decays,
-    (B, H, G), are written.
+    x and y are k and v. With REVERSE they are q and dy, and chunks run from the last to the first.
+
+    With KEEP, the state starts from entering (B, H, G, K, V); the states that enter each chunk (B, H, M, K, V) and the
+    last state are written. Without, it starts from 0; the state after the segment is written to entering, the decay of
+    the segment to decays (B, H, G), and the segment that runs last is left out.
     """
-    row, head, segment, chain = _place(heads, segments if KEEP else segments - 1)
+    row, head, segment, chain = _piece_of_program(heads, segments if KEEP else segments - 1)
     if REVERSE and not KEEP:
         segment += 1
     row_k, row_v = tl.program_id(1) * BLOCK_K, tl.program_id(2) * BLOCK_V
@@ -114,7 +116,7 @@ def _carry(
         x_ = tile(x + row * xb + start * xn + head * xh, xn, row_k, count, K, C, BLOCK_K, ACC)
         y_ = tile(y + row * yb + start * yn + head * yh, yn, row_v, count, V, C, BLOCK_V, ACC)
         a, _, past, until = decays_of(alpha + gates, heads, count, C, ACC)
-        weight = past * a if REVERSE else until * row_of(beta + gates, heads, 0, count, 0, C, ACC)
+        weight = past * a if REVERSE else until * per_site(beta + gates, heads, 0, count, 0, C, ACC)
         whole = first_of(a * until, C)
         state = whole * state + dot(tl.trans(x_ * weight[:, None]), y_, ACC, PRECISION)
         decay *= whole
@@ -126,7 +128,7 @@ def _carry(
 
 
 @triton.jit
-def _pass_on(
+def _carry_over_segments(
     start,
     parts,
     decays,
@@ -137,7 +139,7 @@ def _pass_on(
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """From segment to segment: the state that enters each takes the place of its own part."""
+    """Carry the state over the segments, and replace the part of each segment by the state that enters it."""
     chain = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     state = tl.load(start + chain * size + at, mask=at < size).to(ACC)
@@ -178,8 +180,8 @@ def _outputs(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y of one chunk and BLOCK values."""
-    row, head, m, chain = _place(heads, chunks)
+    """Compute BLOCK values of y in one chunk."""
+    row, head, m, chain = _piece_of_program(heads, chunks)
     column = tl.program_id(1) * BLOCK
     start = m.to(tl.int64) * C
     count = length - m * C
@@ -195,7 +197,7 @@ def _outputs(
         read += dot(q_, state_block(states, i, column, K, V, BLOCK, ACC), ACC, PRECISION)
     a, before, past, _ = decays_of(alpha + gates, heads, count, C, ACC)
     u = tile(v + row * vb + start * vn + head * vh, vn, column, count, V, C, BLOCK, ACC)
-    u *= row_of(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
+    u *= per_site(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
     scores *= through_sites(a, between_sites(before, C), C)
     read = read * (past * a)[:, None] + dot(scores, u, ACC, PRECISION)
     store_tile(y + gates * V, read, heads * V, column, count, V, C, BLOCK)
@@ -238,8 +240,8 @@ def _gradients(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients of one chunk, from the states that enter and the gradients of those that leave."""
-    row, head, m, chain = _place(heads, chunks)
+    """Compute all gradients of one chunk, from the entering states and the gradients (adjoints) of the leaving ones."""
+    row, head, m, chain = _piece_of_program(heads, chunks)
     start = m.to(tl.int64) * C
     count = length - m * C
     gates = (row * length + start) * heads + head
@@ -250,7 +252,7 @@ def _gradients(
     states += (chain * chunks + m) * K * V
     adjoints += (chain * chunks + m) * K * V
     a, before, past, until = decays_of(alpha + gates, heads, count, C, ACC)
-    weight = row_of(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
+    weight = per_site(beta + gates, heads, 0, count, 0, C, ACC)[:, None]
     between = between_sites(before, C)
     through = through_sites(a, between, C)
     scores, dscores = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
@@ -260,8 +262,8 @@ def _gradients(
     for j in tl.range(0, V, BLOCK):
         u = tile(v, vn, j, count, V, C, BLOCK, ACC) * weight
         dscores += dot(tile(grad, gn, j, count, V, C, BLOCK, ACC), tl.trans(u), ACC, PRECISION)
-    # alpha_t is on every path from a writer before t, or the entering state, to a reader from t on, or the leaving
-    # state. The products on either side of it are at hand, so nothing is divided by it. First between two sites:
+    # alpha_t is on each path from a writer before t, or the entering state, to a reader at t or later, or the leaving
+    # state. The products before and after it are known, so nothing is divided by it. First the paths between sites:
     read = dot(scores * dscores, tl.trans(between), ACC, PRECISION)
     flow = tl.sum(through * read, 0)
     scores *= through
@@ -292,7 +294,7 @@ def _gradients(
         to_adjoint = to_adjoint * until[:, None] + dot(tl.trans(dscores), q_, ACC, PRECISION)
         store_tile(dq + gates * K, from_state, heads * K, i, count, K, C, BLOCK)
         store_tile(dk + gates * K, to_adjoint, heads * K, i, count, K, C, BLOCK)
-    # then from the entering state, and to the leaving one
+    # then the paths from the entering state and to the leaving one
     flow += past * tl.sum(through * entered[:, None], 0)
     flow += until * (tl.sum(between * left[None, :], 1) + past * tl.sum(passed))
     i = tl.arange(0, C)
@@ -301,7 +303,7 @@ def _gradients(
 
 
 class _Launch:
-    """What the kernels of a call are told, and how the chains are cut."""
+    """Sizes and options of the kernels of one call."""
 
     def __init__(self, q: Tensor, v: Tensor):
         self.batch, self.length, self.heads, width = q.shape
@@ -322,7 +324,7 @@ class _Launch:
     def states(
         self, start: Tensor, x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor]:
-        """The states entering each chunk (from the end, if in reverse) and the last."""
+        """Return the states that enter each chunk, (B, H, M, K, V), and the last state; in reverse, from the end."""
         chains, (width, values) = self.batch * self.heads, self.widths
         block_k, block_v = (min(64, max(16, triton.next_power_of_2(n))) for n in self.widths)
         blocks = triton.cdiv(width, block_k), triton.cdiv(values, block_v)
@@ -338,17 +340,20 @@ class _Launch:
         options = {"BLOCK_K": block_k, "BLOCK_V": block_v, "REVERSE": reverse, "STAGES": STAGES, **self.options}
         sizes = (self.length, self.heads, segments, chunks)
         if segments > 1:
-            _carry[chains * (segments - 1), *blocks](*sequence, *sizes, KEEP=False, **options)
+            _carry_state[chains * (segments - 1), *blocks](*sequence, *sizes, KEEP=False, **options)
             entries = width * values
             block = min(1024, triton.next_power_of_2(entries))
             grid = chains, triton.cdiv(entries, block)
             shared = {name: self.options[name] for name in ("ACC", "enable_fp_fusion")}
-            _pass_on[grid](start, entering, decays, segments, entries, reverse, BLOCK=block, STAGES=STAGES, **shared)
-        _carry[chains * segments, *blocks](*sequence, *sizes, KEEP=True, **options)
+            _carry_over_segments[grid](
+                start, entering, decays, segments, entries, reverse, BLOCK=block, STAGES=STAGES, **shared
+            )
+        _carry_state[chains * segments, *blocks](*sequence, *sizes, KEEP=True, **options)
         return states, last
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Return x (B, N, H, width), copied if its last axis is not contiguous, and its first three strides."""
     x = x if x.stride(3) == 1 else x.contiguous()
     return x, x.stride(0), x.stride(1), x.stride(2)
 
@@ -356,7 +361,7 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
 def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`resnet_bk.ops.chunked.scan_forward`."""
+    """Same as :func:`resnet_bk.ops.chunked.scan_forward`."""
     launch = _Launch(q, v)
     alpha, beta, s0 = alpha.contiguous(), beta.contiguous(), s0.contiguous()
     y = v.new_empty(v.shape)
@@ -378,7 +383,7 @@ def scan_backward(
     beta: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`resnet_bk.ops.chunked.scan_backward`."""
+    """Same as :func:`resnet_bk.ops.chunked.scan_backward`."""
     launch = _Launch(q, v)
     alpha, beta, states, grad_last = (x.contiguous() for x in (alpha, beta, states, grad_last))
     found = tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta))

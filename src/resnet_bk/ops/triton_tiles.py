@@ -1,6 +1,6 @@
-"""What the scan's Triton kernels share: blocks of memory, and the decays within a chunk.
+"""Helpers of the scan's Triton kernels: loads and stores of blocks, and the decays within a chunk.
 
-Dimensions: K key width, V value width, C sites in a chunk. ACC is what a kernel computes in.
+Dimensions: K key width, V value width, C sites in a chunk. ACC is the dtype that a kernel computes in.
 """
 
 import triton
@@ -14,7 +14,7 @@ def dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def tile(x, stride, column, count, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """(C, BLOCK): columns from `column` on of the chunk that x points to, 0 beyond its sites and its width."""
+    """Return BLOCK columns, starting at `column`, of the chunk that x points to; (C, BLOCK), 0 outside of the chunk."""
     i, j = tl.arange(0, C)[:, None], column + tl.arange(0, BLOCK)[None, :]
     return tl.load(x + i * stride + j, mask=(i < count) & (j < WIDTH), other=0).to(ACC)
 
@@ -27,7 +27,7 @@ def store_tile(x, value, stride, column, count, WIDTH: tl.constexpr, C: tl.const
 
 @triton.jit
 def in_state(row, column, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Offsets of a block of a (K, V) state, and which exist; (BLOCK_K, BLOCK_V)."""
+    """Return the offsets of a block of a (K, V) state, and which of them exist; (BLOCK_K, BLOCK_V)."""
     i, j = row + tl.arange(0, BLOCK_K)[:, None], column + tl.arange(0, BLOCK_V)[None, :]
     return i * V + j, (i < K) & (j < V)
 
@@ -39,36 +39,40 @@ def state_block(x, row, column, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def row_of(x, stride, first, last, other: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """Elements i of the chunk that x points to, first <= i < last, `other` elsewhere; (C,)."""
+def per_site(x, stride, first, last, other: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+    """Return elements i of the chunk that x points to where first <= i < last, and `other` elsewhere; (C,)."""
     i = tl.arange(0, C)
     inside = (i >= first) & (i < last)
-    # not as an argument of load: the interpreter takes the bits of an integer 1 for a bfloat16
+    # `other` is not passed to load: for bfloat16 the interpreter would reinterpret the bits of the integer 1
     return tl.where(inside, tl.load(x + i * stride, mask=inside, other=0).to(ACC), other)
 
 
 @triton.jit
 def decays_of(alpha, stride, count, C: tl.constexpr, ACC: tl.constexpr):
-    """alpha and its products over a chunk's sites before each, and after each: (C,). No logarithm: 0 is a decay."""
-    before = row_of(alpha - stride, stride, 1, count, 1, C, ACC)
-    after = row_of(alpha + stride, stride, 0, tl.minimum(count, C) - 1, 1, C, ACC)
-    return row_of(alpha, stride, 0, count, 1, C, ACC), before, tl.cumprod(before), tl.cumprod(after, reverse=True)
+    """Return four (C,): alpha, alpha of the previous site, the products of alpha before each site and after each site.
+
+    No logarithm is taken, so a decay can be 0.
+    """
+    before = per_site(alpha - stride, stride, 1, count, 1, C, ACC)
+    after = per_site(alpha + stride, stride, 0, tl.minimum(count, C) - 1, 1, C, ACC)
+    return per_site(alpha, stride, 0, count, 1, C, ACC), before, tl.cumprod(before), tl.cumprod(after, reverse=True)
 
 
 @triton.jit
 def between_sites(before, C: tl.constexpr):
-    """(C, C): row t, column s < t: the product of alpha over the sites between s and t; else 0."""
+    """Return (C, C): in row t and column s < t the product of alpha over the sites between s and t, else 0."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     return tl.where(t > s, tl.cumprod(tl.where(t > s + 1, before[:, None], 1), axis=0), 0)
 
 
 @triton.jit
 def through_sites(alpha, between, C: tl.constexpr):
-    """(C, C): row t, column s <= t: the product of alpha over the sites after s, t included; else 0."""
+    """Return (C, C): in row t and column s <= t the product of alpha over the sites after s up to t, else 0."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     return tl.where(t == s, 1, between * alpha[:, None])
 
 
 @triton.jit
 def first_of(x, C: tl.constexpr):
+    """Return the first element of x (C,)."""
     return tl.sum(tl.where(tl.arange(0, C) == 0, x, 0))

@@ -191,7 +191,7 @@ def _conclude(
         fitted = column if name == BITS else [math.log(value) for value in column]
         found[name] = effects(techniques, [on for on, _ in cells], fitted)
     text = f"# Ablation of {config.base}\n\n"
-    text += f"Each cell: median over {len(config.seeds)} seeds (range). {'; '.join(version_lines())}.\n"
+    text += f"Median (range) over the seeds {', '.join(map(str, config.seeds))}. {'; '.join(version_lines())}.\n"
     for title, rows in (("Combinations", _combinations(cells, values)), ("Effects and interactions", _effects(found))):
         text += f"\n## {title}\n\n{markdown_table(rows)}"
         print_table(console, title, rows[1:], rows[0])

@@ -47,7 +47,7 @@ def report(config: ReportConfig, console: Console) -> list[Group]:
     runs = read_runs("report.runs", config.runs)
     groups = grouped(runs)
     sections = [
-        ("Runs", _table(groups) + _clocks(runs)),
+        ("Runs", _table(groups) + _timing_note(runs)),
         ("Quality and cost", html.paired([_pareto(groups, cost) for cost in COSTS])),
         ("Training", _curves(groups)),
         ("Cost of each byte", _colored(groups, text, config)),
@@ -91,7 +91,7 @@ def _table(groups: Sequence[Group]) -> str:
     return html.table_html(rows, ["techniques", "runs", *MEASURES])
 
 
-def _clocks(runs: Sequence[FinishedRun]) -> str:
+def _timing_note(runs: Sequence[FinishedRun]) -> str:
     """Return a paragraph that says so if the runs were timed on different machines, else nothing."""
     if len({run.results["versions"].get("machine") for run in runs}) == 1:
         return ""

@@ -27,12 +27,13 @@ class Scores:
     Attributes:
         context: what each token was predicted from, in words.
         documents: number of documents scored.
-        bytes: their size.
+        bytes: size of these documents.
         tokens: number of tokens scored.
-        words: whitespace-separated words and line ends in them, as WikiText's perplexity counts them.
+        words: number of whitespace-separated words and line ends, as WikiText's perplexity counts them.
         nats: cross-entropy of all tokens together.
         seconds: wall-clock time of the scoring.
-        blocks: mean number of blocks per token among those that adaptive depth decides about; None without it.
+        blocks: mean number of blocks per token among those that adaptive depth decides about; None without
+            adaptive depth.
     """
 
     context: str

@@ -55,8 +55,8 @@ with extra("train"):
 NO_STEP_LIMIT = 10**9
 KEPT_CHECKPOINTS = 2
 _ELAPSED, _STATE = "elapsed.json", "trainer_state.json"
+# Called at each log line with the progress, 0 to 1, and the training bits per byte since the last line.
 ProgressCallback = Callable[[float, float], None]
-"""Called at each log line with the progress, 0 to 1, and the training bits per byte since the last line."""
 
 
 class NonFiniteError(RuntimeError):
@@ -112,18 +112,15 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * along))
 
 
+# Private parts of transformers' Trainer that are used below, for lack of a public hook. They are the same in 5.0.0,
+# 5.17.0 and 5.24.0.
+# - _save_checkpoint(model, trial) is overridden. Of a folder that the original writes, the public save_model writes
+#   the weights only, so the folder could not be sealed.
+# - _load_from_checkpoint(folder, model) is overridden. The original cannot load full tensors into a sharded model.
+# - The originals that load optimizer.pt, scheduler.pt and rng_state.pth do nothing if these are missing. Our
+#   checkpoints have none: create_optimizer, create_scheduler and RunControl restore what they would hold.
 class BKTrainer(Trainer):
     """Trainer with a schedule by steps or seconds, sealed checkpoints, and a check for NaN before each update.
-
-    Two of the methods below override private ones of transformers' Trainer, for lack of a public hook. Both have had
-    the same arguments and the same callers from 5.0.0 to 5.24.0:
-
-    - ``_save_checkpoint(model, trial)``: the public ``save_model`` writes part of a folder that then cannot be sealed.
-    - ``_load_from_checkpoint(checkpoint, model)``: the original cannot load full tensors into a sharded model.
-
-    What else the Trainer would restore from a checkpoint (optimizer.pt, scheduler.pt, rng_state.pth) it skips in these
-    versions where the file is missing. Ours have none: `create_optimizer`, `create_scheduler` and :class:`RunControl`
-    restore the same.
 
     Args:
         model: the model to train. May be sharded already, see :func:`resnet_bk.training.sharded.shard`.
@@ -177,7 +174,7 @@ class BKTrainer(Trainer):
         )
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
-        if isinstance(model, FSDPModule):  # evaluation mode: no DistributedDataParallel around the shards
+        if isinstance(model, FSDPModule):  # in evaluation mode accelerate adds no DistributedDataParallel
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     @property
@@ -210,10 +207,10 @@ class BKTrainer(Trainer):
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
+        rate, betas = self.config.learning_rate, (0.9, self.config.beta2)
         for group in groups:
-            group["initial_lr"] = self.config.learning_rate  # a scheduler that resumes expects it
-        betas = (0.9, self.config.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=betas, fused=True)
+            group["initial_lr"] = rate  # a scheduler that resumes expects it
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
         if self.resumed_from is not None:
             load_optimizer_state(self.network, self.optimizer, self.resumed_from)
         return self.optimizer
@@ -228,7 +225,7 @@ class BKTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run forward and backward. Of a sharded model, exchange gradients in the last pass of a step only."""
+        """Run forward and backward. A sharded model exchanges gradients in the last pass of a step only."""
         if not isinstance(self.network, FSDPModule):
             return super().training_step(*args, **kwargs)
         self.network.set_requires_gradient_sync(self.accelerator.sync_gradients)
@@ -334,10 +331,10 @@ class BKTrainer(Trainer):
         with self._handle_signals():
             self.clock.start(self.seconds)
             try:
-                if checkpoint and self._progress(self.first_step) >= 1:  # killed after its last step
+                if checkpoint and self._progress(self.first_step) >= 1:  # where the Trainer would make one step more
                     self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
                     load_weights(self.network, checkpoint)
-                else:  # the Trainer makes one step at least
+                else:
                     self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 self.clock.stop()
@@ -346,11 +343,10 @@ class BKTrainer(Trainer):
 class RunControl(TrainerCallback):
     """Ends the run, and seeds every epoch and step.
 
-    - The run ends with a checkpoint when its steps or seconds are used up or a signal arrived. A NaN or infinite loss
-      or gradient ends it with an error.
-    - The order of an epoch depends on the seed and the epoch; what techniques draw in a step depends on the seed, the
-      step and the rank. So checkpoints need no generator states, and a resumed run draws the same numbers as one
-      that was never stopped.
+    The run ends with a checkpoint when its steps or seconds are used up or a signal arrived, and with an error at a NaN
+    or an infinity. The order of an epoch depends on the seed and the epoch; what techniques draw in a step depends on
+    the seed, the step and the rank. So checkpoints need no generator states, and a resumed run draws the same numbers
+    as one that was never stopped.
     """
 
     def __init__(self, trainer: BKTrainer):
@@ -403,9 +399,7 @@ class Recorder(TrainerCallback):
         (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
         rate = (s1 - s0) * self.trainer.tokens_per_step * self.trainer.bytes_per_token / max(1e-9, t1 - t0)
         line = {"step": state.global_step, "bytes_per_second": round(rate, 1)}
-        line |= {
-            name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm") if name in logs
-        }
+        line |= {name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm")}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.task is not None:
