@@ -418,13 +418,13 @@ def test_lengths_that_contradict_themselves_are_refused(fields, message):
 @pytest.mark.parametrize(
     ("model", "length", "message"),
     [
-        ({"n_seq": 4}, {"bins": 8}, "bins: got 8 with max_length = 4, allowed at most one a position"),
+        ({"n_seq": 4}, {"bins": 8}, "bins: got 8 with max_length = 4, allowed at most one per position"),
         ({"n_layers": 4}, {"bins": 8, "trunk": 4}, "trunk: got 4 of 4 blocks, allowed fewer"),
         ({"n_layers": 1}, {"bins": 8}, "trunk: got 1 of 1 blocks, allowed fewer"),
         (
             {"multiscale": MultiScaleConfig(factors=(2,), layers=(1, 2, 0))},
             {"bins": 8, "trunk": 2},
-            "trunk: got 2 of 2 layers, all chunks being one of them",
+            r"trunk: got 2 of 2 layers \(all chunks are one layer\), allowed fewer",
         ),
         ({}, {"bins": 8, "pooling": "global"}, "pooling: got 'global' with model.causal = True"),
         ({"causal": False}, {"bins": 8}, "pooling: got 'prefix' with model.causal = False, allowed 'global'"),
@@ -489,12 +489,12 @@ CHUNKS = {"multiscale": MultiScaleConfig(factors=(2,), layers=(1, 2, 1))}
 @pytest.mark.parametrize(
     ("model", "depth", "message"),
     [
-        ({"n_layers": 2}, {"policy": "act", "first": 2}, "first: 3 blocks for every position, of 2 that depth can"),
-        ({"n_layers": 2}, {"policy": "exit", "first": 3}, "first: 3 blocks for every position, of 2 that depth can"),
+        ({"n_layers": 2}, {"policy": "act", "first": 2}, "first: got 3 blocks for every position, allowed at most 2,"),
+        ({"n_layers": 2}, {"policy": "exit", "first": 3}, "first: got 3 blocks for every position, allowed at most 2,"),
         (
             {"n_layers": 4, "length": LengthConfig(bins=4, trunk=2)},
             {"policy": "act", "first": 2},
-            "first: 3 blocks for every position, of 2 that depth can",
+            "first: got 3 blocks for every position, allowed at most 2,",
         ),
         (
             {"causal": False},

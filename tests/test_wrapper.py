@@ -84,11 +84,11 @@ def test_histogram_counts_windows_that_decided():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"pooling": "global"}, "would tell its beginning about its end"),
+        ({"pooling": "global"}, "would leak its end to its beginning"),
         ({"num_length_bins": 0}, "num_length_bins"),
         ({"bins": 4}, "num_length_bins here"),
         ({"penalty": 0.1}, "length_penalty here"),
-        ({"num_length_bins": 64}, "at most one a position"),
+        ({"num_length_bins": 64}, "at most one per position"),
         ({"trunk": 4}, "model.length.trunk: got 4 of 4 blocks"),
         ({"mode": "pool", "training": "expected"}, "a computation of its own"),
         ({"placement": "learned", "training": "sampled"}, "where lengths are sampled"),

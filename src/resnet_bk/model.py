@@ -1,6 +1,6 @@
-"""The language model: from token ids to logits on one page.
+"""The language model on one page: from token ids to logits.
 
-Dimensions: B batch, N positions, D model width, V vocabulary, L layers.
+Dimensions: B batch, N positions, D model width, V vocabulary size.
 """
 
 import math
@@ -19,26 +19,18 @@ from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record, mean_losses, weighted_sum
 
-RENAMED = {".way_out.": ".bypass."}  # parts of parameter names in checkpoints of earlier versions -> now
-
-
-def current_name(name: str) -> str:
-    """Return today's name of a parameter of a checkpoint, which an earlier version may have written."""
-    for old, new in RENAMED.items():
-        name = name.replace(old, new)
-    return name
-
 
 @dataclass
 class ModelOutput:
-    """What a forward pass returns.
+    """Result of a forward pass.
 
-    logits: (B, N, V), or None where only the loss was asked for.
-    state: one entry a layer; passed to the next call, the sequence goes on where this one ended.
-    loss: cross-entropy in nats per predicted token plus the weighted `losses`; None without targets.
-    losses: every part by name, unweighted: "cross_entropy", "balance", "ratio", ...
-    records: what each part of the model reports, outer parts before those inside them. What it holds of positions is
-        of packed ones where there was a mask.
+    Attributes:
+        logits: (B, N, V), 0 at padding; None if they were not requested.
+        state: one entry per layer. The next call continues the sequences from it.
+        loss: scalar, "cross_entropy" plus the weighted sum of the other `losses`; None without targets.
+        losses: scalars by name, unweighted: "cross_entropy" in nats per target, "balance", "ratio", ...
+        records: reports of the layers, outer layers before those inside them. With a mask, their tensors refer to
+            packed positions.
     """
 
     logits: Tensor | None
@@ -49,8 +41,14 @@ class ModelOutput:
 
 
 class Features(NamedTuple):
-    """x: (B, N, D), what the head reads; state: after the last token; records: what each part reports; packing: where
-    padding was left out."""
+    """Input of the head.
+
+    Attributes:
+        x: (B, N, D), normed features; 0 at padding.
+        state: see :class:`ModelOutput`.
+        records: see :class:`ModelOutput`.
+        packing: how padding was left out; None without a mask.
+    """
 
     x: Tensor
     state: list[Any]
@@ -59,10 +57,10 @@ class Features(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """A causal language model on the BK core (bidirectional encoder with ``causal=False``).
+    """A causal language model on the BK core, or a bidirectional encoder with ``causal=False``.
 
-    ``LanguageModel(vocab_size, d_model=64, n_layers=4, n_seq=128, num_experts=4, top_k=1, ...)``; every further keyword
-    is a field of :class:`resnet_bk.config.ModelConfig`. Memory and time are linear in N; decoding state is constant.
+    ``LanguageModel(vocab_size, d_model=64, n_layers=4, n_seq=128, num_experts=4, top_k=1, ...)``: every keyword is a
+    field of :class:`resnet_bk.config.ModelConfig`. Time and memory are linear in N. The state has a constant size.
     """
 
     def __init__(self, vocab_size: int, **fields: Any):
@@ -78,8 +76,16 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, vocab_size: int = BYTE_VOCABULARY, **fields: Any) -> Self:
-        """One of :data:`resnet_bk.config.PRESETS`: "plain", "quality", "balanced", "fast". Further fields, whole
-        sections among them, take the place of the preset's. ConfigError for any other name."""
+        """Return a new model of a preset.
+
+        Args:
+            name: one of :data:`resnet_bk.config.PRESETS`: "plain", "quality", "balanced", "fast".
+            vocab_size: number of token ids.
+            fields: fields of ModelConfig that replace those of the preset. A section replaces the whole section.
+
+        Raises:
+            ConfigError: the name or a field is not allowed.
+        """
         return cls(vocab_size, **{**preset(name), **fields})
 
     @classmethod
@@ -95,17 +101,18 @@ class LanguageModel(nn.Module):
         state: Sequence[Any] | None = None,
         logits: bool = True,
     ) -> ModelOutput:
-        """Logits for every position, and the loss where targets are given.
+        """Compute the logits of every position and, with targets, the loss.
 
         Args:
             ids: (B, N) integer token ids, N >= 1.
-            targets: (B, N) integer, the token each position should predict; -100 is not counted.
-            mask: (B, N) bool, False for padding anywhere; padding changes nothing else. Logits there are zero.
-            state: of the same sequences up to here, as returned.
-            logits: False skips them, so that a large vocabulary never takes (B, N, V) memory.
+            targets: (B, N) integer, the token that each position should predict; -100 is not counted.
+            mask: (B, N) bool, False for padding, which may be anywhere and does not affect the other positions.
+            state: the state after the same sequences up to here, from the previous output; None at their start.
+            logits: False leaves the logits out, so that a large vocabulary never needs (B, N, V) memory.
 
         Raises:
-            ValueError, TypeError: ids, targets or mask of wrong shape, dtype, device or range.
+            ValueError: ids, targets or mask have a wrong shape, device or range.
+            TypeError: ids or mask have a wrong dtype.
         """
         self.check(ids, targets, mask)
         features = self.features(ids, mask, state)
@@ -122,24 +129,26 @@ class LanguageModel(nn.Module):
         return output
 
     def features(self, ids: Tensor, mask: Tensor | None = None, state: Sequence[Any] | None = None) -> Features:
-        """The path from token ids to what the head reads."""
+        """Compute the input of the head: embed, blocks, norm. Arguments as for :meth:`forward`.
+
+        With a mask, the tokens of each row are first packed to its front, so layers meet padding only at the end.
+        """
         packing = None if mask is None else Packing(mask)
-        sites = None if packing is None else packing.mask
         tokens = Tokens(ids.long())
         if packing is not None:
-            tokens = tokens.map(packing.pack)
-        x, after, records = self.blocks(self.embed(tokens.ids), tokens, state, sites)
+            tokens, mask = tokens.map(packing.pack), packing.mask
+        x, after, records = self.blocks(self.embed(tokens.ids), tokens, state, mask)
         x = self.norm(x)
         return Features(x if packing is None else packing.merge(x), after, records, packing)
 
     def read(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of features (..., D) that have not been normed: what is known after any block."""
+        """Return the logits (..., V) of features (..., D) after any block: norm, head."""
         return self.head(self.norm(x))
 
     def cross_entropy(self, features: Features, targets: Tensor) -> Tensor:
-        """Mean nats of targets (B, N); -100 is not counted. Large vocabularies in pieces.
+        """Return the mean nats of the targets (B, N); -100 is not counted.
 
-        In training a room may have its say about how its output is scored, see :class:`resnet_bk.record.Record`.
+        In training, a layer may replace the loss of each position, see :class:`resnet_bk.record.Record`.
         """
         task_loss = next((r.task_loss for r in features.records if r.task_loss is not None), None)
         if task_loss is None:
@@ -151,12 +160,12 @@ class LanguageModel(nn.Module):
         return losses.sum() / scored.sum().clamp(min=1)
 
     def _nats(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """Nats of targets (B, N) from normed features x (B, N, D): "none" (B, N), or "mean"."""
+        """Return the nats of targets (B, N) from normed features x (B, N, D): "none" (B, N), or their "mean"."""
         nats = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction)
         return nats.view_as(targets) if reduction == "none" else nats
 
     def check(self, ids: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
-        """Raise where the inputs of :meth:`forward` do not fit, before anything is computed."""
+        """Raise unless :meth:`forward` can compute these inputs."""
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"ids: expected int64 or int32 token ids, got {ids.dtype}")
         if ids.dim() != 2 or ids.numel() == 0:
@@ -168,7 +177,7 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"{name}: expected shape {tuple(ids.shape)} as ids, got {tuple(x.shape)}")
         if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"mask: expected bool (True = a token, False = padding), got {mask.dtype}")
-        # elsewhere, and when compiled, the embedding's own assertion does this
+        # Elsewhere, and when compiled, the embedding asserts the range: reading the ids would be a host-device sync.
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
@@ -178,4 +187,13 @@ class LanguageModel(nn.Module):
                 )
 
 
-ConfigurableResNetBK = LanguageModel  # any subset of the techniques is on in it, see ModelConfig
+ConfigurableResNetBK = LanguageModel  # one class for any subset of the techniques, see ModelConfig
+
+RENAMED = {".way_out.": ".bypass."}  # parts of parameter names in checkpoints of earlier versions -> now
+
+
+def current_name(name: str) -> str:
+    """Return today's name of a parameter of a checkpoint, which an earlier version may have written."""
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name

@@ -1,4 +1,4 @@
-"""What a layer reports about one forward pass, beside its output."""
+"""Records: the losses and decisions that a layer reports about one forward pass, next to its output."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class Loss(NamedTuple):
 
 @dataclass(kw_only=True)
 class Record:
-    """What a layer reports. Layers that make decisions return a subclass that holds these.
+    """The report of a layer. Layers that make decisions return a subclass that holds the decisions too.
 
     Attributes:
         losses: the layer's own losses by name.

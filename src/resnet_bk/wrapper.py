@@ -15,29 +15,29 @@ from resnet_bk.model import LanguageModel, ModelOutput
 
 @dataclass
 class AdaptiveOutput(ModelOutput):
-    """A model's output with the record of its lengths."""
+    """Output of a model with learned length."""
 
     @property
     def length(self) -> LengthRecord:
+        """The record of learned length."""
         record = self.records[0]
         assert isinstance(record, LengthRecord)
         return record
 
 
 class AdaptiveSequenceLengthWrapper(LanguageModel):
-    """A language model that can also choose, for each window of text, how long it should be.
+    """A language model with learned length around the blocks of an existing model.
 
-    ``AdaptiveSequenceLengthWrapper(base_model=model, max_seq_len=128, num_length_bins=8, length_penalty=0.01)``; every
+    ``AdaptiveSequenceLengthWrapper(base_model=model, max_seq_len=128, num_length_bins=8, length_penalty=0.01)``: every
     further keyword is a field of :class:`resnet_bk.config.LengthConfig`. The base model is not changed. Its modules are
-    shared, so training either model trains both; the predictor and the bypass are new.
+    shared, so training either model trains both. The predictor and the bypass are new.
 
-    ``wrapper(ids)`` is ``base_model(ids)``. ``wrapper(ids, use_adaptive_length=True)`` also returns logits for every
-    position. If the predicted length is shorter than the input, the positions beyond it take the bypass; if it is
-    longer, nothing changes, since the padding it would need is masked. Longer inputs are cut into windows of
-    `max_seq_len`, each with a length of its own.
+    ``wrapper(ids)`` is ``base_model(ids)``. ``wrapper(ids, use_adaptive_length=True)`` chooses lengths and also
+    returns logits for every position. Positions beyond the length take the bypass. A length beyond the input has no
+    effect. Inputs longer than `max_seq_len` are cut into windows of that size, each with its own length.
 
-    Its ``state_dict`` is that of ``LanguageModel.from_config(wrapper.config)``, which is the same model with the
-    choice always on.
+    The ``state_dict`` is that of ``LanguageModel.from_config(wrapper.config)``, the same model with learned length
+    always on.
 
     Raises:
         ConfigError: settings that do not fit the base model, such as a global mean in a causal one.
@@ -53,15 +53,15 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
     ):
         nn.Module.__init__(self)
         if base_model.config.length.bins:
-            raise ConfigError("base_model: has a learned length already (model.length.bins); give one without")
+            raise ConfigError("base_model: already has learned length (model.length.bins); give a model without it")
         if base_model.config.depth.policy != "none":
-            raise ConfigError("base_model: has adaptive depth (model.depth.policy); give LanguageModel both settings")
+            raise ConfigError("base_model: has adaptive depth (model.depth.policy); make a LanguageModel with both")
         check_fields("model.length", LengthConfig, settings)
         for theirs, ours in (("bins", "num_length_bins"), ("max_length", "max_seq_len"), ("penalty", "length_penalty")):
             if theirs in settings:
-                raise ConfigError(f"{theirs}: is called {ours} here; give that")
+                raise ConfigError(f"{theirs}: is called {ours} here; use that name")
         if num_length_bins == 0:
-            raise ConfigError("num_length_bins: got 0, allowed 1 or more lengths to choose among")
+            raise ConfigError("num_length_bins: got 0, allowed 1 or more lengths to choose from")
         if not base_model.config.causal:
             settings = {"pooling": "global", **settings}
         length = LengthConfig(bins=num_length_bins, max_length=max_seq_len, penalty=length_penalty, **settings)
@@ -69,7 +69,7 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
         self.embed, self.norm, self.head = base_model.embed, base_model.norm, base_model.head
         self.blocks = learned_length(self.config, base_model.blocks, base_model.read)
         for name, part in self.blocks[0].named_children():
-            if name not in ("trunk", "deep"):  # those are the base model's
+            if name not in ("trunk", "deep"):  # these two are the base model's
                 part.to(self.embed.weight)
         self._base = (base_model,)  # a tuple keeps its parameters from being registered a second time
 
@@ -80,7 +80,10 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
     def forward(self, ids: Tensor, *, use_adaptive_length: bool = False, **others: Any) -> ModelOutput | AdaptiveOutput:
         """Run the base model, or the same model with learned length.
 
-        others: arguments of :meth:`LanguageModel.forward`. Pass a state back only in the mode that returned it.
+        Args:
+            ids: (B, N) integer token ids.
+            use_adaptive_length: run with learned length.
+            others: arguments of :meth:`LanguageModel.forward`. A state fits only the mode that returned it.
         """
         if not use_adaptive_length:
             return self.base_model(ids, **others)

@@ -79,7 +79,7 @@ def test_resampling_at_a_stride_shifts_by_factor_minus_one(factor, n):
 
 
 def test_upsampling_refuses_too_few_chunks():
-    with pytest.raises(ValueError, match="2 chunks of 2 do not fill n = 6"):
+    with pytest.raises(ValueError, match="got 2 chunks for n = 6 positions, allowed 3 or more"):
         LearnedUpsampling(4)(torch.zeros(1, 2, 4), 6)
 
 

@@ -165,6 +165,11 @@ def test_settings_that_no_model_can_have_are_an_error(fields):
         ResNetBKConfig(**fields)
 
 
+def test_configurations_are_equal_where_their_fields_are():
+    assert ResNetBKConfig(d_model=32) == ResNetBKConfig(d_model=32)
+    assert ResNetBKConfig(d_model=32) != ResNetBKConfig(d_model=64)
+
+
 def test_experts_per_token_are_not_taken_for_a_sampling_setting():
     model = tiny(num_experts=3, num_experts_per_tok=2)
     assert model.generation_config.top_k is None

@@ -1,1 +1,1 @@
-"""Adaptive compute: one file for each technique, and what they share."""
+"""Adaptive compute: the techniques, how they nest, and what they share."""

@@ -1,7 +1,7 @@
-"""Where chunks end: at a fixed stride, after words, or where a trained router says.
+"""Where chunks end: at a fixed stride, after words, or where a trained router decides.
 
-A rule looks at position t and what came before it, never beyond: a chunk that ended because of what the next
-position holds would tell t about t + 1. Whatever the rule, no chunk is longer than :data:`LONGEST` times the factor.
+A rule reads position t and its past only. A chunk that ended because of the content of t + 1 would leak that content
+to t. With every rule, no chunk is longer than :data:`LONGEST` times the factor.
 
 Dimensions: B batch, N positions, D model width.
 """
@@ -15,17 +15,29 @@ from torch import Tensor, nn
 from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT, ModelConfig
 from resnet_bk.layers.norm import Norm
 
-LONGEST = 2  # times the factor is as old as a chunk's result may get
+LONGEST = 2  # longest chunk in multiples of the factor; bounds how old a chunk's result can get
 
 
 def at_most(closes: Tensor, since: Tensor, longest: int) -> Tensor:
-    """(B, N) bool: where `closes` says, and wherever else a chunk would get longer than `longest` positions."""
+    """Close chunks also where they would get longer than `longest` positions.
+
+    Args:
+        closes: (B, N) bool, True where a chunk ends by its rule.
+        since: (B,) int64, positions since the last chunk closed, before the first position.
+        longest: positions of the longest chunk allowed.
+
+    Returns:
+        (B, N) bool, True where a chunk ends.
+    """
     return closes | (since_last(closes, since) % longest == 0)
 
 
 class Decision(NamedTuple):
-    """closes: (B, N) bool, where chunks end; probability: (B, N), above 1/2 where they do, with a gradient; None for
-    rules that learn nothing."""
+    """Decision of a rule.
+
+    closes: (B, N) bool, True where a chunk ends.
+    probability: (B, N), above 1/2 where a chunk ends, with a gradient. None for rules that learn nothing.
+    """
 
     closes: Tensor
     probability: Tensor | None = None
@@ -41,23 +53,24 @@ class FixedStride(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
-        """Where chunks close.
+        """Decide where chunks close.
 
         Args:
-            x: (B, N, D).
-            ids: (B, N), the token at each position.
-            since: (B,) int64, positions since the last chunk closed.
-            before: (B,) int64, the token before the first position.
+            x: (B, N, D), features.
+            ids: (B, N) int64, token ids.
+            since: (B,) int64, positions since the last chunk closed, before the first position.
+            before: (B,) int64, id of the token before the first position.
         """
         position = torch.arange(1, x.shape[1] + 1, device=x.device)
         return Decision((since.unsqueeze(1) + position) % self.factor == 0)
 
 
 class AfterWords(nn.Module):
-    """A chunk closes at the first separator after a word and at every line end.
+    """A chunk closes at the first separator after a word, at every line end and at every end of a document.
 
-    Of bytes: letters, digits, "_" and all parts of non-ASCII characters are words, all else separates (as in
-    SpaceByte, Slagle 2024, arXiv:2404.14408). The model then computes deeply where a new word is to be guessed.
+    Tokens are bytes. Letters, digits, "_" and the bytes of non-ASCII characters are parts of words; all other bytes are
+    separators, as in SpaceByte (Slagle 2024, arXiv:2404.14408). The inner stack then runs where the model must predict
+    a new word.
     """
 
     by_content = True
@@ -66,12 +79,15 @@ class AfterWords(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
-        """As :meth:`FixedStride.forward`."""
+        """Decide where chunks close; arguments as in :meth:`FixedStride.forward`."""
         return Decision(ends_of_words(ids, before))
 
 
 def ends_of_words(ids: Tensor, before: Tensor) -> Tensor:
-    """(B, N) bool: the first separator after a word, every end of a line or document, of byte tokens ids (B, N)."""
+    """Return (B, N) bool, True at the first separator after a word and at every end of a line or document.
+
+    ids: (B, N), byte tokens. before: (B,), the token before the first position.
+    """
     word = _in_word(torch.cat([before.unsqueeze(1), ids], dim=1))
     return (word[:, :-1] & ~word[:, 1:]) | (ids == ord("\n") + BYTE_OFFSET) | (ids == END_OF_DOCUMENT)
 
@@ -87,12 +103,13 @@ def _in_word(ids: Tensor) -> Tensor:
 class Router(nn.Module):
     """A chunk closes where a linear score of the position's features exceeds a threshold.
 
-    Whether a boundary was worth it reaches the score of the positions where chunks closed through the smoothing of what
-    they return (:func:`resnet_bk.adaptive.multiscale.smooth`), as in H-Net (Hwang et al. 2025, arXiv:2507.07955); the
-    loss "ratio", over all positions, holds it to one boundary in `factor`.
+    Two gradients train the score. The task's gradient says how much a boundary improved the result. It reaches only the
+    positions where chunks closed, through the smoothing of their results
+    (:func:`resnet_bk.adaptive.multiscale.smooth`), as in H-Net (Hwang et al. 2025, arXiv:2507.07955). The loss "ratio"
+    covers all positions and holds the share of boundaries at one in `factor`.
 
-    The decision is hard. Where a score comes within rounding of the threshold, two ways to compute the same text
-    (batch shapes, decoding) may decide differently; in float64 that does not happen in practice.
+    The decision is hard. If a score is within rounding error of the threshold, two ways to compute the same text (other
+    batch shapes, decoding) may decide differently. In float64 this does not happen in practice.
     """
 
     by_content = True
@@ -101,25 +118,25 @@ class Router(nn.Module):
         super().__init__()
         self.norm = Norm(config.d_model)
         self.weight = nn.Parameter(torch.randn(config.d_model))
-        # scores start as N(0, 1 / D), the threshold where one in `factor` exceeds it
+        # Scores start as N(0, 1 / D), the threshold at the quantile that one in `factor` exceeds.
         start = statistics.NormalDist().inv_cdf(1 - 1 / factor) * config.d_model**-0.5
         self.threshold = nn.Parameter(torch.tensor(start))
 
     def forward(self, x: Tensor, ids: Tensor, since: Tensor, before: Tensor) -> Decision:
-        """As :meth:`FixedStride.forward`."""
+        """Decide where chunks close; arguments as in :meth:`FixedStride.forward`."""
         score = self.score(x, ids, before)
         return Decision(score > 0, score.sigmoid())
 
     def score(self, x: Tensor, ids: Tensor, before: Tensor) -> Tensor:
-        """(B, N) float32 or float64, above 0 where chunks close."""
-        # A mean, not a sum: Adam moves every weight by the learning rate, and all D together would throw the share of
-        # closing positions from one extreme to the other.
+        """Return (B, N) float32 or float64, above 0 where chunks close."""
+        # A mean, not a sum: Adam moves every weight by the learning rate, and a sum over D weights would move so far
+        # that the share of closing positions jumps from one extreme to the other.
         exact = torch.promote_types(x.dtype, torch.float32)
         return (self.norm(x).to(exact) * self.weight).mean(-1) - self.threshold
 
 
 class WordRouter(Router):
-    """A router of bytes that starts from :class:`AfterWords` and leaves it where the task says so."""
+    """A router for bytes that starts as :class:`AfterWords` and is trained from there."""
 
     def __init__(self, config: ModelConfig, factor: int):
         super().__init__(config, factor)
@@ -127,7 +144,7 @@ class WordRouter(Router):
         nn.init.zeros_(self.threshold)
 
     def score(self, x: Tensor, ids: Tensor, before: Tensor) -> Tensor:
-        """As :meth:`Router.score`."""
+        """Return (B, N): :meth:`Router.score`, raised by `trust` at ends of words and lowered by it elsewhere."""
         sign = 2 * ends_of_words(ids, before) - 1
         return super().score(x, ids, before) + self.trust * sign
 
@@ -141,7 +158,12 @@ BOUNDARIES: dict[str, type[nn.Module]] = {
 
 
 def since_last(marks: Tensor, start: Tensor) -> Tensor:
-    """Positions since the last mark at or before each one, (B, N); before the first mark counted on from start (B,)."""
+    """Return (B, N) int64, the number of positions since the last mark; 0 at a mark.
+
+    Args:
+        marks: (B, N) bool.
+        start: (B,) int64, positions since the last mark, before the first position. The count continues from it.
+    """
     if marks.shape[1] == 1:
         return torch.where(marks, 0, start.unsqueeze(1) + 1)
     position = torch.arange(1, marks.shape[1] + 1, device=marks.device)

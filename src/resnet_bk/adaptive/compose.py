@@ -11,16 +11,19 @@ from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Block, Stack
 
-Read = Callable[[Tensor], Tensor]  # from features (..., D) to logits (..., V)
+Read = Callable[[Tensor], Tensor]  # the model's map from features (..., D) to logits (..., V)
 
 
 def build(config: ModelConfig, read: Read) -> Stack:
-    """Return all layers of a model. read: its map from features to logits."""
+    """Return all layers of a model, from the embedding to the norm before the head."""
     return learned_length(config, build_stack(config, read), read)
 
 
 def build_stack(config: ModelConfig, read: Read) -> Stack:
-    """Return the blocks in a row; with multi-scale, level by level inward, blocks before and after a coarser stack."""
+    """Return the blocks of a model without learned length.
+
+    With multi-scale this is a recursion, level by level inward: blocks before and after a stack on chunks.
+    """
     before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
     if not config.multiscale.factors:
         return Stack(before)
@@ -29,7 +32,7 @@ def build_stack(config: ModelConfig, read: Read) -> Stack:
 
 
 def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
-    """Wrap the stack in learned length where that is on; adaptive depth then drives the deep blocks."""
+    """Wrap the stack in learned length if it is on; adaptive depth then drives the deep blocks."""
     if config.length.bins:
         deep = driven(config, stack.part(config.trunk), read)
         return Stack([LearnedLength(config, stack.part(0, config.trunk), deep)])
@@ -37,7 +40,7 @@ def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
 
 
 def driven(config: ModelConfig, stack: Stack, read: Read) -> Stack:
-    """Let adaptive depth drive the blocks of the stack where it is on and the stack holds no coarser one."""
+    """Let adaptive depth drive the blocks of the stack, if it is on and the stack holds no coarser one."""
     if config.multiscale.factors or config.depth.policy == "none":
         return stack
     if config.depth.policy == "exit":

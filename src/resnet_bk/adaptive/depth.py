@@ -32,12 +32,12 @@ BAND = 0.1  # distance from the target share of blocks at which the price is 1
 
 @dataclass(kw_only=True)
 class DepthRecord(Record):
-    """What adaptive depth decided.
+    """Decisions of adaptive depth.
 
     Attributes:
-        blocks: (B, N) int64, blocks that each position ran; 0 for padding.
-        computed: blocks times positions that were computed, rows that fill up a batch included.
-        available: blocks there are.
+        blocks: (B, N) int64, number of blocks that each position ran; 0 for padding.
+        computed: sum over the blocks of the positions that each computed, including those that fill up a batch.
+        available: number of blocks in the stack.
     """
 
     blocks: Tensor
@@ -46,7 +46,7 @@ class DepthRecord(Record):
 
     @property
     def mean_blocks(self) -> float:
-        """Mean over non-padding positions."""
+        """Mean number of blocks per non-padding position."""
         return int(self.blocks.sum()) / max(1, int((self.blocks > 0).sum()))
 
 
@@ -56,7 +56,7 @@ class Totals:
 
     Attributes:
         expected: scalar, the sum over positions of the expected number of blocks under their probabilities.
-        blocks: (B, N) int64, blocks that each position ran.
+        blocks: (B, N) int64, number of blocks that each position ran.
         computed: see :class:`DepthRecord`.
         states: the new state of each part, in the order in which the parts run.
         records: what the parts report.
@@ -143,7 +143,7 @@ class AdaptiveDepth(AdaptiveLayer):
     def _ponder(self, totals: Totals, number: Tensor) -> Tensor:
         """Return the expected share of the blocks times its price.
 
-        The price follows the share of blocks that ran, because that is what takes time.
+        The price follows the share of blocks that ran, because that is what costs time.
         """
         scale = 1 / (self.available * number.clamp(min=1).to(totals.expected.dtype))
         return price(totals.blocks.sum() * scale, self.settings.target, BAND) * totals.expected * scale
@@ -252,17 +252,17 @@ class Skipping(AdaptiveDepth):
     """A router before each segment lets a position in or past; a position that is skipped may enter the next segment.
 
     This is mixture of depths (Raposo et al. 2024, arXiv:2404.02258) with a threshold instead of a top-k over the
-    sequence, which would tell a position about later ones. In training, a gate scales what a segment adds. Noise moves
-    the gate between 0, where the segment does not run, and 1 (hard concrete, Louizos et al. 2018, arXiv:1712.01312), so
-    over the noise its gradient adds up to the whole worth of the segment for the task. At 1 alone the gradient would be
-    the worth of slightly more of the segment, which training brings to zero.
+    sequence, which would leak later positions into earlier decisions. In training, a gate scales what a segment adds.
+    Noise moves the gate between 0, where the segment does not run, and 1 (hard concrete, Louizos et al. 2018,
+    arXiv:1712.01312). Summed over the noise, the gradient of the gate is then the full value of the segment for the
+    task. At a gate of 1 only, it would be the value of slightly more of the segment, which training brings to zero.
     """
 
     def __init__(self, config: ModelConfig, stack: Stack):
         super().__init__(config, stack)
         decided = sum(map(len, self.stacks))
         share = (self.settings.target * self.available - self.available + decided) / max(1, decided)
-        share = min(max(share, 0.5), 0.9)  # of positions that enter at first: what meets the target, at least half
+        share = min(max(share, 0.5), 0.9)  # initial share of positions that enter: meets the target, at least half
         self.routers = nn.ModuleList(Score(config.d_model, math.log(share / (1 - share)), 1.0) for _ in self.segments)
 
     def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], present: Tensor, totals: Totals) -> Tensor:

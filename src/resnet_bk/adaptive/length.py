@@ -34,7 +34,7 @@ from resnet_bk.ops.packing import TILE
 from resnet_bk.record import Loss, Record, TaskLoss
 
 DISTILLATION = 0.3  # weight of the distance between what the bypass and the deep blocks return
-REACH = 16  # distances from the last kept position that are told apart
+REACH = 16  # number of distances from the last kept position with a scale of their own
 
 
 class LengthState(NamedTuple):
@@ -63,7 +63,7 @@ class LengthState(NamedTuple):
 
 @dataclass(kw_only=True)
 class LengthRecord(Record):
-    """What learned length decided, and what it cost.
+    """Decisions of learned length, and their cost.
 
     Attributes:
         predicted_lengths: (B, W) int64, length of each window of the call; the shortest one where `decided` is False.
@@ -97,9 +97,9 @@ class LengthRecord(Record):
 
     @property
     def speedup_estimate(self) -> float:
-        """FLOPs of every position through every block, divided by those of the chosen positions.
+        """FLOPs without learned length, divided by those with only the kept positions in the deep blocks.
 
-        It is an estimate: only the clock measures a speedup.
+        This is an estimate: only the clock measures a speedup.
         """
         full = (self.costs[0] + self.costs[1]) * int(self.mask.sum())
         return full / max(1.0, self._flops(int(self.kept.sum())))
@@ -111,7 +111,7 @@ class LengthRecord(Record):
 
 
 class Deep(NamedTuple):
-    """What the deep blocks return.
+    """Result of the deep blocks.
 
     Attributes:
         at: (B, N, D), at each position the result of the last kept position.
@@ -150,7 +150,7 @@ class LearnedLength(AdaptiveLayer):
             self.down = nn.Linear(d, d, bias=False)
             self.up = LearnedUpsampling(d, reach=REACH)
             self.gate_norm, self.gate = Norm(d), nn.Linear(d, d)
-            # A kept position that stands for itself enters as it is; for several, the sum starts as the last one.
+            # At first a kept position enters as it is; training adds a part of the mean since the last kept one.
             nn.init.zeros_(self.down.weight)
         bypass = [self.bypass, *([self.up, self.gate] if self.pools else [])]
         self.costs = flops_per_position(trunk), flops_per_position(deep), sum(map(flops_per_position, bypass))
@@ -270,7 +270,7 @@ class LearnedLength(AdaptiveLayer):
         return x + self.bypass(self.norm(x), None)[0]
 
     def _merge(self, x: Tensor, y: Tensor, kept: Tensor, mask: Tensor, since: Tensor) -> Tensor:
-        """Return y (B, N, D) at kept positions and the bypass at the others, where alone it is computed."""
+        """Return y (B, N, D) at kept positions and the bypass at the others. The bypass is computed only there."""
         rest = (mask & ~kept).flatten().nonzero().squeeze(1)
         if not len(rest):
             return y

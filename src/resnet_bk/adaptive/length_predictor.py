@@ -1,6 +1,6 @@
-"""How long should the sequence be? A distribution over lengths, from what its beginning holds.
+"""The predictor of learned length: a distribution over lengths, from the pooled features of a window's prefix.
 
-Dimensions: ... any leading ones, D model width, K lengths to choose among.
+Dimensions: ... any leading dimensions, D model width, K lengths to choose from.
 """
 
 from typing import Literal, NamedTuple
@@ -14,7 +14,11 @@ from resnet_bk.layers.norm import Norm
 
 
 class Lengths(NamedTuple):
-    """A distribution. values: (..., K) or (K,) float, in positions; log_probabilities: (..., K)."""
+    """A distribution over lengths.
+
+    values: (K,) or (..., K) float, the lengths in positions.
+    log_probabilities: (..., K) float.
+    """
 
     values: Tensor
     log_probabilities: Tensor
@@ -25,26 +29,32 @@ class Lengths(NamedTuple):
 
     @property
     def expected(self) -> Tensor:
-        """(...) mean length; its gradient reaches the predictor."""
+        """Mean length (...) in positions, with a gradient to the predictor."""
         return (self.values * self.probabilities).sum(-1)
 
     @property
     def entropy(self) -> Tensor:
-        """(...) in nats."""
+        """Entropy (...) in nats."""
         return -(self.probabilities * self.log_probabilities).sum(-1)
 
 
 class SequenceLengthPredictor(nn.Module):
-    """Pooled features -> a small MLP -> probabilities of `num_length_bins` lengths, the last one `max_seq_len`.
+    """A small MLP that maps pooled features to the probabilities of lengths.
 
-    ``SequenceLengthPredictor(d_model, num_length_bins=8, max_seq_len=128)``: 16, 32, ..., 128. The shortest length is
-    also the prefix: what a causal model may look at before it decides, since every length computes it.
+    ``SequenceLengthPredictor(d_model, num_length_bins=8, max_seq_len=128)`` chooses from 16, 32, ..., 128. The shortest
+    length is also the prefix: every length computes these positions, so a causal model may read them before it decides.
 
-    The MLP runs for each window, not for each position, so it costs next to nothing. The choice is hard: where two
-    lengths come within rounding of each other, two ways to compute the same text (batch shapes, devices) may differ.
+    The MLP runs once per window, not once per position, so its cost is negligible. The choice is hard: if the scores of
+    two lengths are within rounding error, two ways to compute the same text (other batch shapes, devices) may choose
+    differently.
 
-    Raises:
-        ConfigError: settings that :class:`resnet_bk.config.LengthConfig` refuses.
+    Attributes:
+        longest: `max_seq_len`.
+        shortest: the shortest length, ``max_seq_len // num_length_bins``.
+        prefix: number of positions that the choice reads: `shortest`, or the whole window with pooling "global".
+        bins: K.
+        groups: number of groups of lengths; 1 with one level.
+        fixed: the K lengths in positions, if they are neither learned nor predicted.
     """
 
     def __init__(
@@ -57,7 +67,17 @@ class SequenceLengthPredictor(nn.Module):
         placement: Literal["even", "geometric", "learned", "continuous"] = "even",
         levels: Literal[1, 2] = 1,
     ):
-        """pooling, placement, levels: see :class:`resnet_bk.config.LengthConfig`."""
+        """Create the predictor.
+
+        Args:
+            d_model: D.
+            num_length_bins: K, the number of lengths.
+            max_seq_len: positions of a window, and the longest length.
+            pooling, placement, levels: see :class:`resnet_bk.config.LengthConfig`.
+
+        Raises:
+            ConfigError: a setting that :class:`resnet_bk.config.LengthConfig` does not allow.
+        """
         super().__init__()
         check_integer("predictor", 1, max_seq_len, num_length_bins=num_length_bins)
         settings = LengthConfig(num_length_bins, max_seq_len, pooling=pooling, placement=placement, levels=levels)
@@ -79,14 +99,14 @@ class SequenceLengthPredictor(nn.Module):
         self.fixed = between if self.bins > 1 else [self.longest]
 
     def weigh(self, x: Tensor) -> Tensor:
-        """What each position (..., D) counts in the pooled mean, (...), positive."""
+        """Return the positive weight of each position in the pooled mean, (..., D) -> (...) float32 or float64."""
         exact = torch.promote_types(x.dtype, torch.float32)
         if self.attention is None:
             return torch.ones(x.shape[:-1], dtype=exact, device=x.device)
         return self.attention(x).squeeze(-1).to(exact).clamp(-30, 30).sigmoid()
 
     def forward(self, pooled: Tensor) -> Lengths:
-        """pooled: (..., D), a weighted mean of features."""
+        """Predict the distribution over lengths from pooled (..., D), a weighted mean of features."""
         with torch.autocast(pooled.device.type, enabled=False):
             x = self.hidden(self.norm(pooled.to(self.hidden.weight.dtype)))
             scores = self.out(F.silu(x))
@@ -101,14 +121,23 @@ class SequenceLengthPredictor(nn.Module):
         return Lengths(self.values(scores), scores.log_softmax(-1))
 
     def values(self, like: Tensor) -> Tensor:
-        """(K,) lengths to choose among, of the type and on the device of `like`."""
+        """Return the lengths to choose from, (K,), with the dtype and device of `like`."""
         if self.gaps is None:
             return torch.tensor(self.fixed, dtype=like.dtype, device=like.device)
         steps = self.gaps.to(like.dtype).softmax(0).cumsum(0) * (self.longest - self.shortest)
         return self.shortest + F.pad(steps, (1, 0))
 
     def choose(self, values: Tensor, scores: Tensor) -> Tensor:
-        """(...) int64: the length with the highest of scores (..., K); predicted numbers in steps of the shortest."""
+        """Choose the length with the highest score. With placement "continuous", round the predicted length instead.
+
+        Args:
+            values: (K,) or (..., K) float, the lengths.
+            scores: (..., K).
+
+        Returns:
+            (...) int64, the length in positions. A predicted length is rounded to a multiple of the shortest one, or to
+            the longest one.
+        """
         if self.placement == "continuous":
             length = values.detach().squeeze(-1)
             steps = (length / self.shortest).round().long() * self.shortest
@@ -117,10 +146,15 @@ class SequenceLengthPredictor(nn.Module):
         return values.detach().expand(scores.shape).gather(-1, best).squeeze(-1).round().long()
 
     def reach(self, values: Tensor, probabilities: Tensor, offset: Tensor) -> Tensor:
-        """The probability that position `offset` (...) of a window is within the length, (...).
+        """Return the probability that the length reaches a position, (...).
 
-        Lengths that are learned or predicted end in a ramp as long as the shortest one, a relaxation through which
-        they get their gradient.
+        With placement "learned" or "continuous", a length ends in a ramp as long as the shortest length. This
+        relaxation gives the length its gradient.
+
+        Args:
+            values: (K,) or (..., K), the lengths.
+            probabilities: (..., K).
+            offset: (...) int64, index of the position in its window.
         """
         offset = offset.unsqueeze(-1).to(values.dtype)
         if self.placement in ("learned", "continuous"):

@@ -1,7 +1,7 @@
-"""Multi-scale layers to use on their own, and what they cost.
+"""Multi-scale layers to use on their own, and their FLOPs.
 
-Each is one of :func:`resnet_bk.adaptive.compose.build_stack`'s stacks. As those, they are causal; ``layer.stack``
-takes token ids, state and mask and returns state and records.
+Each layer is a stack of :func:`resnet_bk.adaptive.compose.build_stack`, so it is causal. ``layer.stack`` is that stack,
+with the signature of :mod:`resnet_bk.layers.block`: it also takes tokens, a state and a mask.
 
 Dimensions: B batch, N positions, D model width.
 """
@@ -18,7 +18,7 @@ from resnet_bk.adaptive.flops import flops_per_position
 from resnet_bk.config import ModelConfig, MultiScaleConfig
 from resnet_bk.layers.block import Block, Tokens
 
-COUNTED_TOGETHER = 64  # sequences whose FLOPs are counted at once: experts compute whole tiles of tokens
+COUNTED_TOGETHER = 64  # sequences in the batch whose FLOPs are measured, so that experts' partial tiles hardly count
 
 
 class _Layer(nn.Module):
@@ -28,7 +28,7 @@ class _Layer(nn.Module):
         self.stack = build_stack(self.config, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D), any N >= 1."""
+        """Map (B, N, D) -> (B, N, D), any N >= 1. Raise ValueError for another shape."""
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.config.d_model:
             raise ValueError(f"x: expected shape (B, N, {self.config.d_model}) with N >= 1, got {tuple(x.shape)}")
         tokens = Tokens(torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
@@ -36,21 +36,27 @@ class _Layer(nn.Module):
 
 
 class MultiScaleResNetBKLayer(_Layer):
-    """N -> N / factor, one block there, -> N, one block to refine. Keywords: fields of :class:`ModelConfig`."""
+    """N -> N / factor, one block, -> N, one block to refine. Further keywords: fields of :class:`ModelConfig`."""
 
     def __init__(self, d_model: int = 64, n_seq: int = 128, num_experts: int = 4, factor: int = 2, **fields: Any):
         super().__init__((factor,), (0, 1, 1), d_model=d_model, n_seq=n_seq, num_experts=num_experts, **fields)
 
 
 class HierarchicalMultiScaleLayer(_Layer):
-    """N -> N/2 -> N/4 -> N/2 -> N: one block at each station but the first; each way up adds what the way down held."""
+    """N -> N/2 -> N/4 -> N/2 -> N, with one block after each step. Each upsampling adds to the input of its level.
+
+    Further keywords: fields of :class:`ModelConfig`.
+    """
 
     def __init__(self, d_model: int = 64, n_seq: int = 128, num_experts: int = 4, **fields: Any):
         super().__init__((2, 2), (0, 1, 1, 1, 1), d_model=d_model, n_seq=n_seq, num_experts=num_experts, **fields)
 
 
 class MultiScaleResNetBKBlock(nn.Module):
-    """A drop-in replacement for a block, (B, N, D) -> (B, N, D); ``hierarchical`` chooses between the two layers."""
+    """A drop-in replacement for a block, (B, N, D) -> (B, N, D).
+
+    It holds a :class:`HierarchicalMultiScaleLayer` if `hierarchical` is True, else a :class:`MultiScaleResNetBKLayer`.
+    """
 
     def __init__(self, d_model: int = 64, n_seq: int = 128, num_experts: int = 4, hierarchical: bool = False):
         super().__init__()
@@ -58,17 +64,28 @@ class MultiScaleResNetBKBlock(nn.Module):
         self.layer = kind(d_model, n_seq, num_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D), any N >= 1."""
+        """Map (B, N, D) -> (B, N, D), any N >= 1."""
         return self.layer(x)
 
 
 @dataclass(frozen=True)
 class MultiScaleFlops:
-    """What a multi-scale block costs beside a plain one, one sequence, forward.
+    """FLOPs of a multi-scale block and of the plain block it replaces, for the forward pass of one sequence.
 
-    The parts up to `total` are by the simple model: ``n d^2 experts`` for a layer at length n, ``n d`` for a resampling
-    of n positions. The others count two operations a multiply-add: `exact` from formulas of every matrix product and
-    recurrence in the modules, `measured` by torch's counter while they ran, for the plain and the multi-scale block.
+    The fields up to `total` follow a simple model: ``n d^2 experts`` for a block on n positions, ``n d`` for a
+    resampling of n positions. The other fields count a multiply-add as two operations.
+
+    Attributes:
+        standard: the plain block.
+        downsample: all downsampling steps.
+        low_res: the blocks on chunks.
+        upsample: all upsampling steps.
+        refine: the block on all positions.
+        total: the multi-scale block.
+        exact_standard: the plain block, from formulas for every matrix product and recurrence.
+        exact_total: the multi-scale block, from the same formulas.
+        measured_standard: the plain block, by torch's counter while it runs.
+        measured_total: the multi-scale block, by the same counter.
     """
 
     standard: int
@@ -84,19 +101,27 @@ class MultiScaleFlops:
 
     @property
     def speedup(self) -> float:
-        """By the simple model; below 1 the block costs more than the one it replaces."""
+        """Ratio by the simple model; below 1, the multi-scale block costs more than the plain one."""
         return self.standard / self.total
 
     @property
     def exact_speedup(self) -> float:
+        """Ratio by the exact formulas."""
         return self.exact_standard / self.exact_total
 
 
 def count_flops_multi_scale(d_model: int, n_seq: int, num_experts: int, hierarchical: bool = False) -> MultiScaleFlops:
-    """The table of costs of ``MultiScaleResNetBKBlock(d_model, n_seq, num_experts, hierarchical)``."""
+    """Count the FLOPs of ``MultiScaleResNetBKBlock(d_model, n_seq, num_experts, hierarchical)``.
+
+    Args:
+        d_model: D.
+        n_seq: N, positions of the sequence.
+        num_experts: experts in each feed-forward.
+        hierarchical: count the layer with two levels instead of the one with one level.
+    """
     layer = MultiScaleResNetBKBlock(d_model, n_seq, num_experts, hierarchical).layer
     block = Block(ModelConfig(d_model=d_model, n_seq=n_seq, num_experts=num_experts))
-    levels = [n_seq >> i for i in range(3 if hierarchical else 2)]  # positions at each scale
+    levels = [n_seq >> i for i in range(3 if hierarchical else 2)]  # number of positions at each scale
     resampling = sum(n * d_model for n in levels[:-1])
     inner = sum(n * d_model**2 * num_experts for n in levels[1:] + levels[1:-1])
     full = n_seq * d_model**2 * num_experts
@@ -109,13 +134,14 @@ def count_flops_multi_scale(d_model: int, n_seq: int, num_experts: int, hierarch
         total=2 * resampling + inner + full,
         exact_standard=round(n_seq * flops_per_position(block)),
         exact_total=round(n_seq * flops_per_position(layer.stack)),
-        measured_standard=_counted(block, d_model, n_seq),
-        measured_total=_counted(layer.stack, d_model, n_seq),
+        measured_standard=_measured(block, d_model, n_seq),
+        measured_total=_measured(layer.stack, d_model, n_seq),
     )
 
 
 @torch.no_grad()
-def _counted(layer: nn.Module, d_model: int, n: int) -> float:
+def _measured(layer: nn.Module, d_model: int, n: int) -> float:
+    """Return the FLOPs per sequence of n positions that torch's counter finds."""
     x = torch.randn(COUNTED_TOGETHER, n, d_model, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         layer(x, Tokens(torch.zeros(x.shape[:2], dtype=torch.int64)), None, None)

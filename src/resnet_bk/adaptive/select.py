@@ -1,6 +1,6 @@
-"""Selected positions: grouped into chunks, and run row by row.
+"""Selected positions: grouped into chunks, and run in groups of rows.
 
-Dimensions: B batch, N positions, M positions kept by the fullest row.
+Dimensions: B batch, N positions, M packed length, D model width.
 """
 
 import functools
@@ -18,22 +18,33 @@ from resnet_bk.record import Loss, Record
 
 
 class Chunks:
-    """A row's positions in consecutive groups, each ending where `closes` says; the last may still be open.
+    """Consecutive groups of a row's positions. A chunk ends where `closes` is True; the last chunk may still be open.
 
-    closed: (B, N) int64, chunks closed up to and including each position.
-    ends: Packing of the closing positions; ``ends.mask`` (B, M) and ``ends.counts`` (B,) say which chunks exist.
+    Attributes:
+        closes: (B, N) bool, True where a chunk ends.
+        closed: (B, N) int64, number of chunks closed up to and including each position.
+        ends: the packing of the closing positions. ``ends.mask`` (B, M) is True for the chunks that exist, and
+            ``ends.counts`` (B,) is their number.
+        width: M.
     """
 
     def __init__(self, closes: Tensor, tile: int = 1, bound: int | None = None):
-        """tile, bound: of the packing."""
+        """Group the positions. tile, bound: see :class:`resnet_bk.ops.packing.Packing`."""
         self.closes, self.closed = closes, closes.cumsum(1)
         self.ends = Packing(closes, tile, bound)
         self.width = self.ends.mask.shape[1]
 
     def sums(self, x: Tensor, weight: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Sums of x (B, N, D) weighted by (B, N): of each row's closed chunks (B, M, D), and of the open one (B, D).
+        """Sum x over each chunk.
 
-        past: (B, D), what was open before x. Beyond a row's chunks sums have no meaning.
+        Args:
+            x: (B, N, D).
+            weight: (B, N), factor of each position.
+            past: (B, D), the sum of the open chunk before x.
+
+        Returns:
+            The sums of the closed chunks (B, M, D), without meaning where ``ends.mask`` is False, and the sum of the
+            open chunk (B, D).
         """
         batch, length, _ = x.shape
         row = torch.arange(batch, device=x.device)
@@ -51,16 +62,27 @@ class Chunks:
         return summed[:, :-1], summed[row, self.ends.counts]
 
     def spread(self, first: Tensor, y: Tensor) -> Tensor:
-        """(B, N, D): the last of `y` (B, M, D) closed at or before each position; `first` (B, D) where none is."""
+        """Return (B, N, D): at each position, the result of the last chunk that has closed.
+
+        Args:
+            first: (B, D), the result for the positions before the first chunk closes.
+            y: (B, M, D), the result of each chunk.
+        """
         table = torch.cat([first.unsqueeze(1), y], dim=1)
         rows = torch.arange(table.shape[0], device=y.device).unsqueeze(1) * table.shape[1]
         return table.flatten(0, 1).index_select(0, (rows + self.closed).flatten()).unflatten(0, self.closed.shape)
 
 
 def last_token(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
-    """The last real entry of each row of x (B, N, ...), or `before` (B, ...) in rows that have none."""
+    """Return the entry of each row's last non-padding position, (B, ...).
+
+    Args:
+        x: (B, N, ...).
+        mask: (B, N) bool, False for padding, which comes last in each row; None without padding.
+        before: (B, ...), the entry for rows that are all padding.
+    """
     if mask is None:
-        return x[:, -1].clone()  # not a view, which would keep all of x
+        return x[:, -1].clone()  # not a view, which would keep all of x in memory
     if x.shape[1] == 1:
         return torch.where(mask.view(-1, *[1] * (x.dim() - 2)), x[:, 0], before)
     table = torch.cat([before.unsqueeze(1), x], dim=1)
@@ -68,8 +90,18 @@ def last_token(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
 
 
 def rows_by_length(counts: Tensor, tile: int) -> list[Tensor]:
-    """Indices of the rows to run together, (B,) counts of positions: at most eight groups, in each of which no row is
-    shorter than the longest by more than an eighth of the longest of all. Empty rows are in none."""
+    """Group rows of similar length.
+
+    There are at most eight groups. Within a group, lengths differ by at most an eighth of the longest row, rounded up
+    to a multiple of `tile`. Empty rows are in no group.
+
+    Args:
+        counts: (B,) int64, number of selected positions of each row.
+        tile: packed lengths are multiples of it.
+
+    Returns:
+        The indices of the rows of each group, ascending.
+    """
     rows = counts.nonzero().squeeze(1)
     if len(rows) < 2:
         return [rows] if len(rows) else []
@@ -86,17 +118,26 @@ def run_rows(
     packing: Packing,
     groups: Sequence[Tensor],
 ) -> tuple[Tensor, Any, list[Record]]:
-    """A layer on packed positions x (B, M, D), tokens (B, M), each group of rows by itself, no longer than it needs.
+    """Run a layer on packed positions, one group of rows at a time, each at the length that its longest row needs.
 
-    groups: disjoint ascending (R,) int64 indices of rows, at least one. Rows in none of them keep their state, so
-    without a state there must be none such. Of several groups' reports only the losses remain, averaged over positions.
+    Args:
+        layer: see :mod:`resnet_bk.layers.block`.
+        x: (B, M, D), packed features.
+        tokens: (B, M), packed with them.
+        state: the layer's state, or None. Rows in no group keep theirs; without a state, every row must be in a group.
+        packing: the packing of x.
+        groups: at least one; disjoint ascending (R,) int64 indices of rows.
+
+    Returns:
+        The output (B, M, D), the new state and the records. If there are several groups, the records have only the
+        losses, averaged over positions.
     """
     outputs, states, reports, sizes = [], [], [], []
     for rows in groups:
         width = packing.width(packing.counts[rows])
         whole = len(rows) == len(x)
-        taken = packing.mask[:, :width] if whole else packing.mask[rows, :width]
-        mask = None if bool(taken.all()) else taken
+        present = packing.mask[:, :width] if whole else packing.mask[rows, :width]
+        mask = None if bool(present.all()) else present
         if whole:
             return layer(x, tokens, state, mask)
         select = functools.partial(_rows, rows=rows, width=width)
@@ -124,7 +165,12 @@ def _rows(x: Tensor, rows: Tensor, width: int | None = None) -> Tensor:
 
 
 def _average(reports: Sequence[list[Record]], sizes: Tensor) -> list[Record]:
-    """One record for each part of a layer, of the losses its groups report, each group with its number of positions."""
+    """Average the losses of several groups, weighted by their numbers of positions; one record per part of the layer.
+
+    Args:
+        reports: the records of each group.
+        sizes: (groups,) int64, number of positions of each group.
+    """
     shares = (sizes / sizes.sum().clamp(min=1)).unbind()
     return [
         Record(

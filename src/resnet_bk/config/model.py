@@ -1,4 +1,4 @@
-"""The shape of a model."""
+"""Settings of a model. The docstring of a field is its help text."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -21,42 +21,44 @@ from resnet_bk.config.techniques import (
     Technique,
 )
 
-# The byte tokenizer: byte b is id b + 3, after three special ids, of which one ends documents.
+# Of the byte tokenizer: byte b is id b + 3, after three special ids. One of these ends a document.
 BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT = 3, 259, 1
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a language model."""
+    """Settings of a language model."""
 
     vocab_size: int = BYTE_VOCABULARY
-    """Number of token ids. 259 is the byte tokenizer: 3 special ids and 256 bytes."""
+    """Number of token ids. 259 fits the byte tokenizer: 3 special ids and 256 bytes."""
     d_model: int = 64
     """Width of the residual stream."""
     n_layers: int | None = None
-    """Number of blocks, at all scales together. Default: as many as multiscale.layers names, else 4."""
+    """Number of blocks, summed over all scales. Default: the sum of multiscale.layers if given, else 4."""
     n_seq: int = 128
-    """Sequence length the model is trained at. Not a limit: any length can be run."""
+    """Sequence length in training. Not a limit: the model runs at any length."""
     num_experts: int = 1
-    """Experts in each feed-forward; 1 is a plain SwiGLU."""
+    """Number of experts in each feed-forward. 1 is a plain SwiGLU."""
     top_k: int = 1
-    """Experts each token uses, unless experts.policy has their number follow the token."""
+    """Number of experts that each token uses, unless experts.policy adapts it to the token."""
     readout: Literal["propagator", "diagonal"] = "propagator"
-    """What is read from the chain: its propagator, applied to q, k, v; or the diagonal of its Green's function."""
+    """Readout of the mixers. 'propagator': the chain's propagator, applied to q, k and v. 'diagonal': the chain's
+    Green's function, as features."""
     energy: Literal["real", "complex"] = "real"
-    """Spectral regime: real z outside the spectrum (pure decay), or complex z (decay and rotation)."""
+    """Spectral regime. 'real': z is outside the spectrum (decay). 'complex': z is complex (decay and rotation)."""
     n_heads: int | None = None
-    """Chains per mixer. Default: d_model / 32 for the propagator, d_model / 2 for the diagonal (at least 1)."""
+    """Number of chains per mixer. Default: for the propagator, a divisor of d_model of at most d_model / 32; for the
+    diagonal, d_model / 2; at least 1."""
     conv_width: int = 4
-    """Positions the short convolution before the core sees."""
+    """Width of the short convolution before the core, in positions."""
     d_ff: int | None = None
-    """Hidden width of each feed-forward. Default: 8/3 d_model, rounded up to a multiple of 8."""
+    """Hidden width of each feed-forward. Default: 8/3 of d_model, rounded up to a multiple of 8."""
     tie_word_embeddings: bool = True
-    """Use the embedding matrix as the output head too."""
+    """Use the embedding matrix as the output head as well."""
     causal: bool = True
-    """Each position sees only its past. False: the full resolvent, for bidirectional encoders."""
+    """Each position reads only its past. False: the full resolvent, for bidirectional encoders."""
     balance_weight: float = 0.01
-    """Weight of the experts' load-balancing loss."""
+    """Weight of the load-balancing loss of the experts."""
     multiscale: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
@@ -85,7 +87,7 @@ class ModelConfig:
             width = self.d_model // self.heads
             raise ConfigError(
                 f"model.n_heads: got {self.heads}, which makes {self.d_model} / {self.heads} = {width} channels each, "
-                "allowed an even number: complex energies pair channels"
+                "allowed an even number of them: complex energies pair channels"
             )
         self._check_multiscale()
         if self.length.bins:
@@ -105,12 +107,12 @@ class ModelConfig:
         if scales.layers and sum(scales.layers) != self.blocks:
             raise ConfigError(
                 f"{where}.layers: got {sum(scales.layers)} blocks together, allowed model.n_layers = {self.n_layers}; "
-                "leave one of the two out"
+                "leave one of the two settings out"
             )
         if self.blocks < 2 * len(scales.factors) + 1 and not scales.layers:
             raise ConfigError(
                 f"{where}.factors: {len(scales.factors)} levels need at least {2 * len(scales.factors) + 1} blocks, "
-                f"got model.n_layers = {self.blocks}; raise it or give layers"
+                f"got model.n_layers = {self.blocks}; raise it, or give layers"
             )
         if scales.reads_bytes and self.vocab_size < BYTE_VOCABULARY:
             raise ConfigError(
@@ -127,28 +129,28 @@ class ModelConfig:
         where, length = "model.length", self.length
         if self.window < max(2, length.bins):
             raise ConfigError(
-                f"{where}.bins: got {length.bins} with max_length = {self.window}, allowed at most one a position, "
-                "of 2 or more positions"
+                f"{where}.bins: got {length.bins} with max_length = {self.window}, allowed at most one per "
+                "position, and a window of 2 or more positions"
             )
         if self.trunk >= self.outer_layers:
-            what = "layers, all chunks being one of them" if self.multiscale.factors else "blocks"
+            what = "layers (all chunks are one layer)" if self.multiscale.factors else "blocks"
             raise ConfigError(
-                f"{where}.trunk: got {self.trunk} of {self.outer_layers} {what}, allowed fewer: some must be left "
-                "to skip"
+                f"{where}.trunk: got {self.trunk} of {self.outer_layers} {what}, allowed fewer: learned length "
+                "skips the others"
             )
         if self.causal == (length.pooling == "global"):
             raise ConfigError(
                 f"{where}.pooling: got {length.pooling!r} with model.causal = {self.causal}, allowed "
                 + (
-                    "'prefix' or 'attention': the mean over all of a window would tell its beginning about its end"
+                    "'prefix' or 'attention': the mean over a whole window would leak its end to its beginning"
                     if self.causal
-                    else "'global': a bidirectional model may look at all of its input"
+                    else "'global': a bidirectional model may read the whole window"
                 )
             )
         if length.mode == "pool" and self.multiscale.factors and self.multiscale.reads_bytes:
             raise ConfigError(
-                f"{where}.mode: got 'pool' around multiscale.boundaries = {self.multiscale.boundaries!r}, allowed "
-                "around 'fixed' or 'learned': among the positions kept, words cannot be told"
+                f"{where}.mode: got 'pool' with multiscale.boundaries = {self.multiscale.boundaries!r}, allowed with "
+                "'fixed' or 'learned': words cannot be recognized among the kept positions"
             )
         if length.spacing == "words" and self.vocab_size < BYTE_VOCABULARY:
             raise ConfigError(
@@ -161,8 +163,8 @@ class ModelConfig:
         needed = depth.first + depth.after
         if needed > blocks:
             raise ConfigError(
-                f"{where}.first: {needed} blocks for every position, of {blocks} that depth can decide about; lower "
-                "first or last, or raise the number of blocks"
+                f"{where}.first: got {needed} blocks for every position, allowed at most {blocks}, those that "
+                "adaptive depth drives; lower first or last, or raise the number of blocks"
             )
         if depth.policy == "exit" and not self.causal:
             raise ConfigError(
@@ -176,13 +178,13 @@ class ModelConfig:
             )
         if depth.policy == "exit" and self.length.bins:
             raise ConfigError(
-                f"{where}.policy: got 'exit' with model.length, allowed 'act' or 'skip': both would say how the output "
-                "is scored in training"
+                f"{where}.policy: got 'exit' with model.length, allowed 'act' or 'skip': both define how the output is "
+                "scored in training"
             )
 
     @property
     def deciding(self) -> int:
-        """Blocks of the stack that adaptive depth drives: those after the trunk of learned length, or the innermost."""
+        """Number of blocks that adaptive depth drives: the innermost stack, or the blocks after the trunk."""
         if self.multiscale.factors:
             return self.inside.deciding
         return self.blocks - (self.trunk if self.length.bins else 0)
@@ -194,25 +196,27 @@ class ModelConfig:
 
     @property
     def trunk(self) -> int:
-        """Layers before those that learned length skips, or its default."""
+        """Number of layers in the trunk of learned length, or its default."""
         return self.length.trunk or max(1, self.outer_layers // 4)
 
     @property
     def outer_layers(self) -> int:
-        """Layers of the outermost stack: blocks, and one for the stack on chunks if there is one."""
+        """Number of layers in the outermost stack: its blocks, and one for the stack on chunks if there is one."""
         return sum(self.around) + bool(self.multiscale.factors)
 
     @property
     def heads(self) -> int:
+        """n_heads, or its default."""
         if self.n_heads is not None:
             return self.n_heads
         if self.readout == "diagonal":
             return max(1, self.d_model // 2)
-        multiple = 2 if self.energy == "complex" else 1  # of channels a head
+        multiple = 2 if self.energy == "complex" else 1  # the channels of a head are a multiple of it
         return next((h for h in range(max(1, self.d_model // 32), 0, -1) if self.d_model % (multiple * h) == 0), 1)
 
     @property
     def d_hidden(self) -> int:
+        """d_ff, or its default."""
         return self.d_ff or -(-8 * self.d_model // 24) * 8
 
     @property
@@ -222,7 +226,7 @@ class ModelConfig:
 
     @property
     def around(self) -> tuple[int, int]:
-        """Blocks before and after the inner levels; all before where there are none."""
+        """Number of blocks before and after the inner levels; without inner levels, all blocks count as before."""
         if not self.multiscale.factors:
             return self.blocks, 0
         layers = self.multiscale.layers
@@ -230,7 +234,7 @@ class ModelConfig:
 
     @property
     def inside(self) -> "ModelConfig":
-        """The model at the next coarser level."""
+        """Settings of the stack at the next coarser level."""
         scales = self.multiscale
         levels = dataclasses.replace(
             scales,
@@ -258,7 +262,7 @@ class ModelConfig:
         return [name for name in self.techniques if getattr(self, name).needs_host_sync]
 
     def without(self, *techniques: str) -> "ModelConfig":
-        """Return the same model with some techniques off: all positions, all blocks, all sites, all experts."""
+        """Return the same settings with some techniques off: all positions, all blocks, all sites, all experts."""
         changes: dict[str, Any] = {"n_layers": self.blocks}
         for name in techniques:
             changes |= {name: TECHNIQUES[name](), **getattr(self, name).fields_when_off(self)}
@@ -276,7 +280,7 @@ class ModelConfig:
         return cls(**{**values, **sections})
 
 
-# The section of each adaptive technique by its name.
+# The class of each technique's section, by the name of its field.
 TECHNIQUES: dict[str, type[Technique]] = {
     f.name: f.type
     for f in dataclasses.fields(ModelConfig)

@@ -10,27 +10,28 @@ if TYPE_CHECKING:
 
 
 class Technique:
-    """Base of the sections: a field of ModelConfig whose type is a frozen dataclass derived from this is a technique.
+    """Base of the techniques' sections.
 
-    The section's default must be the neutral setting, in which the technique is off.
+    A technique is a field of ModelConfig whose type is a frozen dataclass derived from this class. The technique must
+    be off in the default of its section.
     """
 
     def is_on(self, model: "ModelConfig") -> bool:
-        """True where a model with these settings uses the technique."""
+        """Return True if a model with these settings uses the technique."""
         return self != type(self)()
 
     def fields_when_off(self, model: "ModelConfig") -> dict[str, Any]:
-        """Fields of ModelConfig, other than the section itself, that change where the technique is switched off."""
+        """Return the fields of ModelConfig, besides the section, that change when the technique is switched off."""
         return {}
 
     @property
     def needs_host_sync(self) -> bool:
-        """True where the CPU must wait for a decision of the GPU to know the shape of a tensor."""
+        """True if the CPU needs a decision of the GPU to know the shape of a tensor."""
         return False
 
 
 class BoundedTechnique(Technique):
-    """A technique that selects positions, with a setting `bound` that caps how many."""
+    """A technique that selects positions, with a setting `bound` that caps their number."""
 
     bound: float | None
 
@@ -46,27 +47,29 @@ def check_bound(where: str, bound: float | None) -> None:
 
 @dataclass(frozen=True)
 class MultiScaleConfig(BoundedTechnique):
-    """Stacks that run on chunks of neighbouring positions instead of on all of them."""
+    """Multi-scale: stacks that run on chunks of neighbouring positions instead of on all positions."""
 
     factors: tuple[int, ...] = ()
-    """Positions a chunk, level by level inward: [4], or [2, 2] for N, N/2, N/4. Empty: all blocks see all positions."""
+    """Positions per chunk, level by level inward: [4], or [2, 2] for N, N/2, N/4. Empty: all blocks run on all
+    positions."""
     layers: tuple[int, ...] = ()
-    """Blocks: outer before, ..., innermost, ..., outer after, as [1, 1, 4, 1, 1] for two factors. Default: one block
-    before and one after each level, the rest of n_layers innermost."""
+    """Number of blocks before each level from the outside in, innermost, and after each level from the inside out:
+    [1, 1, 4, 1, 1] for two factors. Default: one before and one after each level, the rest of n_layers innermost."""
     widths: tuple[int, ...] = ()
     """Model width of each inner level. Default: d_model."""
     hidden: tuple[int, ...] = ()
-    """Hidden width of each inner level's feed-forwards. Default: in proportion to d_ff, or its default."""
+    """Hidden width of the feed-forwards of each inner level. Default: d_ff scaled with the width, or the default of
+    d_ff."""
     boundaries: Literal["fixed", "whitespace", "learned", "learned-words"] = "fixed"
-    """Where chunks end: every `factor` positions; after words and lines of bytes; where a trained router says, `factor`
-    positions apart on average; where a router says that starts as whitespace. No chunk is longer than twice its
-    factor."""
+    """Where chunks end. 'fixed': every `factor` positions. 'whitespace': after words and lines of bytes. 'learned':
+    where a trained router decides, `factor` positions apart on average. 'learned-words': the same, with a router that
+    starts as 'whitespace'. No chunk is longer than twice its factor."""
     ratio_weight: float = 0.1
     """Weight of the loss that holds learned boundaries to their factor."""
     bound: float | None = None
-    """Room for chunks, as a share of the positions at each level. Shapes then do not depend on the text, as
-    torch.compile and CUDA graphs need it; more than fit are an error. Default: as many as there are, which the host
-    waits to know. Fixed boundaries need no bound but in steps of decoding, where any will do."""
+    """Caps the number of chunks, as a fraction of the positions at each level. Exceeding it raises an error; nothing is
+    dropped. Shapes then do not depend on the text, which torch.compile and CUDA graphs need. Default: no cap, but one
+    host-device sync per packing. Fixed boundaries need a bound in decoding steps only, where any value fits."""
 
     def __post_init__(self) -> None:
         where = "model.multiscale"
@@ -105,45 +108,47 @@ class MultiScaleConfig(BoundedTechnique):
 
     @property
     def reads_bytes(self) -> bool:
-        """Whether boundaries depend on which bytes the tokens are."""
+        """True if the boundaries depend on which bytes the tokens are."""
         return self.boundaries in ("whitespace", "learned-words")
 
 
 @dataclass(frozen=True)
 class LengthConfig(Technique):
-    """Learned sequence length: in each window of text, how many positions go through all blocks."""
+    """Learned length: how many positions of each window of text run all blocks."""
 
     bins: int = 0
-    """Lengths to choose among, up to max_length; 0: every position goes through all blocks."""
+    """Number of lengths to choose from, up to max_length. 0: every position runs all blocks."""
     max_length: int | None = None
-    """Positions of a window; each window has its own length. Default: n_seq."""
+    """Positions in a window. Each window has its own length. Default: n_seq."""
     mode: Literal["truncate", "pool"] = "truncate"
-    """Which positions go deep: the first of the window, or about as many spread over it, each for those since the last
-    one."""
+    """Which positions of a window run all blocks. 'truncate': the first ones. 'pool': about as many, spread over the
+    window, each representing those since the last one."""
     trunk: int | None = None
-    """Layers that every position goes through, the first ones. Default: a quarter of them, at least one."""
+    """Number of first layers, which every position runs. Default: a quarter of all layers, at least one."""
     placement: Literal["even", "geometric", "learned", "continuous"] = "even"
-    """Lengths: evenly spaced, geometrically spaced, evenly at first and then learned, or a number predicted directly
-    and rounded."""
+    """Lengths to choose from. 'even': evenly spaced. 'geometric': geometrically spaced. 'learned': even at first, then
+    learned. 'continuous': one number, predicted directly and rounded."""
     levels: Literal[1, 2] = 1
-    """2: a coarse choice among groups of lengths, then a fine one in the group."""
+    """1: one choice from all lengths. 2: a choice from groups of lengths, then one within the group."""
     pooling: Literal["prefix", "attention", "global"] = "prefix"
-    """What the choice is made from: the mean over the shortest length's positions, a mean weighted by content, or, in
-    bidirectional models, the mean over the whole window."""
+    """Input of the choice. 'prefix': the mean over the positions of the shortest length. 'attention': their mean,
+    weighted by content. 'global', for bidirectional models: the mean over the whole window."""
     spacing: Literal["even", "words"] = "even"
-    """Pooled: spread evenly, or each at the first end of a word (of bytes) in its stretch."""
+    """pool: 'even' spreads the positions evenly; 'words' moves each to the first end of a word (of bytes) in its
+    stretch."""
     training: Literal["expected", "sampled", "gumbel"] | None = None
-    """Truncating: the expected loss over all lengths (default), or that of one Gumbel-Softmax sample per window, both
-    with every position computed, so exact for sequences of one window; or, and always when pooling, one sample per
-    window with only that computed."""
+    """Loss in training. 'expected' (default with truncate): the expectation over all lengths. 'gumbel': one
+    Gumbel-Softmax sample per window. Both compute every position and are exact for sequences of one window. 'sampled'
+    (always with pool): one sample per window, and only that is computed."""
     temperature: float = 1.0
-    """Of the Gumbel-Softmax."""
+    """gumbel: temperature of the Gumbel-Softmax."""
     penalty: float = 0.01
-    """Weight of the mean expected length, as a share of max_length, in the loss."""
+    """Weight of the mean expected share of max_length in the loss."""
     entropy_weight: float = 0.01
-    """Weight of the bonus for undecided choices, which keeps them from collapsing to one length early."""
+    """Weight of the bonus for the entropy of the choices, which keeps them from collapsing to one length early."""
     execution: Literal["grouped", "batch_max"] = "grouped"
-    """Sequences of a batch run in groups of equal length, or all at the longest one's. Changes time, not results."""
+    """How the sequences of a batch run. 'grouped': in groups of similar length. 'batch_max': all at the longest length.
+    This affects time, not results."""
 
     def __post_init__(self) -> None:
         where = "model.length"
@@ -164,8 +169,8 @@ class LengthConfig(Technique):
         check_range(where, 0, 1_000, penalty=self.penalty, entropy_weight=self.entropy_weight)
         if self.training in ("expected", "gumbel") and self.mode == "pool":
             raise ConfigError(
-                f"{where}.training: got {self.training!r} with mode = 'pool', allowed 'sampled': pooled, each length "
-                "is a computation of its own"
+                f"{where}.training: got {self.training!r} with mode = 'pool', allowed 'sampled': with 'pool', each "
+                "length is a computation of its own"
             )
         if self.placement == "continuous" and self.levels == 2:
             raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no bins")
@@ -190,47 +195,49 @@ class LengthConfig(Technique):
 
     @property
     def sampled(self) -> bool:
-        """Whether training samples lengths, and computes those only."""
+        """True if training samples lengths and computes only the samples."""
         return self.mode == "pool" or self.training == "sampled"
 
     @property
     def groups(self) -> int:
-        """Of two levels, how many the first chooses among: the least divisor of bins that is at least its root."""
+        """Number of groups with two levels: the smallest divisor of bins that is at least its square root."""
         return next(g for g in range(1, self.bins + 1) if g * g >= self.bins and self.bins % g == 0)
 
 
 @dataclass(frozen=True)
 class DepthConfig(BoundedTechnique):
-    """Adaptive depth: how many blocks each position goes through."""
+    """Adaptive depth: how many blocks each position runs."""
 
     policy: Literal["none", "act", "skip", "exit"] = "none"
-    """Which positions a block runs on: all; those whose halting probabilities do not add up to the threshold yet
-    (adaptive computation time); those its router lets in, the others go past it (mixture of depths); those that the
-    later blocks would still help with their next token (early exit)."""
+    """Which positions run a block. 'none': all. 'act' (adaptive computation time): until their halting probabilities
+    add up to the threshold. 'skip' (mixture of depths): those that its router lets in; the others skip it. 'exit'
+    (early exit): until their confidence about the next token reaches the threshold."""
     first: int = 1
-    """Blocks before the first decision, which every position goes through."""
+    """Number of blocks before the first decision, which every position runs."""
     last: int = 1
-    """act, skip: blocks after the last decision, which every position goes through."""
+    """act, skip: number of blocks at the end, which every position runs."""
     every: int = 1
-    """Blocks between decisions."""
+    """Number of blocks between decisions."""
     threshold: float | None = None
-    """act: the sum of halting probabilities at which a position stops, default 0.5. skip: the probability from which
-    it goes in, default 0.5. exit: the confidence from which it stops, default 0.95 of gain, else 0.9; 1 never does."""
+    """act: sum of halting probabilities at which a position stops, default 0.5. skip: probability at which it enters,
+    default 0.5. exit: confidence at which it stops, default 0.95 for 'gain', else 0.9; at 1 no position stops."""
     penalty: float = 0.3
-    """act, skip: weight of the expected number of blocks, as a share of all there are, in the loss."""
+    """act, skip: weight of the expected share of blocks in the loss."""
     target: float = 0.5
-    """act, skip: share of the blocks to aim at. The penalty counts in full above it, vanishes there, and turns round
-    below it, so that depth collapses neither to the first blocks nor to all. 0: always the penalty in full."""
+    """act, skip: target share of blocks. The penalty grows above it, is 0 at it and negative below it, so that depth
+    collapses neither to the first blocks nor to all. 0: the full penalty at any share."""
     confidence: Literal["gain", "probability", "entropy"] = "gain"
-    """exit: the share of its perplexity that a position keeps if it stops, predicted by a unit that learns what the
-    later blocks gain; the likeliest token's probability; or one minus the entropy as a share of the greatest one."""
+    """exit: measure of confidence. 'gain': a unit predicts how much the later blocks would lower the loss; the
+    confidence is the share of its perplexity that a position would keep. 'probability': of the most likely token.
+    'entropy': 1 - entropy / largest entropy."""
     exit_weight: float = 0.3
     """exit: weight of the mean loss of the exits."""
     full_depth: float = 0.5
-    """exit: share of training sequences that go through all blocks. Positions of the others stop at a confidence drawn
-    for each, from 0.9 (of gain) or 0.5 to 1, so that any threshold there can be chosen later."""
+    """exit: share of the training sequences that run all blocks. For each other sequence, a confidence at which its
+    positions stop is drawn from 0.9 ('gain') or 0.5 to 1, so that any threshold in this range can be chosen later."""
     bound: float | None = None
-    """Room for positions that go on, as a share of all: see multiscale.bound."""
+    """Caps the number of positions that a decision lets run on, as a fraction of all positions: see
+    multiscale.bound."""
 
     def __post_init__(self) -> None:
         where = "model.depth"
@@ -249,7 +256,7 @@ class DepthConfig(BoundedTechnique):
 
     @property
     def after(self) -> int:
-        """Blocks that every position goes through at the end: what exits goes straight to the head."""
+        """Number of blocks at the end that every position runs; 0 with early exit, which leads straight to the head."""
         return 0 if self.policy == "exit" else self.last
 
     @property
@@ -262,19 +269,21 @@ class DepthConfig(BoundedTechnique):
 
 @dataclass(frozen=True)
 class SparsityConfig(BoundedTechnique):
-    """Learned sparsity in the mixers: which sites of their chains are computed, in all heads alike."""
+    """Learned sparsity: which sites of a mixer's chains are computed, the same in all heads."""
 
     target: float = 0.0
-    """Share of sites to leave out; 0: none."""
+    """Share of the sites to leave out. 0: none."""
     sampling: Literal["threshold", "gumbel"] = "threshold"
-    """Sites kept in training: those whose importance is above 0, as always outside it; or a Gumbel-sigmoid sample."""
+    """Which sites training keeps. 'threshold': those with an importance above 0, as outside training. 'gumbel': a
+    Gumbel-sigmoid sample."""
     penalty: float = 0.3
-    """Weight of the loss that holds each mixer's sparsity at the target: of the mean probability to be kept, the more
-    the further the share of kept sites is above, vanishing at the target, negative below it."""
+    """Weight of the loss that holds the sparsity of each mixer at the target: the mean probability to keep a site times
+    a price, which is 0 at the target, grows with the share of kept sites, and is negative below."""
     warmup: float = 0.3
-    """Share of training over which the target rises from 0."""
+    """Share of training in which the target rises from 0."""
     bound: float | None = None
-    """Room for kept sites, as a share of all: see multiscale.bound. Before learning nearly every site is kept."""
+    """Caps the number of kept sites, as a fraction of all sites: see multiscale.bound. Before training nearly every
+    site is kept."""
 
     def __post_init__(self) -> None:
         where = "model.sparsity"
@@ -290,30 +299,30 @@ class SparsityConfig(BoundedTechnique):
 
 @dataclass(frozen=True)
 class ExpertsConfig(Technique):
-    """Conditional experts: how many of them a token uses, and what they cost."""
+    """Conditional experts: how many experts a token uses, and their cost."""
 
     policy: Literal["top_k", "top_p"] = "top_k"
-    """The top_k likeliest ones; or as many of the likeliest as make up a probability of top_p: an easy token's router
-    is sure of one, a hard one's is not."""
+    """Which experts a token uses. 'top_k': the top_k most likely ones. 'top_p': as many of the most likely ones as make
+    up a probability of top_p: one if the router is sure, several if it is not."""
     top_p: float = 0.5
-    """top_p: the probability to make up."""
+    """top_p: the probability that a token's experts make up."""
     least: int = 1
-    """top_p: experts a token uses at least, those without computation included."""
+    """top_p: smallest number of experts per token, including those that compute nothing."""
     most: int = 4
-    """top_p: experts a token uses at most, but no more than there are."""
+    """top_p: largest number of experts per token, limited to all there are."""
     target: float = 1.5
-    """top_p: computing experts a token to aim at on average. The cost counts in full above it, vanishes there, and
-    turns round below it. 0: always the cost in full."""
+    """top_p: target for the mean number of computing experts per token. The cost grows above it, is 0 at it and
+    negative below it. 0: the full cost at any number."""
     cost_weight: float = 0.1
-    """top_p: weight of the cost, which is the router's entropy as a share of the greatest one, plus the probability of
-    experts that compute."""
+    """top_p: weight of the cost, which is the router's entropy as a share of the largest entropy, plus the probability
+    of experts that compute."""
     identity: int = 0
-    """Experts that return what they are given, and compute nothing."""
+    """Number of additional experts that return their input without computing."""
     zero: int = 0
-    """Experts that return nothing, and compute nothing."""
+    """Number of additional experts that return zero without computing."""
     balance: Literal["auxiliary", "bias"] = "auxiliary"
-    """What keeps computing experts equally busy: a loss on the router, or a bias in choosing that follows the load and
-    that gates do not contain."""
+    """How the load of the computing experts is balanced. 'auxiliary': a loss on the router. 'bias': a bias that follows
+    the load and affects the choice of experts, not their gates."""
 
     def __post_init__(self) -> None:
         where = "model.experts"

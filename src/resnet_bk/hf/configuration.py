@@ -9,8 +9,8 @@ from resnet_bk.config import ModelConfig, unknown_field
 
 # Names of ModelConfig's fields here. Every generate() would take `top_k` for the setting of sampling.
 _NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
-# Fields that transformers itself writes into a config.json, or passes on.
-_TRANSFORMERS_FIELDS = {
+# Fields of every configuration, and what transformers itself writes into a config.json or passes on.
+_TRANSFORMERS_FIELDS = set(vars(PreTrainedConfig())) | {
     "model_type",
     "transformers_version",
     "auto_map",
@@ -18,6 +18,8 @@ _TRANSFORMERS_FIELDS = {
     "dtype",
     "torch_dtype",
     "architectures",
+    "attn_implementation",
+    "experts_implementation",
 }
 
 
@@ -37,6 +39,7 @@ class ResNetBKConfig(PreTrainedConfig):
         "num_hidden_layers": "n_layers",
         "num_attention_heads": "heads",
     }
+    __eq__ = PreTrainedConfig.__eq__  # newer versions of transformers would compare only the fields of PreTrainedConfig
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""The parts of a block: token mixers, feed-forwards, normalisation."""
+"""The block and its parts: token mixers, feed-forwards, normalization; the loss of the head."""

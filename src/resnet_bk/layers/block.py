@@ -1,8 +1,8 @@
-"""The block, and a stack of layers. Every layer of a stack, a block or an adaptive layer, has one form of call:
+"""The block, and a stack of layers. All layers of a stack, blocks and adaptive layers, have one signature:
 
 ``layer(x (B, N, D), tokens, state, mask) -> (x (B, N, D), state, records)``
 
-- tokens: :class:`Tokens`, what stands at each position.
+- tokens: :class:`Tokens`, the token at each position.
 - state: the layer's own state after the same sequences up to here, or None at their start.
 - mask: (B, N) bool, True for tokens, False for padding, which comes last in each row; None without padding.
 - records: a list of :class:`resnet_bk.record.Record`, one for each part of the layer that reports something.
@@ -25,19 +25,19 @@ from resnet_bk.record import Record
 
 
 class Tokens(NamedTuple):
-    """What stands at each position of a layer's input; it is packed along with the features.
+    """The token at each position of a layer's input, packed together with the features.
 
     Attributes:
         ids: (B, N) int64, token ids.
         place: (B, N) int64, the index of each position in the flattened batch of the model's input. None unless a
-            ledger is open: it alone asks for whom a layer computes.
+            ledger is open, which needs it to know for which token a layer computes.
     """
 
     ids: Tensor
     place: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
-        """Return the tokens with `function`, a selection of positions, applied to every tensor."""
+        """Apply `function`, a selection of positions, to every tensor."""
         return Tokens(function(self.ids), None if self.place is None else function(self.place))
 
 
@@ -48,7 +48,7 @@ class AdaptiveLayer(nn.Module):
 class Block(nn.Module):
     """``x + mixer(norm x)``, then ``x + feed_forward(norm x)``; (B, N, D) -> (B, N, D)."""
 
-    recomputes = False  # whether backward computes all but x again, see resnet_bk.training.sharded.recompute
+    recomputes = False  # True: the backward pass recomputes the block from x, see resnet_bk.training.sharded.recompute
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -70,13 +70,13 @@ class Block(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Layers one after the other; its state is the list of theirs."""
+    """Layers that run one after the other. The state of the stack is the list of their states."""
 
     def __init__(self, layers: Iterable[nn.Module]):
         super().__init__(layers)
 
     def part(self, begin: int, end: int | None = None) -> "Stack":
-        """Some of the layers, the same modules."""
+        """Return a stack of some of the layers: the same modules, not copies."""
         return Stack(list(self)[begin:end])
 
     def forward(

@@ -1,7 +1,7 @@
-"""Feed-forwards: SwiGLU, and a dropless mixture of them.
+"""Feed-forwards: SwiGLU, and a dropless mixture of SwiGLU experts.
 
-Dimensions: B batch, N positions, D model width, F hidden width, E experts that compute, A all experts, T = B N tokens,
-padding among them, K the most experts a token may use, P = T K pairs of a token and an expert.
+Dimensions: B batch, N positions, D model width, F hidden width, E experts that compute, A all experts, T = B N tokens
+(padding included), K largest number of experts per token, P = T K pairs of a token and an expert.
 """
 
 import math
@@ -16,13 +16,18 @@ from resnet_bk.layers.price import price
 from resnet_bk.ops.packing import TILE
 from resnet_bk.record import Loss, Record
 
-BAND = 0.25  # experts a token around the target in which the price rises from -1 to 1
+BAND = 0.25  # distance from the target, in experts per token, at which the price is 1
 
 
 @dataclass(kw_only=True)
 class ExpertsRecord(Record):
-    """used: (B, N) int64, computing experts each position went through; 0 for padding. load: (E,) int64, tokens that
-    each of them had. tokens: how many there were, without padding."""
+    """Decisions of the router.
+
+    Attributes:
+        used: (B, N) int64, number of computing experts that each position used; 0 for padding.
+        load: (E,) int64, number of tokens of each computing expert.
+        tokens: scalar int64, number of tokens, without padding.
+    """
 
     used: Tensor
     load: Tensor
@@ -30,7 +35,7 @@ class ExpertsRecord(Record):
 
     @property
     def mean_used(self) -> float:
-        """Computing experts a token."""
+        """Mean number of computing experts per token."""
         return int(self.load.sum()) / max(1, int(self.tokens))
 
 
@@ -48,13 +53,13 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """Some SwiGLU experts for each token, and none is dropped, (B, N, D) -> (B, N, D).
+    """A mixture of SwiGLU experts in which no token is dropped, (B, N, D) -> (B, N, D).
 
-    A token uses its `top_k` likeliest experts, or as many of the likeliest as make up a probability of `top_p` (Huang
-    et al. 2024, arXiv:2403.07652): one where the router is sure, several where it is not. Some experts may compute
-    nothing: they return the token or zero (Jin et al. 2024, arXiv:2410.07348). Outputs are scaled by the router's
-    probabilities, so the task loss trains the router. Routing looks at one token at a time: no capacity, no top-k over
-    the sequence, hence causal and indifferent to batch-mates.
+    A token uses its `top_k` most likely experts, or as many of the most likely ones as make up a probability of `top_p`
+    (Huang et al. 2024, arXiv:2403.07652): one if the router is sure, several if it is not. Identity and zero experts
+    compute nothing: they return the token, or zero (Jin et al. 2024, arXiv:2410.07348). Outputs are scaled by the
+    router's probabilities, so the task loss trains the router. The router reads one token at a time, without a capacity
+    or a top-k over the sequence. Routing is therefore causal and does not depend on batch-mates.
     """
 
     def __init__(self, config: ModelConfig):
@@ -66,100 +71,127 @@ class Experts(nn.Module):
         self.router = nn.Linear(d, self.all, bias=False)
         self.up = nn.Parameter(torch.empty(self.experts, d, 2 * f).uniform_(-1, 1) / math.sqrt(d))
         self.down = nn.Parameter(torch.empty(self.experts, f, d).uniform_(-1, 1) / math.sqrt(f))
-        # Not trained by the task: it falls while an expert has more than its share of tokens, and rises otherwise.
+        # The task does not train it. It falls while an expert has more than its share of tokens, and rises otherwise.
         self.load_bias = nn.Parameter(torch.zeros(self.experts)) if self.settings.balance == "bias" else None
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
         tokens = x.flatten(0, 1)
-        real = tokens.new_ones(len(tokens), dtype=torch.bool) if mask is None else mask.flatten()
+        mask = tokens.new_ones(len(tokens), dtype=torch.bool) if mask is None else mask.flatten()
         exact = torch.promote_types(x.dtype, torch.float32)
         logits = self.router(_whole_tiles(tokens))[: len(tokens)].to(exact)
         probabilities = logits.softmax(-1)  # (T, A)
-        chosen, takes = self._choose(logits, probabilities)  # (T, K)
-        takes = takes & real.unsqueeze(-1)
-        works = takes & (chosen < self.experts + self.settings.identity)  # the others return zero
-        # Pairs by expert: those that compute, those that return the token, and last, of no expert, all others.
-        expert, order = torch.where(works, chosen, self.all).flatten().sort(stable=True)
+        chosen, used = self._choose(logits, probabilities)  # (T, K)
+        used = used & mask.unsqueeze(-1)
+        nonzero = used & (chosen < self.experts + self.settings.identity)  # zero experts add nothing
+        # Sort the pairs by expert: computing experts, identity experts, and last, as A, the pairs that add nothing.
+        expert, order = torch.where(nonzero, chosen, self.all).flatten().sort(stable=True)
         source = order // self.most
         counts = expert.new_zeros(self.all + 1).index_add(0, expert, torch.ones_like(expert))
         grouped = computed_in(tokens) == torch.bfloat16 and (tokens.is_cuda or torch.compiler.is_compiling())
-        results = (self._all_at_once if grouped else self._one_by_one)(tokens, source, counts)
+        results = (self._run_grouped if grouped else self._run_each)(tokens, source, counts)
         source, expert = source[: len(results)], expert[: len(results)]
         gates = F.pad(probabilities, (0, 1))[source, expert].unsqueeze(-1).to(x.dtype)
         y = torch.zeros_like(tokens).index_add(0, source, results * gates)
-        used, load = (takes & (chosen < self.experts)).sum(-1), counts[: self.experts]
-        losses = self._losses(probabilities, load, used, real)
+        number, load = (used & (chosen < self.experts)).sum(-1), counts[: self.experts]
+        losses = self._losses(probabilities, load, number, mask)
         return y.view_as(x), [
-            ExpertsRecord(losses=losses, used=used.view(x.shape[:2]), load=load, tokens=real.sum()),
+            ExpertsRecord(losses=losses, used=number.view(x.shape[:2]), load=load, tokens=mask.sum()),
         ]
 
     def _choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """The K likeliest experts of each token (T, K), and which of them it uses, (T, K) bool."""
+        """Return each token's K most likely experts (T, K) int64, and (T, K) bool, True for those that it uses."""
         likely = probabilities
         if self.load_bias is not None:
             likely = (logits + F.pad(self.load_bias, (0, self.all - self.experts))).softmax(-1)
         likely, chosen = likely.topk(self.most, dim=-1)
         if self.settings.policy == "top_k":
             return chosen, torch.ones_like(chosen, dtype=torch.bool)
-        takes = likely.cumsum(-1) - likely < self.settings.top_p
-        takes[:, : self.settings.least] = True
-        return chosen, takes
+        used = likely.cumsum(-1) - likely < self.settings.top_p
+        used[:, : self.settings.least] = True
+        return chosen, used
 
-    def _losses(self, probabilities: Tensor, counts: Tensor, used: Tensor, real: Tensor) -> dict[str, Loss]:
-        """Of computing experts "balance", E sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4), 1 where all are
-        equally busy; balanced by bias, that value with the gradient of the bias alone (Wang et al. 2024,
-        arXiv:2408.15664). And "cost", of top_p: see :class:`resnet_bk.config.ExpertsConfig`."""
-        number = real.sum().clamp(min=1)
-        share = counts / counts.sum().clamp(min=1)
-        computing = probabilities[:, : self.experts] * real.unsqueeze(-1)
+    def _losses(self, probabilities: Tensor, load: Tensor, used: Tensor, mask: Tensor) -> dict[str, Loss]:
+        """Return "balance" and, with policy top_p, "cost" (see :class:`resnet_bk.config.ExpertsConfig`).
+
+        "balance" is E sum_e f_e p_e over computing experts (Fedus et al. 2021, arXiv:2101.03961, eq. 4). It is 1 if all
+        have the same load. With a load bias it keeps that value, but only the bias gets a gradient (Wang et al. 2024,
+        arXiv:2408.15664).
+
+        Args:
+            probabilities: (T, A).
+            load: (E,) int64, number of tokens of each computing expert.
+            used: (T,) int64, number of computing experts that each token uses.
+            mask: (T,) bool, False for padding.
+        """
+        tokens = mask.sum().clamp(min=1)
+        share = load / load.sum().clamp(min=1)
+        computing = probabilities[:, : self.experts] * mask.unsqueeze(-1)
         balance = self.experts * (share * computing.sum(0)).sum() / computing.sum().clamp(min=1e-9)
         if self.load_bias is not None:
             moved = (self.load_bias * (share - 1 / self.experts).sign()).sum()
             balance = balance.detach() + moved - moved.detach()
         losses = {"balance": Loss(balance, self.balance_weight)}
         if self.settings.policy == "top_p":
-            factor = price(used.sum() / number, self.settings.target, BAND) if self.settings.target else 1.0
-            entropy = (torch.special.entr(probabilities).sum(-1) * real).sum() / math.log(max(2, self.all))
-            losses["cost"] = Loss(factor * (entropy + computing.sum()) / number, self.settings.cost_weight)
+            factor = price(used.sum() / tokens, self.settings.target, BAND) if self.settings.target else 1.0
+            entropy = (torch.special.entr(probabilities).sum(-1) * mask).sum() / math.log(max(2, self.all))
+            losses["cost"] = Loss(factor * (entropy + computing.sum()) / tokens, self.settings.cost_weight)
         return losses
 
-    def _one_by_one(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:
-        """What experts return of the tokens (T, D) of each pair, `source` (P,), in groups of `counts` (A + 1,): (W, D),
-        without the pairs of no expert. No row is computed for nothing, but the host waits for the counts."""
+    def _run_each(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:
+        """Run one expert after the other on its tokens.
+
+        It computes no row in vain, at the cost of a host-device sync for the counts.
+
+        Args:
+            tokens: (T, D).
+            source: (P,) int64, the token of each pair, sorted by expert.
+            counts: (A + 1,) int64, number of pairs of each expert, last of those that add nothing.
+
+        Returns:
+            The result of each pair that adds something, at most (P, D).
+        """
         sizes = counts.tolist()
         *groups, same, _ = source.split([*sizes[: self.experts], sum(sizes[self.experts : -1]), sizes[-1]])
         return torch.cat([*(self._expert(e, tokens, group) for e, group in enumerate(groups)), tokens[same]])
 
-    def _all_at_once(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:
-        """The same by grouped matrix products of bfloat16, whose sizes stay on the device: (P, D)."""
+    def _run_grouped(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:
+        """Run all experts with grouped matrix products of bfloat16, without a host-device sync.
+
+        Arguments as for :meth:`_run_each`. Returns (P, D); the results of pairs that add nothing have no meaning, and
+        their gate is 0.
+        """
         ends = counts[: self.experts].cumsum(0).int()
         computes = (torch.arange(len(source), device=tokens.device) < ends[-1]).unsqueeze(-1)
-        mine, dtype = tokens[source], torch.bfloat16
-        # Rows beyond the last group are not written, forward or backward: they are kept out on both sides.
-        rows = torch.where(computes, mine, 0).to(dtype)
+        x, dtype = tokens[source], torch.bfloat16
+        # grouped_mm does not write rows beyond the last group, forward or backward, so both `where` leave them out.
+        rows = torch.where(computes, x, 0).to(dtype)
         gate, value = F.grouped_mm(rows, self.up.to(dtype), offs=ends).chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate) * value, self.down.to(dtype), offs=ends)
-        return torch.where(computes, y.to(mine.dtype), mine)
+        return torch.where(computes, y.to(x.dtype), x)
 
     def _expert(self, e: int, tokens: Tensor, own: Tensor) -> Tensor:
-        """One expert on the tokens (T, D) that are its own, (P,) indices -> (P, D)."""
-        mine = tokens[_whole_tiles(own)]
-        gate, value = (mine @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
+        """Run expert e on its own tokens: rows `own` (R,) of tokens (T, D), -> (R, D)."""
+        x = tokens[_whole_tiles(own)]
+        gate, value = (x @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
         return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[: len(own)]
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """Of matrix products with x here: autocast's dtype, or x's own."""
+    """Return the dtype in which matrix products with x are computed: that of autocast if it is on, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _whole_tiles(rows: Tensor) -> Tensor:
-    """Rows (T, ...), zeros added where T is no multiple of TILE. A matrix product rounds the rows of its last, partial
-    tile differently, and a token's bits must not depend on how many others there are beside it."""
+    """Append rows of zeros to (T, ...) until T is a multiple of TILE.
+
+    A matrix product rounds the rows of its last, partial tile differently, and a token's bits must not depend on how
+    many other tokens there are.
+    """
     missing = -len(rows) % TILE
     return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows
 
 
 def feed_forward(config: ModelConfig) -> SwiGLU | Experts:
+    """Return the feed-forward of a block."""
     return SwiGLU(config) if config.num_experts == 1 else Experts(config)

@@ -1,4 +1,4 @@
-"""Cross-entropy of an output head, without ever holding the logits of all tokens.
+"""Cross-entropy of an output head that never holds the logits of all tokens if these would be large.
 
 Dimensions: T tokens, D model width, V vocabulary.
 """
@@ -8,18 +8,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**24  # entries; more logits than that are computed in pieces of rows
+LOGITS_AT_ONCE = 2**24  # entries of a (T, V) matrix of logits; larger ones are computed in pieces of rows
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Return the cross-entropy of ``softmax(x weight^T)`` in nats.
 
-    Beyond LOGITS_AT_ONCE entries the logits are computed piece by piece, and again in the backward pass.
+    More than LOGITS_AT_ONCE logits are computed piece by piece, and once more in the backward pass.
 
     Args:
         x: (T, D) features.
         weight: (V, D) rows of the output head.
-        targets: (T,) int64, the right token of each row; -100 is not counted.
+        targets: (T,) int64, the correct token of each row; -100 is not counted.
         reduction: "none" for (T,) nats, 0 where the target is -100; "mean" for their mean over counted targets.
     """
     rows = max(1, LOGITS_AT_ONCE // len(weight))

@@ -1,4 +1,4 @@
-"""Token mixers on the BK core: one readout each of the same chain.
+"""Token mixers on the BK core: two readouts of the same chain.
 
 Dimensions: B batch, N positions, D model width, H heads, K = V = D / H head width, W convolution width.
 """
@@ -20,10 +20,10 @@ from resnet_bk.record import Record
 
 
 class MixerState(NamedTuple):
-    """All that a mixer remembers of the past; its size does not depend on how long that was.
+    """State of a mixer. Its size does not depend on the length of the past.
 
     conv: (B, W - 1, C), the last inputs of the short convolution.
-    core: g of the last site (B, H) for the diagonal readout, a PropagatorState or SparseState for the propagator.
+    core: g of the last site (B, H) for the diagonal readout; a PropagatorState or SparseState for the propagator.
     """
 
     conv: Tensor
@@ -31,7 +31,7 @@ class MixerState(NamedTuple):
 
 
 class ShortConv(nn.Module):
-    """Depthwise convolution over the last W positions (centred when not causal), (B, N, C) -> (B, N, C)."""
+    """Depthwise convolution over the last W positions, centered if not causal, (B, N, C) -> (B, N, C)."""
 
     def __init__(self, channels: int, width: int, causal: bool):
         super().__init__()
@@ -39,7 +39,16 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-1, 1) / math.sqrt(width))
 
     def forward(self, x: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """mask: (B, N) bool, real positions first. Returns the output and the last W - 1 real inputs."""
+        """Convolve x.
+
+        Args:
+            x: (B, N, C).
+            state: (B, W - 1, C), the inputs before x; None at the start.
+            mask: (B, N) bool, False for padding, which comes last in each row; None without padding.
+
+        Returns:
+            The output, and the last W - 1 inputs that are not padding.
+        """
         past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2]) if state is None else state
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
@@ -60,34 +69,34 @@ class ShortConv(nn.Module):
 
 
 class Energies(nn.Module):
-    """On-site energies ``a_t = -2 + potential_t`` and the spectral shift z of each head's chain; hopping 1.
+    """On-site energies ``a_t = -2 + potential_t`` and the spectral shift z of each head's chain. The hopping is 1.
 
-    real: the potential is ``-softplus``, z > 0: ``|a - z| = 2 + softplus + z``, always outside the spectrum. The head
-      forgets over about ``1 / sqrt(|a - z| - 2)`` positions.
-    complex: the potential is unbounded and ``Im z = eta > 0`` broadens it; ``|g| <= 1 / eta``.
+    - real: the potential is ``-softplus`` and z > 0. Then ``|a - z| = 2 + softplus + z`` is always outside the
+      spectrum, and the memory of a head is about ``1 / sqrt(|a - z| - 2)`` positions.
+    - complex: the potential is unbounded, and ``Im z = eta > 0`` broadens the levels, so that ``|g| <= 1 / eta``.
     """
 
     def __init__(self, d_model: int, heads: int, kind: str):
         super().__init__()
         self.kind = kind
         self.potential = nn.Linear(d_model, heads)
-        # The complex potential starts near zero: |dg/da| reaches 1 / eta^2, and a chain that starts disordered
-        # begins with gradients tens of times larger than those of the rest of the model.
+        # The complex potential starts near zero. |dg/da| reaches 1 / eta^2, and in a chain that starts disordered the
+        # first gradients are tens of times as large as those of the rest of the model.
         nn.init.normal_(self.potential.weight, std=0.02 if kind == "complex" else 1 / math.sqrt(d_model))
         if kind == "real":
             with torch.no_grad():
-                # margins |a - z| - 2 from 1 down to 1/50: memories of 1 to 7 positions before learning
+                # Margins |a - z| - 2 from 1 down to 1/50 are initial memories of 1 to 7 positions.
                 margins = torch.logspace(0, math.log10(0.02), heads)
                 self.potential.bias.copy_(_inverse_softplus(margins))
             self.shift = nn.Parameter(_inverse_softplus(torch.full((heads,), 1e-3)))
         else:
-            # inside the band -4 .. 0, so that the heads' phases differ
+            # Re z is inside the band -4 .. 0, so that the phases of the heads differ.
             nn.init.constant_(self.potential.bias, 0.0)
             self.real_shift = nn.Parameter(torch.linspace(-1.5, 1.5, heads) if heads > 1 else torch.zeros(1))
             self.shift = nn.Parameter(_inverse_softplus(torch.linspace(0.2, 1.0, heads)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) -> energies (B, N, H) float32 or float64, z (H,)."""
+        """Return the energies (B, N, H) float32 or float64 of x (B, N, D), and z (H,)."""
         v = self.potential(x)
         v = v if v.dtype == torch.float64 else v.float()
         shift = F.softplus(self.shift.to(v.dtype))
@@ -101,8 +110,11 @@ def _inverse_softplus(y: Tensor) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """What mixers share: the sequence may be split over processes, see
-    :func:`resnet_bk.training.sharded.split_sequences`; then `pieces` knows what enters the piece of this one."""
+    """Base of the mixers, whose sequence may be split over processes.
+
+    See :func:`resnet_bk.training.sharded.split_sequences`. `pieces` then gives the state that enters this process's
+    piece of the sequence.
+    """
 
     pieces: Pieces | None = None
 
@@ -110,7 +122,7 @@ class Mixer(nn.Module):
         if self.pieces is not None and not (state is None and mask is None):
             raise ValueError(
                 f"{'mask' if state is None else 'state'}: got one for a sequence that is split over processes, allowed "
-                "none: it starts with its first piece and has no padding"
+                "None: such a sequence has no past and no padding"
             )
         return state or MixerState(None, None)  # type: ignore[arg-type]
 
@@ -118,7 +130,7 @@ class Mixer(nn.Module):
 class PropagatorMixer(Mixer):
     """Linear attention whose gates are the chain's propagator: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D).
 
-    On sparse chains q and k are of kept sites alone, and not convolved.
+    With learned sparsity, q and k are computed at kept sites only, and they are not convolved.
     """
 
     def __init__(self, config: ModelConfig):
@@ -130,7 +142,7 @@ class PropagatorMixer(Mixer):
         self.in_proj = nn.Linear(d, (4 if dense else 2) * d, bias=False)
         self.conv = ShortConv((3 if dense else 1) * d, config.conv_width, config.causal)
         self.sparse = None if dense else SparseBKCore(config, self.heads)
-        self.qk_proj = None if dense else nn.Linear(d, 2 * d, bias=False)  # of kept sites alone
+        self.qk_proj = None if dense else nn.Linear(d, 2 * d, bias=False)  # at kept sites only
         self.norm = Norm(self.width)
         self.out_proj = nn.Linear(d, d, bias=False)
 
@@ -165,14 +177,14 @@ class PropagatorMixer(Mixer):
         return self.out_proj(y), MixerState(conv, core), records
 
     def _heads(self, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """(B, N, any number times D) -> so many (B, N, H, K)."""
+        """Split u (B, N, n D) into n tensors (B, N, H, K)."""
         return F.silu(u).to(dtype).unflatten(-1, (-1, self.heads, self.width)).unbind(2)
 
 
 class DiagonalMixer(Mixer):
-    """The chain's Green's function as features: many heads, ``[Re g, Im g]`` each, mapped to D. (B, N, D) -> (B, N, D).
+    """Green's functions of many chains as features, ``[Re g, Im g]`` each, mapped to D: (B, N, D) -> (B, N, D).
 
-    Causal models read the left Green's function, bidirectional ones the diagonal of the whole resolvent.
+    Causal models read the left Green's function, bidirectional models the diagonal of the resolvent.
     """
 
     def __init__(self, config: ModelConfig):

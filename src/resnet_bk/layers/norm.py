@@ -1,4 +1,4 @@
-"""Normalisation. LayerNorm without bias rather than RMSNorm: equal quality, and torch's CPU kernel is 4x faster."""
+"""Normalization: LayerNorm without bias. Its quality equals that of RMSNorm, and torch's CPU kernel is 4x faster."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""A score a position: what routers decide by."""
+"""The score of a position by which routers decide."""
 
 import math
 
@@ -9,14 +9,15 @@ from resnet_bk.layers.norm import Norm
 
 
 class Score(nn.Module):
-    """A linear score of normalised features, (B, N, D) -> (B, N) float32 or float64.
+    """A linear score of normalized features, (B, N, D) -> (B, N) float32 or float64.
 
-    Its scale is between a mean's and a sum's: Adam moves every weight by the learning rate, so a sum over D of them
-    would throw the share of positions above a threshold from one extreme to the other, and a mean would hardly move.
+    It is sqrt(D) times a mean, so its scale is between a mean and a sum. Adam moves every weight by the learning rate.
+    A sum over D weights would move so far that the share of positions above a threshold jumps from one extreme to the
+    other; a mean would hardly move.
     """
 
     def __init__(self, width: int, start: float = 0.0, spread: float = 0.0):
-        """Scores start about `start`, with a standard deviation of `spread`."""
+        """Create the score of features of a width. At first it has mean `start` and standard deviation `spread`."""
         super().__init__()
         self.scale = math.sqrt(width)
         self.norm = Norm(width)

@@ -3,7 +3,6 @@
 Dimensions: B batch, N sites, M packed length, H chains (heads), K key width, V value width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -178,9 +177,9 @@ def check_qkv(
         _expect("state.r", state.r, (batch, heads, values), state.r)
 
 
-def _expect(name: str, x: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> None:
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> None:
     """Raise unless x has this shape and the dtype (by default) and device of `like`."""
-    if x.shape != torch.Size(shape):
+    if x.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
     dtype = dtype or like.dtype
     if x.dtype != dtype or x.device != like.device:
