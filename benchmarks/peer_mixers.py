@@ -13,6 +13,7 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers.mixer import MixerState, ShortConv
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.kernels import scan
+from resnet_bk.record import Record
 
 
 class SoftmaxAttention(nn.Module):
@@ -24,11 +25,11 @@ class SoftmaxAttention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, state: None, mask: None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, state: None, mask: None) -> tuple[Tensor, None, list[Record]]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q), rotate(k)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(y.transpose(1, 2).flatten(-2)), None
+        return self.out_proj(y.transpose(1, 2).flatten(-2)), None, []
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -58,11 +59,11 @@ class SigmoidGatedAttention(nn.Module):
         self.norm = Norm(self.width)
         self.out_proj = nn.Linear(d, d, bias=False)
 
-    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState | None]:
+    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, None, list[Record]]:
         alpha = self.decay(x).sigmoid()
         qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
         qkv, _ = self.conv(qkv, None, mask)
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.width)).unbind(2)
         start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
         y, _ = scan(q / math.sqrt(self.width), k, v, alpha, torch.ones_like(alpha), start)
-        return self.out_proj(self.norm(y).flatten(-2) * F.silu(gate)), None
+        return self.out_proj(self.norm(y).flatten(-2) * F.silu(gate)), None, []

@@ -51,8 +51,8 @@ def test_the_loss_in_pieces_equals_the_loss_at_once(monkeypatch):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_large_vocabulary_never_takes_all_logits_at_once():
-    """2,048 tokens x 50,000 ids would be 410 MB of float32 logits, and as much again for their gradient."""
+def test_a_large_vocabulary_never_needs_all_logits_in_memory():
+    """2,048 tokens x 50,000 ids would be 410 MB of float32 logits, and 410 MB for their gradient."""
     code = (
         "import resource, torch\n"
         "from resnet_bk import LanguageModel\n"
@@ -86,7 +86,7 @@ def test_bad_input_is_refused(ids, keywords, error, words):
 
 
 def test_layers_import_in_one_direction_only():
-    """Each package may import what stands on its own floor or below; transformers is imported in few places."""
+    """A package imports packages on its own floor or below; only hf and training import transformers."""
     import ast
 
     floors = [

@@ -1,4 +1,4 @@
-"""The wrapper: the base model untouched, every position predicted, lengths as its own settings say."""
+"""The wrapper: the base model stays as it is, every position gets logits, lengths follow the settings."""
 
 import pytest
 import torch
@@ -51,9 +51,9 @@ def test_every_position_of_any_length_gets_logits(n, mode):
 
 def test_state_dict_is_that_of_a_model_with_learned_length():
     wrapped = wrapper().eval()
-    alone = LanguageModel.from_config(wrapped.config).eval()
-    alone.load_state_dict(wrapped.state_dict())
-    torch.testing.assert_close(alone(IDS).logits, wrapped(IDS, use_adaptive_length=True).logits)
+    model = LanguageModel.from_config(wrapped.config).eval()
+    model.load_state_dict(wrapped.state_dict())
+    torch.testing.assert_close(model(IDS).logits, wrapped(IDS, use_adaptive_length=True).logits)
 
 
 def test_type_of_the_base_model_is_kept():

@@ -53,7 +53,7 @@ def test_a_text_in_two_pieces_closes_where_the_whole_does():
 
 
 @pytest.mark.parametrize("factor", [2, 3, 7])
-def test_fixed_strides_go_on_across_pieces(factor):
+def test_fixed_strides_continue_across_pieces(factor):
     decision = FixedStride(CONFIG, factor)(torch.zeros(1, 20, 8), None, torch.tensor([1]), torch.tensor([0]))
     assert decision.closes[0].nonzero().flatten().tolist() == [t for t in range(20) if (t + 2) % factor == 0]
 
@@ -75,7 +75,9 @@ def test_a_word_router_starts_as_words_and_can_leave_them():
     ends = ends_of_words(ids, nothing)
     assert torch.equal(router(x, ids, nothing, nothing).closes, ends)
     optimizer = torch.optim.Adam(router.parameters(), lr=0.1)
-    for _ in range(100):  # told to close everywhere but after words, which neither sign nor threshold alone can do
+    for _ in range(
+        100
+    ):  # the target is all but ends of words: a threshold does not suffice, `trust` must change its sign
         probability = router(x, ids, nothing, nothing).probability
         torch.nn.functional.binary_cross_entropy(probability, (~ends).float()).backward()
         optimizer.step()

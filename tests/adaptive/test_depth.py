@@ -1,4 +1,4 @@
-"""Adaptive depth against loops that follow the definition, what trains it, and what is not computed."""
+"""Adaptive depth: results against loops that follow the definition, gradients, and computed positions."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ POLICIES = ["act", "skip", "exit"]
 
 
 def model(policy, n_layers=4, vocab=31, **settings) -> LanguageModel:
-    """float64, eval, with decisions that go both ways."""
+    """Return a float64 model in evaluation whose decisions vary."""
     torch.manual_seed(0)
     if policy == "exit":  # thresholds that some positions of an untrained model reach
         thresholds = {"gain": 0.9, "probability": 0.15, "entropy": 0.1}
@@ -45,7 +45,7 @@ def parts(net):
 
 
 def plain(net) -> LanguageModel:
-    """The same blocks without decisions."""
+    """Return a model of the same blocks without decisions."""
     blocks = [block for part in parts(net) for block in part]
     other = LanguageModel(net.config.vocab_size, d_model=16, n_layers=len(blocks), num_experts=1, n_heads=2)
     other.double().eval()
@@ -60,20 +60,24 @@ def tokens(batch, length, vocab=31):
 
 
 def by_definition(net, ids):
-    """One sequence, position by position: the output (N, D), the blocks each went through, and the expected number."""
+    """Run one sequence position by position.
+
+    Returns:
+        The output (N, D), the number of blocks of each position, and the expected number, summed over positions.
+    """
     layer = adaptive_layer(net)
     x = layer.first(net.embed(ids), Tokens(ids), None, None)[0][0]
     n, for_all = len(x), len(layer.first) + len(layer.last)
-    going, left, out = list(range(n)), [1.0] * n, [torch.zeros_like(x[0])] * n
+    running, left, out = list(range(n)), [1.0] * n, [torch.zeros_like(x[0])] * n
     blocks, expected = [for_all] * n, for_all * n
     for i, segment in enumerate(layer.segments):
         if isinstance(layer, Skipping):
             probability = [layer.routers[i](x[t : t + 1])[0].sigmoid() for t in range(n)]
             expected = expected + len(segment) * sum(probability)
-            going = [t for t in range(n) if probability[t] >= layer.threshold]
+            running = [t for t in range(n) if probability[t] >= layer.threshold]
         else:
-            on = []
-            for t in going:
+            others = []
+            for t in running:
                 if isinstance(layer, EarlyExit):
                     p = net.read(x[t]).softmax(-1)
                     sure = {
@@ -89,13 +93,13 @@ def by_definition(net, ids):
                 weight = left[t] if stops else halt
                 out[t], left[t] = out[t] + weight * x[t], left[t] - weight
                 if not stops:
-                    on.append(t)
+                    others.append(t)
                     expected = expected + len(segment) * left[t]
-            going = on
-        for t in going:
+            running = others
+        for t in running:
             blocks[t] += len(segment)
-        if going:
-            x = x.index_copy(0, torch.tensor(going), segment(x[going].unsqueeze(0), ids, None, None)[0][0])
+        if running:
+            x = x.index_copy(0, torch.tensor(running), segment(x[running].unsqueeze(0), ids, None, None)[0][0])
     if isinstance(layer, Stopping):
         x = torch.stack([out[t] + left[t] * x[t] for t in range(n)])
     return layer.last(x.unsqueeze(0), Tokens(ids), None, None)[0][0], blocks, expected
@@ -151,7 +155,7 @@ def test_ponder_is_the_expected_share_of_blocks_at_a_price_that_holds_the_target
     output.losses["ponder"].backward()
     layer = adaptive_layer(net)
     pull = layer.units[0].bias.grad if policy == "act" else -layer.routers[0].bias.grad
-    assert pull * price < 0  # to stop sooner where it costs, later where there is layer
+    assert pull * price < 0  # to stop sooner above the target, later below it
     added = output.loss - output.losses["cross_entropy"]
     torch.testing.assert_close(added, net.config.depth.penalty * output.losses["ponder"])
 
@@ -176,7 +180,7 @@ def test_a_confidence_of_one_is_never_reached(kind):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
-def test_what_has_stopped_is_not_computed(policy):
+def test_stopped_positions_are_not_computed(policy):
     net, ids = model(policy, last=1), tokens(4, 100)
     positions = []
     for part in parts(net):
@@ -204,7 +208,7 @@ def test_a_decoding_step_runs_only_the_blocks_it_needs(policy):
 
 
 @torch.no_grad()
-def test_padding_goes_through_no_block():
+def test_padding_runs_no_block():
     for policy in POLICIES:
         net, ids = model(policy), tokens(2, 30)
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -216,7 +220,7 @@ def test_padding_goes_through_no_block():
 
 
 @pytest.mark.parametrize("kind", LEAST_CONFIDENCE)
-def test_exits_are_scored_in_training_and_units_learn_what_going_on_gains(kind):
+def test_exits_are_scored_in_training_and_units_learn_the_gain(kind):
     net, ids = model("exit", full_depth=1.0, confidence=kind), tokens(2, 15)
     output = net.train()(ids[:, :-1], targets=ids[:, 1:])
     layer, losses, units = adaptive_layer(net), [], []
@@ -232,7 +236,7 @@ def test_exits_are_scored_in_training_and_units_learn_what_going_on_gains(kind):
     torch.testing.assert_close(output.losses["cross_entropy"], expected.mean())
 
 
-def test_units_learn_from_sequences_that_nothing_has_left():
+def test_units_learn_only_from_sequences_that_run_all_blocks():
     net, ids = model("exit", full_depth=0.0), tokens(4, 15)
     net.train()(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
     for unit in adaptive_layer(net).units:

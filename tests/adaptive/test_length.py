@@ -1,4 +1,4 @@
-"""Which positions go deep, what the others get, and what teaches the predictor."""
+"""Learned length: kept positions, the results at the others, and the gradients of the predictor."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def adaptive_layer(model) -> LearnedLength:
 
 
 def always(model, length) -> None:
-    """Every window chooses this length."""
+    """Let every window choose this length."""
     adaptive_layer(model).predictor.choose = lambda values, scores: torch.full(scores.shape[:-1], length)
 
 
@@ -39,7 +39,7 @@ def text(rows=2, length=64):
 
 
 def kept_by_definition(ids, mode, spacing, length, shortest=4, window=16):
-    """Position by position: the window's prefix as the shortest length has it, the rest as `length` has it."""
+    """Return the kept positions: those of the shortest length in a window's prefix, those of `length` after it."""
     words = ends_of_words(ids, torch.zeros(len(ids), dtype=torch.int64)).tolist()
     kept = []
     for row in range(len(ids)):
@@ -77,7 +77,7 @@ def test_kept_positions_are_those_of_the_definition(mode, spacing, length):
 
 @torch.no_grad()
 def test_full_length_is_the_plain_model():
-    """Truncating nothing is bit for bit the model without the layer."""
+    """At full length, truncate equals the model without the layer, bit for bit."""
     net = model(mode="truncate").eval()
     always(net, 16)
     plain = LanguageModel(259, d_model=16, n_layers=3, num_experts=1, n_heads=2).double().eval()
@@ -90,20 +90,20 @@ def test_full_length_is_the_plain_model():
 
 
 @torch.no_grad()
-def test_pooled_positions_stand_for_those_since_the_last_one():
+def test_pooled_positions_represent_those_since_the_last_one():
     net = model(mode="pool").eval()
     layer = adaptive_layer(net)
     layer.down.weight.normal_()
     always(net, 4)
-    seen = []
-    layer.deep.register_forward_pre_hook(lambda m, arguments: seen.append(arguments[0]))
+    inputs = []
+    layer.deep.register_forward_pre_hook(lambda m, arguments: inputs.append(arguments[0]))
     ids = text(1, 32)
     record = net(ids).records[0]
     x = layer.trunk(net.embed(ids), Tokens(ids), None, None)[0][0]
     ends = [-1, *record.kept[0].nonzero().flatten().tolist()]
     for i, (before, end) in enumerate(itertools.pairwise(ends)):
         mean = x[before + 1 : end + 1].mean(0)
-        torch.testing.assert_close(seen[0][0, i], x[end] + layer.down(mean - x[end]))
+        torch.testing.assert_close(inputs[0][0, i], x[end] + layer.down(mean - x[end]))
 
 
 @pytest.mark.parametrize("mode", ["truncate", "pool"])
@@ -134,7 +134,7 @@ def test_executions_agree_and_count_what_they_compute(mode):
     ],
 )
 @torch.no_grad()
-def test_costs_are_those_a_counter_finds(fields):
+def test_costs_equal_those_of_a_counter(fields):
     net = LanguageModel(
         259, **{"d_model": 64, "n_layers": 4, "length": {"bins": 4, "max_length": 256, "trunk": 1}, **fields}
     ).eval()
@@ -165,8 +165,8 @@ def test_record_adds_up():
 
 
 @torch.no_grad()
-def test_generation_decides_once_the_prefix_is_read_and_keeps_to_it():
-    """A prompt shorter than the prefix decides later; a window keeps its length, the next one chooses its own."""
+def test_generation_decides_when_the_prefix_is_complete_and_keeps_the_length():
+    """A prompt shorter than the prefix decides later. A window keeps its length; the next window chooses its own."""
     net = model(mode="truncate", seed=3).eval()
     adaptive_layer(net).predictor.out.weight.mul_(30)
     ids = text(4, 64)
@@ -181,7 +181,7 @@ def test_generation_decides_once_the_prefix_is_read_and_keeps_to_it():
             lengths.append(state[0].window.length)
         torch.testing.assert_close(torch.cat(kept, dim=1), whole.kept)
         for t in range(prompt, 64):
-            if 3 <= t % 16 < 15:  # the state after token t, whose window has decided and goes on
+            if 3 <= t % 16 < 15:  # the state after token t, inside a window that has decided
                 torch.testing.assert_close(lengths[t - prompt + 1], whole.predicted_lengths[:, t // 16])
 
 
@@ -191,7 +191,7 @@ def test_generation_decides_once_the_prefix_is_read_and_keeps_to_it():
 @pytest.mark.parametrize("training", ["expected", "sampled"])
 @pytest.mark.parametrize("mode", ["truncate", "pool"])
 def test_gradient_is_that_of_the_expected_loss_by_enumeration(mode, training):
-    """Of one window: the mean over many samples, or the expectation itself, against every length computed in turn."""
+    """One window: the expectation, or the mean over many samples, against every length computed in turn."""
     if (mode, training) == ("pool", "expected"):
         pytest.skip("pooled lengths are always sampled")
     net = model(mode=mode, training=training, n_layers=2)
@@ -225,7 +225,7 @@ def test_gradient_is_that_of_the_expected_loss_by_enumeration(mode, training):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_few_windows_teach_too(rows):
-    """A pooled length is worth what it gained against other windows; a single one, against the way out."""
+    """A pooled length is compared with other windows; a single window is compared with the bypass."""
     net = model(mode="pool", n_layers=2).train()
     torch.manual_seed(2)
     ids = text(rows, 17)
@@ -248,7 +248,7 @@ def test_padding_changes_no_gradient(settings):
         torch.testing.assert_close(a, b)
 
 
-def test_experts_are_balanced_alike_in_groups_and_together():
+def test_the_balance_loss_in_groups_is_near_that_of_all_rows_together():
     ids = text(6, 64)
     losses = []
     for execution in ("grouped", "batch_max"):
@@ -279,17 +279,17 @@ def test_the_penalty_alone_shortens(settings):
 
 @pytest.mark.parametrize("settings", TRAININGS)
 def test_decisions_follow_the_data(settings):
-    """Windows that need depth and windows that do not, in one batch: same model, same penalty, other lengths."""
+    """In one batch, windows that need depth choose longer lengths than windows that do not."""
     net = model(penalty=0.05, entropy_weight=0.01, n_layers=2, **settings).train()
     layer = adaptive_layer(net)
-    for parameter in layer.trunk.parameters():  # the way out then sees the present token alone
+    for parameter in layer.trunk.parameters():  # the bypass then reads the present token only
         parameter.requires_grad_(False).zero_()
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(1)
 
     def batch():
-        """One byte throughout, and two bytes in turn: which comes next takes the one before."""
+        """Return rows of one repeated byte, and rows of two alternating bytes, where the next one needs the past."""
         easy = torch.full((16, 17), 5)
         pair = torch.randint(20, 40, (16, 2), generator=generator)
         return torch.cat([easy, pair.repeat(1, 9)[:, :17]])

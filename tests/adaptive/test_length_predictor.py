@@ -68,7 +68,7 @@ def test_expected_length_and_reach_agree():
 
 @pytest.mark.parametrize("placement", ["even", "learned", "continuous"])
 def test_gradient_moves_lengths_where_the_gain_is(placement):
-    """Positions that gain from depth up to the 40th of 64: the expected length settles near 40."""
+    """If the first 40 of 64 positions gain from depth, the expected length settles near 40."""
     torch.manual_seed(0)
     predictor = SequenceLengthPredictor(16, 8, 64, placement=placement)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=0.02)
@@ -93,7 +93,7 @@ def test_weights_are_positive():
 
 
 def test_certainty_has_a_finite_gradient():
-    """A choice so certain that the other probabilities are zero in float32."""
+    """The choice is so certain that the other probabilities are zero in float32."""
     scores = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
     lengths = Lengths(torch.tensor([1.0, 2.0, 3.0]), scores.log_softmax(-1))
     (lengths.entropy + lengths.expected).sum().backward()
@@ -126,5 +126,5 @@ def test_costs_under_a_percent_of_the_parameters_and_a_thousandth_of_the_flops()
         model = LanguageModel(259, d_model=512, n_layers=12, num_experts=1)
     weights = sum(p.numel() for p in model.parameters())
     assert sum(p.numel() for p in predictor.parameters()) < 0.01 * weights
-    once_a_window = sum(p.numel() for p in predictor.parameters() if p.dim() == 2)
-    assert once_a_window / 128 < 0.001 * weights
+    per_window = sum(p.numel() for p in predictor.parameters() if p.dim() == 2)
+    assert per_window / 128 < 0.001 * weights

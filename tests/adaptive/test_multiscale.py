@@ -1,4 +1,4 @@
-"""Chunks, resampling and the multi-scale stack against loops that follow the definition, outputs and gradients."""
+"""Chunks, resampling and the multi-scale stack: outputs and gradients against loops that follow the definition."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def model(vocab=259, **fields):
 
 
 def groups(closes):
-    """Each row's closed chunks as lists of positions, and the open rest."""
+    """Return, for each row, its closed chunks as lists of positions, and the open chunk."""
     rows = []
     for row in closes.tolist():
         closed, here = [], []
@@ -156,7 +156,7 @@ def test_inner_state_of_rows_that_do_not_close_is_untouched():
 
 
 @pytest.mark.parametrize("boundaries", ["fixed", "whitespace", "learned"])
-def test_what_was_decided_is_in_the_record(boundaries):
+def test_the_record_has_the_decisions(boundaries):
     ids = torch.randint(3, 259, (2, 40))
     output = model(boundaries=boundaries)(ids, targets=ids)
     (record,) = [r for r in output.records if isinstance(r, ChunkRecord)]
@@ -179,9 +179,11 @@ def test_the_ratio_loss_is_one_at_the_target_and_weighted_in():
 
 
 @pytest.mark.parametrize("task_reaches", [True, False])
-def test_the_task_alone_moves_boundaries_to_where_the_data_want_them(task_reaches, monkeypatch):
-    """No other loss; equal models on two texts that differ in one symbol being random. Without the smoothing's gradient
-    nothing moves at all."""
+def test_the_task_moves_boundaries_without_another_loss(task_reaches, monkeypatch):
+    """Two equal models train on texts that differ in one symbol, which is random in one of them, and move differently.
+
+    Without the gradient of the smoothing, nothing moves.
+    """
     if not task_reaches:
         monkeypatch.setattr(multiscale, "smooth", lambda y, p, mask, first: smooth(y, p.detach(), mask, first))
 
@@ -256,7 +258,7 @@ def test_bfloat16_trains_and_decodes_about_as_float32(boundaries, how):
     torch.testing.assert_close(torch.cat(logits, 1).float(), output.logits.float(), rtol=0.1, atol=0.1)
 
 
-def test_int32_ids_are_as_good_as_int64():
+def test_int32_ids_give_the_results_of_int64_ids():
     net = model(boundaries="whitespace").eval()
     ids = torch.randint(259, (2, 30))
     expected = net(ids).logits

@@ -1,4 +1,4 @@
-"""The multi-scale layers on their own, and what they cost."""
+"""The multi-scale layers on their own, and their FLOPs."""
 
 import pytest
 import torch

@@ -10,9 +10,9 @@ from resnet_bk.record import Loss, Record
 
 
 def test_packed_rows_keep_their_order_and_come_back():
-    keep = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    selected = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
     x = torch.arange(10).view(2, 5)
-    packing = Packing(keep)
+    packing = Packing(selected)
     packed = packing.pack(x)
     assert packed.shape == (2, 3)
     assert packed[0].tolist() == [1, 3, 4]
@@ -25,43 +25,43 @@ def test_packed_rows_keep_their_order_and_come_back():
 def test_random_selections_round_trip_and_pass_gradients():
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        keep = torch.rand(4, 17, generator=generator) < seed / 20
+        selected = torch.rand(4, 17, generator=generator) < seed / 20
         x = torch.randn(4, 17, 3, generator=generator, requires_grad=True)
-        packing = Packing(keep)
+        packing = Packing(selected)
         merged = packing.merge(packing.pack(x))
-        assert torch.equal(merged, torch.where(keep.unsqueeze(-1), x, 0.0))
-        assert packing.mask.sum() == keep.sum()
-        assert packing.mask.shape[1] == max(1, int(keep.sum(1).max()))
+        assert torch.equal(merged, torch.where(selected.unsqueeze(-1), x, 0.0))
+        assert packing.mask.sum() == selected.sum()
+        assert packing.mask.shape[1] == max(1, int(selected.sum(1).max()))
         merged.sum().backward()
-        assert torch.equal(x.grad, keep.unsqueeze(-1).expand_as(x).float())
+        assert torch.equal(x.grad, selected.unsqueeze(-1).expand_as(x).float())
 
 
 def running_sum(x, tokens, state, mask):
-    """A layer with a state and a loss: the sum so far, and the mean over non-padding positions."""
+    """A layer whose state is the sum so far, and whose loss is the mean over non-padding positions."""
     mask = torch.ones_like(tokens.ids, dtype=torch.bool) if mask is None else mask
-    seen.append(tuple(x.shape))
+    shapes.append(tuple(x.shape))
     counted = x * mask.unsqueeze(-1)
     start = torch.zeros(len(x), x.shape[2]) if state is None else state
     y = start.unsqueeze(1) + counted.cumsum(1)
     return y, y[:, -1], [Record(losses={"mean": Loss(counted.sum() / mask.sum(), 1.0)}), Record()]
 
 
-seen: list[tuple[int, ...]] = []
+shapes: list[tuple[int, ...]] = []
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_rows_in_groups_are_rows_together(first):
-    """Outputs, states and losses of groups are those of all rows at once, and no group is longer than it needs."""
+    """Groups have the outputs, states and losses of all rows together, and no group is longer than it needs."""
     generator = torch.Generator().manual_seed(0)
-    keep = torch.arange(40) < torch.tensor([[3], [33], [14], [1], [20]])
+    selected = torch.arange(40) < torch.tensor([[3], [33], [14], [1], [20]])
     x, ids = torch.randn(5, 40, 2, generator=generator), torch.zeros(5, 40, dtype=torch.int64)
-    packing = Packing(keep, tile=16)
+    packing = Packing(selected, tile=16)
     state = None if first else torch.randn(5, 2, generator=generator)
     arguments = (running_sum, packing.pack(x), Tokens(packing.pack(ids)), state, packing)
     together = run_rows(*arguments, [torch.arange(5)])
-    seen.clear()
+    shapes.clear()
     groups = run_rows(*arguments, [torch.tensor([0, 2, 3]), torch.tensor([4]), torch.tensor([1])])
-    assert seen == [(3, 16, 2), (1, 32, 2), (1, 48, 2)]
+    assert shapes == [(3, 16, 2), (1, 32, 2), (1, 48, 2)]
     mask = packing.mask.unsqueeze(-1)
     torch.testing.assert_close(groups[0] * mask, together[0] * mask)
     torch.testing.assert_close(groups[1], together[1])
@@ -79,16 +79,16 @@ def test_rows_in_no_group_keep_their_state():
 
 
 def test_a_bound_caps_the_width_whatever_is_selected():
-    keep = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    selected = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
     x = torch.arange(10).view(2, 5)
-    packing = Packing(keep, bound=3)
+    packing = Packing(selected, bound=3)
     assert packing.pack(x).shape == (2, 3)
     assert packing.mask.tolist() == [[True, True, False], [True, False, False]]
     assert packing.merge(packing.pack(x)).tolist() == [[0, 1, 0, 3, 0], [5, 0, 0, 0, 0]]
-    assert Packing(keep, tile=4, bound=3).mask.shape == (2, 4)
-    assert Packing(keep, bound=100).mask.shape == (2, 5)
+    assert Packing(selected, tile=4, bound=3).mask.shape == (2, 4)
+    assert Packing(selected, bound=100).mask.shape == (2, 5)
     with pytest.raises(RuntimeError, match="more positions selected than capacity allows"):
-        Packing(keep, bound=1)
+        Packing(selected, bound=1)
 
 
 def test_capacity_is_a_share_rounded_up():

@@ -1,4 +1,4 @@
-"""The contracts every technique keeps, as checks of a model. Each raises AssertionError where the contract is broken.
+"""The contracts that every technique keeps, as checks of a model. Each check raises AssertionError if it is broken.
 
 Dimensions: B batch, N positions.
 """
@@ -16,7 +16,7 @@ from resnet_bk.ops.kernels import backend_for
 
 
 def build(**fields) -> LanguageModel:
-    """A small float64 model in which every part matters: no parameter left at an initial zero or one."""
+    """Return a small float64 model in which every part matters: no parameter keeps an initial value of zero or one."""
     torch.manual_seed(1)
     settings = {"vocab_size": 31, "d_model": 16, "n_seq": 32, "num_experts": 1, "n_heads": 2, **fields}
     settings.setdefault("n_layers", None if "multiscale" in fields else 2)
@@ -25,7 +25,7 @@ def build(**fields) -> LanguageModel:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
         for module in model.modules():
-            if isinstance(module, Score):  # decisions start one-sided; here they go both ways
+            if isinstance(module, Score):  # decisions start one-sided; here both occur
                 module.bias.zero_()
                 module.weight.normal_()
             if isinstance(module, SparseBKCore):
@@ -39,8 +39,7 @@ def tokens(model: LanguageModel, batch: int, length: int, seed: int = 0) -> Tens
 
 
 def causal(model: LanguageModel) -> None:
-    """Prefixes 1 to 64, and of short texts: other tokens after t leave every bit at or before t as it was; no gradient
-    to the future."""
+    """Later tokens change no bit of earlier logits, for every prefix of 9 and of 65 tokens, and get no gradient."""
     for length in (9, 65):
         ids, other = tokens(model, 2, length), tokens(model, 2, length, seed=1)
         expected = model(ids).logits
@@ -60,7 +59,7 @@ def causal(model: LanguageModel) -> None:
 
 @torch.no_grad()
 def batch_mates_and_padding(model: LanguageModel) -> None:
-    """64 sequences alone, in batches, padded left, right and in the middle: the same logits and the same last state."""
+    """64 sequences have the same logits and the same last state alone and in a batch, however they are padded."""
     lengths = torch.randint(1, 40, (64,), generator=torch.Generator().manual_seed(2)).tolist()
     rows = [tokens(model, 1, n, seed=i) for i, n in enumerate(lengths)]
     alone = [model(row).logits[0] for row in rows]
@@ -91,7 +90,7 @@ def batch_mates_and_padding(model: LanguageModel) -> None:
 
 @torch.no_grad()
 def padding_across_pieces(model: LanguageModel) -> None:
-    """A text that comes in pieces, each with padding or nothing but padding, gives the logits of the whole."""
+    """A text in pieces, some with padding and some only padding, gives the logits of the whole text."""
     ids = tokens(model, 3, 40)
     expected = model(ids).logits
     done, state, got = [0, 0, 0], None, [[], [], []]
@@ -112,7 +111,7 @@ def padding_across_pieces(model: LanguageModel) -> None:
 
 @torch.no_grad()
 def step_equals_forward(model: LanguageModel, length: int = 512) -> None:
-    """Token by token with state gives the parallel logits; the state's size does not grow. Cuts anywhere, too."""
+    """Token by token, and cut anywhere, a text gives the logits of the parallel pass. The state does not grow."""
     ids = tokens(model, 2, length)
     expected = model(ids).logits
     state, logits, sizes = None, [], set()
@@ -130,7 +129,7 @@ def step_equals_forward(model: LanguageModel, length: int = 512) -> None:
 
 
 def any_length(model: LanguageModel) -> None:
-    """Every N from 1 to 37 runs, has finite logits and gradients, and is a prefix of the longer one."""
+    """Every N from 1 to 37 runs, has finite loss and gradients, and gives the first N logits of the longest."""
     ids = tokens(model, 1, 37)
     with torch.no_grad():
         whole = model(ids).logits
@@ -145,13 +144,13 @@ def any_length(model: LanguageModel) -> None:
 
 
 def everything_learns(model: LanguageModel) -> None:
-    """Every parameter, deciding ones included, receives a gradient from the cross-entropy alone, in training."""
+    """In training every parameter gets a gradient from the cross-entropy, the parameters of decisions included."""
     ids = tokens(model, 4, 33)
     output = model.train()(ids[:, :-1], targets=ids[:, 1:])
     output.losses["cross_entropy"].backward()
     for name, parameter in model.named_parameters():
         if name.endswith("load_bias"):
-            continue  # follows the load
+            continue  # trained by the load, not by the task
         assert parameter.grad is not None, f"{name} gets no gradient from the task"
         assert parameter.grad.abs().max() > 0, f"{name} gets a zero gradient from the task"
     model.zero_grad()
@@ -159,7 +158,7 @@ def everything_learns(model: LanguageModel) -> None:
 
 @torch.no_grad()
 def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
-    """The FLOPs that ran in sparse cores and in experts are those that the records report."""
+    """The FLOPs executed in sparse cores and in experts are those that the records report."""
     with FlopCounterMode(display=False) as counter:
         records = model(tokens(model, 2, 64)).records
     flops = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
@@ -173,7 +172,7 @@ def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
         expected = heads * (5 * width**2 * kept + 3 * width * (sites - kept))
         assert flops.get("resnet_bk.sparse_scan", 0) == expected
         assert "resnet_bk.scan" not in flops
-        if len(sparse) == len(records):  # so all matrices are the mixers', the feed-forwards' and the head's
+        if len(sparse) == len(records):  # all matrices belong to mixers, feed-forwards and the head
             assert flops["aten.mm"] == _dense_flops(model) + _kept_flops(model, sparse)
     experts = [m for m in model.modules() if isinstance(m, Experts)]
     reports = [r for r in records if isinstance(r, ExpertsRecord)]
@@ -186,11 +185,11 @@ def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
         dense = _dense_flops(model) + _kept_flops(model, sparse) + router
         ran = flops["aten.mm"] - dense
         load = [int(n) for r in reports for n in r.load]
-        assert ran == each * sum(-(-n // TILE) * TILE for n in load), "experts ran on other rows than they report"
+        assert ran == each * sum(-(-n // TILE) * TILE for n in load), "experts computed other rows than they report"
 
 
 def _dense_flops(model: LanguageModel) -> int:
-    """Of the matrices that every one of 2 x 64 tokens meets."""
+    """Return the FLOPs of the matrices that each of the 2 x 64 tokens is multiplied with."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     routers = [m.router for m in model.modules() if isinstance(m, Experts)]
     biased = [m for m in layers if m.bias is not None]  # these are counted as addmm
@@ -199,7 +198,7 @@ def _dense_flops(model: LanguageModel) -> int:
 
 
 def _kept_flops(model: LanguageModel, records: list[SparsityRecord]) -> int:
-    """Of queries and keys, which are those of kept sites alone, in tiles as full as the fullest row needs."""
+    """Return the FLOPs of queries and keys: kept sites only, at the length of the fullest row in whole tiles."""
     mixers = [m for m in model.modules() if isinstance(m, PropagatorMixer)]
     rows = [len(r.kept) * -(-int(r.kept.sum(1).max()) // TILE) * TILE for r in records]
     return sum(2 * n * m.qk_proj.weight.numel() for n, m in zip(rows, mixers, strict=True)) if records else 0

@@ -1,6 +1,6 @@
-"""Every technique keeps every contract; every planted bug is caught by the contract it breaks.
+"""Every technique keeps every contract. Every planted bug is caught by the contract that it breaks.
 
-A new technique is one more entry in TECHNIQUES, and its typical bugs more entries in BUGS.
+A new technique is one more entry in TECHNIQUES, and each of its typical bugs is one more entry in BUGS.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_bk.adaptive import boundaries, depth, multiscale
+from resnet_bk.adaptive import boundaries, depth, length, multiscale
 from resnet_bk.adaptive.depth import AdaptiveDepth, Halting
 from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.length import LearnedLength
@@ -118,7 +118,7 @@ TECHNIQUES = {
     },
     "skip-in-chunks": {"multiscale": {"factors": [2], "layers": [1, 3, 1]}, "depth": {"policy": "skip"}},
 }
-# One of each kind of technique, to be combined: all pairs, and all of them at once.
+# One setting of each technique, to be combined: all pairs, and all five together.
 PARTS = {
     "multiscale": {"multiscale": {"factors": [3], "layers": [1, 3, 0], "boundaries": "learned"}},
     "length": {"length": {**LENGTH, "mode": "pool", "pooling": "attention"}},
@@ -175,7 +175,7 @@ DEEP = [technique for technique, fields in TECHNIQUES.items() if "depth" in fiel
 @pytest.mark.parametrize("technique", DEEP)
 @torch.no_grad()
 def test_depth_varies_in_the_models_under_contract(technique):
-    """Else their contracts would say nothing about decisions."""
+    """Otherwise the contracts would say nothing about decisions."""
     model = checks.build(**TECHNIQUES[technique])
     records = []
     for module in model.modules():
@@ -251,7 +251,7 @@ def top_k_over_the_sequence(model: LanguageModel, monkeypatch) -> None:
 
 
 def capacity_drop(model: LanguageModel, monkeypatch) -> None:
-    """Each expert takes so many tokens of the batch; the rest gets nothing."""
+    """Each expert computes only the first tokens of the batch; the others get zero."""
     expert = feedforward.Experts._expert
 
     def limited(self, e, tokens, own):
@@ -262,14 +262,14 @@ def capacity_drop(model: LanguageModel, monkeypatch) -> None:
 
 
 def padding_is_computed(model: LanguageModel, monkeypatch) -> None:
-    """The batch's longest row decides: padding is packed as if it were text."""
+    """Padding is packed as if it were text."""
     monkeypatch.setattr("resnet_bk.model.Packing", lambda mask: Packing(torch.ones_like(mask)))
 
 
 def pad_mask_off_by_one(model: LanguageModel, monkeypatch) -> None:
     class Shifted(Packing):
-        def __init__(self, keep):
-            super().__init__(keep)
+        def __init__(self, selected):
+            super().__init__(selected)
             self.mask = torch.cat([self.mask[:, 1:], torch.zeros_like(self.mask[:, :1])], dim=1)
 
     monkeypatch.setattr("resnet_bk.model.Packing", Shifted)
@@ -306,7 +306,7 @@ def state_grows(model: LanguageModel, monkeypatch) -> None:
 
 
 def gates_do_not_scale(model: LanguageModel, monkeypatch) -> None:
-    """The router chooses, but its choice is not in the output: the task cannot train it."""
+    """The output does not depend on the router's probabilities, so the task cannot train it."""
     model.blocks[0].feed_forward.router.register_forward_hook(lambda m, i, y: y.detach())
 
 
@@ -318,7 +318,7 @@ def even_lengths_only(model: LanguageModel, monkeypatch) -> None:
 
 
 def missing_shift(model: LanguageModel, monkeypatch) -> None:
-    """A chunk's result reaches all of its own positions, those before its end included."""
+    """The result of a chunk reaches all of its positions, also those before its end."""
 
     def spread(self, first, y):
         table = torch.cat([first.unsqueeze(1), y, y[:, -1:]], dim=1)
@@ -329,7 +329,7 @@ def missing_shift(model: LanguageModel, monkeypatch) -> None:
 
 
 def boundary_by_the_next_position(model: LanguageModel, monkeypatch) -> None:
-    """A chunk closes where the next position differs: position t then knows about t + 1."""
+    """A chunk closes by the content of the next position, so position t depends on t + 1."""
     rule = type(adaptive_layer(model).boundaries)
     forward = rule.forward
 
@@ -355,16 +355,16 @@ def open_chunk_forgotten(model: LanguageModel, monkeypatch) -> None:
 
 
 def batch_steps_together(model: LanguageModel, monkeypatch) -> None:
-    """Where any row's chunk closes, the inner stack steps for every row."""
+    """If a chunk of any row closes, the inner stack steps for every row."""
 
-    def inside(self, coarse, chunks, ids, state, whole):
-        return self.inner(coarse, chunks.ends.pack(ids), state, None)
+    def inside(self, coarse, chunks, tokens, state, whole):
+        return self.inner(coarse, tokens.map(chunks.ends.pack), state, None)
 
     monkeypatch.setattr(multiscale.MultiScale, "_inside", inside)
 
 
 def ratio_over_the_batch(model: LanguageModel, monkeypatch) -> None:
-    """Boundaries at the batch's likeliest positions: batch-mates and the future decide."""
+    """Boundaries are at the most likely positions of the batch, so batch-mates and later positions decide."""
 
     def forward(self, x, ids, since, before):
         score = self.norm(x) @ self.weight
@@ -375,55 +375,60 @@ def ratio_over_the_batch(model: LanguageModel, monkeypatch) -> None:
 
 
 def no_smoothing(model: LanguageModel, monkeypatch) -> None:
-    """Boundaries are decided, but how sure the router was changes nothing: the task cannot train it."""
+    """The router's probability does not affect the output, so the task cannot train it."""
     monkeypatch.setattr(multiscale, "smooth", lambda y, probability, mask, first: y)
 
 
 def global_mean_in_a_causal_model(model: LanguageModel, monkeypatch) -> None:
-    """The length is chosen from all of the window, positions it decides about included."""
-    weigh = LearnedLength._decide
+    """The length is chosen from the whole window, including positions that the choice is about."""
+    read = length.read_windows
 
-    def peeking(self, x, real, past):
-        self.predictor.prefix = self.window - 1
-        return weigh(self, x, real, past)
+    def peeking(predictor, size, *others):
+        predictor.prefix = size - 1
+        return read(predictor, size, *others)
 
-    monkeypatch.setattr(LearnedLength, "_decide", peeking)
+    monkeypatch.setattr(length, "read_windows", peeking)
 
 
 def batch_max_changes_the_output(model: LanguageModel, monkeypatch) -> None:
-    """What the longest row of the batch makes technique for, the others keep too."""
-    keep = LearnedLength._keep
+    """All rows keep as many positions as the longest row of the batch."""
+    kept = LearnedLength._kept
 
     def greedy(self, windows, *others):
         longest = windows.chosen.amax(0, keepdim=True).expand_as(windows.chosen)
-        return keep(self, windows._replace(chosen=longest), *others)
+        return kept(self, windows._replace(chosen=longest), *others)
 
-    monkeypatch.setattr(LearnedLength, "_keep", greedy)
+    monkeypatch.setattr(LearnedLength, "_kept", greedy)
 
 
 def padding_counts_for_the_length(model: LanguageModel, monkeypatch) -> None:
-    decide = LearnedLength._decide
-    monkeypatch.setattr(LearnedLength, "_decide", lambda self, x, real, past: decide(self, x, real | True, past))
+    """Padding is pooled into the prefix."""
+    read = length.read_windows
+
+    def careless(predictor, size, x, mask, *others):
+        return read(predictor, size, x, torch.ones_like(mask), *others)
+
+    monkeypatch.setattr(length, "read_windows", careless)
 
 
 def length_forgotten(model: LanguageModel, monkeypatch) -> None:
-    """A window that goes on in the next call chooses anew."""
-    decide = LearnedLength._decide
+    """A window that continues in the next call loses its length."""
+    read = length.read_windows
 
-    def forgetful(self, x, real, past):
-        return decide(self, x, real, past._replace(length=torch.full_like(past.length, self.window)))
+    def forgetful(predictor, size, x, mask, past, sampled):
+        return read(predictor, size, x, mask, past._replace(length=torch.full_like(past.length, size)), sampled)
 
-    monkeypatch.setattr(LearnedLength, "_decide", forgetful)
+    monkeypatch.setattr(length, "read_windows", forgetful)
 
 
 def stretch_forgotten(model: LanguageModel, monkeypatch) -> None:
-    """What was skipped before this call is not part of what the next kept position stands for."""
-    deep = LearnedLength._go_deep
+    """Positions before this call are not part of what the next kept position represents."""
+    run = LearnedLength._run_deep
 
-    def forgetful(self, x, ids, run, real, past, first):
-        return deep(self, x, ids, run, real, past._replace(open=torch.zeros_like(past.open)), first)
+    def forgetful(self, x, tokens, kept, mask, past, first):
+        return run(self, x, tokens, kept, mask, past._replace(open=torch.zeros_like(past.open)), first)
 
-    monkeypatch.setattr(LearnedLength, "_go_deep", forgetful)
+    monkeypatch.setattr(LearnedLength, "_run_deep", forgetful)
 
 
 def gain_does_not_reach_the_predictor(model: LanguageModel, monkeypatch) -> None:
@@ -433,17 +438,17 @@ def gain_does_not_reach_the_predictor(model: LanguageModel, monkeypatch) -> None
 
 
 def halted_token_still_mixes(model: LanguageModel, monkeypatch) -> None:
-    """Positions that have stopped change no more, but stay in the chains of the later blocks."""
+    """Positions that have stopped keep their output, but stay in the chains of the later blocks."""
 
     class Everyone(Packing):
-        def __init__(self, keep, tile=1, bound=None):
-            super().__init__(keep if keep.shape[1] == 1 else torch.ones_like(keep), tile)
+        def __init__(self, selected, tile=1, bound=None):
+            super().__init__(selected if selected.shape[1] == 1 else torch.ones_like(selected), tile)
 
     monkeypatch.setattr(depth, "Packing", Everyone)
 
 
 def depth_by_top_k_over_the_sequence(model: LanguageModel, monkeypatch) -> None:
-    """As mixture of depths chooses in training: the highest scores of the sequence go on."""
+    """The highest scores of the sequence run on, which is how mixture of depths chooses in training."""
     score = Score.forward
 
     def ranked(self, x):
@@ -454,23 +459,22 @@ def depth_by_top_k_over_the_sequence(model: LanguageModel, monkeypatch) -> None:
 
 
 def as_deep_as_the_deepest(model: LanguageModel, monkeypatch) -> None:
-    """Where any row of the batch goes on, all do."""
+    """If a position of any row runs on, it runs on in all rows."""
 
     class Together(Packing):
-        def __init__(self, keep, tile=1, bound=None):
-            super().__init__(keep.any(0, keepdim=True).expand_as(keep), tile)
+        def __init__(self, selected, tile=1, bound=None):
+            super().__init__(selected.any(0, keepdim=True).expand_as(selected), tile)
 
     monkeypatch.setattr(depth, "Packing", Together)
 
 
 def stopped_rows_step(model: LanguageModel, monkeypatch) -> None:
-    """In decoding, the later blocks of a row step as soon as those of any row do."""
-
-    monkeypatch.setattr(depth, "run_rows", lambda segment, x, ids, state, *others: segment(x, ids, state, None))
+    """In decoding, the later blocks step for all rows if they step for any row."""
+    monkeypatch.setattr(depth, "run_rows", lambda segment, x, tokens, state, *others: segment(x, tokens, state, None))
 
 
 def confident_about_the_next_position(model: LanguageModel, monkeypatch) -> None:
-    """A position stops where the following one is sure."""
+    """A position stops if the next one is confident."""
     halt = EarlyExit._halt
 
     def peeking(self, i, x, drawn):
@@ -480,20 +484,20 @@ def confident_about_the_next_position(model: LanguageModel, monkeypatch) -> None
 
 
 def halting_does_not_weigh(model: LanguageModel, monkeypatch) -> None:
-    """Probabilities decide who stops, but not what comes out: only the ponder cost trains them."""
+    """Probabilities decide where positions stop, but do not weigh the output: only the ponder cost trains them."""
     halt = Halting._halt
     monkeypatch.setattr(Halting, "_halt", lambda self, i, x, drawn: halt(self, i, x, drawn).detach())
 
 
 def units_do_not_learn(model: LanguageModel, monkeypatch) -> None:
-    """Exits are scored, but what going on gained is not told to the units."""
-    monkeypatch.setattr("resnet_bk.adaptive.early_exit.NEVER", 3.0)  # no sequence counts as one at full depth
+    """Exits are scored, but the units do not learn the gain of the later blocks."""
+    monkeypatch.setattr("resnet_bk.adaptive.early_exit.NEVER", 3.0)  # no sequence counts as one that ran all blocks
     draw = EarlyExit._draw
     monkeypatch.setattr(EarlyExit, "_draw", lambda self, x: draw(self, x).clamp(max=2.0))
 
 
 def interpolation_from_the_right(model: LanguageModel, monkeypatch) -> None:
-    """Sites that are left out take the next kept site's value."""
+    """Left-out sites read the next kept site."""
     propagate = mixer.propagate
 
     def peeking(*args, sparsity=None, **kwargs):
@@ -512,20 +516,20 @@ def importance_by_rank(model: LanguageModel, monkeypatch) -> None:
 
 
 def mask_multiplies(model: LanguageModel, monkeypatch) -> None:
-    """Every site is computed, and what is left out is multiplied by zero."""
+    """Every site is computed, and left-out sites are multiplied by zero."""
     propagate = mixer.propagate
 
     def dense(q, k, v, *args, sparsity=None, state=None, **kwargs):
-        sites, nobody = sparsity.sites, replace(sparsity, gate=0 * sparsity.gate)
+        sites, empty = sparsity.sites, replace(sparsity, gate=0 * sparsity.gate)
         y, _ = propagate(sites.merge(q), sites.merge(k), v, *args, state=None, **kwargs)
-        _, state = propagate(q[:, :1], k[:, :1], v, *args, state=state, sparsity=replace(nobody, tile=1), **kwargs)
+        _, state = propagate(q[:, :1], k[:, :1], v, *args, state=state, sparsity=replace(empty, tile=1), **kwargs)
         return y * sparsity.gate[..., None, None], state
 
     monkeypatch.setattr(mixer, "propagate", dense)
 
 
 def every_expert_runs(model: LanguageModel, monkeypatch) -> None:
-    """Each expert computes all tokens, and those that are not its own are thrown away."""
+    """Each expert computes tokens that are not its own and drops the results."""
     expert = feedforward.Experts._expert
 
     def wasteful(self, e, tokens, own):
@@ -545,7 +549,7 @@ def fill_forgotten(model: LanguageModel, monkeypatch) -> None:
 
 
 def mask_without_a_gradient(model: LanguageModel, monkeypatch) -> None:
-    """Sites are chosen, but what a kept one is worth does not reach the predictor."""
+    """The task's gradient of kept sites does not reach the predictor."""
     propagate = mixer.propagate
 
     def detached(*args, sparsity=None, **kwargs):

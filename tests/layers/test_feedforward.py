@@ -14,7 +14,7 @@ def balance(experts, x):
 
 
 def every_expert(experts, x):
-    """(B, N, E, D)"""
+    """Return (B, N, E, D), every expert on every token."""
     gate, value = torch.einsum("bnd,edf->bnef", x, experts.up).chunk(2, dim=-1)
     return torch.einsum("bnef,efd->bned", F.silu(gate) * value, experts.down)
 
@@ -67,8 +67,8 @@ def test_padding_is_neither_computed_nor_balanced(policy):
     x = torch.randn(2, 6, 8)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     y, (record,) = experts(x, mask)
-    alone, (expected,) = experts(x[mask].unsqueeze(0), None)
-    torch.testing.assert_close(y[mask], alone[0])
+    unpadded, (expected,) = experts(x[mask].unsqueeze(0), None)
+    torch.testing.assert_close(y[mask], unpadded[0])
     assert set(record.losses) == set(expected.losses)
     for name, loss in record.losses.items():
         torch.testing.assert_close(loss.value, expected.losses[name].value)
@@ -177,13 +177,13 @@ def test_tokens_of_experts_that_compute_nothing_cost_nothing():
 
 
 @pytest.mark.parametrize("null", [{}, {"identity": 1, "zero": 1}])
-def test_grouped_products_equal_the_products_one_by_one(null):
-    """In bfloat16, forward and backward, though what lies beyond the last group is never written."""
+def test_grouped_products_equal_separate_products(null):
+    """In bfloat16, forward and backward, although rows beyond the last group are never written."""
     experts = conditional(top_p=0.6, **null).bfloat16()
     x = torch.randn(2, 50, 8).bfloat16().requires_grad_()
     found = []
-    for run in (experts._one_by_one, experts._all_at_once):
-        experts._one_by_one = run
+    for run in (experts._run_each, experts._run_grouped):
+        experts._run_each = run
         y, _ = experts(x, torch.arange(50).expand(2, -1) < 45)
         found.append([y, *torch.autograd.grad(y.square().sum(), (x, experts.up, experts.down, experts.router.weight))])
     for one, other in zip(*found, strict=True):

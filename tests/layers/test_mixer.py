@@ -12,7 +12,7 @@ VARIANTS = [(readout, energy) for readout in MIXERS for energy in ("real", "comp
 
 @pytest.mark.parametrize(("readout", "energy"), VARIANTS)
 def test_first_gradients_are_of_ordinary_size(readout, energy):
-    """An untuned complex propagator began with gradients 50 times those of the others."""
+    """With an untuned start, the first gradients of the complex propagator were 50 times those of the others."""
     norms = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -42,7 +42,7 @@ def test_initial_memories_run_from_one_to_seven_positions():
 
 @pytest.mark.parametrize("fields", [{}, {"energy": "complex"}, {"sparsity": {"target": 0.5}}], ids=str)
 def test_training_under_autocast_has_gradients_near_those_of_float32(backend, fields):
-    """On every backend: operators compute in what they are given."""
+    """On every backend, operators compute in the dtype of their inputs."""
     torch.manual_seed(0)
     model = LanguageModel(64, d_model=32, n_layers=2, num_experts=1, **fields)
     ids = torch.randint(64, (4, 70))
@@ -84,7 +84,7 @@ def test_bidirectional_models_see_both_sides_and_no_padding(readout, energy, exp
             changed = ids.clone()
             changed[0, t] = (changed[0, t] + 1) % 31
             moved = (model(changed).logits - expected).abs().amax(-1)[0]
-            assert (moved > 0).sum() > 10, "both neighbours' sides must feel a change"
+            assert (moved > 0).sum() > 10, "a change must reach positions on both sides"
         mask = torch.zeros(1, 33, dtype=torch.bool)
         mask[0, 4:24] = True
         padded = torch.randint(31, (1, 33))

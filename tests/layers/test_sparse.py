@@ -1,4 +1,4 @@
-"""Learned sparsity: decisions, the price, the schedule, what trains it."""
+"""Learned sparsity: decisions, the price, the schedule, training."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_the_goal_follows_the_schedule():
         anneal(layer, progress)
         prices.append(layer(x, None)[1].losses["sparsity"].value.item())
     assert prices[0] < 0  # half are kept where all should be
-    assert prices[0] == prices[1]  # out of the band
+    assert prices[0] == prices[1]  # both beyond the largest price
     assert abs(prices[2]) < 0.5
     assert prices[2] == prices[3]
 
@@ -84,7 +84,7 @@ def test_sampling_differs_from_call_to_call_in_training_only():
 
 @pytest.mark.parametrize("readout", ["propagator", "diagonal"])
 def test_a_site_that_the_task_needs_is_kept_and_one_it_does_not_is_left_out(readout):
-    """Each target repeats the last marker (1 or 2), however many zeros ago: markers must be written, zeros not."""
+    """Each target repeats the last marker (1 or 2) before any number of zeros, so only markers must be written."""
     torch.manual_seed(0)
     target = 0.75 * 47 / 48  # the share of zeros
     model = LanguageModel(

@@ -118,7 +118,7 @@ class LearnedUpsampling(nn.Module):
             (B, n, D).
 
         Raises:
-            ValueError: y has fewer chunks than n positions close.
+            ValueError: y has fewer than n // factor chunks.
         """
         if y.shape[1] < n // self.factor:
             raise ValueError(f"y: got {y.shape[1]} chunks for n = {n} positions, allowed {n // self.factor} or more")
@@ -198,7 +198,8 @@ class ChunkRecord(Record):
 class MultiScale(AdaptiveLayer):
     """``scale_full_res * x + scale_low_res * gate(x) * up(inner(down(x)))``; the inner stack runs once per chunk.
 
-    Several positions share the result of a chunk. The gate, 2 sigmoid(W norm x), lets each select its part of it.
+    Several positions share the result of a chunk. The gate, 2 sigmoid(W norm x), lets each position take its part
+    of it.
     """
 
     def __init__(self, config: ModelConfig, inner: nn.Module):

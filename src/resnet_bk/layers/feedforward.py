@@ -92,10 +92,10 @@ class Experts(nn.Module):
         source, expert = source[: len(results)], expert[: len(results)]
         gates = F.pad(probabilities, (0, 1))[source, expert].unsqueeze(-1).to(x.dtype)
         y = torch.zeros_like(tokens).index_add(0, source, results * gates)
-        number, load = (used & (chosen < self.experts)).sum(-1), counts[: self.experts]
-        losses = self._losses(probabilities, load, number, mask)
+        number_used, load = (used & (chosen < self.experts)).sum(-1), counts[: self.experts]
+        losses = self._losses(probabilities, load, number_used, mask)
         return y.view_as(x), [
-            ExpertsRecord(losses=losses, used=number.view(x.shape[:2]), load=load, tokens=mask.sum()),
+            ExpertsRecord(losses=losses, used=number_used.view(x.shape[:2]), load=load, tokens=mask.sum()),
         ]
 
     def _choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class Experts(nn.Module):
     def _run_each(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:
         """Run one expert after the other on its tokens.
 
-        It computes no row in vain, at the cost of a host-device sync for the counts.
+        Only their rows are computed, in whole tiles. Reading the counts is a host-device sync.
 
         Args:
             tokens: (T, D).
