@@ -14,7 +14,7 @@ import pytest
 from resnet_bk.checkpoint import newest_valid, verify
 from resnet_bk.cli import main
 from resnet_bk.study import run as scored
-from resnet_bk.training import run as module
+from resnet_bk.training.trainer import RunControl
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 6
 MEASURE = scored.measure
@@ -39,14 +39,14 @@ def command(rank, words, fails_at=None):
     """Return exit code, stdout and stderr. fails_at: (rank, step) at which that rank runs out of memory."""
     out, err = io.StringIO(), io.StringIO()
     scored.measure = lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1)
-    real = module.RunControl.on_step_end
+    real = RunControl.on_step_end
 
     def step_end(self, args, state, control, **kwargs):
         if (rank, state.global_step) == fails_at:
             raise MemoryError("out of memory")
         real(self, args, state, control, **kwargs)
 
-    module.RunControl.on_step_end = step_end
+    RunControl.on_step_end = step_end
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -54,7 +54,7 @@ def command(rank, words, fails_at=None):
             except SystemExit as exit:
                 code = exit.code
     finally:
-        module.RunControl.on_step_end, scored.measure = real, MEASURE
+        RunControl.on_step_end, scored.measure = real, MEASURE
     return code, out.getvalue(), err.getvalue()
 
 

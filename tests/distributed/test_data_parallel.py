@@ -19,7 +19,7 @@ from resnet_bk.layers.feedforward import Experts
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import shard
 from resnet_bk.training.states import full_tensor
-from resnet_bk.training.trainer import BKTrainer, Clock, NonFiniteError, RunControl, Windows
+from resnet_bk.training.trainer import BKTrainer, Clock, NonFiniteError, Windows
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_seq": 8, "num_experts": 1}
 PLAIN = ModelConfig(**SHAPE)
@@ -60,9 +60,7 @@ def build(folder, model=PLAIN, count=28, **settings):
         shard(network)
     ids = np.random.default_rng(0).integers(3, 40, count * model.n_seq + 1).astype(np.uint16)
     text = TokenFile(ids, np.array([0, len(ids)]), np.array([len(ids)]), ("all",))
-    trainer = BKTrainer(network, config, Windows(text, model.n_seq), bytes_per_token=2.0, ranks=ranks)
-    trainer.add_callback(RunControl(trainer))
-    return trainer
+    return BKTrainer(network, config, Windows(text, model.n_seq), ranks=ranks)
 
 
 def newest(folder):

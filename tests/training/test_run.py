@@ -15,6 +15,7 @@ from resnet_bk.config import ConfigError, ModelConfig, TrainConfig
 from resnet_bk.folders import check_same_run
 from resnet_bk.study import run as scored
 from resnet_bk.training import run as module
+from resnet_bk.training.trainer import RunControl
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 6
 
@@ -135,7 +136,7 @@ def test_a_run_killed_while_it_was_scored_ends_without_another_step(place, monke
 
 def test_an_interrupted_run_exits_by_its_signal_and_resumes_where_it_stopped(place, monkeypatch, capsys):
     """Signals come from raise_signal; the subprocess tests below send them from outside."""
-    real = module.RunControl.on_step_end
+    real = RunControl.on_step_end
 
     def interrupting(self, args, state, control, **kwargs):
         if state.global_step == 3:
@@ -143,7 +144,7 @@ def test_an_interrupted_run_exits_by_its_signal_and_resumes_where_it_stopped(pla
         real(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.RunControl, "on_step_end", interrupting)
+        patch.setattr(RunControl, "on_step_end", interrupting)
         assert main(arguments(place, "--log_every=1")) == 143
     assert "--resume true" in capsys.readouterr().err
     assert main(["eval", str(place / "run")]) == 0, "a checkpoint can be evaluated"

@@ -21,7 +21,6 @@ from resnet_bk.training.trainer import (
     Clock,
     NonFiniteError,
     Recorder,
-    RunControl,
     Windows,
     learning_rate_factor,
 )
@@ -31,7 +30,7 @@ MODEL = ModelConfig(vocab_size=40, d_model=16, n_layers=2, n_seq=8, num_experts=
 
 def windows(count=14, length=8):
     ids = np.random.default_rng(0).integers(3, 40, count * length + 1).astype(np.uint16)
-    return Windows(TokenFile(ids, np.array([0, len(ids)]), np.array([len(ids)]), ("all",)), length)
+    return Windows(TokenFile(ids, np.array([0, len(ids)]), np.array([2 * len(ids)]), ("all",)), length)
 
 
 class At(TrainerCallback):
@@ -49,9 +48,7 @@ def build(folder, seed=0, model=MODEL, **settings):
     defaults = {"batch_size": 2, "log_every": 1, "save_every": 1000, "max_steps": 12}
     config = TrainConfig(model=model, output_dir=str(folder), **{**defaults, **settings})
     network = ResNetBKForCausalLM(ResNetBKConfig.from_model_config(model))
-    trainer = BKTrainer(network, config, windows(length=model.n_seq), bytes_per_token=2.0)
-    trainer.add_callback(RunControl(trainer))
-    return trainer
+    return BKTrainer(network, config, windows(length=model.n_seq))
 
 
 def stop_at(trainer, step):
@@ -330,8 +327,8 @@ def test_windows_cover_the_text_once_and_targets_are_the_next_tokens():
     assert len(data) == 14
     inputs = np.concatenate([data[i]["input_ids"] for i in range(14)])
     targets = np.concatenate([data[i]["shift_labels"] for i in range(14)])
-    assert np.array_equal(inputs, data.ids[:-1])
-    assert np.array_equal(targets, data.ids[1:])
+    assert np.array_equal(inputs, data.tokens.ids[:-1])
+    assert np.array_equal(targets, data.tokens.ids[1:])
 
 
 def test_schedules_of_the_model_follow_the_progress(tmp_path):

@@ -77,10 +77,15 @@ def check_choice(where: str, allowed: tuple[str, ...], **values: str) -> None:
             raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed {', '.join(map(repr, allowed))}")
 
 
-def check_boolean(where: str, **values: bool) -> None:
-    for name, value in values.items():
-        if type(value) is not bool:
-            raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed true or false")
+def check_choices(where: str, settings: Any) -> None:
+    """Check the fields of a dataclass whose type lists texts to choose from, or is bool."""
+    for f in fields(settings):
+        kinds, value = (f.type, *get_args(f.type)), getattr(settings, f.name)
+        choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+        if choices and isinstance(choices[0], str) and not (value is None and type(None) in kinds):
+            check_choice(where, choices, **{f.name: value})
+        if f.type is bool and type(value) is not bool:
+            raise ConfigError(f"{where}.{f.name}: got {shown(value)}, allowed true or false")
 
 
 def check_text(where: str, **values: str) -> None:

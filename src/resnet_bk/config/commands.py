@@ -7,8 +7,8 @@ from typing import Literal
 from resnet_bk.config.checks import (
     ConfigError,
     all_fields,
-    check_boolean,
     check_choice,
+    check_choices,
     check_integer,
     check_range,
     check_text,
@@ -93,6 +93,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         where = "train"
+        check_choices(where, self)
         check_integer(where, 1, 1_048_576, batch_size=self.batch_size, accumulate=self.accumulate)
         check_integer(where, 1, 10**9, save_every=self.save_every, log_every=self.log_every)
         check_integer(where, 0, 2**31 - 1, seed=self.seed)
@@ -101,9 +102,6 @@ class TrainConfig:
         check_range(where, 0, 0.999999, beta2=self.beta2)
         check_range(where, 0, 10, weight_decay=self.weight_decay)
         check_range(where, 1e-6, 1e6, max_grad_norm=self.max_grad_norm)
-        check_choice(where, ("float32", "bfloat16"), dtype=self.dtype)
-        check_boolean(where, resume=self.resume, shard=self.shard)
-        check_boolean(where, activation_checkpointing=self.activation_checkpointing)
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
         if not self.model.causal:
             raise ConfigError(
@@ -154,10 +152,10 @@ class EvalConfig:
     """Replaces the trained model.depth.threshold. With early exit, 1 runs every position through all blocks."""
 
     def __post_init__(self) -> None:
+        check_choices("eval", self)
         check_text("eval", checkpoint=self.checkpoint)
         if self.source is not None:
             check_text("eval", source=self.source)
-        check_choice("eval", ("document", "sliding"), context=self.context)
         check_integer("eval", 1, 2**24, window=self.window, batch_size=self.batch_size)
         check_integer("eval", 1, self.window, stride=self.stride)
         if self.max_bytes is not None:
@@ -268,8 +266,8 @@ class AblateConfig:
 
     def __post_init__(self) -> None:
         where = "ablate"
+        check_choices(where, self)
         check_text(where, base=self.base, output_dir=self.output_dir)
-        check_choice(where, ("full", "half"), plan=self.plan)
         for name, values in (("techniques", self.techniques), ("seeds", self.seeds)):
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed at least one, without repetition")
@@ -303,11 +301,10 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         where = "tune"
+        check_choices(where, self)
         check_text(where, base=self.base, output_dir=self.output_dir)
         check_integer(where, 1, 10**6, trials=self.trials)
-        check_choice(where, ("prefill", "decode"), objective=self.objective)
         check_integer(where, 0, 2**31 - 1, seed=self.seed)
-        check_boolean(where, prune=self.prune)
         check_range(where, 0, 1_000, max_loss=self.max_loss)
         if self.space is not None:
             if not isinstance(self.space, dict) or not self.space:

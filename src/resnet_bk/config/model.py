@@ -6,8 +6,7 @@ from typing import Any, Literal, Self
 
 from resnet_bk.config.checks import (
     ConfigError,
-    check_boolean,
-    check_choice,
+    check_choices,
     check_fields,
     check_integer,
     check_range,
@@ -67,15 +66,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         where = "model"
+        check_choices(where, self)
         check_integer(where, 1, 10_000_000, vocab_size=self.vocab_size)
         check_integer(where, 1, 65_536, d_model=self.d_model)
         check_integer(where, 1, 1_024, n_layers=self.blocks, num_experts=self.num_experts)
         check_integer(where, 1, 16_777_216, n_seq=self.n_seq)
         check_integer(where, 1, self.num_experts, top_k=self.top_k)
         check_integer(where, 1, 64, conv_width=self.conv_width)
-        check_choice(where, ("propagator", "diagonal"), readout=self.readout)
-        check_choice(where, ("real", "complex"), energy=self.energy)
-        check_boolean(where, tie_word_embeddings=self.tie_word_embeddings, causal=self.causal)
         check_range(where, 0, 1_000, balance_weight=self.balance_weight)
         if self.d_ff is not None:
             check_integer(where, 1, 1_048_576, d_ff=self.d_ff)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from resnet_bk.config.checks import ConfigError, check_choice, check_integer, check_range, shown
+from resnet_bk.config.checks import ConfigError, check_choices, check_integer, check_range, shown
 
 if TYPE_CHECKING:
     from resnet_bk.config.model import ModelConfig
@@ -73,6 +73,7 @@ class MultiScaleConfig(BoundedTechnique):
 
     def __post_init__(self) -> None:
         where = "model.multiscale"
+        check_choices(where, self)
         for name, low, high in (
             ("factors", 2, 65_536),
             ("layers", 0, 1_024),
@@ -84,7 +85,6 @@ class MultiScaleConfig(BoundedTechnique):
                 raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed a list of integers")
             check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
             object.__setattr__(self, name, tuple(values))
-        check_choice(where, ("fixed", "whitespace", "learned", "learned-words"), boundaries=self.boundaries)
         check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
         check_bound(where, self.bound)
         levels = len(self.factors)
@@ -152,19 +152,13 @@ class LengthConfig(Technique):
 
     def __post_init__(self) -> None:
         where = "model.length"
+        check_choices(where, self)
         check_integer(where, 0, 1_024, bins=self.bins)
         if self.max_length is not None:
             check_integer(where, 2, 2**20, max_length=self.max_length)
         if self.trunk is not None:
             check_integer(where, 1, 1_023, trunk=self.trunk)
         check_integer(where, 1, 2, levels=self.levels)
-        check_choice(where, ("truncate", "pool"), mode=self.mode)
-        check_choice(where, ("even", "geometric", "learned", "continuous"), placement=self.placement)
-        check_choice(where, ("prefix", "attention", "global"), pooling=self.pooling)
-        check_choice(where, ("even", "words"), spacing=self.spacing)
-        if self.training is not None:
-            check_choice(where, ("expected", "sampled", "gumbel"), training=self.training)
-        check_choice(where, ("grouped", "batch_max"), execution=self.execution)
         check_range(where, 1e-3, 1e3, temperature=self.temperature)
         check_range(where, 0, 1_000, penalty=self.penalty, entropy_weight=self.entropy_weight)
         if self.training in ("expected", "gumbel") and self.mode == "pool":
@@ -241,8 +235,7 @@ class DepthConfig(BoundedTechnique):
 
     def __post_init__(self) -> None:
         where = "model.depth"
-        check_choice(where, ("none", "act", "skip", "exit"), policy=self.policy)
-        check_choice(where, ("gain", "probability", "entropy"), confidence=self.confidence)
+        check_choices(where, self)
         check_integer(where, 1, 1_024, first=self.first, every=self.every)
         check_integer(where, 0, 1_024, last=self.last)
         check_range(where, 0, 1_000, penalty=self.penalty, exit_weight=self.exit_weight)
@@ -287,8 +280,8 @@ class SparsityConfig(BoundedTechnique):
 
     def __post_init__(self) -> None:
         where = "model.sparsity"
+        check_choices(where, self)
         check_range(where, 0, 0.99, target=self.target)
-        check_choice(where, ("threshold", "gumbel"), sampling=self.sampling)
         check_range(where, 0, 1_000, penalty=self.penalty)
         check_range(where, 0, 1, warmup=self.warmup)
         check_bound(where, self.bound)
@@ -326,8 +319,7 @@ class ExpertsConfig(Technique):
 
     def __post_init__(self) -> None:
         where = "model.experts"
-        check_choice(where, ("top_k", "top_p"), policy=self.policy)
-        check_choice(where, ("auxiliary", "bias"), balance=self.balance)
+        check_choices(where, self)
         check_range(where, 0, 1, top_p=self.top_p)
         check_integer(where, 1, 1_024, most=self.most)
         check_integer(where, 1, self.most, least=self.least)

@@ -1,4 +1,4 @@
-"""Inputs of the core's functions: their types, and the checks that run before anything is computed.
+"""Inputs of the core's functions: their types, and the checks that run before the recurrence.
 
 Dimensions: B batch, N sites, M packed length, H chains (heads), K key width, V value width.
 """
@@ -86,8 +86,8 @@ class Chain:
         links: (B, N, H) float, hopping between sites t - 1 and t.
         w: (B, N, H) float, squared hopping.
         g: (B, H) like d, left Green's function of the site before the first; 0 where the chain begins.
-        mask: (B, N) bool, True at sites, False at padding; None if there is no padding.
-        sparsity: None if all sites are kept.
+        mask: (B, N) bool, False at padding; None if there is no padding.
+        sparsity: sites to keep; None for all.
     """
 
     d: Tensor
@@ -99,7 +99,7 @@ class Chain:
 
     @property
     def kept(self) -> Tensor | None:
-        """(B, N) bool, True at kept sites, which are never padding; None if that is every position."""
+        """Mask of the kept sites, (B, N) bool, which is False at padding too; None if all positions are kept."""
         return self.mask if self.sparsity is None else self.sparsity.gate > 0
 
 
@@ -172,7 +172,7 @@ def check_qkv(
             f"state: got a {type(state).__name__}, expected that of a {'dense' if sparsity is None else 'sparse'} "
             "chain; a sequence is dense or sparse from its start to its end"
         )
-    _expect("state.s", state.s, (batch, heads, keys, values), state.s)
+    _expect("state.s", state.s, (batch, heads, keys, values), state.s)  # of any dtype
     if isinstance(state, SparseState):
         _expect("state.r", state.r, (batch, heads, values), state.r)
 
@@ -188,7 +188,7 @@ def _expect(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dtype: t
 
 def _check_gate(gate: Tensor, mask: Tensor | None) -> None:
     if gate.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # on a GPU, to look at values would be a host-device sync
+        return  # on a GPU, reading values would be a host-device sync
     invalid = (gate != 0) & (gate != 1)
     if invalid.any():
         raise ValueError(f"sparsity.gate: expected 0 or 1 everywhere, got {gate[invalid][0].item():g}")

@@ -172,14 +172,7 @@ def scan_forward(
 
 
 def scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    states: Tensor,
+    grad_y: Tensor, grad_last: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, alpha, beta and s0 (README, section 3)."""
     c = _ScanChunks(q, k, v, alpha, beta)

@@ -1,5 +1,6 @@
-"""The BK core: left Green's function, resolvent and propagator of a chain in O(N). :mod:`resnet_bk.ops.naive` defines
-them.
+"""The BK core: left Green's function, resolvent diagonal and propagator of a chain, all in O(N).
+
+:mod:`resnet_bk.ops.naive` defines them.
 
 Dimensions: B batch, N sites, M packed length, H chains (heads), K key width, V value width.
 """
@@ -39,8 +40,8 @@ def left_green(
         g (B, N, H), and the state after the last site (B, H). Both are complex if z is.
 
     Raises:
-        ValueError: a shape does not fit. Nothing has been computed then.
-        TypeError: a dtype or a device does not fit. Nothing has been computed then.
+        ValueError: a shape does not fit. Raised before the recurrence runs.
+        TypeError: a dtype or a device does not fit. Raised before the recurrence runs.
     """
     chain = check_chain(a, z, hop, state, mask, sparsity)
     g = green(chain.d, chain.w, chain.g, chain.kept)
@@ -93,7 +94,7 @@ def propagate(
         a: as in :func:`left_green`.
         z: as in :func:`left_green`.
         hop: as in :func:`left_green`.
-        state: state after the sites before the first, as returned by an earlier call. Default: no site before.
+        state: state before the first site, as returned by an earlier call. Default: no site before.
         mask: as in :func:`left_green`.
         causal: True: ``P_ts = [(H_{1..t} - z)^-1]_ts`` for s <= t. This matrix is 1-semiseparable,
             ``P_ts = g_s prod_{j=s+1..t} (-hop_j g_j)``: ``|hop g|`` is a decay, and for complex z ``arg g`` is a rotary
@@ -104,8 +105,8 @@ def propagate(
         y (B, N, H, V), 0 at padding, and the state after the last site, a SparseState if the chain is sparse.
 
     Raises:
-        ValueError: a shape or the state does not fit. Nothing has been computed then.
-        TypeError: a dtype or a device does not fit. Nothing has been computed then.
+        ValueError: a shape or the state does not fit. Raised before the recurrence runs.
+        TypeError: a dtype or a device does not fit. Raised before the recurrence runs.
     """
     chain = check_chain(a, z, hop, None if state is None else state.g, mask, sparsity)
     check_qkv(chain, q, k, v, state, causal)
@@ -152,7 +153,7 @@ def _bidirectional(
     ones = torch.ones_like(ratio)
     left, _ = _Semiseparable(ratio, ones, diagonal, mask, sparsity).apply(q, k, v, before)
     right, _ = _Semiseparable(back_ratio, ones, back_diagonal, back_mask, back).apply(back_q, back_k, back_v, before)
-    own = (q * _turn(k, phase) if diagonal.is_complex() else q * k).sum(-1)
+    own = (q * _rotate(k, phase) if diagonal.is_complex() else q * k).sum(-1)
     if sparsity is not None:
         own = _filled(sparsity.sites.merge(own), sparsity.own, sparsity)
     y = left + right.flip(1) - (_magnitude(diagonal) * own).unsqueeze(-1) * v
@@ -197,7 +198,7 @@ def _ratio(self_energy: Tensor, links: Tensor) -> Tensor:
 
 
 def _filled(kept: Tensor, left_out: Tensor, sparsity: Sparsity) -> Tensor:
-    """Return the value `kept` at kept sites and `left_out` at the others, (B, N, H), with the gradient of the gate."""
+    """Return `kept` at kept sites and `left_out` at the others, (B, N, H). The gate gets a gradient at kept sites."""
     gate = sparsity.gate.unsqueeze(-1)
     return torch.where(gate == 0, left_out, gate * kept + (1 - gate) * left_out)
 
@@ -211,7 +212,7 @@ class _Semiseparable:
         beta: (B, N, H), real or complex as alpha.
         scale: (B, N, H), real or complex as alpha; None for 1.
         mask: (B, N) bool, False at padding; None if there is no padding.
-        sparsity: None if all sites are kept.
+        sparsity: sites to keep; None for all.
     """
 
     alpha: Tensor
@@ -223,9 +224,9 @@ class _Semiseparable:
     def apply(self, q: Tensor, k: Tensor, v: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return ``y_t = Re sum_s P_ts <q_t, k_s> v_s``, and S (and r of sparse chains) after the last site.
 
-        A complex chain becomes a real one: q and k are turned by the cumulated angle, which is float64 and modulo a
-        turn so that it stays exact over a million sites. The state is turned back, so that it does not depend on where
-        the chain began.
+        A complex chain becomes a real one: q and k are rotated by the cumulated angle, which is summed in float64
+        modulo a turn so that it stays precise over a million sites. The state is rotated back, so that it does not
+        depend on where the chain began.
         """
         alpha, beta = self.alpha, self.beta
         if self.mask is not None:
@@ -238,12 +239,12 @@ class _Semiseparable:
             alpha, decay = _without_zeros(alpha)
             theta = torch.remainder(alpha.angle().double().cumsum(1), 2 * torch.pi).to(q.dtype)
             beta, weight = _without_zeros(beta)
-            turn_q = -theta if self.scale is None else -theta - self.scale.angle()
-            turn_k = beta.angle() - theta
+            angle_q = -theta if self.scale is None else -theta - self.scale.angle()
+            angle_k = beta.angle() - theta
             if self.sparsity is not None:
-                turn_q, turn_k = self.sparsity.sites.pack(turn_q), self.sparsity.sites.pack(turn_k)
-            y, s, *r = self._scan(_turn(q, turn_q), _turn(k, turn_k), v, decay, weight, before)
-            s = _turn(s.mT, theta[:, -1].unsqueeze(-1)).mT
+                angle_q, angle_k = self.sparsity.sites.pack(angle_q), self.sparsity.sites.pack(angle_k)
+            y, s, *r = self._scan(_rotate(q, angle_q), _rotate(k, angle_k), v, decay, weight, before)
+            s = _rotate(s.mT, theta[:, -1].unsqueeze(-1)).mT
         else:
             y, s, *r = self._scan(q, k, v, alpha, beta, before)
         if self.scale is not None:
@@ -269,7 +270,7 @@ def _without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
     return x, torch.where(zero, 0.0, x.abs())
 
 
-def _turn(x: Tensor, angle: Tensor) -> Tensor:
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Multiply the complex numbers held in pairs of the last dimension by ``e^{i angle}``."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle).unsqueeze(-1)).flatten(-2)

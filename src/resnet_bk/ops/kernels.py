@@ -172,14 +172,7 @@ def scan_op(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Te
 
 @torch.library.custom_op("resnet_bk::scan_backward", mutates_args=())
 def scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    states: Tensor,
+    grad_y: Tensor, grad_last: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         return backend_for(q).scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
@@ -193,17 +186,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) 
 
 
 @scan_backward.register_fake
-def _(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta, grad_last))  # type: ignore[return-value]
+def _(grad_y, grad_last, q, k, v, alpha, beta, states):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta, grad_last))
 
 
 def _scan_by_steps(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:

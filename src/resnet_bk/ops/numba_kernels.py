@@ -232,30 +232,17 @@ def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = -(-q.shape[1] // SCAN_CHUNK)
-    y, last = (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        torch.empty_like(s0, memory_format=torch.contiguous_format),
-    )
+    y, last = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, s0))
     states = s0.new_empty(*s0.shape[:2], chunks, *s0.shape[2:])
     _scan_forward(*arrays(q, k, v, alpha, beta, s0, y, last, states))
     return y, last, states
 
 
 def scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    states: Tensor,
+    grad_y: Tensor, grad_last: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (q, k, v, alpha, beta)
-    out = (
-        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs),
-        torch.empty_like(grad_last, memory_format=torch.contiguous_format),
-    )
+    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*inputs, grad_last))
     _scan_backward(*arrays(grad_y, grad_last, *inputs, states), *arrays(*out))
     return out  # type: ignore[return-value]
 

@@ -75,19 +75,9 @@ def _has_sparse_kernel(device_type: str) -> bool:
     return hasattr(load_backend(preferred_backend(device_type)), "sparse_scan_forward")
 
 
-def _by_steps(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    fade: Tensor,
-    own: Tensor,
-    gate: Tensor,
-    s0: Tensor,
-    r0: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _by_steps(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence under autograd, for single steps and for second derivatives."""
+    q, k, v, alpha, beta, fade, own, gate, s0, r0 = inputs
     keep = gate > 0
     m = torch.where(keep, gate, 0)[..., None, None]
     row, place = torch.arange(len(q), device=q.device), (keep.cumsum(1) - 1).clamp(min=0)
@@ -103,19 +93,9 @@ def _by_steps(
     return torch.stack(out, dim=1), s, r
 
 
-def _on_packed_sites(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    fade: Tensor,
-    own: Tensor,
-    gate: Tensor,
-    s0: Tensor,
-    r0: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _on_packed_sites(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run the dense scan on the kept sites, packed, for backends without a sparse kernel."""
+    q, k, v, alpha, beta, fade, own, gate, s0, r0 = inputs
     keep = gate > 0
     packing = Packing(keep, bound=q.shape[1])
     site = packing.mask.unsqueeze(-1)

@@ -374,14 +374,7 @@ def scan_forward(
 
 
 def scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    states: Tensor,
+    grad_y: Tensor, grad_last: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same as :func:`resnet_bk.ops.chunked.scan_backward`."""
     launch = _Launch(q, v)

@@ -33,7 +33,7 @@ from resnet_bk.hf import (
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import recompute, shard
 from resnet_bk.training.states import gather_weights
-from resnet_bk.training.trainer import BKTrainer, ProgressCallback, Recorder, RunControl, Windows
+from resnet_bk.training.trainer import BKTrainer, ProgressCallback, Recorder, Windows
 
 
 class StoppedError(RuntimeError):
@@ -80,16 +80,19 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class _Data:
-    """The texts of a run. sha256: hash of the training text and its tokenizer."""
+    """The texts of a run.
+
+    Attributes:
+        tokenizer: of the model.
+        windows: the training text.
+        held_out: documents for scoring.
+        sha256: hash of the training text and its tokenizer.
+    """
 
     tokenizer: Tokenizer
-    train: tokens.TokenFile
+    windows: Windows
     held_out: list[corpus.Document]
     sha256: str
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.train.bytes / len(self.train.ids)
 
 
 def train(config: TrainConfig, console: Console, on_progress: ProgressCallback | None = None) -> TrainedRun | None:
@@ -119,7 +122,10 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
     _print_sizes(console, data, model, ranks)
     _prepare_model(model, config, ranks)
     with ranks.rank_zero_first():
-        trainer = _make_trainer(model, config, data, ranks)
+        try:
+            trainer = BKTrainer(model, config, data.windows, data.tokenizer, ranks)
+        except ValueError as error:  # the only setting that transformers checks and we do not
+            raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
     checkpoint = ranks.broadcast(lambda: str(newest_valid(folder / CHECKPOINTS, console.print) or ""))
     recorder = Recorder(trainer, folder / METRICS, console, on_progress)
     if ranks.is_rank_zero:
@@ -150,7 +156,7 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
         held_out=data.held_out,
         steps=trainer.state.global_step,
         seconds=trainer.clock.seconds,
-        bytes_per_token=data.bytes_per_token,
+        bytes_per_token=data.windows.bytes_per_token,
         processes=ranks.world_size,
         train_sha256=data.sha256,
     )
@@ -169,16 +175,17 @@ def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data
     train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
     train_tokens, sha256 = token_file(train_documents, config.data, tokenizer)
     check_same_text(config.data.source, sha256, folder)
-    _check_batch(config, Windows(train_tokens, config.model.n_seq), ranks)
+    windows = Windows(train_tokens, config.model.n_seq)
+    _check_batch(config, windows, ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    return config, _Data(tokenizer, train_tokens, held_out, sha256)
+    return config, _Data(tokenizer, windows, held_out, sha256)
 
 
 def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
     """Raise ConfigError unless the text has a batch of windows and the ranks can share it evenly."""
     if len(windows) < config.batch_size:
         raise ConfigError(
-            f"data.source: {len(windows.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
+            f"data.source: {len(windows.tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
             f"fewer than one batch of {config.batch_size}; give more text, or lower model.n_seq or batch_size"
         )
     if config.batch_size % ranks.world_size:
@@ -208,7 +215,7 @@ def _print_sizes(console: Console, data: _Data, model: ResNetBKForCausalLM, rank
     parameters = sum(p.numel() for p in model.parameters())
     processes = f"{ranks.world_size} processes of " if ranks.world_size > 1 else ""
     console.print(
-        f"{len(data.train.names)} documents, {data.train.bytes / 1e6:.1f} MB to train on; "
+        f"{len(data.windows.tokens.names)} documents, {data.windows.tokens.bytes / 1e6:.1f} MB to train on; "
         f"{len(data.held_out)} documents held out; {parameters / 1e6:.2f} M parameters; "
         f"{processes}{torch.get_num_threads()} threads"
     )
@@ -225,16 +232,6 @@ def _prepare_model(model: ResNetBKForCausalLM, config: TrainConfig, ranks: Ranks
         recompute(model)
     if config.shard and ranks.world_size > 1:
         shard(on_device(model))
-
-
-def _make_trainer(model: ResNetBKForCausalLM, config: TrainConfig, data: _Data, ranks: Ranks) -> BKTrainer:
-    windows = Windows(data.train, config.model.n_seq)
-    try:
-        trainer = BKTrainer(model, config, windows, data.bytes_per_token, data.tokenizer, ranks)
-    except ValueError as error:  # the only setting that transformers checks and we do not
-        raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
-    trainer.add_callback(RunControl(trainer))
-    return trainer
 
 
 def _hub_config(config: TrainConfig, tokenizer: Tokenizer) -> ResNetBKConfig:

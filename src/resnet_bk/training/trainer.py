@@ -67,13 +67,14 @@ class Windows(Dataset):
     """Consecutive, non-overlapping windows of a token file, each with the next token as its target."""
 
     def __init__(self, tokens: TokenFile, length: int):
-        self.ids, self.length = tokens.ids, length
+        self.tokens, self.length = tokens, length
+        self.bytes_per_token = tokens.bytes / len(tokens.ids)
 
     def __len__(self) -> int:
-        return (len(self.ids) - 1) // self.length
+        return (len(self.tokens.ids) - 1) // self.length
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        window = self.ids[i * self.length : (i + 1) * self.length + 1].astype(np.int64)
+        window = self.tokens.ids[i * self.length : (i + 1) * self.length + 1].astype(np.int64)
         return {"input_ids": window[:-1], "shift_labels": window[1:]}
 
 
@@ -126,7 +127,6 @@ class BKTrainer(Trainer):
         model: the model to train. May be sharded already, see :func:`resnet_bk.training.sharded.shard`.
         config: settings of the run. Its batch_size counts the sequences of all ranks together.
         windows: the training text.
-        bytes_per_token: mean over the training text; converts nats per token to bits per byte.
         tokenizer: saved in each checkpoint, so that the checkpoint can be evaluated as it is.
         ranks: the processes that share each batch; default: this one only.
     """
@@ -136,14 +136,13 @@ class BKTrainer(Trainer):
         model: ResNetBKForCausalLM,
         config: TrainConfig,
         windows: Windows,
-        bytes_per_token: float,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ranks: Ranks | None = None,
     ):
-        self.config, self.clock, self.bytes_per_token = config, Clock(), bytes_per_token
+        self.config, self.clock, self.windows = config, Clock(), windows
         self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"
         self.ranks = ranks or Ranks()
-        self.tokens_per_step = config.batch_size * config.accumulate * windows.length
+        self.bytes_per_step = config.batch_size * config.accumulate * windows.length * windows.bytes_per_token
         self.steps_per_epoch = math.ceil(len(windows) // config.batch_size / config.accumulate)
         self.sampler = ShuffledSampler(len(windows), config.seed)
         self.cross_entropy: list[Tensor] = []  # of each forward pass since the last log line
@@ -174,6 +173,7 @@ class BKTrainer(Trainer):
         )
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
+        self.add_callback(RunControl(self))
         if isinstance(model, FSDPModule):  # in evaluation mode accelerate adds no DistributedDataParallel
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
@@ -187,9 +187,8 @@ class BKTrainer(Trainer):
         return min(1.0, max(step / (self.config.max_steps or NO_STEP_LIMIT), seconds))
 
     def get_train_dataloader(self) -> DataLoader:
-        assert self.train_dataset is not None
         loader = DataLoader(
-            self.train_dataset,
+            self.windows,
             self.args.train_batch_size,
             sampler=self.sampler,
             collate_fn=collate,
@@ -270,7 +269,7 @@ class BKTrainer(Trainer):
         """Log the mean cross-entropy of all ranks since the last line instead of the loss; add bits per byte."""
         if "loss" in logs and self.cross_entropy:
             logs["loss"] = self.ranks.mean(torch.stack(self.cross_entropy).mean().item())
-            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
+            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.windows.bytes_per_token
             logs["grad_norm"], logs["seconds"] = self.grad_norm, self.clock.seconds
             self.cross_entropy.clear()
         super().log(logs, *args, **kwargs)
@@ -397,7 +396,7 @@ class Recorder(TrainerCallback):
             return
         self.marks = [*self.marks[-10:], (logs["seconds"], state.global_step)]
         (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
-        rate = (s1 - s0) * self.trainer.tokens_per_step * self.trainer.bytes_per_token / max(1e-9, t1 - t0)
+        rate = (s1 - s0) * self.trainer.bytes_per_step / max(1e-9, t1 - t0)
         line = {"step": state.global_step, "bytes_per_second": round(rate, 1)}
         line |= {name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm")}
         with self.path.open("a") as file:
