@@ -136,7 +136,7 @@ def test_a_bound_changes_no_number(name, training):
 def test_what_does_not_fit_is_an_error(name):
     model, ids = make(bounded(*TECHNIQUES[name], bound=0.05)), text()
     ids[:, ::2] = 35  # more words than a tile has rows
-    with pytest.raises(RuntimeError, match="more positions selected than there is technique for"):
+    with pytest.raises(RuntimeError, match="more positions selected than capacity allows"):
         model(ids)
 
 

@@ -23,7 +23,7 @@ def at_most(closes: Tensor, since: Tensor, longest: int) -> Tensor:
 
     Args:
         closes: (B, N) bool, True where a chunk ends by its rule.
-        since: (B,) int64, positions since the last chunk closed, before the first position.
+        since: (B,) int64, number of earlier positions since the last chunk closed.
         longest: positions of the longest chunk allowed.
 
     Returns:
@@ -58,7 +58,7 @@ class FixedStride(nn.Module):
         Args:
             x: (B, N, D), features.
             ids: (B, N) int64, token ids.
-            since: (B,) int64, positions since the last chunk closed, before the first position.
+            since: (B,) int64, number of earlier positions since the last chunk closed.
             before: (B,) int64, id of the token before the first position.
         """
         position = torch.arange(1, x.shape[1] + 1, device=x.device)
@@ -162,7 +162,7 @@ def since_last(marks: Tensor, start: Tensor) -> Tensor:
 
     Args:
         marks: (B, N) bool.
-        start: (B,) int64, positions since the last mark, before the first position. The count continues from it.
+        start: (B,) int64, number of earlier positions since the last mark. The count continues from it.
     """
     if marks.shape[1] == 1:
         return torch.where(marks, 0, start.unsqueeze(1) + 1)

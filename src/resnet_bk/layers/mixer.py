@@ -110,10 +110,10 @@ def _inverse_softplus(y: Tensor) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """Base of the mixers, whose sequence may be split over processes.
+    """Base of the mixers.
 
-    See :func:`resnet_bk.training.sharded.split_sequences`. `pieces` then gives the state that enters this process's
-    piece of the sequence.
+    The sequences may be split over processes, see :func:`resnet_bk.training.sharded.split_sequences`. `pieces` then
+    computes what enters this process's piece from the piece before it.
     """
 
     pieces: Pieces | None = None

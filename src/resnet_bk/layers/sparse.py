@@ -40,8 +40,8 @@ class SparsityRecord(Record):
 class SparseBKCore(nn.Module):
     """An importance predictor for the sites of one mixer. Sites with an importance above 0 are kept, in all heads.
 
-    A left-out site reads what the last kept site read, faded, plus a part of its own value. Each head learns how fast
-    the former fades (`fill`) and how large the latter is (`own`; the diagonal readout has no values).
+    A left-out site reads what the last kept site read, faded, plus a part of its own value. Each head learns the fading
+    (`fill`) and that part (`own`; the diagonal readout has no values).
 
     Decisions are hard and have the gradient of a log-sigmoid (straight-through). Kept sites get the gradient of the
     task, and the price moves all sites towards the target. A decision reads its own position only. It is therefore

@@ -60,14 +60,15 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
         "versions": versions(),
         "sample": sample,
     }
-    training_row = ("training", f"{run.steps:,} steps in {run.seconds:.0f} s, {speed:,.0f} bytes/s")
-    rows = [*scores.rows(), training_row, *costs.rows()]
+    pace = f", {speed:,.0f} bytes/s" if metrics else ""
+    rows = [*scores.rows(), ("training", f"{run.steps:,} steps in {run.seconds:.0f} s{pace}"), *costs.rows()]
     print_table(console, f"Run {folder}", rows)
     console.print("\n[bold]Sample[/bold]")
     console.print(sample, markup=False, highlight=False)
     write_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     _write_report(folder, rows, metrics, sample)
-    console.print(f"\nwrote {folder}: {MODEL}/, {METRICS}, {RESULTS}, {REPORT}")
+    written = [f"{MODEL}/", *([METRICS] if metrics else []), RESULTS, REPORT]
+    console.print(f"\nwrote {folder}: {', '.join(written)}")
     return results
 
 
