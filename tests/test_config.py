@@ -331,7 +331,7 @@ def test_values_that_crash_the_yaml_library_are_one_error(tmp_path, tagged):
         ({"factors": (2.0,)}, r"factors\[0\]: got 2.0, allowed an integer"),
         ({"factors": (2,) * 9}, "factors: got 9 levels, allowed at most 8"),
         ({"factors": (2,), "layers": (1, 1)}, "layers: got 2 numbers for 1 factors, allowed 3"),
-        ({"factors": (2,), "layers": (1, 0, 1)}, "layers: got no block innermost"),
+        ({"factors": (2,), "layers": (1, 0, 1)}, "layers: got 0 blocks in the innermost level"),
         ({"factors": (2,), "widths": (8, 8)}, "widths: got 2 numbers for 1 factors, allowed one for each"),
         ({"factors": (2,), "hidden": (8, 8)}, "hidden: got 2 numbers for 1 factors, allowed one for each"),
         (

@@ -26,11 +26,12 @@ class ModelOutput:
 
     Attributes:
         logits: (B, N, V), 0 at padding; None if they were not requested.
-        state: one entry per layer. The next call continues the sequences from it.
+        state: one entry per layer of ``model.blocks``. The next call continues the sequences from it.
         loss: scalar, "cross_entropy" plus the weighted sum of the other `losses`; None without targets.
-        losses: scalars by name, unweighted: "cross_entropy" in nats per target, "balance", "ratio", ...
-        records: reports of the layers, outer layers before those inside them. With a mask, their tensors refer to
-            packed positions.
+        losses: scalars by name, unweighted: "balance", "ratio", ..., and "cross_entropy" (nats per target; in training
+            the task loss of a layer that has one, see :class:`resnet_bk.record.Record`).
+        records: reports of the layers, outer layers before those inside them. With a mask, their (B, N) tensors are in
+            packed order: each row's tokens come first.
     """
 
     logits: Tensor | None
@@ -47,7 +48,8 @@ class Features(NamedTuple):
         x: (B, N, D), normed features; 0 at padding.
         state: see :class:`ModelOutput`.
         records: see :class:`ModelOutput`.
-        packing: how padding was left out; None without a mask.
+        packing: the packing that moved each row's tokens to its front; None without a mask. `x` is merged back already;
+            `records` are not.
     """
 
     x: Tensor
@@ -59,8 +61,9 @@ class Features(NamedTuple):
 class LanguageModel(nn.Module):
     """A causal language model on the BK core, or a bidirectional encoder with ``causal=False``.
 
-    ``LanguageModel(vocab_size, d_model=64, n_layers=4, n_seq=128, num_experts=4, top_k=1, ...)``: every keyword is a
-    field of :class:`resnet_bk.config.ModelConfig`. Time and memory are linear in N. The state has a constant size.
+    Every keyword is a field of :class:`resnet_bk.config.ModelConfig`; an example is
+    ``LanguageModel(256, d_model=64, n_layers=4, n_seq=128, num_experts=4, top_k=1)``. Time and memory are linear in N.
+    The state has a constant size.
     """
 
     def __init__(self, vocab_size: int, **fields: Any):
@@ -76,12 +79,13 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, vocab_size: int = BYTE_VOCABULARY, **fields: Any) -> Self:
-        """Return a new model of a preset.
+        """Return a new model with the settings of a preset.
 
         Args:
             name: one of :data:`resnet_bk.config.PRESETS`: "plain", "quality", "balanced", "fast".
             vocab_size: number of token ids.
-            fields: fields of ModelConfig that replace those of the preset. A section replaces the whole section.
+            fields: fields of ModelConfig that replace those of the preset. A section that is given, such as `sparsity`,
+                replaces the preset's whole section; the two are not merged.
 
         Raises:
             ConfigError: the name or a field is not allowed.
@@ -104,15 +108,16 @@ class LanguageModel(nn.Module):
         """Compute the logits of every position and, with targets, the loss.
 
         Args:
-            ids: (B, N) integer token ids, N >= 1.
-            targets: (B, N) integer, the token that each position should predict; -100 is not counted.
+            ids: (B, N) int64 or int32, token ids; B, N >= 1.
+            targets: (B, N) int64, the token that each position should predict; -100 is not counted.
             mask: (B, N) bool, False for padding, which may be anywhere and does not affect the other positions.
-            state: the state after the same sequences up to here, from the previous output; None at their start.
+            state: `state` of the output for the preceding positions of the same sequences; None at their start.
             logits: False leaves the logits out, so that a large vocabulary never needs (B, N, V) memory.
 
         Raises:
-            ValueError: ids, targets or mask have a wrong shape, device or range.
-            TypeError: ids or mask have a wrong dtype.
+            ValueError: ids are not (B, N) with B, N >= 1, are on another device than the model, or (checked on the CPU
+                only, and not when compiled) are outside the vocabulary; targets or mask do not have the shape of ids.
+            TypeError: ids are not int64 or int32, or mask is not bool.
         """
         self.check(ids, targets, mask)
         features = self.features(ids, mask, state)
@@ -142,11 +147,11 @@ class LanguageModel(nn.Module):
         return Features(x if packing is None else packing.merge(x), after, records, packing)
 
     def read(self, x: Tensor) -> Tensor:
-        """Return the logits (..., V) of features (..., D) after any block: norm, head."""
+        """Apply the norm and the head to the features (..., D) that any block returns; return logits (..., V)."""
         return self.head(self.norm(x))
 
     def cross_entropy(self, features: Features, targets: Tensor) -> Tensor:
-        """Return the mean nats of the targets (B, N); -100 is not counted.
+        """Return the mean cross-entropy over the targets (B, N), in nats; -100 is not counted.
 
         In training, a layer may replace the loss of each position, see :class:`resnet_bk.record.Record`.
         """
@@ -160,12 +165,18 @@ class LanguageModel(nn.Module):
         return losses.sum() / scored.sum().clamp(min=1)
 
     def _nats(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """Return the nats of targets (B, N) from normed features x (B, N, D): "none" (B, N), or their "mean"."""
+        """Return the cross-entropy in nats of the targets (B, N), given normed features x (B, N, D).
+
+        reduction: "none" for that of each target, (B, N); "mean" for their mean over counted targets.
+        """
         nats = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction)
         return nats.view_as(targets) if reduction == "none" else nats
 
     def check(self, ids: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
-        """Raise unless :meth:`forward` can compute these inputs."""
+        """Check ids (dtype, shape, device, range), targets (shape) and mask (shape, dtype).
+
+        It raises the errors that :meth:`forward` lists.
+        """
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"ids: expected int64 or int32 token ids, got {ids.dtype}")
         if ids.dim() != 2 or ids.numel() == 0:
@@ -174,26 +185,25 @@ class LanguageModel(nn.Module):
             raise ValueError(f"ids: on {ids.device}, the model is on {self.embed.weight.device}; move one of them")
         for name, x in (("targets", targets), ("mask", mask)):
             if x is not None and x.shape != ids.shape:
-                raise ValueError(f"{name}: expected shape {tuple(ids.shape)} as ids, got {tuple(x.shape)}")
+                raise ValueError(f"{name}: expected the shape of ids, {tuple(ids.shape)}, got {tuple(x.shape)}")
         if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"mask: expected bool (True = a token, False = padding), got {mask.dtype}")
-        # Elsewhere, and when compiled, the embedding asserts the range: reading the ids would be a host-device sync.
+        # Check the range on the CPU only, and not when compiled: on a GPU, reading the ids is a host-device sync. There
+        # the embedding itself asserts the range.
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.vocab_size:
+            low, high, largest = int(ids.min()), int(ids.max()), self.config.vocab_size - 1
+            if low < 0 or high > largest:
                 wrong = low if low < 0 else high
-                raise ValueError(
-                    f"ids: token id {wrong} is outside the vocabulary, allowed 0 to {self.config.vocab_size - 1}"
-                )
+                raise ValueError(f"ids: token id {wrong} is outside the vocabulary, allowed 0 to {largest}")
 
 
-ConfigurableResNetBK = LanguageModel  # one class for any subset of the techniques, see ModelConfig
+ConfigurableResNetBK = LanguageModel  # an alias of LanguageModel, which takes any subset of the techniques
 
-RENAMED = {".way_out.": ".bypass."}  # parts of parameter names in checkpoints of earlier versions -> now
+RENAMED = {".way_out.": ".bypass."}  # part of a parameter name in checkpoints of earlier versions: its replacement
 
 
 def current_name(name: str) -> str:
-    """Return today's name of a parameter of a checkpoint, which an earlier version may have written."""
+    """Return the current name of a parameter, given its name in a checkpoint, perhaps of an earlier version."""
     for old, new in RENAMED.items():
         name = name.replace(old, new)
     return name

@@ -357,7 +357,7 @@ def open_chunk_forgotten(model: LanguageModel, monkeypatch) -> None:
 def batch_steps_together(model: LanguageModel, monkeypatch) -> None:
     """If a chunk of any row closes, the inner stack steps for every row."""
 
-    def inside(self, coarse, chunks, tokens, state, whole):
+    def inside(self, coarse, chunks, tokens, state, unpadded_start):
         return self.inner(coarse, tokens.map(chunks.ends.pack), state, None)
 
     monkeypatch.setattr(multiscale.MultiScale, "_inside", inside)

@@ -162,9 +162,7 @@ def one_rank_stops_early(rank, folder, policy):
     technique = next(m for m in trainer.network.modules() if hasattr(m, "segments"))
     if policy == "skip":
         run = technique._run_segments
-        technique._run_segments = lambda x, tokens, past, present, totals: run(
-            x, tokens, past, present & (rank == 0), totals
-        )
+        technique._run_segments = lambda x, tokens, past, mask, totals: run(x, tokens, past, mask & (rank == 0), totals)
     else:
         technique._stops = lambda halt, left: torch.full_like(halt, rank == 1, dtype=torch.bool)
     trainer.run_training(None)

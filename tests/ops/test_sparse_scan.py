@@ -180,10 +180,13 @@ def test_a_single_site_left_out_ignores_queries_and_keys(backend):
 
 def test_fewer_queries_than_kept_sites_are_refused(backend):
     q, k, *rest = scan_inputs(37)
-    with pytest.raises(ValueError, match=rf"expected the {q.shape[1]} sites that the fullest row keeps, got 3"):
+    with pytest.raises(ValueError, match=rf"expected at least {q.shape[1]} sites .*of the fullest row.*, got 3"):
         sparse_scan(q[:, :3], k[:, :3], *rest)
-    with pytest.raises(ValueError, match=r"k: expected shape .* as q, got \(2, 1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"k: expected the shape of q, .*, got \(2, 1, 3, 3\)"):
         sparse_scan(q, k[:, :1], *rest)
+    rest[5] = torch.zeros_like(rest[5])
+    with pytest.raises(ValueError, match=r"expected at least 1 sites .*, got 0"):
+        sparse_scan(q[:, :0], k[:, :0], *rest)
 
 
 @pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")

@@ -1,12 +1,12 @@
 """Adaptive depth: how many blocks each position runs.
 
 The blocks after a decision run on the packed sequence of the positions that continue, so their chains consist of those
-positions only. A decision reads a position and its past, never how many others continue: predictions stay causal and
-do not depend on batch-mates. In decoding, when no position continues, the remaining blocks do not run and keep their
-state. The last blocks run on all positions again: through their chains, positions that stopped early learn what the
-deeper blocks found for the others.
+positions only. A decision reads the features of its own position, never how many others continue. So predictions do not
+depend on batch-mates, and in a causal model they stay causal. In decoding without a bound, a segment that no position
+enters does not run and keeps its state. Except with early exit, the last blocks run on all positions again; through
+their chains, positions that stopped early read what the deeper blocks computed for the others.
 
-Dimensions: B batch, N positions, M positions of the fullest row that are still running, D model width.
+Dimensions: B batch, N positions, M packed length, D model width.
 """
 
 import contextlib
@@ -26,7 +26,9 @@ from resnet_bk.layers.score import Score
 from resnet_bk.ops.packing import TILE, Packing, capacity
 from resnet_bk.record import Loss, Record, TaskLoss
 
-STOP = -3.0  # initial halting score: before training, nearly every position reaches the last segment
+# Initial halting score, the same for all positions: a probability of 0.05 to stop. So before training all of them run
+# the first 10 segments at threshold 0.5.
+INITIAL_SCORE = -3.0
 BAND = 0.1  # distance from the target share of blocks at which the price is 1
 
 
@@ -36,7 +38,8 @@ class DepthRecord(Record):
 
     Attributes:
         blocks: (B, N) int64, number of blocks that each position ran; 0 for padding.
-        computed: sum over the blocks of the positions that each computed, including those that fill up a batch.
+        computed: number of positions computed, summed over the blocks; padding and positions that fill up packed rows
+            count too.
         available: number of blocks in the stack.
     """
 
@@ -45,9 +48,15 @@ class DepthRecord(Record):
     available: int
 
     @property
+    def sums(self) -> tuple[int, int]:
+        """Number of blocks, summed over the positions, and number of non-padding positions."""
+        return int(self.blocks.sum()), int((self.blocks > 0).sum())
+
+    @property
     def mean_blocks(self) -> float:
         """Mean number of blocks per non-padding position."""
-        return int(self.blocks.sum()) / max(1, int((self.blocks > 0).sum()))
+        blocks, positions = self.sums
+        return blocks / max(1, positions)
 
 
 @dataclass
@@ -55,11 +64,12 @@ class Totals:
     """Running totals of one forward pass.
 
     Attributes:
-        expected: scalar, the sum over positions of the expected number of blocks under their probabilities.
+        expected: scalar, the sum over positions of the number of blocks expected from the probabilities of the
+            decisions; with skipping, from those without noise.
         blocks: (B, N) int64, number of blocks that each position ran.
         computed: see :class:`DepthRecord`.
-        states: the new state of each part, in the order in which the parts run.
-        records: what the parts report.
+        states: the new states of the first blocks, each segment, and the last blocks, in this order.
+        records: what these report.
         task_loss: see :class:`resnet_bk.record.Record`.
     """
 
@@ -72,9 +82,9 @@ class Totals:
 
 
 class AdaptiveDepth(AdaptiveLayer):
-    """Blocks that every position runs, segments of blocks with a decision before each, then blocks for all again."""
+    """First blocks for every position, segments with a decision before each, and last blocks for every position."""
 
-    priced = True  # True where the loss contains a price on blocks
+    priced = True  # True if the loss contains a price on blocks
 
     def __init__(self, config: ModelConfig, stack: Stack):
         super().__init__()
@@ -86,18 +96,18 @@ class AdaptiveDepth(AdaptiveLayer):
     def forward(
         self, x: Tensor, tokens: Tokens, state: Sequence[Any] | None, mask: Tensor | None
     ) -> tuple[Tensor, list[Any], list[Record]]:
-        present = torch.ones_like(tokens.ids, dtype=torch.bool) if mask is None else mask
-        number = present.sum()
+        padded, mask = mask, torch.ones_like(tokens.ids, dtype=torch.bool) if mask is None else mask
+        number = mask.sum()
         for_all = len(self.first) + len(self.last)
         totals = Totals(
             expected=for_all * number.to(torch.promote_types(x.dtype, torch.float32)),
-            blocks=for_all * present.long(),
+            blocks=for_all * mask.long(),
             computed=for_all * tokens.ids.numel(),
         )
         past = [None] * (len(self.segments) + 2) if state is None else state
-        x = self._run(self.first, x, tokens, past[0], mask, totals)
-        x = self._run_segments(x, tokens, past[1:-1], present, totals)
-        x = self._run(self.last, x, tokens, past[-1], mask, totals)
+        x = self._run(self.first, x, tokens, past[0], padded, totals)
+        x = self._run_segments(x, tokens, past[1:-1], mask, totals)
+        x = self._run(self.last, x, tokens, past[-1], padded, totals)
         record = DepthRecord(
             losses={"ponder": Loss(self._ponder(totals, number), self.settings.penalty)} if self.priced else {},
             task_loss=totals.task_loss,
@@ -109,7 +119,7 @@ class AdaptiveDepth(AdaptiveLayer):
 
     @property
     def stacks(self) -> list[Stack]:
-        """The segments, typed."""
+        """The segments, with a type that mypy can use."""
         return cast(list[Stack], list(self.segments))
 
     def _run(self, stack: Stack, x: Tensor, tokens: Tokens, state: Any, mask: Tensor | None, totals: Totals) -> Tensor:
@@ -118,8 +128,11 @@ class AdaptiveDepth(AdaptiveLayer):
         totals.records += records
         return x
 
-    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], present: Tensor, totals: Totals) -> Tensor:
-        """Run each segment on the positions that enter it, (B, N, D) -> (B, N, D). present: (B, N), not padding."""
+    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], mask: Tensor, totals: Totals) -> Tensor:
+        """Run each segment on the positions that enter it, (B, N, D) -> (B, N, D).
+
+        mask: (B, N) bool, False for padding; here it is never None.
+        """
         raise NotImplementedError
 
     def _run_packed(
@@ -127,7 +140,7 @@ class AdaptiveDepth(AdaptiveLayer):
     ) -> Tensor:
         """Run a segment on packed positions x (B, M, D).
 
-        Rows without a selected position are skipped, except where they have no state yet, or where there is a bound.
+        A row without a selected position is skipped if it has a state and there is no bound.
         """
         if packing.bound is not None:
             totals.computed += len(segment) * packing.mask.numel()
@@ -154,46 +167,63 @@ class Snapshot:
     """The running positions just before a segment's decision.
 
     Attributes:
-        packings: how many packings had been made by then.
-        x: (B, M, D) their features.
-        present: (B, M) bool, True for running positions, False for rows that fill up the packing.
+        number_packings: number of packings made before the decision.
+        x: (B, M, D), their features.
+        present: (B, M) bool, True for running positions, False for padding and for the positions that fill up a row.
     """
 
-    packings: int
+    number_packings: int
     x: Tensor
     present: Tensor
 
 
 class Stopping(AdaptiveDepth):
-    """Positions stop before a segment and do not return.
+    """A position that stops before a segment runs none of the later segments.
 
-    The output of a position is the mean of its features before each segment, weighted by the probability to stop
-    there. Under a policy without probabilities it is the features at which the position stops.
+    The output of a position is the mean of its features before each segment and after the last one, weighted by the
+    probability to stop there. For a policy with hard decisions it is the features with which the position stopped.
     """
 
     def _draw(self, x: Tensor) -> Any:
-        """Return what one forward pass draws at random, once for all of its decisions about x (B, N, D)."""
+        """Return what all decisions of a forward pass need in common, such as a random confidence.
+
+        It is called once per forward pass. x: (B, N, D).
+        """
         return None
 
     def _halt(self, i: int, x: Tensor, drawn: Any) -> Tensor:
-        """Return (B, M) float32 or float64, the probability to stop before segment i; 0 or 1 without probabilities."""
+        """Return (B, M) float32 or float64, the probability to stop before segment i.
+
+        It is exactly 0 or 1 for a policy with hard decisions. drawn: from `_draw`.
+        """
         raise NotImplementedError
 
     def _stops(self, halt: Tensor, left: Tensor) -> Tensor:
-        """Return (B, M) bool, True where a position stops. left: (B, M), what remains of its probability 1."""
+        """Return (B, M) bool, True where a position stops.
+
+        left: (B, M), the probability of a position that earlier stops have not used; at first 1, and 0 for padding.
+        """
         raise NotImplementedError
 
     def _task_loss(
         self, out: Tensor, snapshots: list[Snapshot], packings: list[Packing], drawn: Any
     ) -> TaskLoss | None:
-        """See :class:`resnet_bk.record.Record`. out: (B, N, D). snapshots: one entry for each decision."""
+        """Return a loss that replaces the cross-entropy in training (see `Record.task_loss`), or None.
+
+        Args:
+            out: (B, N, D), the output of the segments.
+            snapshots: one entry for each decision.
+            packings: all packings of the forward pass, in order.
+            drawn: from `_draw`.
+        """
         return None
 
-    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], present: Tensor, totals: Totals) -> Tensor:
-        drawn, left = self._draw(x), present.to(totals.expected.dtype)
+    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], mask: Tensor, totals: Totals) -> Tensor:
+        drawn, present, left = self._draw(x), mask, mask.to(totals.expected.dtype)
         blocks, out = torch.zeros_like(tokens.ids), torch.zeros_like(x)
         packings: list[Packing] = []
-        unpacked: list[tuple[Tensor, Tensor]] = []  # out and blocks before each packing, to merge later ones into
+        # `out` and `blocks` as they were before each packing. At the end, the packed ones are merged back into them.
+        unpacked: list[tuple[Tensor, Tensor]] = []
         snapshots: list[Snapshot] = []
         bound = capacity(self.settings.bound, x.shape[1])
         for i, segment in enumerate(self.stacks):
@@ -206,9 +236,10 @@ class Stopping(AdaptiveDepth):
             left, runs = left - weight, present & ~stops
             running = None if bound is not None else int(runs.sum())
             if running == 0 and past[i] is not None:  # most steps of decoding
-                totals.states += past[i:]
+                totals.states += past[i:]  # no position runs on: the remaining segments keep their states
                 break
             packing = Packing(runs, TILE, bound)
+            # Skip the packing if it would change nothing: all positions run, and the length is already whole tiles.
             if running is None or running < runs.numel() or runs.shape[1] % packing.tile:
                 packings.append(packing)
                 unpacked.append((out, blocks))
@@ -218,7 +249,7 @@ class Stopping(AdaptiveDepth):
             x = self._run_packed(segment, x, tokens, past[i], packing, totals)
             totals.expected = totals.expected + len(segment) * left.sum()
             blocks = blocks + len(segment) * present
-        else:
+        else:  # not left by `break`: positions that still run stop after the last segment
             out = torch.addcmul(out, left.unsqueeze(-1).to(x.dtype), x)
         for packing, (wide, counts) in zip(reversed(packings), reversed(unpacked), strict=True):
             out, blocks = packing.merge(out, wide), packing.merge(blocks, counts)
@@ -232,14 +263,15 @@ class Halting(Stopping):
     """Adaptive computation time (Graves 2016, arXiv:1603.08983, eqs. 5 to 13).
 
     A unit before each segment gives the probability to stop there. A position stops where these probabilities add up to
-    the threshold; the last one is what remains of 1. Its output is the mean of its features under them, so the task
-    loss trains the units. The ponder cost is the expected number of blocks: the sum over segments of the probability to
-    reach them.
+    the threshold. The probability of the last stop is then raised by what is missing to a sum of 1. The output is the
+    mean of the features, weighted by these probabilities, so the task loss trains the units. The expected number of
+    blocks, whose share of all blocks the loss "ponder" puts a price on, is the number of first and last blocks plus the
+    blocks of each segment times the probability that is left when a position enters it.
     """
 
     def __init__(self, config: ModelConfig, stack: Stack):
         super().__init__(config, stack)
-        self.units = nn.ModuleList(Score(config.d_model, STOP) for _ in self.segments)
+        self.units = nn.ModuleList(Score(config.d_model, INITIAL_SCORE) for _ in self.segments)
 
     def _halt(self, i: int, x: Tensor, drawn: None) -> Tensor:
         return self.units[i](x).sigmoid()
@@ -249,23 +281,28 @@ class Halting(Stopping):
 
 
 class Skipping(AdaptiveDepth):
-    """A router before each segment lets a position in or past; a position that is skipped may enter the next segment.
+    """A router before each segment decides whether a position runs it or skips it.
 
-    This is mixture of depths (Raposo et al. 2024, arXiv:2404.02258) with a threshold instead of a top-k over the
-    sequence, which would leak later positions into earlier decisions. In training, a gate scales what a segment adds.
-    Noise moves the gate between 0, where the segment does not run, and 1 (hard concrete, Louizos et al. 2018,
-    arXiv:1712.01312). Summed over the noise, the gradient of the gate is then the full value of the segment for the
-    task. At a gate of 1 only, it would be the value of slightly more of the segment, which training brings to zero.
+    A skipped position may still enter the next segment. This is mixture of depths (Raposo et al. 2024,
+    arXiv:2404.02258) with a threshold instead of a top-k over the sequence, which would leak later positions into
+    earlier decisions. Outside training there is no gate: a position enters if its probability reaches the threshold.
+
+    In training, a gate scales what a segment adds. Noise moves the gate between 0, where the segment does not run, and
+    1 (hard concrete, Louizos et al. 2018, arXiv:1712.01312). Averaged over the noise, the score's gradient is then
+    about proportional to the difference in task loss between running and skipping the segment. With the gate always 1
+    it would measure only the effect of a slightly larger gate, which training drives to zero even where the segment is
+    useful.
     """
 
     def __init__(self, config: ModelConfig, stack: Stack):
         super().__init__(config, stack)
-        decided = sum(map(len, self.stacks))
-        share = (self.settings.target * self.available - self.available + decided) / max(1, decided)
-        share = min(max(share, 0.5), 0.9)  # initial share of positions that enter: meets the target, at least half
+        in_segments = sum(map(len, self.stacks))  # number of blocks
+        share = (self.settings.target * self.available - self.available + in_segments) / max(1, in_segments)
+        # Initial probability to enter, at the mean score: as the target asks, but between 0.5 and 0.9.
+        share = min(max(share, 0.5), 0.9)
         self.routers = nn.ModuleList(Score(config.d_model, math.log(share / (1 - share)), 1.0) for _ in self.segments)
 
-    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], present: Tensor, totals: Totals) -> Tensor:
+    def _run_segments(self, x: Tensor, tokens: Tokens, past: Sequence[Any], mask: Tensor, totals: Totals) -> Tensor:
         bound = capacity(self.settings.bound, x.shape[1])
         for router, segment, state in zip(self.routers, self.stacks, past, strict=True):
             score = router(x)
@@ -273,8 +310,8 @@ class Skipping(AdaptiveDepth):
             if self.training:
                 noise = torch.rand_like(score).logit(1e-6)
                 gate = (0.5 + score + noise).clamp(0, 1)
-            runs = present & (probability >= self.threshold if gate is None else gate > 0)
-            totals.expected = totals.expected + len(segment) * (probability * present).sum()
+            runs = mask & (probability >= self.threshold if gate is None else gate > 0)
+            totals.expected = totals.expected + len(segment) * (probability * mask).sum()
             if bound is None and state is not None and not bool(runs.any()):
                 totals.states.append(state)
                 continue
@@ -293,15 +330,13 @@ def measured_depth(model: nn.Module) -> Iterator[Callable[[], float | None]]:
     """Count the blocks that positions run while the context is open.
 
     Yields:
-        A function that returns the mean number of blocks per position so far, among the blocks that adaptive depth
-        decides about; None for a model without adaptive depth.
+        A function that returns the mean number of blocks per non-padding position so far, with the first and last
+        blocks of the adaptive layer; it returns None for a model without adaptive depth.
     """
     sums: list[tuple[int, int]] = []
 
-    def count(module: nn.Module, arguments: Any, output: tuple[Tensor, Any, list[Record]]) -> None:
-        record = output[2][0]
-        assert isinstance(record, DepthRecord)
-        sums.append((int(record.blocks.sum()), int((record.blocks > 0).sum())))
+    def count(module: nn.Module, arguments: Any, output: tuple[Tensor, Any, list[Any]]) -> None:
+        sums.append(output[2][0].sums)
 
     layers = [module for module in model.modules() if isinstance(module, AdaptiveDepth)]
     hooks = [layer.register_forward_hook(count) for layer in layers]

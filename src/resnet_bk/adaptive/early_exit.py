@@ -1,6 +1,6 @@
 """Early exit: positions stop where the remaining blocks would change little about the next token.
 
-Dimensions: B batch, N positions, M positions of the fullest row that are still running, D model width, V vocabulary.
+Dimensions: B batch, N positions, M packed length, D model width, V vocabulary.
 """
 
 import math
@@ -74,7 +74,7 @@ class EarlyExit(Stopping):
             total = final = nats(out)
             for i, snapshot in enumerate(snapshots):
                 x, present = snapshot.x, snapshot.present
-                for packing in reversed(packings[: snapshot.packings]):
+                for packing in reversed(packings[: snapshot.number_packings]):
                     x, present = packing.merge(x), packing.merge(present)
                 here = nats(x) * present
                 total = total + self.settings.exit_weight / len(snapshots) * here

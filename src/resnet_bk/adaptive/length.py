@@ -266,7 +266,7 @@ class LearnedLength(AdaptiveLayer):
         carried: (..., D), the result of the last kept position, which was `since` (...) positions ago.
         """
         if carried is not None:
-            x = x + 2 * self.up.place(self.up.expand(carried), since) * self.gate(self.gate_norm(x)).sigmoid()
+            x = x + 2 * self.up.scale(self.up.expand(carried), since) * self.gate(self.gate_norm(x)).sigmoid()
         return x + self.bypass(self.norm(x), None)[0]
 
     def _merge(self, x: Tensor, y: Tensor, kept: Tensor, mask: Tensor, since: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""Multi-scale: neighbouring positions are merged into one chunk, a stack runs on the chunks, and its results return.
+"""Multi-scale: neighbouring positions are merged into chunks, and a stack runs on the chunks.
 
-Causality: a chunk is computed at the position where it closes, from its positions up to there. Its result reaches that
-position and later ones. For chunks of `factor` positions this is a shift by ``factor - 1``. Broadcasting a chunk's
-result to all of its positions would leak later positions into earlier ones.
+Its results are added back to the positions.
 
-Dimensions: B batch, N positions, M packed length (chunks of the row that has most), D outer width, W inner width.
+Causality: a chunk is computed where it closes, from its own positions and from earlier chunks. Its result reaches that
+position and later ones. With a fixed stride, this delays a chunk's result by ``factor - 1`` positions from its first
+position. Broadcasting a chunk's result to all of its positions would leak later positions into earlier ones.
+
+Dimensions: B batch, N positions, M packed length (number of chunks in the row with most, or the capacity; where content
+decides about chunks, it is rounded up to whole tiles), D outer width, W inner width.
 """
 
 from dataclasses import dataclass
@@ -25,7 +28,9 @@ from resnet_bk.record import Loss, Record
 
 
 class LearnedDownsampling(nn.Module):
-    """One vector per chunk: the content-weighted mean of its positions and its last position, mapped to width W.
+    """One vector per chunk: its last position and the content-weighted mean of its positions, mapped to width W.
+
+    The two are concatenated before the map.
 
     ``LearnedDownsampling(d_model)(x)`` is (B, N, D) -> (B, N // 2, D). It leaves out the positions after the last full
     chunk.
@@ -63,29 +68,32 @@ class LearnedDownsampling(nn.Module):
 
         Returns:
             The chunks (B, M, W), without meaning where ``chunks.ends.mask`` is False, and the sums of the chunk still
-            open, (B, D + 1) float32 or float64: the weighted positions and, in the last column, their weights.
+            open, (B, D + 1) float32 or float64: the sum of the weighted positions and, in the last column, of the
+            weights.
         """
         sums, still_open = chunks.sums(*self._weighted(x, mask), past)
         positions, total = sums.split([x.shape[2], 1], dim=-1)
         mean = (positions / torch.where(chunks.ends.mask.unsqueeze(-1), total, 1.0)).to(x.dtype)
         return self.refine(torch.cat([chunks.ends.pack(x), mean], dim=-1)).to(x.dtype), still_open
 
-    def keep(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the sums of the open chunk after x, if no chunk closes in x. Arguments as for :meth:`pool`."""
+    def extend(self, x: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
+        """Add x, in which no chunk closes, to the sums of the open chunk and return them. Arguments as for `pool`."""
         with_one, weight = self._weighted(x, mask)
         return past + (with_one * weight.unsqueeze(-1)).sum(1)
 
     def _weighted(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return x with a column of ones (B, N, D + 1), and each position's weight (B, N) float32 or float64."""
         exact = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weigh(x).to(exact).clamp(-30, 30).sigmoid()  # not 0: the mean divides by the sum over a chunk
+        # Clamped so that no weight is 0: the mean divides by the sum of a chunk's weights.
+        weight = self.weigh(x).to(exact).clamp(-30, 30).sigmoid()
         weight = weight if mask is None else weight * mask.unsqueeze(-1)
         return torch.cat([x, torch.ones_like(weight)], dim=-1), weight.squeeze(-1)
 
 
 class LearnedUpsampling(nn.Module):
-    """The result of a chunk at every position from its end until the next chunk closes, scaled by the distance.
+    """The result of a chunk at every position from its end until the next chunk closes.
 
+    It is multiplied by a learned factor per channel that depends on the distance from the end of the chunk.
     ``LearnedUpsampling(d_model)(y, n)`` is (B, M, D) -> (B, n, D). The first ``factor - 1`` positions, before any chunk
     has closed, get zeros.
     """
@@ -97,7 +105,8 @@ class LearnedUpsampling(nn.Module):
             d_model: D, the outer width.
             factor: positions per chunk, 2 or more.
             width: W, the inner width. Default: d_model.
-            reach: number of distances with a scale of their own; longer distances share the last one. Default: factor.
+            reach: number of distances with factors of their own; longer distances share the last ones. Default:
+                `factor`.
 
         Raises:
             ValueError: the factor is below 2.
@@ -126,10 +135,10 @@ class LearnedUpsampling(nn.Module):
         y = self.expand(y)
         since = torch.zeros(y.shape[0], dtype=torch.int64, device=y.device)
         nothing = y.new_zeros(y.shape[0], y.shape[2])
-        return self.place(chunks.spread(nothing, y), since_last(chunks.closes, since))
+        return self.scale(chunks.spread(nothing, y), since_last(chunks.closes, since))
 
-    def place(self, y: Tensor, since: Tensor) -> Tensor:
-        """Scale the result at each position by the distance.
+    def scale(self, y: Tensor, since: Tensor) -> Tensor:
+        """Multiply the result at each position by the learned factors of its distance.
 
         y: (B, N, D), the result of the last closed chunk. since: (B, N) int64, positions since it closed.
         """
@@ -150,6 +159,7 @@ def smooth(y: Tensor, probability: Tensor, mask: Tensor, first: Tensor) -> Tenso
     exact = torch.promote_types(y.dtype, torch.float32)
     decay = torch.where(mask, 1 - probability.to(exact), 1.0).unsqueeze(-1)
     ones = torch.ones_like(decay).unsqueeze(-1)
+    # A scan with key and query 1 is s = decay s + (1 - decay) y.
     s, _ = scan(ones, ones, y.to(exact).unsqueeze(2), decay, 1 - decay, first.to(exact)[:, None, None])
     return s.squeeze(2).to(y.dtype)
 
@@ -172,34 +182,35 @@ class MultiScaleState(NamedTuple):
         open: (B, D + 1) float32 or float64, the sums of the open chunk, see :meth:`LearnedDownsampling.pool`.
         inner: state of the inner stack.
         result: (B, D), the result of the last closed chunk; 0 before the first.
-        since: (B,) int64, positions since it closed.
-        before: (B,) int64, id of the last token.
+        since: (B,) int64, positions since the last chunk closed, or since the start.
+        last_id: (B,) int64, id of the last token; 0 at the start.
     """
 
     open: Tensor
     inner: Any
     result: Tensor
     since: Tensor
-    before: Tensor
+    last_id: Tensor
 
 
 @dataclass(kw_only=True)
 class ChunkRecord(Record):
     """Decisions of multi-scale.
 
-    closes: (B, N) bool, True where a chunk ended.
-    probability: (B, N), the router's probability of a boundary; None for boundaries that are not learned.
+    closes: (B, N) bool, True where a chunk ends.
+    probability: (B, N), the router's probability of a boundary, before the limit on the length of a chunk. None for
+        boundaries that are not learned.
     """
 
-    closes: Tensor | None = None
+    closes: Tensor
     probability: Tensor | None = None
 
 
 class MultiScale(AdaptiveLayer):
-    """``scale_full_res * x + scale_low_res * gate(x) * up(inner(down(x)))``; the inner stack runs once per chunk.
+    """``scale_full_res * x + scale_low_res * 2 sigmoid(gate(norm(x))) * up(inner(down(x)))``.
 
-    Several positions share the result of a chunk. The gate, 2 sigmoid(W norm x), lets each position take its part
-    of it.
+    The inner stack has one position per chunk. Several positions share the result of a chunk; the gate lets each of
+    them scale it, channel by channel.
     """
 
     def __init__(self, config: ModelConfig, inner: nn.Module):
@@ -221,7 +232,7 @@ class MultiScale(AdaptiveLayer):
     ) -> tuple[Tensor, MultiScaleState, list[Record]]:
         ids = tokens.ids
         past = self._start(x, ids) if state is None else state
-        decision = self.boundaries(x, ids, past.since, past.before)
+        decision = self.boundaries(x, ids, past.since, past.last_id)
         closes = decision.closes
         if self.boundaries.by_content:
             closes = at_most(closes, past.since, LONGEST * self.factor)
@@ -240,16 +251,17 @@ class MultiScale(AdaptiveLayer):
             y, inner, records = self._inside(coarse, chunks, tokens, past.inner, fresh and mask is None)
             y = self.up.expand(y).to(x.dtype)
             if decision.probability is not None:
-                sure = torch.where(decision.closes, decision.probability, 1.0)  # 1: closed by its length, not by choice
+                # A chunk that closed only because it reached the longest length counts as certain.
+                sure = torch.where(decision.closes, decision.probability, 1.0)
                 y = smooth(y, chunks.ends.pack(sure), chunks.ends.mask, past.result)
             low_res, result = chunks.spread(past.result, y), last_token(y, chunks.ends.mask, past.result)
         else:  # most steps of decoding: no chunk closes, so the inner stack does not run
-            still_open, inner, records = self.down.keep(x, past.open, mask), past.inner, []
-            low_res, result = past.result.unsqueeze(1), past.result
-        low_res = self.up.place(low_res, since) * self.gate(self.norm(x)).sigmoid()
+            still_open, inner, records = self.down.extend(x, past.open, mask), past.inner, []
+            low_res, result = past.result.unsqueeze(1), past.result  # (B, 1, D), broadcast over N
+        low_res = self.up.scale(low_res, since) * self.gate(self.norm(x)).sigmoid()
         out = (self.scale_full_res * x + 2 * self.scale_low_res * low_res).to(x.dtype)
         after = MultiScaleState(
-            still_open, inner, result, last_token(since, mask, past.since), last_token(ids, mask, past.before)
+            still_open, inner, result, last_token(since, mask, past.since), last_token(ids, mask, past.last_id)
         )
         return out, after, [record, *records]
 
@@ -261,9 +273,10 @@ class MultiScale(AdaptiveLayer):
         return MultiScaleState(still_open, None, x.new_zeros(batch, width), since, torch.zeros_like(ids[:, 0]))
 
     def _capacity(self, positions: int, fresh: bool) -> int | None:
-        """Return the capacity in chunks; None, which costs a host-device sync, for as many as close.
+        """Return how many chunks per row the packed tensors hold.
 
-        fresh: the positions are the first ones of their sequences.
+        None stands for as many as the fullest row closes, a number that must be read from the device (a host-device
+        sync). fresh: True if the positions are the first ones of their sequences.
         """
         if self.boundaries.by_content:
             return capacity(self.bound, positions)
@@ -272,26 +285,33 @@ class MultiScale(AdaptiveLayer):
         return None if self.bound is None else -(-positions // self.factor)
 
     def _inside(
-        self, coarse: Tensor, chunks: Chunks, tokens: Tokens, state: Any, whole: bool
+        self, coarse: Tensor, chunks: Chunks, tokens: Tokens, state: Any, unpadded_start: bool
     ) -> tuple[Tensor, Any, list[Record]]:
-        """Run the inner stack on the chunks. Rows without a closing chunk do not run, unless there is a capacity.
+        """Run the inner stack on the chunks.
+
+        Rows without a closing chunk are skipped, if there is a state and no capacity.
 
         Args:
             coarse: (B, M, W), the downsampled chunks.
             chunks: the chunks.
             tokens: (B, N).
             state: the inner stack's state, or None.
-            whole: the positions are the first ones of their sequences, without padding.
+            unpadded_start: True if the positions are the first ones of their sequences, without padding.
         """
         ends = chunks.ends
         if ends.bound is not None:
-            regular = whole and not self.boundaries.by_content and ends.bound > 0  # all rows have M chunks
+            # With a fixed stride, every row then has exactly M chunks, so no mask is needed. With bound 0, M is still
+            # 1, and the chunk does not exist.
+            regular = unpadded_start and not self.boundaries.by_content and ends.bound > 0
             return self.inner(coarse, tokens.map(ends.pack), state, None if regular else ends.mask)
         rows = torch.arange(len(coarse), device=coarse.device) if state is None else ends.counts.nonzero().squeeze(1)
         return run_rows(self.inner, coarse, tokens.map(ends.pack), state, ends, [rows])
 
     def _losses(self, closes: Tensor, probability: Tensor | None, mask: Tensor | None) -> dict[str, Loss]:
-        """Return "ratio" for learned boundaries: 1 if one position in `factor` closes a chunk (H-Net, eq. 10)."""
+        """Return the loss "ratio" of learned boundaries (H-Net, arXiv:2507.07955, eq. 10); no loss for other ones.
+
+        Its value is 1 when one position in `factor` closes a chunk.
+        """
         if probability is None:
             return {}
         mask = torch.ones_like(closes) if mask is None else mask

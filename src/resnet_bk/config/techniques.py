@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 class Technique:
     """Base of the techniques' sections.
 
-    A technique is a field of ModelConfig whose type is a frozen dataclass derived from this class. The technique must
-    be off in the default of its section.
+    A section is a frozen dataclass derived from this class. ModelConfig has one field of each such type. A technique
+    must be off with the default values of its section.
     """
 
     def is_on(self, model: "ModelConfig") -> bool:
-        """Return True if a model with these settings uses the technique."""
+        """Return True if `model`, whose section this is, uses the technique."""
         return self != type(self)()
 
     def fields_when_off(self, model: "ModelConfig") -> dict[str, Any]:
-        """Return the fields of ModelConfig, besides the section, that change when the technique is switched off."""
+        """Return what changes in ModelConfig, besides this section, to switch the technique off: fields and values."""
         return {}
 
     @property
     def needs_host_sync(self) -> bool:
-        """True if the CPU needs a decision of the GPU to know the shape of a tensor."""
+        """True if the host must read decisions of the technique to know the shape of a tensor."""
         return False
 
 
@@ -50,26 +50,28 @@ class MultiScaleConfig(BoundedTechnique):
     """Multi-scale: stacks that run on chunks of neighbouring positions instead of on all positions."""
 
     factors: tuple[int, ...] = ()
-    """Positions per chunk, level by level inward: [4], or [2, 2] for N, N/2, N/4. Empty: all blocks run on all
-    positions."""
+    """Positions per chunk at each level, outermost first: [2, 2] makes levels of N/2 and N/4 positions. 'learned': the
+    mean aimed at. 'whitespace': half of the longest chunk. Empty: off."""
     layers: tuple[int, ...] = ()
-    """Number of blocks before each level from the outside in, innermost, and after each level from the inside out:
-    [1, 1, 4, 1, 1] for two factors. Default: one before and one after each level, the rest of n_layers innermost."""
+    """Numbers of blocks in the order in which they run: before each level, in the innermost level, after each level.
+    [1, 1, 4, 1, 1] for two factors. Default: 1 before and 1 after each level, the rest of n_layers in the innermost."""
     widths: tuple[int, ...] = ()
-    """Model width of each inner level. Default: d_model."""
+    """Model width of each level, outermost first. Default: d_model."""
     hidden: tuple[int, ...] = ()
-    """Hidden width of the feed-forwards of each inner level. Default: d_ff scaled with the width, or the default of
-    d_ff."""
+    """Hidden width of the feed-forwards of each level, outermost first. Default: in proportion to the level's width if
+    d_ff is set, else the default of d_ff at that width."""
     boundaries: Literal["fixed", "whitespace", "learned", "learned-words"] = "fixed"
-    """Where chunks end. 'fixed': every `factor` positions. 'whitespace': after words and lines of bytes. 'learned':
-    where a trained router decides, `factor` positions apart on average. 'learned-words': the same, with a router that
-    starts as 'whitespace'. No chunk is longer than twice its factor."""
+    """Where chunks end. 'fixed': every `factor` positions. 'whitespace': at the first byte after a word (letters,
+    digits, _ and non-ASCII bytes), at line ends and at document ends. 'learned': where a trained router decides, on
+    average about `factor` positions apart. 'learned-words': the same, with a router that starts as 'whitespace'. No
+    chunk is longer than twice its factor. Boundaries at words need the byte tokenizer."""
     ratio_weight: float = 0.1
-    """Weight of the loss that holds learned boundaries to their factor."""
+    """Only with learned boundaries: weight of the loss that holds their mean distance at the factor."""
     bound: float | None = None
-    """Caps the number of chunks, as a fraction of the positions at each level. Exceeding it raises an error; nothing is
-    dropped. Shapes then do not depend on the text, which torch.compile and CUDA graphs need. Default: no cap, but one
-    host-device sync per packing. Fixed boundaries need a bound in decoding steps only, where any value fits."""
+    """Caps the number of chunks in a row, as a fraction of the positions that a level is made from. With a bound, shapes
+    do not depend on the text, as torch.compile and CUDA graphs need it. A row that exceeds it (rounded up to a multiple
+    of 16) raises an error. Default: no cap, but one host-device sync per packing. With fixed boundaries only decoding
+    steps need a bound, and any value fits."""
 
     def __post_init__(self) -> None:
         where = "model.multiscale"
@@ -96,7 +98,7 @@ class MultiScaleConfig(BoundedTechnique):
                 "outer before, ..., innermost, ..., outer after"
             )
         if self.layers and self.layers[levels] < 1:
-            raise ConfigError(f"{where}.layers: got no block innermost, allowed at least 1")
+            raise ConfigError(f"{where}.layers: got 0 blocks in the innermost level, allowed at least 1")
         for name in ("widths", "hidden"):
             if (given := len(getattr(self, name))) not in (0, levels):
                 raise ConfigError(f"{where}.{name}: got {given} numbers for {levels} factors, allowed one for each")
@@ -117,38 +119,42 @@ class LengthConfig(Technique):
     """Learned length: how many positions of each window of text run all blocks."""
 
     bins: int = 0
-    """Number of lengths to choose from, up to max_length. 0: every position runs all blocks."""
+    """Number of lengths to choose from; the longest is max_length. 0: off."""
     max_length: int | None = None
-    """Positions in a window. Each window has its own length. Default: n_seq."""
+    """Number of positions in a window. Each window has its own length. Default: n_seq."""
     mode: Literal["truncate", "pool"] = "truncate"
     """Which positions of a window run all blocks. 'truncate': the first ones. 'pool': about as many, spread over the
-    window, each representing those since the last one."""
+    window; each also gets a learned part of the mean of the positions since the last one."""
     trunk: int | None = None
-    """Number of first layers, which every position runs. Default: a quarter of all layers, at least one."""
+    """Number of layers at the beginning that every position runs; the whole stack on chunks counts as one layer.
+    Default: a quarter of all layers, at least one."""
     placement: Literal["even", "geometric", "learned", "continuous"] = "even"
-    """Lengths to choose from. 'even': evenly spaced. 'geometric': geometrically spaced. 'learned': even at first, then
-    learned. 'continuous': one number, predicted directly and rounded."""
+    """Lengths to choose from. 'even': evenly spaced. 'geometric': geometrically spaced. 'learned': evenly spaced at
+    first, then learned. 'continuous': any number, predicted directly and rounded to a multiple of max_length / bins."""
     levels: Literal[1, 2] = 1
-    """1: one choice from all lengths. 2: a choice from groups of lengths, then one within the group."""
+    """1: one choice from all lengths. 2: the probability of a length is that of its group times that within the
+    group."""
     pooling: Literal["prefix", "attention", "global"] = "prefix"
-    """Input of the choice. 'prefix': the mean over the positions of the shortest length. 'attention': their mean,
-    weighted by content. 'global', for bidirectional models: the mean over the whole window."""
+    """Input of the choice. 'prefix': the mean over the window's first positions, as many as the shortest length has.
+    'attention': a mean over the same positions, weighted by content. 'global': the mean over the whole window, in
+    bidirectional models only, which need it."""
     spacing: Literal["even", "words"] = "even"
-    """pool: 'even' spreads the positions evenly; 'words' moves each to the first end of a word (of bytes) in its
-    stretch."""
+    """Only with mode 'pool': the position that is kept of each stretch. 'even': the last one. 'words': the first one
+    at which a word of bytes ends, or the last one if no word ends there."""
     training: Literal["expected", "sampled", "gumbel"] | None = None
-    """Loss in training. 'expected' (default with truncate): the expectation over all lengths. 'gumbel': one
-    Gumbel-Softmax sample per window. Both compute every position and are exact for sequences of one window. 'sampled'
-    (always with pool): one sample per window, and only that is computed."""
+    """Loss in training. 'expected' (the default with mode 'truncate'): the expected loss over all lengths. 'gumbel': the
+    loss of one Gumbel-Softmax sample per window. Both run all blocks on every position, and are exact for causal
+    models and sequences of one window. 'sampled' (always with mode 'pool'): one length is drawn per window, and only
+    the positions that it keeps run all blocks."""
     temperature: float = 1.0
-    """gumbel: temperature of the Gumbel-Softmax."""
+    """Only with training 'gumbel': temperature of the Gumbel-Softmax."""
     penalty: float = 0.01
-    """Weight of the mean expected share of max_length in the loss."""
+    """Weight in the loss of the mean expected length, as a share of max_length."""
     entropy_weight: float = 0.01
     """Weight of the bonus for the entropy of the choices, which keeps them from collapsing to one length early."""
     execution: Literal["grouped", "batch_max"] = "grouped"
-    """How the sequences of a batch run. 'grouped': in groups of similar length. 'batch_max': all at the longest length.
-    This affects time, not results."""
+    """How the rows of a batch run. 'grouped': in groups of similar length. 'batch_max': together, at the longest length.
+    Outputs are the same, up to rounding."""
 
     def __post_init__(self) -> None:
         where = "model.length"
@@ -164,10 +170,10 @@ class LengthConfig(Technique):
         if self.training in ("expected", "gumbel") and self.mode == "pool":
             raise ConfigError(
                 f"{where}.training: got {self.training!r} with mode = 'pool', allowed 'sampled': with 'pool', each "
-                "length is a computation of its own"
+                "length has to be computed separately"
             )
         if self.placement == "continuous" and self.levels == 2:
-            raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no bins")
+            raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no groups of lengths")
         if self.placement == "continuous" and self.training == "gumbel":
             raise ConfigError(f"{where}.training: got 'gumbel' with placement = 'continuous', allowed 'expected'")
         if self.spacing == "words" and self.mode == "truncate":
@@ -175,10 +181,10 @@ class LengthConfig(Technique):
         if self.placement in ("learned", "continuous") and self.sampled:
             raise ConfigError(
                 f"{where}.placement: got {self.placement!r} where lengths are sampled in training, allowed with "
-                "mode = 'truncate' and another training"
+                "mode = 'truncate' and another training than 'sampled'"
             )
         if self.levels == 2 and self.bins and self.groups == self.bins:
-            raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two numbers")
+            raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two integers above 1")
 
     def is_on(self, model: "ModelConfig") -> bool:
         return self.bins > 0
@@ -189,7 +195,7 @@ class LengthConfig(Technique):
 
     @property
     def sampled(self) -> bool:
-        """True if training samples lengths and computes only the samples."""
+        """True if training draws one length per window and runs all blocks only on the positions that it keeps."""
         return self.mode == "pool" or self.training == "sampled"
 
     @property
@@ -203,34 +209,37 @@ class DepthConfig(BoundedTechnique):
     """Adaptive depth: how many blocks each position runs."""
 
     policy: Literal["none", "act", "skip", "exit"] = "none"
-    """Which positions run a block. 'none': all. 'act' (adaptive computation time): until their halting probabilities
-    add up to the threshold. 'skip' (mixture of depths): those that its router lets in; the others skip it. 'exit'
-    (early exit): until their confidence about the next token reaches the threshold."""
+    """How many blocks a position runs. 'none': all. 'act' (adaptive computation time): until its halting probabilities
+    add up to the threshold. 'skip' (mixture of depths): before each segment a router decides whether the position runs
+    or skips it. 'exit' (early exit): until its confidence about the next token reaches the threshold."""
     first: int = 1
     """Number of blocks before the first decision, which every position runs."""
     last: int = 1
-    """act, skip: number of blocks at the end, which every position runs."""
+    """Only with policies 'act' and 'skip': number of blocks at the end, which every position runs."""
     every: int = 1
-    """Number of blocks between decisions."""
+    """Number of blocks from one decision to the next: the length of a segment."""
     threshold: float | None = None
-    """act: sum of halting probabilities at which a position stops, default 0.5. skip: probability at which it enters,
-    default 0.5. exit: confidence at which it stops, default 0.95 for 'gain', else 0.9; at 1 no position stops."""
+    """'act': sum of halting probabilities at which a position stops, default 0.5. 'skip', outside training: probability
+    from which it runs a segment, default 0.5. 'exit', outside training: confidence at which it stops, default 0.95 for
+    'gain', else 0.9; at 1 no position stops."""
     penalty: float = 0.3
-    """act, skip: weight of the expected share of blocks in the loss."""
+    """Only with policies 'act' and 'skip': weight of the penalty, which is the expected share of blocks."""
     target: float = 0.5
-    """act, skip: target share of blocks. The penalty grows above it, is 0 at it and negative below it, so that depth
-    collapses neither to the first blocks nor to all. 0: the full penalty at any share."""
+    """Only with policies 'act' and 'skip': target for the share of blocks that run. The penalty is multiplied by
+    (share - target) / 0.1, limited to -1 and 1, so that depth collapses neither to the first blocks nor to all. 0: the
+    full penalty at any share above 0.1."""
     confidence: Literal["gain", "probability", "entropy"] = "gain"
-    """exit: measure of confidence. 'gain': a unit predicts how much the later blocks would lower the loss; the
-    confidence is the share of its perplexity that a position would keep. 'probability': of the most likely token.
-    'entropy': 1 - entropy / largest entropy."""
+    """Only with policy 'exit': measure of confidence. 'gain': a unit predicts by how many nats the later blocks would
+    lower the loss; the confidence is exp(-gain): 0.95 means that they would lower the perplexity by 5%. 'probability':
+    that of the most likely token. 'entropy': 1 - entropy / largest entropy."""
     exit_weight: float = 0.3
-    """exit: weight of the mean loss of the exits."""
+    """Only with policy 'exit': weight of the mean loss of the exits."""
     full_depth: float = 0.5
-    """exit: share of the training sequences that run all blocks. For each other sequence, a confidence at which its
-    positions stop is drawn from 0.9 ('gain') or 0.5 to 1, so that any threshold in this range can be chosen later."""
+    """Only with policy 'exit': share of the training sequences that run all blocks. In each other sequence, positions
+    stop at a confidence that is drawn for it, from 0.9 ('gain') or 0.5 up to 1. So any threshold in this range can be
+    chosen later."""
     bound: float | None = None
-    """Caps the number of positions that a decision lets run on, as a fraction of all positions: see
+    """Caps the number of positions in a row that run the segment after a decision, as a fraction of all positions: see
     multiscale.bound."""
 
     def __post_init__(self) -> None:
@@ -249,7 +258,7 @@ class DepthConfig(BoundedTechnique):
 
     @property
     def after(self) -> int:
-        """Number of blocks at the end that every position runs; 0 with early exit, which leads straight to the head."""
+        """Number of blocks at the end that every position runs; 0 with early exit, which goes straight to the head."""
         return 0 if self.policy == "exit" else self.last
 
     @property
@@ -270,13 +279,13 @@ class SparsityConfig(BoundedTechnique):
     """Which sites training keeps. 'threshold': those with an importance above 0, as outside training. 'gumbel': a
     Gumbel-sigmoid sample."""
     penalty: float = 0.3
-    """Weight of the loss that holds the sparsity of each mixer at the target: the mean probability to keep a site times
-    a price, which is 0 at the target, grows with the share of kept sites, and is negative below."""
+    """Weight of the loss that holds the share of left-out sites of each mixer at the target. The loss is the mean
+    probability to keep a site, times (target - share) / 0.02, limited to -4 and 4."""
     warmup: float = 0.3
-    """Share of training in which the target rises from 0."""
+    """First part of training, as a share, during which the target rises from 0."""
     bound: float | None = None
-    """Caps the number of kept sites, as a fraction of all sites: see multiscale.bound. Before training nearly every
-    site is kept."""
+    """Caps the number of kept sites in a row, as a fraction of all sites: see multiscale.bound. Before training nearly
+    every site is kept, so training needs a bound of about 1 at first."""
 
     def __post_init__(self) -> None:
         where = "model.sparsity"
@@ -295,27 +304,27 @@ class ExpertsConfig(Technique):
     """Conditional experts: how many experts a token uses, and their cost."""
 
     policy: Literal["top_k", "top_p"] = "top_k"
-    """Which experts a token uses. 'top_k': the top_k most likely ones. 'top_p': as many of the most likely ones as make
-    up a probability of top_p: one if the router is sure, several if it is not."""
+    """Which experts a token uses. 'top_k': the top_k most likely ones. 'top_p': the fewest of the most likely ones whose
+    probabilities sum to top_p or more: one if the router is sure, several if it is not."""
     top_p: float = 0.5
-    """top_p: the probability that a token's experts make up."""
+    """Only with policy 'top_p': the least sum of the probabilities of a token's experts, unless `most` is reached."""
     least: int = 1
-    """top_p: smallest number of experts per token, including those that compute nothing."""
+    """Only with policy 'top_p': smallest number of experts per token, including those that compute nothing."""
     most: int = 4
-    """top_p: largest number of experts per token, limited to all there are."""
+    """Only with policy 'top_p': largest number of experts per token, including those that compute nothing."""
     target: float = 1.5
-    """top_p: target for the mean number of computing experts per token. The cost grows above it, is 0 at it and
-    negative below it. 0: the full cost at any number."""
+    """Only with policy 'top_p': target for the mean number of computing experts per token. The cost is multiplied by
+    (mean - target) / 0.25, limited to -1 and 1. 0: the full cost at any number."""
     cost_weight: float = 0.1
-    """top_p: weight of the cost, which is the router's entropy as a share of the largest entropy, plus the probability
-    of experts that compute."""
+    """Only with policy 'top_p': weight of the cost in the loss. The cost is the router's entropy, as a share of the
+    largest entropy, plus the sum of the probabilities of the computing experts."""
     identity: int = 0
     """Number of additional experts that return their input without computing."""
     zero: int = 0
     """Number of additional experts that return zero without computing."""
     balance: Literal["auxiliary", "bias"] = "auxiliary"
-    """How the load of the computing experts is balanced. 'auxiliary': a loss on the router. 'bias': a bias that follows
-    the load and affects the choice of experts, not their gates."""
+    """How the load of the computing experts is balanced. 'auxiliary': a loss on the router. 'bias': a bias that falls
+    while an expert has more than its share; it affects which and how many experts are chosen, not their gates."""
 
     def __post_init__(self) -> None:
         where = "model.experts"

@@ -14,37 +14,37 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from resnet_bk.config import TECHNIQUES
 from resnet_bk.layers.feedforward import computed_in
 from resnet_bk.model import LanguageModel
-
-REMEDIES = {name: f"set model.{name}.bound" for name in TECHNIQUES} | {"length": "leave model.length out"}
 
 
 class StaticStep:
     """A decoding step whose inputs, state and outputs stay in fixed buffers.
 
     ``step(ids)`` computes what ``model(ids, state=state)`` does for one token per sequence. It returns the logits and
-    updates the state in place. On a GPU, the constructor captures the step as a CUDA graph under the current autocast,
-    and each call replays it. On a CPU, each call runs the model. Weights may change in place between calls.
+    updates the state in place. On a GPU, the constructor captures the step as a CUDA graph under the autocast settings
+    that are active then, and each call replays it. On a CPU, each call runs the model. Weights may change in place
+    between calls.
 
-    Techniques other than experts need a `bound` in the model's configuration. Blocks that a token could skip then run
-    masked.
+    Learned length is not supported. Multi-scale, adaptive depth and sparsity need a `bound` in the model's
+    configuration; blocks that a token could skip then run, and a mask keeps their result out.
 
     Attributes:
-        state: tensors (B, ...), the state of the sequences so far.
+        state: nested sequence of tensors (B, ...), the state of the sequences so far.
     """
 
     def __init__(self, model: LanguageModel, state: Sequence[Any]):
-        """Copy `state`, as a call of the model has returned it, and capture the step on a GPU.
+        """Copy `state`, which a call of the model has returned. On a GPU, capture the step.
 
         Raises:
-            ValueError: a technique of the model needs a host-device sync, or it has experts on a GPU without bfloat16.
+            ValueError: a technique of the model needs a host-device sync, or the model has experts and is on a GPU
+                without bfloat16.
         """
         if syncs := model.config.host_syncs:
+            remedies = ["leave model.length out" if name == "length" else f"set model.{name}.bound" for name in syncs]
             raise ValueError(
-                f"model: a static step allows no host-device sync, but {' and '.join(syncs)} would need one; "
-                f"{' and '.join(REMEDIES[name] for name in syncs)}, or decode by calling the model"
+                f"model: this way of decoding allows no host-device sync, but {' and '.join(syncs)} would need one; "
+                f"{' and '.join(remedies)}, or decode by calling the model"
             )
         self.model = model
         self.state = pytree.tree_map(torch.clone, list(state))
@@ -54,7 +54,7 @@ class StaticStep:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """Return the logits (B, V) after ids (B, 1). They are in a buffer that the next call overwrites."""
+        """Return the logits (B, V) after ids (B, 1). On a GPU they are in a buffer that the next call overwrites."""
         self.ids.copy_(ids)
         if self.graph is None:
             self.logits = self._run()
@@ -64,7 +64,7 @@ class StaticStep:
 
     def _run(self) -> Tensor:
         kind = self.ids.device.type
-        # Autocast must not cache its copies of weights: a graph would keep reading them.
+        # Autocast must not cache its copies of the weights: replays of the graph would keep reading old copies.
         dtype, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False):
             output = self.model(self.ids, state=self.state)
@@ -78,8 +78,11 @@ class StaticStep:
     @torch.no_grad()
     def _capture(self) -> torch.cuda.CUDAGraph:
         if self.model.config.num_experts > 1 and computed_in(self.model.embed.weight) != torch.bfloat16:
-            raise ValueError("model: a captured step needs experts in bfloat16; create it inside torch.autocast")
-        start = pytree.tree_map(torch.clone, self.state)
+            raise ValueError(
+                "model: on a GPU, this way of decoding needs experts in bfloat16; create the step inside "
+                'torch.autocast("cuda", torch.bfloat16), or convert the model to bfloat16'
+            )
+        start = pytree.tree_map(torch.clone, self.state)  # `capture` runs the step, which changes the state
         graph, self.logits = capture(self._run)
         self._set_state(start)
         return graph
@@ -88,7 +91,7 @@ class StaticStep:
 def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Return `run` as a CUDA graph, and the tensor into which each replay writes the result.
 
-    `run` is executed three times before the capture. The capture itself executes nothing.
+    `run` is executed three times before the capture. The capture records the kernels without executing them.
     """
     warmup = torch.cuda.Stream()
     warmup.wait_stream(torch.cuda.current_stream())
@@ -116,13 +119,13 @@ def generate(
     """Generate the tokens that follow a prompt.
 
     Args:
-        model: a model that :class:`StaticStep` accepts.
-        ids: (B, N) int64, the prompt.
+        model: a causal model in eval mode, which :class:`StaticStep` must accept.
+        ids: (B, N) int64 or int32, the prompt.
         new: largest number of tokens to generate.
-        mask: (B, N) bool, False for padding, which must be on the left.
+        mask: (B, N) bool, False for padding, which must be on the left (this is not checked). Default: no padding.
         temperature: temperature of sampling; 0 takes the most likely token.
-        stop: id that ends a sequence. It is kept, and repeated up to the length of the longest sequence.
-        sync_every: number of steps after which the host checks whether all sequences have ended.
+        stop: id that ends a sequence. It is kept, and repeated up to the length of the longest sequence. Default: none.
+        sync_every: the host checks after every `sync_every` tokens whether all sequences have ended; only with `stop`.
 
     Returns:
         (B, M) int64 with M <= new, without the prompt.
@@ -130,6 +133,7 @@ def generate(
     Raises:
         ValueError: `new` or `sync_every` is below 1, or `temperature` is negative; also as :class:`StaticStep` and
             :meth:`LanguageModel.forward`.
+        TypeError: as :meth:`LanguageModel.forward`.
     """
     if new < 1 or sync_every < 1:
         raise ValueError(f"new, sync_every: expected 1 or more, got {new} and {sync_every}")
@@ -157,7 +161,8 @@ def generate(
 def choose(logits: Tensor, temperature: float) -> Tensor:
     """Return the most likely token of logits (B, V), or a sample if the temperature is above 0: (B,) int64.
 
-    The sample is the argmin of exponential waiting times with rates p, since torch.multinomial syncs with the host.
+    The sample is argmax p / e with e exponentially distributed, which has the distribution p. torch.multinomial would
+    be a host-device sync.
     """
     if temperature == 0:
         return logits.argmax(-1)

@@ -1,7 +1,7 @@
 """Feed-forwards: SwiGLU, and a dropless mixture of SwiGLU experts.
 
-Dimensions: B batch, N positions, D model width, F hidden width, E experts that compute, A all experts, T = B N tokens
-(padding included), K largest number of experts per token, P = T K pairs of a token and an expert.
+Dimensions: B batch, N positions, D model width, F hidden width, E experts that compute, A number of all experts,
+T = B N tokens (padding included), K largest number of experts per token, P = T K pairs of a token and an expert.
 """
 
 import math
@@ -55,15 +55,16 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
     """A mixture of SwiGLU experts in which no token is dropped, (B, N, D) -> (B, N, D).
 
-    A token uses its `top_k` most likely experts, or as many of the most likely ones as make up a probability of `top_p`
-    (Huang et al. 2024, arXiv:2403.07652): one if the router is sure, several if it is not. Identity and zero experts
-    compute nothing: they return the token, or zero (Jin et al. 2024, arXiv:2410.07348). Outputs are scaled by the
-    router's probabilities, so the task loss trains the router. The router reads one token at a time, without a capacity
+    A token uses its `top_k` most likely experts, or the fewest of its most likely experts whose probabilities sum to
+    `top_p` or more, within `least` and `most` (Huang et al. 2024, arXiv:2403.07652). Identity and zero experts compute
+    nothing: they return the token, or zero (Jin et al. 2024, arXiv:2410.07348). Outputs are scaled by the router's
+    probabilities, so the task loss trains the router. The router reads one token at a time, without a capacity
     or a top-k over the sequence. Routing is therefore causal and does not depend on batch-mates.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        # `experts` and `all` are numbers, E and A.
         d, f, self.experts, self.settings = config.d_model, config.d_hidden, config.num_experts, config.experts
         self.balance_weight = config.balance_weight
         self.all = self.experts + self.settings.identity + self.settings.zero
@@ -71,7 +72,8 @@ class Experts(nn.Module):
         self.router = nn.Linear(d, self.all, bias=False)
         self.up = nn.Parameter(torch.empty(self.experts, d, 2 * f).uniform_(-1, 1) / math.sqrt(d))
         self.down = nn.Parameter(torch.empty(self.experts, f, d).uniform_(-1, 1) / math.sqrt(f))
-        # The task does not train it. It falls while an expert has more than its share of tokens, and rises otherwise.
+        # A bias of each computing expert on the choice. The task does not train it: it falls while that expert has more
+        # than 1 / E of the load, and rises while it has less.
         self.load_bias = nn.Parameter(torch.zeros(self.experts)) if self.settings.balance == "bias" else None
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
@@ -82,11 +84,12 @@ class Experts(nn.Module):
         probabilities = logits.softmax(-1)  # (T, A)
         chosen, used = self._choose(logits, probabilities)  # (T, K)
         used = used & mask.unsqueeze(-1)
-        nonzero = used & (chosen < self.experts + self.settings.identity)  # zero experts add nothing
-        # Sort the pairs by expert: computing experts, identity experts, and last, as A, the pairs that add nothing.
-        expert, order = torch.where(nonzero, chosen, self.all).flatten().sort(stable=True)
+        adds = used & (chosen < self.experts + self.settings.identity)  # zero experts add nothing
+        # Sort the pairs by expert: computing experts, then identity experts. Pairs that add nothing come last, as A.
+        expert, order = torch.where(adds, chosen, self.all).flatten().sort(stable=True)
         source = order // self.most
         counts = expert.new_zeros(self.all + 1).index_add(0, expert, torch.ones_like(expert))
+        # _run_each reads the group sizes, a host-device sync. Grouped products in bfloat16 leave them on the device.
         grouped = computed_in(tokens) == torch.bfloat16 and (tokens.is_cuda or torch.compiler.is_compiling())
         results = (self._run_grouped if grouped else self._run_each)(tokens, source, counts)
         source, expert = source[: len(results)], expert[: len(results)]
@@ -94,9 +97,8 @@ class Experts(nn.Module):
         y = torch.zeros_like(tokens).index_add(0, source, results * gates)
         number_used, load = (used & (chosen < self.experts)).sum(-1), counts[: self.experts]
         losses = self._losses(probabilities, load, number_used, mask)
-        return y.view_as(x), [
-            ExpertsRecord(losses=losses, used=number_used.view(x.shape[:2]), load=load, tokens=mask.sum()),
-        ]
+        record = ExpertsRecord(losses=losses, used=number_used.view(x.shape[:2]), load=load, tokens=mask.sum())
+        return y.view_as(x), [record]
 
     def _choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's K most likely experts (T, K) int64, and (T, K) bool, True for those that it uses."""
@@ -113,8 +115,9 @@ class Experts(nn.Module):
     def _losses(self, probabilities: Tensor, load: Tensor, used: Tensor, mask: Tensor) -> dict[str, Loss]:
         """Return "balance" and, with policy top_p, "cost" (see :class:`resnet_bk.config.ExpertsConfig`).
 
-        "balance" is E sum_e f_e p_e over computing experts (Fedus et al. 2021, arXiv:2101.03961, eq. 4). It is 1 if all
-        have the same load. With a load bias it keeps that value, but only the bias gets a gradient (Wang et al. 2024,
+        "balance" is E sum_e f_e p_e over computing experts (Fedus et al. 2021, arXiv:2101.03961, eq. 4): f_e is expert
+        e's share of the load, p_e its share of the probability of all computing experts. It is 1 if all have the same
+        load. With a load bias it keeps this value, but only the bias gets a gradient (Wang et al. 2024,
         arXiv:2408.15664).
 
         Args:
@@ -123,7 +126,7 @@ class Experts(nn.Module):
             used: (T,) int64, number of computing experts that each token uses.
             mask: (T,) bool, False for padding.
         """
-        tokens = mask.sum().clamp(min=1)
+        number = mask.sum().clamp(min=1)
         share = load / load.sum().clamp(min=1)
         computing = probabilities[:, : self.experts] * mask.unsqueeze(-1)
         balance = self.experts * (share * computing.sum(0)).sum() / computing.sum().clamp(min=1e-9)
@@ -132,23 +135,24 @@ class Experts(nn.Module):
             balance = balance.detach() + moved - moved.detach()
         losses = {"balance": Loss(balance, self.balance_weight)}
         if self.settings.policy == "top_p":
-            factor = price(used.sum() / tokens, self.settings.target, BAND) if self.settings.target else 1.0
+            factor = price(used.sum() / number, self.settings.target, BAND) if self.settings.target else 1.0
             entropy = (torch.special.entr(probabilities).sum(-1) * mask).sum() / math.log(max(2, self.all))
-            losses["cost"] = Loss(factor * (entropy + computing.sum()) / tokens, self.settings.cost_weight)
+            losses["cost"] = Loss(factor * (entropy + computing.sum()) / number, self.settings.cost_weight)
         return losses
 
     def _run_each(self, tokens: Tensor, source: Tensor, counts: Tensor) -> Tensor:
         """Run one expert after the other on its tokens.
 
-        Only their rows are computed, in whole tiles. Reading the counts is a host-device sync.
+        Each expert computes only the rows of its own tokens, filled up to whole tiles. Reading the counts is a
+        host-device sync.
 
         Args:
             tokens: (T, D).
             source: (P,) int64, the token of each pair, sorted by expert.
-            counts: (A + 1,) int64, number of pairs of each expert, last of those that add nothing.
+            counts: (A + 1,) int64, number of pairs of each expert. The last entry counts the pairs that add nothing.
 
         Returns:
-            The result of each pair that adds something, at most (P, D).
+            The results of the pairs that add something, in the order of `source`: (R, D) with R <= P.
         """
         sizes = counts.tolist()
         *groups, same, _ = source.split([*sizes[: self.experts], sum(sizes[self.experts : -1]), sizes[-1]])
@@ -171,7 +175,7 @@ class Experts(nn.Module):
 
     def _expert(self, e: int, tokens: Tensor, own: Tensor) -> Tensor:
         """Run expert e on its own tokens: rows `own` (R,) of tokens (T, D), -> (R, D)."""
-        x = tokens[_whole_tiles(own)]
+        x = tokens[_whole_tiles(own)]  # filled up with token 0; cut off below
         gate, value = (x @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
         return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[: len(own)]
 
@@ -183,7 +187,7 @@ def computed_in(x: Tensor) -> torch.dtype:
 
 
 def _whole_tiles(rows: Tensor) -> Tensor:
-    """Append rows of zeros to (T, ...) until T is a multiple of TILE.
+    """Append rows of zeros to rows (R, ...) until R is a multiple of TILE.
 
     A matrix product rounds the rows of its last, partial tile differently, and a token's bits must not depend on how
     many other tokens there are.

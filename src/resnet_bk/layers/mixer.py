@@ -1,6 +1,7 @@
 """Token mixers on the BK core: two readouts of the same chain.
 
-Dimensions: B batch, N positions, D model width, H heads, K = V = D / H head width, W convolution width.
+Dimensions: B batch, N positions, D model width, H heads, K = V = D / H head width, C channels and W width of a
+convolution.
 """
 
 import math
@@ -22,8 +23,12 @@ from resnet_bk.record import Record
 class MixerState(NamedTuple):
     """State of a mixer. Its size does not depend on the length of the past.
 
+    In bidirectional models it has no meaning.
+
     conv: (B, W - 1, C), the last inputs of the short convolution.
     core: g of the last site (B, H) for the diagonal readout; a PropagatorState or SparseState for the propagator.
+
+    Both are None before the first position.
     """
 
     conv: Tensor
@@ -31,7 +36,10 @@ class MixerState(NamedTuple):
 
 
 class ShortConv(nn.Module):
-    """Depthwise convolution over the last W positions, centered if not causal, (B, N, C) -> (B, N, C)."""
+    """Depthwise convolution over W positions, (B, N, C) -> (B, N, C).
+
+    These are the position and, if causal, the W - 1 before it; if not, (W - 1) // 2 before it and W // 2 after it.
+    """
 
     def __init__(self, channels: int, width: int, causal: bool):
         super().__init__()
@@ -47,7 +55,8 @@ class ShortConv(nn.Module):
             mask: (B, N) bool, False for padding, which comes last in each row; None without padding.
 
         Returns:
-            The output, and the last W - 1 inputs that are not padding.
+            The output, and the state (B, W - 1, C) after x: the last W - 1 inputs that are not padding. If not causal,
+            the state is not used, and it is returned as it was (zeros for None).
         """
         past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2]) if state is None else state
         if mask is not None:
@@ -71,26 +80,26 @@ class ShortConv(nn.Module):
 class Energies(nn.Module):
     """On-site energies ``a_t = -2 + potential_t`` and the spectral shift z of each head's chain. The hopping is 1.
 
-    - real: the potential is ``-softplus`` and z > 0. Then ``|a - z| = 2 + softplus + z`` is always outside the
-      spectrum, and the memory of a head is about ``1 / sqrt(|a - z| - 2)`` positions.
-    - complex: the potential is unbounded, and ``Im z = eta > 0`` broadens the levels, so that ``|g| <= 1 / eta``.
+    - real: the potential is ``-softplus`` of a linear map of x, and z > 0. Then ``|a - z| > 2``, outside the spectrum,
+      and the memory of a head is about ``1 / sqrt(|a - z| - 2)`` positions.
+    - complex: the potential is a plain linear map of x, and ``Im z = eta > 0`` keeps ``|g| <= 1 / eta``.
     """
 
     def __init__(self, d_model: int, heads: int, kind: str):
         super().__init__()
         self.kind = kind
         self.potential = nn.Linear(d_model, heads)
-        # The complex potential starts near zero. |dg/da| reaches 1 / eta^2, and in a chain that starts disordered the
-        # first gradients are tens of times as large as those of the rest of the model.
+        # The complex potential starts near zero, because |dg/da| reaches 1 / eta^2. In a chain that starts disordered,
+        # the first gradients are tens of times as large as those of the rest of the model.
         nn.init.normal_(self.potential.weight, std=0.02 if kind == "complex" else 1 / math.sqrt(d_model))
         if kind == "real":
             with torch.no_grad():
-                # Margins |a - z| - 2 from 1 down to 1/50 are initial memories of 1 to 7 positions.
+                # Margins |a - z| - 2 from 1 down to 1/50 give initial memories of 1 to 7 positions.
                 margins = torch.logspace(0, math.log10(0.02), heads)
                 self.potential.bias.copy_(_inverse_softplus(margins))
             self.shift = nn.Parameter(_inverse_softplus(torch.full((heads,), 1e-3)))
         else:
-            # Re z is inside the band -4 .. 0, so that the phases of the heads differ.
+            # Re z is spread over the heads from -3.5 to -0.5, inside the band -4 .. 0, so that their phases differ.
             nn.init.constant_(self.potential.bias, 0.0)
             self.real_shift = nn.Parameter(torch.linspace(-1.5, 1.5, heads) if heads > 1 else torch.zeros(1))
             self.shift = nn.Parameter(_inverse_softplus(torch.linspace(0.2, 1.0, heads)))
@@ -113,7 +122,7 @@ class Mixer(nn.Module):
     """Base of the mixers.
 
     The sequences may be split over processes, see :func:`resnet_bk.training.sharded.split_sequences`. `pieces` then
-    computes what enters this process's piece from the piece before it.
+    computes what enters this process's piece from all earlier pieces.
     """
 
     pieces: Pieces | None = None
@@ -122,7 +131,7 @@ class Mixer(nn.Module):
         if self.pieces is not None and not (state is None and mask is None):
             raise ValueError(
                 f"{'mask' if state is None else 'state'}: got one for a sequence that is split over processes, allowed "
-                "None: such a sequence has no past and no padding"
+                "None: a split sequence starts at its first token and has no padding"
             )
         return state or MixerState(None, None)  # type: ignore[arg-type]
 
@@ -182,7 +191,7 @@ class PropagatorMixer(Mixer):
 
 
 class DiagonalMixer(Mixer):
-    """Green's functions of many chains as features, ``[Re g, Im g]`` each, mapped to D: (B, N, D) -> (B, N, D).
+    """Green's functions of many chains as features: g, or [Re g, Im g] with complex energies. (B, N, D) -> (B, N, D).
 
     Causal models read the left Green's function, bidirectional models the diagonal of the resolvent.
     """

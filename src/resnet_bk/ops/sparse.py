@@ -1,7 +1,7 @@
-"""The scan of a chain with sites left out, as a registered operator.
+"""The scan of a chain with sites left out: a registered operator where the backend has a kernel, else plain torch.
 
-A gate of 0 leaves a site out: it neither writes to the state nor reads from it, and the state decays there as it does
-elsewhere. Its output is that of the last kept site, faded, plus a part of its own value.
+A site with a gate of 0 is left out. It neither writes to the state S nor reads from it, but S decays there as at any
+other site. The output of the site is that of the last kept site, faded, plus a part of the site's own value.
 
 Dimensions: B batch, N sites, M packed length, H chains, K key width, V value width.
 """
@@ -29,19 +29,21 @@ def sparse_scan(
     s0: Tensor,
     r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the scan with gates m, where q and k hold the kept sites only, in order:
+    """Compute the scan with gates m (`gate`).
+
+    q and k hold only the kept sites, packed in order; below, q_t and k_t are the entries of site t:
 
     ``S_t = alpha_t S_{t-1} + m_t beta_t k_t v_t^T``
     ``r_t = (1 - m_t) fade_t r_{t-1} + m_t (alpha_t q_t S_{t-1} + beta_t <q_t, k_t> v_t)``
     ``y_t = r_t + (1 - m_t) own_t v_t``
 
     With m = 1 everywhere this is :func:`resnet_bk.ops.kernels.scan`. Gradients are those of these formulas, except that
-    a gate of 0 gets none: what its site would have read is not computed.
+    a gate of 0 gets none: its gradient would need what the site would have read, and that is not computed.
 
-    All inputs are real and of one dtype.
+    All inputs must be real and of one dtype. Neither this nor the values of the gates are checked here.
 
     Args:
-        q: (B, M, H, K); in each row, what follows the last kept site is ignored.
+        q: (B, M, H, K), M >= 1; in each row, what follows the last kept site is ignored.
         k: (B, M, H, K), as q.
         v: (B, N, H, V).
         alpha: (B, N, H), decay of S.
@@ -56,16 +58,18 @@ def sparse_scan(
         y (B, N, H, V), and S (B, H, K, V) and r (B, H, V) after the last site.
 
     Raises:
-        ValueError: q and k differ in shape, or have fewer sites than the gates keep.
+        ValueError: for N > 1, q and k differ in shape or, on a CPU outside torch.compile, have no site or fewer sites
+            than the gates keep.
     """
     inputs = (q, k, v, alpha, beta, fade, own, gate, s0, r0)
     if v.shape[1] == 1:
         return _by_steps(*inputs)
     if q.shape != k.shape:
-        raise ValueError(f"k: expected shape {tuple(q.shape)} as q, got {tuple(k.shape)}")
-    can_look = v.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU it is a host-device sync
-    if can_look and q.shape[1] < (most := int((gate != 0).sum(1).max())):  # a kernel would read beyond the end
-        raise ValueError(f"q and k: expected the {most} sites that the fullest row keeps, got {q.shape[1]}")
+        raise ValueError(f"k: expected the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    # On a GPU, reading the gates is a host-device sync.
+    can_read_gates = v.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_read_gates and q.shape[1] < (most := max(1, int((gate != 0).sum(1).max()))):  # or a kernel reads beyond them
+        raise ValueError(f"q and k: expected at least {most} sites (1, or those of the fullest row), got {q.shape[1]}")
     return sparse_scan_op(*inputs)[:3] if _has_sparse_kernel(v.device.type) else _on_packed_sites(*inputs)
 
 
@@ -79,11 +83,11 @@ def _by_steps(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence under autograd, for single steps and for second derivatives."""
     q, k, v, alpha, beta, fade, own, gate, s0, r0 = inputs
     keep = gate > 0
-    m = torch.where(keep, gate, 0)[..., None, None]
-    row, place = torch.arange(len(q), device=q.device), (keep.cumsum(1) - 1).clamp(min=0)
+    m = torch.where(keep, gate, 0)[..., None, None]  # gates of 0 get no gradient
+    row, index = torch.arange(len(q), device=q.device), (keep.cumsum(1) - 1).clamp(min=0)
     s, r, out = s0, r0, []
     for t in range(v.shape[1]):
-        q_t, k_t = (torch.where(keep[:, t, None, None], x[row, place[:, t]], 0) for x in (q, k))
+        q_t, k_t = (torch.where(keep[:, t, None, None], x[row, index[:, t]], 0) for x in (q, k))
         new = beta[:, t].unsqueeze(-1) * v[:, t]
         s = alpha[:, t, :, None, None] * s
         read = (q_t.unsqueeze(-2) @ s).squeeze(-2) + (q_t * k_t).sum(-1, keepdim=True) * new
@@ -100,7 +104,8 @@ def _on_packed_sites(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     packing = Packing(keep, bound=q.shape[1])
     site = packing.mask.unsqueeze(-1)
     q, k, v_ = (torch.where(site.unsqueeze(-1), x[:, : site.shape[1]], 0) for x in (q, k, packing.pack(v)))
-    # decay from one kept site to the next, and from the last one to the end
+    # decay[:, i] is the product of alpha after kept site i - 1, up to kept site i (up to the end after the last one).
+    # `run`: the number of kept sites before each site, which is the i that its alpha belongs to.
     run = (keep.cumsum(1) - keep.long()).unsqueeze(-1).expand_as(alpha)
     ones = alpha.new_ones(len(alpha), site.shape[1] + 1, alpha.shape[2])
     decay = ones.scatter_reduce(1, run, alpha, "prod")
@@ -108,8 +113,9 @@ def _on_packed_sites(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m = packing.pack(gate).unsqueeze(-1)
     beta_ = torch.where(site, packing.pack(beta), 0)
     read, s = scan(q, k, v_, torch.where(site, decay[:, :-1], 1), m * beta_, s0)
+    # The scan has read m beta <q, k> v, the formula has beta <q, k> v. At m = 1 the difference is 0 but has a gradient.
     read = read + ((1 - m) * beta_ * (q * k).sum(-1)).unsqueeze(-1) * v_
-    rest = (1 - torch.where(keep, gate, 0)).unsqueeze(-1)
+    rest = (1 - torch.where(keep, gate, 0)).unsqueeze(-1)  # gates of 0 get no gradient
     r = _Carry.apply((rest * fade).unsqueeze(-1), packing.merge(m.unsqueeze(-1) * read), r0)
     return r + (rest * own).unsqueeze(-1) * v, s * trailing[..., None, None], r[:, -1]
 
@@ -117,7 +123,8 @@ def _on_packed_sites(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class _Carry(torch.autograd.Function):
     """Compute ``r_t = fade_t r_{t-1} + new_t`` along dimension 1.
 
-    It uses products and sums only: fade is exactly 0 at kept sites and has no logarithm there.
+    It uses products and sums only. Here fade stands for (1 - m) fade, which is exactly 0 at kept sites, and the dense
+    scan would take its logarithm.
 
     fade: (B, N, H, 1), new: (B, N, H, V), r0: (B, H, V).
     """
@@ -125,7 +132,7 @@ class _Carry(torch.autograd.Function):
     @staticmethod
     def forward(ctx, fade: Tensor, new: Tensor, r0: Tensor) -> Tensor:
         first = torch.cat([new[:, :1] + fade[:, :1] * r0.unsqueeze(1), new[:, 1:]], dim=1)
-        # the adjoint recurrence runs backwards: y_t = x_t + u_{t+1} y_{t+1}
+        # adjoint_recurrence computes y_t = x_t + u_{t+1} y_{t+1} from the last site to the first, so all is flipped.
         later = torch.cat([torch.zeros_like(fade[:, :1]), fade.flip(1)[:, :-1]], dim=1)
         r = chunked.adjoint_recurrence(first.flip(1), later.expand(new.shape)).flip(1)
         ctx.save_for_backward(fade, new, r0, r)
@@ -162,7 +169,10 @@ def sparse_scan_op(
     s0: Tensor,
     r0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run :func:`sparse_scan` and return also S before each SCAN_CHUNK-th kept site, (B, H, chunks, K, V)."""
+    """Run :func:`sparse_scan`. Also return S at the start of each chunk of SCAN_CHUNK kept sites, (B, H, chunks, K, V).
+
+    The S of the first chunk is s0.
+    """
     return backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fade, own, gate, s0, r0)
 
 
@@ -204,7 +214,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_y: Tensor, grad_s: Tensor, grad_r: Tensor, grad_states: Tensor):
-    *inputs, y, states = ctx.saved_tensors
+    *inputs, y, states = ctx.saved_tensors  # inputs[8] is s0, which is also the first of `states`; inputs[9] is r0
     if torch.is_grad_enabled():
         return differentiable_vjp(_by_steps, tuple(inputs), (grad_y, grad_s, grad_r))
     return sparse_scan_backward(grad_y, grad_s, grad_r, *inputs[:8], inputs[9], y, states)

@@ -134,7 +134,7 @@ def decisions(records: list[Record]) -> dict[str, float]:
     for record in records:
         if isinstance(record, LengthRecord):
             found.setdefault("share of positions in the deep blocks", []).append(record.kept.double().mean().item())
-        elif isinstance(record, ChunkRecord) and record.closes is not None:
+        elif isinstance(record, ChunkRecord):
             share = record.closes.double().mean().item()
             found.setdefault("tokens per chunk", []).append(1 / share if share else math.inf)
         elif isinstance(record, SparsityRecord):
@@ -228,7 +228,7 @@ def _decided(records: list[Record], length: int) -> list[list[str]]:
         for own, phrase in zip(phrases, each, strict=True):
             own += [phrase] if phrase else []
 
-    levels = [r.closes[0].long().cpu() for r in records if isinstance(r, ChunkRecord) and r.closes is not None]
+    levels = [r.closes[0].long().cpu() for r in records if isinstance(r, ChunkRecord)]
     chunks = levels[0] if levels and len(levels[0]) == length else None
     kept = [r.kept[0] for r in records if isinstance(r, SparsityRecord) and r.kept.shape[1] == length]
     used = [r.used[0] for r in records if isinstance(r, ExpertsRecord) and r.used.shape[1] == length]

@@ -1,10 +1,10 @@
 """The compute ledger: count the FLOPs actually executed, per layer and per token.
 
-It counts matrix products, the core's recurrences and the convolution, from the shapes they were given and from the
-sites and experts that were computed. A multiply-add is two operations, as torch's FLOP counter has it. Element-wise
-work is not counted. :mod:`resnet_bk.adaptive.flops` has the formulas.
+It counts matrix products, the core's recurrences and the convolution, from the shapes of their inputs or outputs, and
+from the numbers of sites and experts that were computed. A multiply-add is two operations, as in torch's FLOP counter.
+Element-wise work is not counted. :mod:`resnet_bk.adaptive.flops` has the formulas.
 
-Dimensions: B batch, N positions, M packed positions, D model width.
+Dimensions: B batch, N positions, M packed length.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ class _Frame:
 
     Attributes:
         name: its name in the model, "" for the model itself.
-        place: (B, M) int64, index in the flattened batch of each of its positions.
+        place: (B, M) int64, for each of its positions, the index of its token in the flattened batch.
         mask: (B, M) bool, False for padding; None without padding.
-        evenly: FLOPs that all of its positions share.
-        each: (B, M), FLOPs of single positions; None where there are none.
+        evenly: FLOPs to divide evenly among its tokens.
+        each: (B, M), FLOPs booked to single positions; None if nothing was.
     """
 
     name: str
@@ -56,17 +56,18 @@ class _Frame:
 class Ledger:
     """Count FLOPs while the context is open: ``with Ledger(model) as ledger: model(ids)``.
 
-    Only calls of the model itself are counted; a call of its parts (features, blocks), as transformers' adapter and
-    speculation make it, raises RuntimeError. In training, where a technique scores several outputs, the head counts
-    once for all of them. Backward passes are not counted. The model is unchanged afterwards.
+    Only calls of the model itself are counted. The transformers adapter and speculative decoding call parts of the
+    model; such a call raises RuntimeError. With targets, the head inside the loss counts once, even where a technique
+    scores several outputs; logits count in addition. Backward passes are not counted. The model is unchanged
+    afterwards.
 
     Attributes:
         total: FLOPs of all calls.
         stages: the same by layer and its part, such as ``"blocks.1.inner.0 mixer"``.
-        unused: FLOPs of rows that only fill up a batch or a tile.
-        by_token: (B, N) float64, FLOPs of each token in the last call. A chunk's are booked to the token that closes
-            it. FLOPs that run on other rows than a layer's positions, such as routing or pooling, are shared evenly by
-            the layer's tokens.
+        unused: FLOPs, over all calls, of padding and of rows that only fill up a batch or a tile.
+        by_token: (B, N) float64, FLOPs of each token in the last call. The FLOPs of a chunk are booked to the token
+            that closes it. Within a layer, FLOPs are shared evenly by its tokens, except those of kept sites and of
+            experts.
     """
 
     def __init__(self, model: LanguageModel):
@@ -82,11 +83,13 @@ class Ledger:
     def __enter__(self) -> Self:
         self._hook(self.model, self._begin, self._end, with_kwargs=True)
         self._hooks.append(self.model.blocks.register_forward_pre_hook(self._add_place))
-        layers: list[str] = []  # names; the innermost layer of a module is the last one whose name begins its name
+        # Names of the layers found so far. The innermost layer that holds a module is the last one whose name is a
+        # prefix of the module's.
+        layers: list[str] = []
         for name, module in self.model.named_modules():
             if isinstance(module, Block | AdaptiveLayer):
                 layers.append(name)
-                self._hook(module, self._enter(name), self._leave)
+                self._hook(module, self._enter_layer(name), self._leave_layer)
             elif name.endswith(".qk_proj"):
                 continue  # counted per kept site, with the sparse core
             elif flops := own_flops(module):
@@ -113,7 +116,7 @@ class Ledger:
         self._frames = [_Frame("", place, kwargs.get("mask"))]
 
     def _add_place(self, blocks: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Tell the layers where each token is in the batch; techniques then pack that along with the token."""
+        """Add each token's place in the batch to the layers' input; techniques pack it together with the token."""
         x, tokens, state, mask = args
         frame = self._running()
         place = frame.place if frame.mask is None else Packing(frame.mask).pack(frame.place)
@@ -126,35 +129,34 @@ class Ledger:
         self._settle(self._frames.pop())
         self.by_token = self.by_token.view(ids.shape)
 
-    def _enter(self, name: str) -> Callable[..., None]:
+    def _enter_layer(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             _, tokens, _, mask = args
-            self._running()
+            self._running()  # raises RuntimeError if the layer was called without the model
             self._frames.append(_Frame(name, tokens.place, mask))
 
         return hook
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, Any, list[Record]]) -> None:
-        own = output[2][:2] if isinstance(module, Block) else output[2][:1]
-        for record in own:
+    def _leave_layer(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, Any, list[Record]]) -> None:
+        # The first record of an adaptive layer is its own; the others come from the layers inside it.
+        for record in output[2] if isinstance(module, Block) else output[2][:1]:
             if isinstance(record, SparsityRecord) and isinstance(module.mixer, PropagatorMixer):
                 self._sparse_core(module.mixer, record)
             elif isinstance(record, ExpertsRecord):
                 assert isinstance(module.feed_forward, Experts)
                 self._experts(module.feed_forward, record)
             elif isinstance(module, MultiScale) and isinstance(record, ChunkRecord) and record.probability is not None:
-                assert record.closes is not None
                 self._add(float(SCAN) * int(record.closes.sum()) * module.up.expand.out_features, "smoothing")
         self._settle(self._frames.pop())
 
     def _counter(self, flops: float, part: str) -> Callable[..., None]:
-        """flops: those of the module at each position."""
+        """Return a hook that books a module's FLOPs. flops: per position."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if torch._C._current_graph_task_id() >= 0:  # a backward pass computes a block again
+            if torch._C._current_graph_task_id() >= 0:  # activation checkpointing: a backward pass recomputes a block
                 return
             rows = (output[0] if isinstance(output, tuple) else output).shape[:-1]
-            if isinstance(module, ShortConv) and rows[1] == 1:  # a single step is element-wise work
+            if isinstance(module, ShortConv) and rows[1] == 1:  # one position: an element-wise product, not counted
                 return
             self._add(flops * rows.numel(), part, rows)
 
@@ -167,13 +169,19 @@ class Ledger:
             raise RuntimeError("ledger: a part of the model was called by itself; call the model, as in model(ids)")
         return self._frames[-1]
 
+    def _count(self, flops: float, part: str) -> _Frame:
+        """Add FLOPs to a stage of the layer that is running. Return the layer's frame."""
+        frame = self._running()
+        self.stages[f"{frame.name} {part}".strip()] += flops
+        return frame
+
     def _add(self, flops: float, part: str, shape: torch.Size | None = None) -> None:
         """Book FLOPs for the layer that is running.
 
-        shape: of the rows they ran on. Where those are the layer's positions, padding gets its share as `unused`.
+        shape: the shape (B, M) of the rows that ran. If these are the layer's positions, the share of padding is booked
+            as `unused`.
         """
-        frame = self._running()
-        self.stages[f"{frame.name} {part}".strip()] += flops
+        frame = self._count(flops, part)
         if frame.mask is not None and shape == frame.place.shape:
             padding = flops * (1 - frame.count / frame.mask.numel())
             self.unused += padding
@@ -182,30 +190,34 @@ class Ledger:
 
     def _add_each(self, flops: Tensor, part: str) -> None:
         """Book FLOPs (B, M) of single positions; those of padding are `unused`."""
-        frame = self._frames[-1]
-        self.stages[f"{frame.name} {part}".strip()] += flops.sum().item()
+        frame = self._count(flops.sum().item(), part)
         if frame.mask is not None:
             self.unused += flops[~frame.mask].sum().item()
             flops = torch.where(frame.mask, flops, 0)
         frame.each = flops if frame.each is None else frame.each + flops
 
     def _add_filling(self, flops: float, part: str) -> None:
-        """Book FLOPs of rows that fill up a tile."""
-        self.stages[f"{self._frames[-1].name} {part}"] += flops
+        """Book FLOPs of rows that only fill up a packed tensor."""
+        self._count(flops, part)
         self.unused += flops
 
     def _sparse_core(self, mixer: PropagatorMixer, record: SparsityRecord) -> None:
+        """Book what depends on the kept sites: the scan, and the projection to queries and keys."""
         assert mixer.qk_proj is not None
         chains = sweeps(mixer) * mixer.heads
         scan, fill = float(SCAN) * mixer.width**2 * chains, float(FILL) * mixer.width * chains
         reads = own_flops(mixer.qk_proj)
         kept, (batch, length) = record.kept.double(), record.kept.shape
-        left_out, tile = (fill, TILE) if length > 1 else (scan, 1)  # single steps are dense
+        left_out, tile = (fill, TILE) if length > 1 else (scan, 1)  # a single step scans every site
         self._add_each(kept * (reads + scan - left_out) + left_out, "mixer")
         counts, bound = record.kept.sum(1), capacity(mixer.sparse.settings.bound, length)  # type: ignore[union-attr]
         self._add_filling(reads * (batch * packed_width(counts, tile, bound) - int(counts.sum())), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
+        """Book the experts that each token used, and the rows that fill up their tiles.
+
+        Grouped products (bfloat16 on a GPU, or compiled) fill no tiles; these rows are counted there all the same.
+        """
         each = expert_flops(experts)
         self._add_each(each * record.used.double(), "feed_forward")
         self._add_filling(each * float(((-record.load) % TILE).sum()), "feed_forward")
@@ -214,19 +226,22 @@ class Ledger:
         """Give the FLOPs of a layer to the tokens at its positions."""
         mask = torch.ones_like(frame.place, dtype=torch.bool) if frame.mask is None else frame.mask
         each = mask.double() * frame.evenly / max(1, frame.count)
-        self.unused += 0.0 if frame.count else frame.evenly
+        if frame.count == 0:
+            self.unused += frame.evenly
         if frame.each is not None:
             each = each + frame.each
         self.by_token.index_add_(0, torch.where(mask, frame.place, 0).flatten(), each.flatten())
 
 
 def plain_flops(config: ModelConfig) -> float:
-    """Return the FLOPs per token of the plain model: same width and depth, and every token through all experts."""
+    """Return the FLOPs per token of the plain model: same width and depth, without techniques and without a router.
+
+    Its feed-forward is as wide as all experts together.
+    """
     plain = config.without(*TECHNIQUES)
-    # One expert as wide as all of them together computes as much.
     plain = dataclasses.replace(plain, num_experts=1, top_k=1, d_ff=config.num_experts * config.d_hidden)
     with torch.device("meta"):
         model = LanguageModel.from_config(plain)
         with Ledger(model) as ledger, torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.int64))
+            model(torch.zeros(1, 2, dtype=torch.int64))  # two tokens: with one, the convolution would not count
     return ledger.total / 2
