@@ -251,6 +251,8 @@ def spoil(rank, folder, where):
     return str(caught.value), same
 
 
-@pytest.mark.parametrize(("where", "what"), [("loss", "the loss is nan"), ("gradient", "a gradient is not finite")])
+@pytest.mark.parametrize(
+    ("where", "what"), [("loss", "the loss is nan"), ("gradient", "the gradient norm is not finite")]
+)
 def test_a_nan_on_one_rank_stops_all(workers, tmp_path, where, what):
     assert workers.run(2, spoil, str(tmp_path), where) == [(f"step 3: {what}; no update was made", True)] * 2

@@ -145,7 +145,7 @@ def test_every_cell_is_trained_once_and_the_tables_have_the_effects(made_up, tex
         ablate.ablate(config, recipe, Console(quiet=True))
     saved.write_text(kept)
     text[0] = "changed"
-    with pytest.raises(ConfigError, match=r"has other text \(train_sha256\) than the first run"):
+    with pytest.raises(ConfigError, match=r"used a different text or tokenizer \(train_sha256\) than the first run"):
         ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0, 2]), recipe, Console(quiet=True))
 
 

@@ -50,8 +50,8 @@ class MultiScaleConfig(BoundedTechnique):
     """Multi-scale: stacks that run on chunks of neighbouring positions instead of on all positions."""
 
     factors: tuple[int, ...] = ()
-    """Positions per chunk at each level, outermost first: [2, 2] makes levels of N/2 and N/4 positions. 'learned': the
-    mean aimed at. 'whitespace': half of the longest chunk. Empty: off."""
+    """Positions per chunk at each level, outermost first: [2, 2] makes levels of N/2 and N/4 positions. With
+    boundaries 'learned' a factor is the mean aimed at, with 'whitespace' half of the longest chunk. Empty: off."""
     layers: tuple[int, ...] = ()
     """Numbers of blocks in the order in which they run: before each level, in the innermost level, after each level.
     [1, 1, 4, 1, 1] for two factors. Default: 1 before and 1 after each level, the rest of n_layers in the innermost."""
@@ -68,10 +68,10 @@ class MultiScaleConfig(BoundedTechnique):
     ratio_weight: float = 0.1
     """Only with learned boundaries: weight of the loss that holds their mean distance at the factor."""
     bound: float | None = None
-    """Caps the number of chunks in a row, as a fraction of the positions that a level is made from. With a bound, shapes
-    do not depend on the text, as torch.compile and CUDA graphs need it. A row that exceeds it (rounded up to a multiple
-    of 16) raises an error. Default: no cap, but one host-device sync per packing. With fixed boundaries only decoding
-    steps need a bound, and any value fits."""
+    """Caps the number of chunks in a row, as a fraction of the positions that a level is made from. With a bound,
+    shapes do not depend on the text, as torch.compile and CUDA graphs need it. A row that exceeds it (rounded up to a
+    multiple of 16) raises an error. Default: no cap, but one host-device sync per packing. With fixed boundaries only
+    decoding steps need a bound, and any value fits."""
 
     def __post_init__(self) -> None:
         where = "model.multiscale"
@@ -142,9 +142,9 @@ class LengthConfig(Technique):
     """Only with mode 'pool': the position that is kept of each stretch. 'even': the last one. 'words': the first one
     at which a word of bytes ends, or the last one if no word ends there."""
     training: Literal["expected", "sampled", "gumbel"] | None = None
-    """Loss in training. 'expected' (the default with mode 'truncate'): the expected loss over all lengths. 'gumbel': the
-    loss of one Gumbel-Softmax sample per window. Both run all blocks on every position, and are exact for causal
-    models and sequences of one window. 'sampled' (always with mode 'pool'): one length is drawn per window, and only
+    """Loss in training. 'expected' (the default with mode 'truncate'): the expected loss over all lengths. 'gumbel':
+    the loss of one Gumbel-Softmax sample per window. Both run all blocks on every position, and are exact for causal
+    models on sequences of one window. 'sampled' (always with mode 'pool'): one length is drawn per window, and only
     the positions that it keeps run all blocks."""
     temperature: float = 1.0
     """Only with training 'gumbel': temperature of the Gumbel-Softmax."""
@@ -153,7 +153,7 @@ class LengthConfig(Technique):
     entropy_weight: float = 0.01
     """Weight of the bonus for the entropy of the choices, which keeps them from collapsing to one length early."""
     execution: Literal["grouped", "batch_max"] = "grouped"
-    """How the rows of a batch run. 'grouped': in groups of similar length. 'batch_max': together, at the longest length.
+    """How the rows of a batch run. 'grouped': in groups of similar length. 'batch_max': all at the longest length.
     Outputs are the same, up to rounding."""
 
     def __post_init__(self) -> None:
@@ -170,10 +170,10 @@ class LengthConfig(Technique):
         if self.training in ("expected", "gumbel") and self.mode == "pool":
             raise ConfigError(
                 f"{where}.training: got {self.training!r} with mode = 'pool', allowed 'sampled': with 'pool', each "
-                "length has to be computed separately"
+                "length is a computation of its own"
             )
         if self.placement == "continuous" and self.levels == 2:
-            raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no groups of lengths")
+            raise ConfigError(f"{where}.levels: got 2 with placement = 'continuous', allowed 1: there are no bins")
         if self.placement == "continuous" and self.training == "gumbel":
             raise ConfigError(f"{where}.training: got 'gumbel' with placement = 'continuous', allowed 'expected'")
         if self.spacing == "words" and self.mode == "truncate":
@@ -184,7 +184,7 @@ class LengthConfig(Technique):
                 "mode = 'truncate' and another training than 'sampled'"
             )
         if self.levels == 2 and self.bins and self.groups == self.bins:
-            raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two integers above 1")
+            raise ConfigError(f"{where}.bins: got {self.bins} with levels = 2, allowed a product of two numbers")
 
     def is_on(self, model: "ModelConfig") -> bool:
         return self.bins > 0
@@ -304,14 +304,14 @@ class ExpertsConfig(Technique):
     """Conditional experts: how many experts a token uses, and their cost."""
 
     policy: Literal["top_k", "top_p"] = "top_k"
-    """Which experts a token uses. 'top_k': the top_k most likely ones. 'top_p': the fewest of the most likely ones whose
-    probabilities sum to top_p or more: one if the router is sure, several if it is not."""
+    """Which experts a token uses. 'top_k': the top_k most likely ones. 'top_p': the fewest of the most likely ones
+    whose probabilities sum to top_p or more: one if the router is sure, several if it is not."""
     top_p: float = 0.5
     """Only with policy 'top_p': the least sum of the probabilities of a token's experts, unless `most` is reached."""
     least: int = 1
     """Only with policy 'top_p': smallest number of experts per token, including those that compute nothing."""
     most: int = 4
-    """Only with policy 'top_p': largest number of experts per token, including those that compute nothing."""
+    """Only with policy 'top_p': largest number of experts per token, or all experts if there are fewer."""
     target: float = 1.5
     """Only with policy 'top_p': target for the mean number of computing experts per token. The cost is multiplied by
     (mean - target) / 0.25, limited to -1 and 1. 0: the full cost at any number."""

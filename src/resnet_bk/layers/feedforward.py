@@ -17,6 +17,7 @@ from resnet_bk.ops.packing import TILE
 from resnet_bk.record import Loss, Record
 
 BAND = 0.25  # distance from the target, in experts per token, at which the price is 1
+grouped_mm = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm  # its name in torch 2.9
 
 
 @dataclass(kw_only=True)
@@ -169,8 +170,8 @@ class Experts(nn.Module):
         x, dtype = tokens[source], torch.bfloat16
         # grouped_mm does not write rows beyond the last group, forward or backward, so both `where` leave them out.
         rows = torch.where(computes, x, 0).to(dtype)
-        gate, value = F.grouped_mm(rows, self.up.to(dtype), offs=ends).chunk(2, dim=-1)
-        y = F.grouped_mm(F.silu(gate) * value, self.down.to(dtype), offs=ends)
+        gate, value = grouped_mm(rows, self.up.to(dtype), offs=ends).chunk(2, dim=-1)
+        y = grouped_mm(F.silu(gate) * value, self.down.to(dtype), offs=ends)
         return torch.where(computes, y.to(x.dtype), x)
 
     def _expert(self, e: int, tokens: Tensor, own: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class Mixer(nn.Module):
 
 
 class PropagatorMixer(Mixer):
-    """Linear attention whose gates are the chain's propagator: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D).
+    """Linear attention weighted by the chain's propagator P: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D).
 
     With learned sparsity, q and k are computed at kept sites only, and they are not convolved.
     """

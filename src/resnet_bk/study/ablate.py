@@ -1,8 +1,9 @@
 """The command ``resnet-bk ablate``: measure what each technique saves and costs.
 
-A factorial plan switches the techniques of a recipe on and off; each of its cells is a run of ``resnet-bk train``. Main
-effects and pairwise interactions come from a least-squares fit to the cells, of bits per byte and of the logarithm of
-each cost. So savings are measured in combination instead of multiplied on paper.
+A factorial plan switches the techniques of a recipe on and off. Each of its cells, a combination of techniques, is
+trained once per seed, as ``resnet-bk train`` does. A least-squares fit to these runs gives the main effect of each
+technique and the interaction of each pair, on bits per byte and on the logarithm of each cost. So savings are measured
+in combination instead of multiplied on paper.
 """
 
 import dataclasses
@@ -26,10 +27,11 @@ from resnet_bk.study import run
 from resnet_bk.study.versions import version_lines
 from resnet_bk.training.run import StoppedError, with_vocabulary
 
-HALVES_FROM = 4  # techniques: with fewer, half a plan cannot separate main effects from interactions
+LEAST_FOR_HALF = 4  # techniques: with fewer, half a plan cannot separate main effects from interactions
 TABLE, DATA = "ablation.md", "ablation.json"
 
-# The responses: name -> how to read it from results.json. Effects on bits per byte are differences, all others factors.
+# The responses: name -> function that reads it from results.json. Effects on bits per byte are differences, effects on
+# costs are factors.
 RESPONSES: dict[str, Callable[[dict[str, Any]], float]] = {
     "bits per byte": lambda r: r["held_out"]["bits_per_byte"],
     "FLOPs per byte": lambda r: r["costs"]["flops_per_byte"],
@@ -46,7 +48,7 @@ class Effect:
 
     Attributes:
         techniques: one name or two.
-        value: bits per byte added, or the logarithm of the factor that a cost is multiplied by.
+        value: bits per byte added, or the logarithm of the factor that multiplies a cost.
         error: standard error of the value; NaN if the runs are too few to estimate it.
     """
 
@@ -59,8 +61,9 @@ def plan(techniques: Sequence[str], kind: str) -> list[tuple[str, ...]]:
     """Return the techniques that are on in each cell; the first cell has all of them, the last one none.
 
     Args:
-        techniques: those to switch.
-        kind: "full" for every combination; "half" for those with an even number of techniques off, and none.
+        techniques: names of the techniques to switch.
+        kind: "full" for every combination; "half" for those with an even number of techniques off, and the one with all
+            techniques off.
     """
     cells = [on for size in range(len(techniques), -1, -1) for on in itertools.combinations(techniques, size)]
     if kind == "full":
@@ -69,12 +72,14 @@ def plan(techniques: Sequence[str], kind: str) -> list[tuple[str, ...]]:
 
 
 def effects(techniques: Sequence[str], cells: Sequence[tuple[str, ...]], values: Sequence[float]) -> list[Effect]:
-    """Fit main effects, then pairwise interactions; the main effects only, if the cells cannot separate the rest.
+    """Fit main effects and pairwise interactions together, or main effects only if these runs cannot separate the rest.
+
+    Main effects come first in the result.
 
     A technique is coded as -1/2 or 1/2, so its main effect is a mean over the states of the others.
 
     Args:
-        techniques: those that the cells switch.
+        techniques: names of the techniques that the cells switch.
         cells: the techniques that are on in each run.
         values: the response of each run.
     """
@@ -95,7 +100,7 @@ def effects(techniques: Sequence[str], cells: Sequence[tuple[str, ...]], values:
 
 
 def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[str, list[Effect]]:
-    """Train the runs of the plan that are missing; write and print the tables.
+    """Train those runs of the plan that have no results yet. Write and print the tables.
 
     Args:
         config: settings of the ablation.
@@ -104,6 +109,11 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
 
     Returns:
         The effects on each response.
+
+    Raises:
+        ConfigError: a technique is not on in the recipe, the plan does not fit the number of techniques, a combination
+            is not possible, or a finished run had other settings, another budget or another text.
+        StoppedError: a signal stopped the training of a run.
     """
     techniques = config.techniques or recipe.model.techniques
     if not set(techniques) <= set(recipe.model.techniques) or len(techniques) < 2:
@@ -111,16 +121,17 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
         raise ConfigError(
             f"ablate.techniques: got {techniques}, allowed at least two of those that are on in {config.base}: {has}"
         )
-    if config.plan == "half" and len(techniques) < HALVES_FROM:
+    if config.plan == "half" and len(techniques) < LEAST_FOR_HALF:
         raise ConfigError(
-            f"ablate.plan: got 'half' for {len(techniques)} techniques, allowed for {HALVES_FROM} or more, since with "
-            "fewer it cannot separate effects from interactions; use 'full'"
+            f"ablate.plan: got 'half' for {len(techniques)} techniques, allowed for {LEAST_FOR_HALF} or more, since "
+            "with fewer it cannot separate main effects from interactions; use 'full'"
         )
     recipe = with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))
     models = {}
-    for on in plan(techniques, config.plan):  # all before the first run: a combination may be impossible
+    # Build the settings of all cells before the first run, because a combination may be impossible.
+    for on in plan(techniques, config.plan):
         model = recipe.model.without(*(technique for technique in techniques if technique not in on))
-        models[tuple(model.techniques)] = model
+        models[tuple(model.techniques)] = model  # named by all techniques that are on, also those that are not switched
     cells = [(on, seed) for seed in config.seeds for on in models]
     results: list[dict[str, Any]] = []
     for i, (on, seed) in enumerate(cells):
@@ -138,13 +149,13 @@ def name_of(on: Sequence[str]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Return the median and, in parentheses, the range; without it if both its ends print the same."""
+    """Return the median and, in parentheses, the range. Leave the range out if its two ends print the same."""
     middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.median, min, max))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _trained(settings: TrainConfig, folder: Path, console: Console) -> dict[str, Any]:
-    """Return the results of a run, which is trained unless its folder has them."""
+    """Return the results of a run: those in its folder, or train the run first if the folder has none."""
     if (folder / folders.RESULTS).exists():
         folders.check_same_run(settings, folder)
         _check_same_budget(settings, folder)
@@ -152,11 +163,14 @@ def _trained(settings: TrainConfig, folder: Path, console: Console) -> dict[str,
     try:
         return run.train(settings, console)
     except StoppedError as stopped:
-        raise StoppedError(stopped.number, "the same command") from stopped
+        raise StoppedError(stopped.number, "the same command") from stopped  # not `train`, to continue the ablation
 
 
 def _check_same_budget(settings: TrainConfig, folder: Path) -> None:
-    """Raise ConfigError if a finished run had another budget: a run may change it, a table must not mix budgets."""
+    """Raise ConfigError if a finished run had another budget.
+
+    An unfinished run may be resumed with another budget, but a table must not mix budgets.
+    """
     saved = folders.saved_settings("ablate.output_dir", folder)
     for name in ("max_steps", "max_seconds"):
         if saved.get(name) != (now := getattr(settings, name)):
@@ -171,8 +185,8 @@ def _check_same_text(results: Sequence[dict[str, Any]], folder: Path) -> None:
     for name in ("train_sha256", "held_out_sha256"):
         if results[-1]["training"][name] != results[0]["training"][name]:
             raise ConfigError(
-                f"ablate.base: the run in {folder} has other text ({name}) than the first run; restore the text, or "
-                "choose another output_dir"
+                f"ablate.base: the run in {folder} used a different text or tokenizer ({name}) than the first run; "
+                "restore it, or choose another output_dir"
             )
 
 
@@ -183,13 +197,13 @@ def _conclude(
     results: Sequence[dict[str, Any]],
     console: Console,
 ) -> dict[str, list[Effect]]:
-    """Fit the effects, write and print the tables. cells: techniques that are on, and seed, of each run."""
+    """Fit the effects, write and print the tables. cells: the techniques that are on in each run, and its seed."""
     folder = Path(config.output_dir)
     values = {name: [read(result) for result in results] for name, read in RESPONSES.items()}
     found = {}
     for name, column in values.items():
-        fitted = column if name == BITS else [math.log(value) for value in column]
-        found[name] = effects(techniques, [on for on, _ in cells], fitted)
+        response = column if name == BITS else [math.log(value) for value in column]
+        found[name] = effects(techniques, [on for on, _ in cells], response)
     text = f"# Ablation of {config.base}\n\n"
     text += f"Median (range) over the seeds {', '.join(map(str, config.seeds))}. {'; '.join(version_lines())}.\n"
     for title, rows in (("Combinations", _combinations(cells, values)), ("Effects and interactions", _effects(found))):
@@ -215,7 +229,7 @@ def _conclude(
 
 
 def _combinations(cells: Sequence[tuple[tuple[str, ...], int]], values: dict[str, list[float]]) -> list[list[str]]:
-    """Return the table of the combinations, its head first. values: of each run, by response."""
+    """Return the rows of the table of the combinations, header row first. values: response -> its value in each run."""
     rows = [["on", *values]]
     for on in dict.fromkeys(on for on, _ in cells):
         own = [i for i, (other, _) in enumerate(cells) if other == on]
@@ -228,15 +242,14 @@ def _combinations(cells: Sequence[tuple[tuple[str, ...], int]], values: dict[str
 
 
 def _effects(found: dict[str, list[Effect]]) -> list[list[str]]:
-    """Return the table of the effects, its head first."""
+    """Return the rows of the table of the effects, header row first."""
     rows = [["", *(name.partition(",")[0] for name in found)]]
     for i, effect in enumerate(found[BITS]):
         row = [" x ".join(effect.techniques)]
         for name, column in found.items():
-            value, error = column[i].value, 2 * column[i].error
-            text = "{:+.3f}".format if name == BITS else lambda x: f"{math.exp(x):.2f}x"
-            row.append(
-                text(value) + ("" if math.isnan(error) else f" ({text(value - error)} to {text(value + error)})")
-            )
+            value, margin = column[i].value, 2 * column[i].error
+            format_value = "{:+.3f}".format if name == BITS else lambda x: f"{math.exp(x):.2f}x"
+            between = f" ({format_value(value - margin)} to {format_value(value + margin)})"
+            row.append(format_value(value) + ("" if math.isnan(margin) else between))
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""A black-box test that no prediction depends on later tokens. It runs before any bits per byte are reported."""
+"""A black-box test that no prediction depends on later tokens. It runs before held-out scores are reported."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,6 @@
-"""transformers' Trainer with a time budget, sealed checkpoints and a loss log of cross-entropy.
+"""transformers' Trainer with a time budget and sealed checkpoints, that logs the cross-entropy as the loss.
 
-All processes of a run agree on everything that ends or steers it: the clock, a signal, a NaN or infinite loss.
-
-Dimensions: B sequences per step, N tokens each.
+All processes of a run act on rank 0's clock, on the same signal and on the same check for a NaN or an infinity.
 """
 
 import contextlib
@@ -42,7 +40,7 @@ from resnet_bk.training.states import (
 
 with extra("train"):
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from transformers import (
         PreTrainedTokenizerBase,
         PrinterCallback,
@@ -60,11 +58,11 @@ ProgressCallback = Callable[[float, float], None]
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a NaN or an infinity; the update was not made."""
+    """A loss or a gradient was NaN or infinite; no update was made."""
 
 
 class Windows(Dataset):
-    """Consecutive, non-overlapping windows of a token file, each with the next token as its target."""
+    """Non-overlapping windows of a token file; an incomplete last one is left out. Targets are the next tokens."""
 
     def __init__(self, tokens: TokenFile, length: int):
         self.tokens, self.length = tokens, length
@@ -82,7 +80,7 @@ class ShuffledSampler(Sampler):
     """All windows in an order that depends on the seed and the epoch only.
 
     So the order is the same on every process and after every resumption. (accelerate's own sampler loses the epoch when
-    several processes resume within one.)
+    a run of several processes resumes in the middle of an epoch.)
     """
 
     def __init__(self, size: int, seed: int):
@@ -100,12 +98,12 @@ def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
 
 
 def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
-    """Return the factor of the peak learning rate: a linear rise, then a cosine.
+    """Return the learning rate as a fraction of its peak: a linear rise, then a cosine.
 
     Args:
         progress: 0 at the start of the run, 1 at its end.
         warmup: progress at which the rise ends.
-        final: factor at the end of the run.
+        final: fraction at the end of the run.
     """
     if progress < warmup:
         return max(progress / warmup, 1e-3)
@@ -113,13 +111,13 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * along))
 
 
-# Private parts of transformers' Trainer that are used below, for lack of a public hook. They are the same in 5.0.0,
-# 5.17.0 and 5.24.0.
-# - _save_checkpoint(model, trial) is overridden. Of a folder that the original writes, the public save_model writes
-#   the weights only, so the folder could not be sealed.
+# The class uses private parts of transformers' Trainer that have no public hook. They behave the same in 5.0.0, 5.17.0
+# and 5.24.0.
+# - _save_checkpoint(model, trial) is overridden. The original writes optimizer, scheduler and generator files after the
+#   public save_model, so an override of save_model alone could not seal the finished folder.
 # - _load_from_checkpoint(folder, model) is overridden. The original cannot load full tensors into a sharded model.
-# - The originals that load optimizer.pt, scheduler.pt and rng_state.pth do nothing if these are missing. Our
-#   checkpoints have none: create_optimizer, create_scheduler and RunControl restore what they would hold.
+# - The Trainer's own loading of optimizer.pt, scheduler.pt and rng_state.pth does nothing if the files are missing, as
+#   in our checkpoints. create_optimizer and create_scheduler restore the state instead; RunControl seeds every step.
 class BKTrainer(Trainer):
     """Trainer with a schedule by steps or seconds, sealed checkpoints, and a check for NaN before each update.
 
@@ -140,16 +138,16 @@ class BKTrainer(Trainer):
         ranks: Ranks | None = None,
     ):
         self.config, self.clock, self.windows = config, Clock(), windows
-        self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"
+        self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"  # network: self.model, typed
         self.ranks = ranks or Ranks()
         self.bytes_per_step = config.batch_size * config.accumulate * windows.length * windows.bytes_per_token
         self.steps_per_epoch = math.ceil(len(windows) // config.batch_size / config.accumulate)
         self.sampler = ShuffledSampler(len(windows), config.seed)
-        self.cross_entropy: list[Tensor] = []  # of each forward pass since the last log line
-        self.losses: list[Tensor] = []  # of each forward pass of this step
-        self.seconds = 0.0  # the clock of rank 0 before the last update
-        self.grad_norm = 0.0  # of the last update, before clipping
-        self.received_signal: int | None = None  # by this process
+        self.cross_entropy: list[Tensor] = []  # one of each forward pass since the last log line
+        self.losses: list[Tensor] = []  # one of each forward pass of this step
+        self.seconds = 0.0  # rank 0's clock, read just before the last update; the same on all ranks
+        self.grad_norm = 0.0  # that of the last update, before clipping
+        self.received_signal: int | None = None  # the last signal that this process received
         self.stopped_by: int | None = None  # the signal that stops all ranks
         self.resumed_from: Path | None = None
         self.first_step = 0
@@ -168,18 +166,19 @@ class BKTrainer(Trainer):
             report_to=[] if config.report_to == "none" else config.report_to.split(","),
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
-            ddp_find_unused_parameters=False,  # every technique gives its parameters a gradient, if only 0
+            ddp_find_unused_parameters=False,  # every parameter gets a gradient in each pass, even if it is 0
             remove_unused_columns=False,
         )
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
         self.add_callback(RunControl(self))
-        if isinstance(model, FSDPModule):  # in evaluation mode accelerate adds no DistributedDataParallel
+        # Mark a sharded model as prepared: otherwise train() would try to wrap it in DistributedDataParallel.
+        if isinstance(model, FSDPModule):
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     @property
     def progress(self) -> float:
-        """The part of the run that is done, 0 to 1: of its steps or of its seconds, whichever is larger."""
+        """How much of the run is done, 0 to 1: the larger of the share of its steps and the share of its seconds."""
         return self._progress(self.state.global_step)
 
     def _progress(self, step: int) -> float:
@@ -198,7 +197,7 @@ class BKTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return AdamW, with weight decay on matrices only; a resumed run gets its saved state."""
+        """Return AdamW, with weight decay on parameters of two or more dimensions; load its state if resumed."""
         parameters = [p for p in (model or self.network).parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.dim() >= 2]
         others = [p for p in parameters if p.dim() < 2]
@@ -208,7 +207,7 @@ class BKTrainer(Trainer):
         ]
         rate, betas = self.config.learning_rate, (0.9, self.config.beta2)
         for group in groups:
-            group["initial_lr"] = rate  # a scheduler that resumes expects it
+            group["initial_lr"] = rate  # LambdaLR requires it in a run that resumes
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
         if self.resumed_from is not None:
             load_optimizer_state(self.network, self.optimizer, self.resumed_from)
@@ -231,7 +230,7 @@ class BKTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             for p in self.network.parameters():
-                if not isinstance(p, DTensor) and p.grad is not None:  # FSDP2 leaves these to us
+                if not isinstance(p, DTensor) and p.grad is not None:  # FSDP2 reduces sharded parameters only
                     dist.all_reduce(p.grad, dist.ReduceOp.AVG)
         return loss
 
@@ -244,29 +243,32 @@ class BKTrainer(Trainer):
         return (output.loss, output) if kwargs.get("return_outputs") else output.loss
 
     def check_update(self) -> None:
-        """Before each update: read the clock of rank 0, check the losses and gradients of all ranks, clip gradients.
+        """Before each update, take rank 0's clock, check the losses and gradients of all ranks, and clip the gradients.
 
         Raises:
-            NonFiniteError: on every rank, if any of them met a NaN or an infinity.
+            NonFiniteError: on every rank, if a loss or the gradient norm of any rank is NaN or infinite.
         """
         loss = torch.stack(self.losses).sum()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         self.losses.clear()
-        found = 3 if torch.isnan(loss) else 2 if torch.isinf(loss) else int(not torch.isfinite(norm))
-        worst, self.seconds = self.ranks.max(found, self.clock.seconds if self.ranks.is_rank_zero else 0.0)
-        if worst:
-            what = ("a gradient is not finite", "the loss is inf", "the loss is nan")[int(worst) - 1]
+        faults = [float(loss.isnan()), float(loss.isinf()), float(not norm.isfinite())]
+        *faults, self.seconds = self.ranks.max(*faults, self.clock.seconds if self.ranks.is_rank_zero else 0.0)
+        if any(faults):
+            what = ("the loss is nan", "the loss is inf", "the gradient norm is not finite")[faults.index(1.0)]
             raise NonFiniteError(f"step {self.state.global_step + 1}: {what}; no update was made")
         torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.config.max_grad_norm, norm)
         self.grad_norm = norm.item()
 
     def check_signals(self) -> None:
-        """After each step: a signal that any rank received stops all of them."""
+        """Set `stopped_by` on all ranks if any of them received a signal. It is called after each step."""
         self.stopped_by = int(self.ranks.max(self.received_signal or 0)[0]) or None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the mean cross-entropy of all ranks since the last line instead of the loss; add bits per byte."""
+        """Log the mean cross-entropy of all ranks since the last line instead of the loss; add bits per byte.
+
+        Where a layer replaces the cross-entropy in training, as with early exit, its task loss is logged.
+        """
         if "loss" in logs and self.cross_entropy:
             logs["loss"] = self.ranks.mean(torch.stack(self.cross_entropy).mean().item())
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.windows.bytes_per_token
@@ -277,7 +279,7 @@ class BKTrainer(Trainer):
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Gather on all ranks, write on rank 0.
+        """Gather weights and optimizer state on all ranks; write them on rank 0.
 
         The folder gets its name once it is complete and sealed; only then are older checkpoints deleted.
         """
@@ -286,7 +288,7 @@ class BKTrainer(Trainer):
         optimizer_state = gather_optimizer_state(self.network, self.optimizer, self.ranks.is_rank_zero)
         with self.ranks.rank_zero_first():
             if not self.ranks.is_rank_zero:
-                return
+                return  # the other ranks only wait until rank 0 has written
             with replacing(self.checkpoints / f"checkpoint-{self.state.global_step}") as scratch:
                 self.network.save_pretrained(scratch, state_dict=weights)
                 if isinstance(self.processing_class, PreTrainedTokenizerBase):
@@ -300,7 +302,7 @@ class BKTrainer(Trainer):
         load_weights(self.network, Path(resume_from_checkpoint))
 
     def _delete_old_checkpoints(self) -> None:
-        """Keep the newest checkpoints up to this step. Later ones were damaged when this run was resumed."""
+        """Delete all but the newest checkpoints up to this step. Later ones were damaged when the run resumed."""
         saved = saved_steps(self.checkpoints)
         kept = sorted(step for step in saved if step <= self.state.global_step)[-KEPT_CHECKPOINTS:]
         for step in saved.keys() - set(kept):
@@ -323,14 +325,14 @@ class BKTrainer(Trainer):
                 signal.signal(number, handler)
 
     def run_training(self, checkpoint: Path | None) -> None:
-        """Train to the end of the budget, from the start or from a verified checkpoint."""
+        """Train until the steps or seconds are used up, from the start or from a checkpoint that was verified."""
         if checkpoint is not None:
             self.resumed_from, self.first_step = checkpoint, int(checkpoint.name.rpartition("-")[2])
             self.seconds = json.loads((checkpoint / _ELAPSED).read_text())["seconds"]
         with self._handle_signals():
             self.clock.start(self.seconds)
             try:
-                if checkpoint and self._progress(self.first_step) >= 1:  # where the Trainer would make one step more
+                if checkpoint and self._progress(self.first_step) >= 1:  # the Trainer would make one more step
                     self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
                     load_weights(self.network, checkpoint)
                 else:
@@ -340,10 +342,10 @@ class BKTrainer(Trainer):
 
 
 class RunControl(TrainerCallback):
-    """Ends the run, and seeds every epoch and step.
+    """End the run, and seed every epoch and step.
 
     The run ends with a checkpoint when its steps or seconds are used up or a signal arrived, and with an error at a NaN
-    or an infinity. The order of an epoch depends on the seed and the epoch; what techniques draw in a step depends on
+    or an infinity. The order of the windows depends on the seed and the epoch; the random numbers of a step depend on
     the seed, the step and the rank. So checkpoints need no generator states, and a resumed run draws the same numbers
     as one that was never stopped.
     """
@@ -368,28 +370,27 @@ class RunControl(TrainerCallback):
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, one line per log, and shows a progress bar with bits per byte and bytes per second."""
+    """Write metrics.jsonl, one line per log; show a progress bar with bits per byte and bytes per second."""
 
     def __init__(self, trainer: BKTrainer, path: Path, console: Console, on_progress: ProgressCallback | None = None):
         self.trainer, self.path, self.on_progress = trainer, path, on_progress
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self.bar = Progress(*columns, *times, console=console)
-        self.task: TaskID | None = None
+        self.task = self.bar.add_task("training", start=False, total=1.0)
         self.marks: list[tuple[float, int]] = []  # seconds and step of the last log lines
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.marks = [(self.trainer.clock.seconds, state.global_step)]
         if self.path.exists():  # resumed: the steps after the checkpoint will be logged again
-            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
+            lines = [line for line in self.path.read_text().splitlines() if _logged_step(line) <= state.global_step]
             self.path.write_text("".join(line + "\n" for line in lines))
-        self.task = self.bar.add_task("training", total=1.0)
+        self.bar.start_task(self.task)
         self.bar.update(self.task, completed=self.trainer.progress)
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.task is not None:
-            self.bar.update(self.task, completed=self.trainer.progress)
+        self.bar.update(self.task, completed=self.trainer.progress)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "bits_per_byte" not in logs:
@@ -401,9 +402,8 @@ class Recorder(TrainerCallback):
         line |= {name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm")}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if self.task is not None:
-            text = f"step {state.global_step}  {logs['bits_per_byte']:.3f} bits/byte  {rate / 1000:.1f} kB/s"
-            self.bar.update(self.task, description=text)
+        text = f"step {state.global_step}  {logs['bits_per_byte']:.3f} bits/byte  {rate / 1000:.1f} kB/s"
+        self.bar.update(self.task, description=text)
         if self.on_progress is not None:
             self.on_progress(self.trainer.progress, logs["bits_per_byte"])
 
@@ -411,8 +411,8 @@ class Recorder(TrainerCallback):
         self.bar.stop()
 
 
-def _step(line: str) -> float:
-    """Return the step of a line of metrics.jsonl; infinity for an incomplete line, as a killed run may leave."""
+def _logged_step(line: str) -> float:
+    """Return the step of a line of metrics.jsonl; infinity for an incomplete line, which a killed run may leave."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
