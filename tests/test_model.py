@@ -76,7 +76,12 @@ def test_a_large_vocabulary_never_needs_all_logits_in_memory():
         (torch.tensor([[-1, 2]]), {}, ValueError, "token id -1"),
         (torch.tensor([[1, 2]], device="meta"), {}, ValueError, "on meta, the model is on cpu"),
         (torch.tensor([[1, 2]]), {"mask": torch.ones(1, 2)}, TypeError, "mask: expected bool"),
-        (torch.tensor([[1, 2]]), {"mask": torch.ones(1, 3, dtype=torch.bool)}, ValueError, "mask: expected the shape of ids"),
+        (
+            torch.tensor([[1, 2]]),
+            {"mask": torch.ones(1, 3, dtype=torch.bool)},
+            ValueError,
+            "mask: expected the shape of ids",
+        ),
         (torch.tensor([[1, 2]]), {"targets": torch.tensor([1, 2])}, ValueError, "targets: expected the shape of ids"),
     ],
 )
