@@ -77,8 +77,10 @@ for code in {list(imports)}:
         (OPTIONAL, ["train"], "train"),
         (["rich"], ["generate", "x", "y"], "train"),
         (["optuna"], ["tune", "base"], "study"),
+        (["accelerate"], ["train", "--config", "base"], "train"),
+        (["matplotlib"], ["train", "--config", "base"], "train"),
     ],
-    ids=["all", "rich", "optuna"],
+    ids=["all", "rich", "optuna", "accelerate", "matplotlib"],
 )
 def test_a_command_without_its_extra_is_one_line(tmp_path, missing, arguments, extra):
     (tmp_path / "base").write_text("max_steps: 1\n")
@@ -105,6 +107,24 @@ config = AutoConfig.for_model("resnet_bk", d_model=8, n_layers=1)
 print(type(AutoModelForCausalLM.from_config(config)).__name__)
 """
     assert python(code, missing) == "ResNetBKForCausalLM\n"
+
+
+def test_a_transformers_that_is_too_old_is_one_line_and_breaks_nothing():
+    code = """
+import types, warnings
+
+sys.modules["transformers"] = types.ModuleType("transformers")  # version 4 has no PreTrainedConfig
+import resnet_bk.hf
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    resnet_bk.hf.register_config(None)
+    resnet_bk.hf.register_model(None)
+print(caught[0].message)
+"""
+    said = python(code)
+    assert said.startswith("resnet_bk does not register with transformers: transformers cannot be used")
+    assert "resnet-bk[hf]" in said
 
 
 def test_every_public_name_exists():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from resnet_bk import encode
+from resnet_bk import LanguageModel, encode
 from resnet_bk.checkpoint import verify
 from resnet_bk.hf import ResNetBKForCausalLM, load_tokenizer
 from resnet_bk.training.states import load_optimizer_state, load_weights
@@ -44,3 +44,12 @@ def test_weights_and_moments_load_into_a_run_that_continues():
     assert sum(len(state) for state in optimizer.state.values()) == len(saved) > 100
     for name, parameter in network.named_parameters():
         assert set(optimizer.state[parameter]) == {"exp_avg", "exp_avg_sq", "step"}, name
+
+
+def test_a_state_dict_of_plain_pytorch_loads_under_its_old_names():
+    model = LanguageModel.from_config(ResNetBKForCausalLM.from_pretrained(CHECKPOINT).model.config)
+    saved = load_file(CHECKPOINT / "model.safetensors")
+    plain = {name.removeprefix("model."): x for name, x in saved.items()}
+    assert any(".way_out." in name for name in plain)
+    model.load_state_dict(plain | {"head.weight": plain["embed.weight"]})
+    check(model)

@@ -2,14 +2,13 @@
 
 import sys
 
-from resnet_bk.extras import MissingExtraError, extra
+from resnet_bk.extras import MissingExtraError
 
 
 def main() -> int:
     """Run the command line and return its exit code: 2 if a package that it needs is not installed."""
     try:
-        with extra("train"):
-            from resnet_bk import cli
+        from resnet_bk import cli
     except MissingExtraError as error:
         print(f"resnet-bk: error: {error}", file=sys.stderr)
         return 2

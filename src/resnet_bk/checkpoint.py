@@ -16,9 +16,18 @@ MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 1 << 24  # bytes
 _NOT_SEALED = {MANIFEST, f"{MANIFEST}.partial", "README.md"}  # nothing is loaded from a model card
 
+RENAMED = {".way_out.": ".bypass."}  # part of a parameter name in checkpoints of earlier versions: its replacement
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or damaged. The message names the file, what was expected and what it has."""
+
+
+def current_name(name: str) -> str:
+    """Return the current name of a parameter, given its name in a checkpoint, perhaps of an earlier version."""
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
 
 
 def _sha256(path: Path) -> str:

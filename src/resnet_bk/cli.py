@@ -11,9 +11,6 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
-import docstring_parser
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
 from resnet_bk import __version__
 from resnet_bk.config import (
     PRESETS,
@@ -34,6 +31,10 @@ from resnet_bk.config import (
     shown,
 )
 from resnet_bk.extras import MissingExtraError, extra
+
+with extra("train"):
+    import docstring_parser
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 _COMMANDS = {
     "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
@@ -180,7 +181,7 @@ def _explain(error: Exception, command: str | None) -> str:
         return f"{command}: unknown setting {shown(match[1])}; {near or f'see resnet-bk {command} --help'}"
     if match := re.search(r"arguments are required: ([\w.]+)", text):
         return f"{match[1]}: missing; usage: resnet-bk {command} {usage}"
-    if (match := re.search(r"argument --([\w.]+): expected one argument", text)) and match[1] in allowed:
+    if (match := re.search(r"argument --([\w.]+)\S*: expected one argument", text)) and match[1] in allowed:
         name = match[1] if "." in match[1] else f"{where}{match[1]}"
         return f"{name}: got nothing, allowed {allowed[match[1]]}"
     if match := re.match(r'Parser key "([\w.]+)"(?: element \d+)?:\s*(.*)', text, re.DOTALL):

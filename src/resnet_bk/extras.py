@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class MissingExtraError(ImportError):
-    """An optional package is not installed. The message names the extra that installs it."""
+    """An optional package is not installed, or too old. The message names the extra that installs it."""
 
 
 @contextlib.contextmanager
@@ -13,12 +13,13 @@ def extra(name: str) -> Iterator[None]:
     """Import packages of the extra `name` (see pyproject.toml) in this block.
 
     Raises:
-        MissingExtraError: a package is not installed.
+        MissingExtraError: a package is not installed, or lacks a name that newer versions have.
     """
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         package = (error.name or "").partition(".")[0]
-        if package == "resnet_bk":
+        if package in ("", "resnet_bk") or isinstance(error, MissingExtraError):
             raise
-        raise MissingExtraError(f"{package} is not installed; run: pip install 'resnet-bk[{name}]'") from error
+        what = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be used ({error})"
+        raise MissingExtraError(f"{package} {what}; run: pip install 'resnet-bk[{name}]'") from error

@@ -198,12 +198,3 @@ class LanguageModel(nn.Module):
 
 
 ConfigurableResNetBK = LanguageModel  # an alias of LanguageModel, which takes any subset of the techniques
-
-RENAMED = {".way_out.": ".bypass."}  # part of a parameter name in checkpoints of earlier versions: its replacement
-
-
-def current_name(name: str) -> str:
-    """Return the current name of a parameter, given its name in a checkpoint, perhaps of an earlier version."""
-    for old, new in RENAMED.items():
-        name = name.replace(old, new)
-    return name

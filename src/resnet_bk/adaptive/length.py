@@ -26,6 +26,7 @@ from resnet_bk.adaptive.length_predictor import SequenceLengthPredictor
 from resnet_bk.adaptive.multiscale import LearnedUpsampling
 from resnet_bk.adaptive.select import Chunks, last_token, rows_by_length, run_rows
 from resnet_bk.adaptive.windows import Windows, WindowState, explored, read_windows, with_one
+from resnet_bk.checkpoint import current_name
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import AdaptiveLayer, Stack, Tokens
 from resnet_bk.layers.feedforward import SwiGLU
@@ -154,6 +155,8 @@ class LearnedLength(AdaptiveLayer):
             nn.init.zeros_(self.down.weight)
         bypass = [self.bypass, *([self.up, self.gate] if self.pools else [])]
         self.costs = flops_per_position(trunk), flops_per_position(deep), sum(map(flops_per_position, bypass))
+
+        self.register_load_state_dict_pre_hook(_rename)
 
     def forward(
         self, x: Tensor, tokens: Tokens, state: LengthState | None, mask: Tensor | None
@@ -347,6 +350,12 @@ class LearnedLength(AdaptiveLayer):
             return a + weight.to(a.dtype) * cost * (counted & scored) + (taught - taught.detach())
 
         return loss
+
+
+def _rename(layer: nn.Module, state_dict: dict[str, Any], *others: Any) -> None:
+    """Give the parameters of a state dict, perhaps of an earlier version, their current names."""
+    for name in list(state_dict):
+        state_dict[current_name(name)] = state_dict.pop(name)
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ transformers' models cannot be imported yet.
 import importlib
 import importlib.util
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from resnet_bk.extras import extra
+from resnet_bk.extras import MissingExtraError, extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -19,16 +20,12 @@ if TYPE_CHECKING:
     from resnet_bk.hf.modeling import RecurrentCache, ResNetBKForCausalLM, on_device
     from resnet_bk.hf.tokenizer import byte_tokenizer, load_tokenizer, token_file
 
-_HOME = {
-    "RecurrentCache": "modeling",
-    "ResNetBKConfig": "configuration",
-    "ResNetBKForCausalLM": "modeling",
-    "Tokenizer": "tokenizer",
-    "byte_tokenizer": "tokenizer",
-    "load_tokenizer": "tokenizer",
-    "on_device": "modeling",
-    "token_file": "tokenizer",
+_NAMES = {
+    "configuration": ("ResNetBKConfig",),
+    "modeling": ("RecurrentCache", "ResNetBKForCausalLM", "on_device"),
+    "tokenizer": ("Tokenizer", "byte_tokenizer", "load_tokenizer", "token_file"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "RecurrentCache",
     "ResNetBKConfig",
@@ -51,17 +48,23 @@ def __getattr__(name: str) -> Any:
 
 def register_config(auto: Any) -> None:
     """Register the configuration with AutoConfig. auto: transformers' module `configuration_auto`."""
-    from resnet_bk.hf.configuration import ResNetBKConfig
-
-    auto.AutoConfig.register(ResNetBKConfig.model_type, ResNetBKConfig, exist_ok=True)
+    if config := _optional("ResNetBKConfig"):
+        auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def register_model(auto: Any) -> None:
     """Register the model with AutoModelForCausalLM. auto: transformers' module `modeling_auto`."""
-    from resnet_bk.hf.configuration import ResNetBKConfig
-    from resnet_bk.hf.modeling import ResNetBKForCausalLM
+    if model := _optional("ResNetBKForCausalLM"):
+        auto.AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
-    auto.AutoModelForCausalLM.register(ResNetBKConfig, ResNetBKForCausalLM, exist_ok=True)
+
+def _optional(name: str) -> Any:
+    """Return a class of this package; warn and return None if transformers is too old for it."""
+    try:
+        return __getattr__(name)
+    except MissingExtraError as error:
+        warnings.warn(f"resnet_bk does not register with transformers: {error}", stacklevel=2)
+        return None
 
 
 def quiet_transformers() -> None:

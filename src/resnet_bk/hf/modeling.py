@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal, verify
+from resnet_bk.checkpoint import MANIFEST, RENAMED, CheckpointError, seal, verify
 from resnet_bk.hf.configuration import ResNetBKConfig
-from resnet_bk.model import RENAMED, LanguageModel
+from resnet_bk.model import LanguageModel
 from resnet_bk.record import mean_losses, weighted_sum
 
 # The name of a cache in outputs and arguments; transformers has renamed it from `past_key_values` to `cache`.
@@ -93,7 +93,8 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
             verify(Path(path))
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("key_mapping", {re.escape(old): new for old, new in RENAMED.items()})
+        renamed = {re.escape(old): new for old, new in RENAMED.items()}
+        kwargs["key_mapping"] = renamed | (kwargs.get("key_mapping") or {})
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -3,12 +3,15 @@
 import sys
 
 import torch
-from rich.console import Console
 
 from resnet_bk.config import ConfigError, GenerateConfig, check_text
+from resnet_bk.extras import extra
 from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers
 from resnet_bk.inference.loading import load
 from resnet_bk.inference.speculation import speculate
+
+with extra("train"):
+    from rich.console import Console
 
 
 def generate_text(model: ResNetBKForCausalLM, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> str:

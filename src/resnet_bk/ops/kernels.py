@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from resnet_bk.config import ConfigError
 from resnet_bk.ops.chunked import SCAN_CHUNK
 from resnet_bk.ops.flops import GREEN, GREEN_BACKWARD, SCAN, SCAN_BACKWARD
 
@@ -47,7 +48,9 @@ def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
 
     On a CPU ``triton`` is the last one if TRITON_INTERPRET is 1. Its interpreter is for tests and must be asked for.
     """
-    installed = {name: row[2] for name, row in _BACKENDS.items() if importlib.util.find_spec(row[1]) is not None}
+    specs = {name: importlib.util.find_spec(row[1]) for name, row in _BACKENDS.items()}
+    # A folder that happens to have a package's name is found too, but has no location.
+    installed = {name: _BACKENDS[name][2] for name, spec in specs.items() if spec is not None and spec.has_location}
     names = [name for name, device in installed.items() if device in (None, device_type)]
     if device_type == "cpu" and "triton" in installed and os.environ.get("TRITON_INTERPRET") == "1":
         names.append("triton")
@@ -72,11 +75,14 @@ def preferred_backend(device_type: str) -> str:
     """Return the name of the forced backend, or of the first one that is available.
 
     Raises:
-        ValueError: the forced backend is not available for the device type.
+        ConfigError: the forced backend is not available for the device type.
     """
     names = available_backends(device_type)
     if _forced is not None and _forced not in names:
-        raise ValueError(f"backend {_forced!r} is not available on {device_type}; available: {', '.join(names)}")
+        raise ConfigError(
+            f"backend {_forced!r} is not available on {device_type}; available: {', '.join(names)}; numba comes with "
+            "pip install 'resnet-bk[cpu-fast]', triton with 'resnet-bk[gpu]'"
+        )
     return _forced or names[0]
 
 

@@ -12,6 +12,7 @@ from resnet_bk.config import EvalConfig, GenerateConfig, TrainConfig
 from resnet_bk.folders import CONFIG, METRICS, MODEL, REPORT, RESULTS
 from resnet_bk.hf import token_file
 from resnet_bk.inference.generation import generate_text
+from resnet_bk.report import html
 from resnet_bk.report.tables import Console, print_table
 from resnet_bk.study.evaluate import count_words, evaluate
 from resnet_bk.study.measure import measure
@@ -73,8 +74,6 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
 
 
 def _write_report(folder: Path, rows: list[tuple[str, str]], metrics: list[dict[str, float]], sample: str) -> None:
-    from resnet_bk.report import html  # matplotlib takes a second to import
-
     footer = [*version_lines(), f"resnet-bk train --config {folder / CONFIG}"]
     curves = html.figures_html([html.training_curves(metrics)] if metrics else [])
     sections = [("Training", curves), ("Sample", html.preformatted(sample))]

@@ -15,9 +15,16 @@ def versions() -> dict[str, str]:
         "resnet-bk": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": _installed("transformers"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def version_lines() -> list[str]:

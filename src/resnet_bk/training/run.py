@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from rich.console import Console
 
 from resnet_bk.checkpoint import newest_valid, replacing
 from resnet_bk.config import ConfigError, TrainConfig
 from resnet_bk.data import corpus, tokens
+from resnet_bk.extras import extra
 from resnet_bk.folders import (
     CHECKPOINTS,
     CONFIG,
@@ -34,6 +34,9 @@ from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import recompute, shard
 from resnet_bk.training.states import gather_weights
 from resnet_bk.training.trainer import BKTrainer, ProgressCallback, Recorder, Windows
+
+with extra("train"):
+    from rich.console import Console
 
 
 class StoppedError(RuntimeError):

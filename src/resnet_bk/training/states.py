@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from resnet_bk.checkpoint import CheckpointError
-from resnet_bk.model import current_name
+from resnet_bk.checkpoint import CheckpointError, current_name
 
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 

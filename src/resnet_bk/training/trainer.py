@@ -39,6 +39,7 @@ from resnet_bk.training.states import (
 )
 
 with extra("train"):
+    import accelerate  # noqa: F401 - which transformers would ask for with an error of its own
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from transformers import (
