@@ -137,7 +137,7 @@ def test_torchrun_and_a_signal_to_one_of_its_processes(workers, place):
     finally:
         process.kill()
     text = (place / "log.txt").read_text()
-    assert text.count("stopped by signal 15; saved. Resume with") == 1, text
+    assert text.count("stopped by signal 15 after saving a checkpoint. Resume with") == 1, text
     stopped = int(newest_valid(place / "run" / "checkpoints", pytest.fail).name.rpartition("-")[2])
     (resumed,) = workers.run(1, command, arguments(place, "--resume=true", "--log_every=1", steps=stopped + 2))
     assert resumed[0] == 0, resumed[2]

@@ -171,7 +171,7 @@ def test_cells_are_named_by_all_that_is_on_in_one_order(made_up, tmp_path):
         (["--techniques", "[depth]"], "ablate.techniques: got ['depth'], allowed at least two"),
         (
             ["--techniques", "[depth, depth]"],
-            "ablate.techniques: got ['depth', 'depth'], allowed at least one, without repetition",
+            "ablate.techniques: got ['depth', 'depth'], allowed at least two, without repetition",
         ),
         (["--seeds", "[]"], "ablate.seeds: got [], allowed at least one, without repetition"),
         (["--plan", "third"], "ablate.plan: got"),

@@ -135,7 +135,10 @@ def test_a_stopped_trial_resumes_in_its_folder(place, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(RunControl, "on_step_end", interrupting)
         assert main(command()) == 143
-    assert capsys.readouterr().err == "resnet-bk: stopped by signal 15; saved. Resume with: the same command\n"
+    assert (
+        capsys.readouterr().err
+        == "resnet-bk: stopped by signal 15 after saving a checkpoint. Resume with: the same command\n"
+    )
     (stopped,) = trials(TrialState.RUNNING)
     begun = (place / "out" / "trial-0001" / "metrics.jsonl").read_text()
     assert begun.count("\n") == 3

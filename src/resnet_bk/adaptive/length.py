@@ -1,13 +1,14 @@
 """Learned length: how many positions of each window of text run all blocks.
 
-All positions run the first blocks, the trunk. The deep blocks run on the packed sequence of the kept positions: the
-first ones of each window (mode truncate), or about as many spread over it, each standing for those since the last kept
-one (mode pool). The other positions take a cheap bypass. The length is predicted from the window's prefix, which is as
-long as the shortest length; :mod:`resnet_bk.adaptive.windows` has the arithmetic and a worked example.
+All positions run the first blocks, the trunk. The deep blocks run on the packed sequence of the kept positions. In mode
+truncate, these are the first positions of each window. In mode pool they are spread over it, and each also reads the
+mean of the positions since the last kept one. The other positions take a cheap bypass. The length is predicted from the
+window's prefix, which is as long as the shortest length; :mod:`resnet_bk.adaptive.windows` has the arithmetic and a
+worked example.
 
-Causality: the length is chosen from the prefix and only decides about the positions after it. The prefix itself is
-always treated as the shortest length would have it. Nothing about a window depends on later ones, so sequences may be
-of any length.
+Causality: the length is chosen from the prefix and only decides about the positions after it. Which positions of the
+prefix are kept does not depend on the choice. In causal models, nothing about a window depends on later windows; an
+incomplete last window is allowed. Pooling 'global' reads the whole window, so only bidirectional models have it.
 
 Dimensions: B batch, N positions, M positions kept by the fullest row, W windows, K lengths, D model width.
 """
@@ -24,7 +25,7 @@ from resnet_bk.adaptive.boundaries import ends_of_words, since_last
 from resnet_bk.adaptive.flops import flops_per_position
 from resnet_bk.adaptive.length_predictor import SequenceLengthPredictor
 from resnet_bk.adaptive.multiscale import LearnedUpsampling
-from resnet_bk.adaptive.select import Chunks, last_token, rows_by_length, run_rows
+from resnet_bk.adaptive.select import Chunks, last_entry, rows_by_length, run_rows
 from resnet_bk.adaptive.windows import Windows, WindowState, explored, read_windows, with_one
 from resnet_bk.checkpoint import current_name
 from resnet_bk.config import ModelConfig
@@ -45,10 +46,11 @@ class LengthState(NamedTuple):
         trunk: state of the trunk.
         deep: state of the deep blocks.
         window: the window that the sequence is in.
-        open: (B, D + 1), sum and number of the positions since the last kept one.
-        result: (B, D), what the deep blocks returned at the last kept position.
-        since: (B,) int64, positions since the last kept one.
-        since_word: (B,) int64, positions since the last end of a word.
+        open: (B, D + 1), sum of the trunk's outputs after the last kept position, and in the last column their number;
+            0 in mode truncate.
+        result: (B, D), output of the deep blocks at the last kept position.
+        since: (B,) int64, number of positions after the last kept one; 0 if the last position was kept.
+        since_word: (B,) int64, number of positions after the last end of a word.
         last_id: (B,) int64, the last token.
     """
 
@@ -68,12 +70,13 @@ class LengthRecord(Record):
 
     Attributes:
         predicted_lengths: (B, W) int64, length of each window of the call; the shortest one where `decided` is False.
-            In training by samples, the drawn lengths.
-        decided: (B, W) bool, True where the window's prefix is complete and its length chosen.
+            Where training draws the lengths (LengthConfig.sampled), the drawn ones.
+        decided: (B, W) bool, True where the window has chosen its length.
         length_probs: (B, W, K), probabilities of the lengths.
-        kept: (B, N) bool, True for positions that ran the deep blocks.
+        kept: (B, N) bool, True for the positions that the chosen lengths keep. In training with 'expected' or 'gumbel'
+            the deep blocks run on all tokens.
         mask: (B, N) bool, False for padding.
-        deep_positions: positions that the deep blocks computed, those that fill up their batches included.
+        deep_positions: number of positions that the deep blocks computed, including those that fill up rows.
         costs: FLOPs per position of the trunk, the deep blocks and the bypass.
     """
 
@@ -87,20 +90,23 @@ class LengthRecord(Record):
 
     @property
     def avg_predicted_length(self) -> float:
-        """Mean over the windows that decided; over all windows where none did."""
+        """Mean over the windows that have decided; over all windows if none has."""
         chosen = self.predicted_lengths[self.decided] if bool(self.decided.any()) else self.predicted_lengths
         return chosen.double().mean().item()
 
     @property
     def executed_flops(self) -> float:
-        """FLOPs executed in evaluation. In training the bypass is computed at every position."""
+        """FLOPs executed by trunk, deep blocks and bypass. Valid for records of evaluation only.
+
+        In training the bypass is computed at every position. The FLOPs of the predictor and of `down` are not counted.
+        """
         return self._flops(self.deep_positions)
 
     @property
     def speedup_estimate(self) -> float:
         """FLOPs without learned length, divided by those with only the kept positions in the deep blocks.
 
-        This is an estimate: only the clock measures a speedup.
+        This is an estimate from FLOPs; only a clock measures a speedup.
         """
         full = (self.costs[0] + self.costs[1]) * int(self.mask.sum())
         return full / max(1.0, self._flops(int(self.kept.sum())))
@@ -111,15 +117,15 @@ class LengthRecord(Record):
         return trunk * positions + deep * deep_positions + bypass * (positions - int(self.kept.sum()))
 
 
-class Deep(NamedTuple):
+class DeepResult(NamedTuple):
     """Result of the deep blocks.
 
     Attributes:
-        at: (B, N, D), at each position the result of the last kept position.
+        at: (B, N, D), at each position the output of the deep blocks at the last position that they read.
         state: their state.
         open, result: see :class:`LengthState`.
-        computed: positions computed, padding included.
-        records: what they report.
+        computed: number of positions computed, including those that fill up rows.
+        records: their records.
     """
 
     at: Tensor
@@ -131,7 +137,7 @@ class Deep(NamedTuple):
 
 
 class LearnedLength(AdaptiveLayer):
-    """A stack whose later layers run on as many positions of each window as the predictor says."""
+    """A stack whose later layers, the deep blocks, run only on the positions that each window keeps."""
 
     def __init__(self, config: ModelConfig, trunk: Stack, deep: Stack):
         super().__init__()
@@ -151,7 +157,7 @@ class LearnedLength(AdaptiveLayer):
             self.down = nn.Linear(d, d, bias=False)
             self.up = LearnedUpsampling(d, reach=REACH)
             self.gate_norm, self.gate = Norm(d), nn.Linear(d, d)
-            # At first a kept position enters as it is; training adds a part of the mean since the last kept one.
+            # At first the deep blocks read a kept position unchanged. Training blends in the mean since the last one.
             nn.init.zeros_(self.down.weight)
         bypass = [self.bypass, *([self.up, self.gate] if self.pools else [])]
         self.costs = flops_per_position(trunk), flops_per_position(deep), sum(map(flops_per_position, bypass))
@@ -169,7 +175,7 @@ class LearnedLength(AdaptiveLayer):
         words = self._ends_of_words(tokens.ids, past)
         kept = mask & self._kept(windows, words, past.since_word)
         everything = self.training and not sampled
-        deep = self._run_deep(x, tokens, mask if everything else kept, mask, past, state is None)
+        deep = self._run_deep(x, tokens, mask if everything else kept, mask, past)
         since = since_last(kept, past.since)
         record = self._record(windows, kept, mask, deep.computed, first=state is None)
         if not self.training:
@@ -188,9 +194,9 @@ class LearnedLength(AdaptiveLayer):
             window=window,
             open=deep.open,
             result=deep.result,
-            since=last_token(since, padded, past.since),
-            since_word=last_token(since_last(words, past.since_word), padded, past.since_word),
-            last_id=last_token(tokens.ids, padded, past.last_id),
+            since=last_entry(since, padded, past.since),
+            since_word=last_entry(since_last(words, past.since_word), padded, past.since_word),
+            last_id=last_entry(tokens.ids, padded, past.last_id),
         )
         return out, after, [record, *records, *deep.records]
 
@@ -211,7 +217,7 @@ class LearnedLength(AdaptiveLayer):
         )
 
     def _ends_of_words(self, ids: Tensor, past: LengthState) -> Tensor:
-        """Return (B, N) bool, True where a word ends; nowhere where spacing is even."""
+        """Return (B, N) bool, True where a word ends; with even spacing, nowhere True."""
         if self.settings.spacing == "even":
             return torch.zeros_like(ids, dtype=torch.bool)
         return ends_of_words(ids, past.last_id)
@@ -223,7 +229,10 @@ class LearnedLength(AdaptiveLayer):
         return windows.first_positions(self.predictor.shortest)
 
     def _record(self, windows: Windows, kept: Tensor, mask: Tensor, computed: int, first: bool) -> LengthRecord:
-        """first: the call is at the start of its sequences, so it begins with a whole window."""
+        """Return the record of a call, with the windows that the call's positions can lie in.
+
+        first: the call is at the start of its sequences, so at the start of a window.
+        """
         touched = (kept.shape[1] - 1 + (0 if first else self.window - 1)) // self.window + 1
         return LengthRecord(
             losses=self._losses(windows),
@@ -238,35 +247,41 @@ class LearnedLength(AdaptiveLayer):
 
     # ------------------------------------------------------------------------------------- deep blocks, or bypass
 
-    def _run_deep(self, x: Tensor, tokens: Tokens, kept: Tensor, mask: Tensor, past: LengthState, first: bool) -> Deep:
-        """Run the deep blocks on the kept positions (B, N) of x (B, N, D)."""
-        if not first and not bool(kept.any()):  # many steps of decoding
+    def _run_deep(self, x: Tensor, tokens: Tokens, selected: Tensor, mask: Tensor, past: LengthState) -> DeepResult:
+        """Run the deep blocks on selected positions of x (B, N, D).
+
+        selected: (B, N) bool, the kept positions, or all tokens in training with the expected loss.
+        """
+        if past.deep is not None and not bool(selected.any()):  # many steps of decoding
             still_open = past.open + (with_one(x) * mask.unsqueeze(-1)).sum(1) if self.pools else past.open
-            return Deep(past.result.unsqueeze(1).expand_as(x), past.deep, still_open, past.result, 0, [])
-        chunks = Chunks(kept, TILE)
+            return DeepResult(past.result.unsqueeze(1).expand_as(x), past.deep, still_open, past.result, 0, [])
+        chunks = Chunks(selected, TILE)
         ends, still_open = chunks.ends, past.open
         packed = ends.pack(x)
         if self.pools:
             sums, still_open = chunks.sums(with_one(x), mask.to(past.open.dtype), past.open)
             total, number = sums.split([x.shape[2], 1], dim=-1)
             packed = packed + self.down((total / number.clamp(min=1)).to(x.dtype) - packed)
-        groups = self._groups(ends.counts if not first else ends.counts.clamp(min=1))
-        y, deep, records = run_rows(self.deep, packed, tokens.map(ends.pack), past.deep, ends, groups)
+        groups = self._groups(ends.counts.clamp(min=1) if past.deep is None else ends.counts)
+        y, deep_state, records = run_rows(self.deep, packed, tokens.map(ends.pack), past.deep, ends, groups)
         computed = sum(len(rows) * ends.width(ends.counts[rows]) for rows in groups)
         y = y.to(x.dtype)
-        result = last_token(y, ends.mask, past.result)
-        return Deep(chunks.spread(past.result, y), deep, still_open, result, computed, records)
+        result = last_entry(y, ends.mask, past.result)
+        return DeepResult(chunks.spread(past.result, y), deep_state, still_open, result, computed, records)
 
     def _groups(self, counts: Tensor) -> list[Tensor]:
-        """Return the indices of rows that run together: rows of similar length, or all rows that run."""
+        """Return the indices of rows that run together. Rows without a position to compute are in no group."""
         if self.settings.execution == "batch_max":
             return [counts.nonzero().squeeze(1)]
         return rows_by_length(counts, TILE)
 
     def _bypass(self, x: Tensor, carried: Tensor | None, since: Tensor) -> Tensor:
-        """Return what positions (..., D) that are not kept give to the head.
+        """Return the output of the cheap path, (..., D), which positions that are not kept take.
 
-        carried: (..., D), the result of the last kept position, which was `since` (...) positions ago.
+        Args:
+            x: (..., D), outputs of the trunk.
+            carried: (..., D), the deep blocks' output at the last kept position; None to read x only.
+            since: (...) int64, number of positions after that one.
         """
         if carried is not None:
             x = x + 2 * self.up.scale(self.up.expand(carried), since) * self.gate(self.gate_norm(x)).sigmoid()
@@ -286,7 +301,10 @@ class LearnedLength(AdaptiveLayer):
     # ------------------------------------------------------------------------------------------------- losses
 
     def _losses(self, windows: Windows) -> dict[str, Loss]:
-        """Return "length", the mean expected share of a window, and "certainty", minus the choice's mean entropy."""
+        """Return the auxiliary losses, means over the windows that decided in this call.
+
+        "length" is the expected length as a share of the window, "certainty" is minus the entropy of the choice.
+        """
         number = windows.new.sum().clamp(min=1)
         expected, entropy = windows.choices.expected / self.window, windows.choices.entropy
         return {
@@ -294,17 +312,21 @@ class LearnedLength(AdaptiveLayer):
             "certainty": Loss(-(entropy * windows.new).sum() / number, self.settings.entropy_weight),
         }
 
-    def _expected_loss(self, windows: Windows, deep: Tensor, shallow: Tensor) -> TaskLoss:
-        """Return the loss expected over lengths.
+    def _expected_loss(self, windows: Windows, deep_out: Tensor, shallow: Tensor) -> TaskLoss:
+        """Return the loss expected over lengths, with mode truncate.
 
-        At each position it is the deep loss, weighted by the probability that the length reaches the position, plus the
-        bypass loss with the remaining weight. It is exact for one window of a causal model. Where several windows
-        follow each other, the deep blocks have seen all of the earlier windows here, and in bidirectional models the
-        later positions too; "sampled" trains what will run.
+        Its value at each position is the deep loss, weighted by the probability that the length reaches the position,
+        plus the bypass loss with the remaining weight. The predictor gets the gradient of this value. The two paths do
+        not get theirs weighted: each learns from every position in full, even if it is seldom chosen, so a choice can
+        be undone. The bypass also learns to return what the deep blocks return at its position.
 
-        With "gumbel" it is the loss of one hard sample, with the gradient of its relaxation (Jang et al. 2017,
-        arXiv:1611.01144). Both paths learn from every position in full, however seldom they are chosen, so a choice can
-        be undone. The bypass also learns what the deep blocks return at its position.
+        The value is the expected loss exactly for one window of a causal model, except on the ramps that learned and
+        continuous lengths end in. Where several windows follow each other, the deep blocks have read all of the earlier
+        windows here, and in bidirectional models the later positions too. "sampled" has no such gap: its deep blocks
+        read only the kept positions, as in evaluation.
+
+        With "gumbel", the value is the loss of one hard sample of the length, with the gradient of its relaxation (Jang
+        et al. 2017, arXiv:1611.01144).
         """
         values, scores = windows.choices
         if self.settings.training == "gumbel":
@@ -316,19 +338,26 @@ class LearnedLength(AdaptiveLayer):
         reach = torch.where(windows.offset < self.predictor.shortest, 1.0, reach)
 
         def loss(nats: Callable[[Tensor], Tensor], scored: Tensor) -> Tensor:
-            a, b = nats(deep), nats(shallow)
-            taught = a + b + DISTILLATION * scored * _distance(shallow, deep.detach())
+            a, b = nats(deep_out), nats(shallow)
+            taught = a + b + DISTILLATION * scored * _distance(shallow, deep_out.detach())
             return torch.lerp(b.detach(), a.detach(), reach.to(a.dtype)) + (taught - taught.detach())
 
         return loss
 
     def _sampled_loss(self, windows: Windows, mask: Tensor, out: Tensor, shallow: Tensor) -> TaskLoss:
-        """Return the loss of `out`, in which only the drawn lengths are computed.
+        """Return the loss of `out`, for which the deep blocks ran only on the positions that the drawn lengths keep.
 
-        The gradient to the predictor is the gain of an event over the bypass, times the gradient of its probability,
-        divided by the chance to see it. The event is that the position is reached (truncate), or that the length was
-        drawn, compared with the other windows (pool). The estimate is unbiased for what the event changed in its own
-        window; its effect on later windows is not counted.
+        The gradient to the predictor is a score-function estimate. At each position it is the cost of an event, times
+        the gradient of the event's predicted probability, divided by the probability with which it is drawn (see
+        :func:`explored`).
+
+        - Cost: the loss of `out` minus that of the bypass, `shallow`. With mode pool, `shallow` reads x only, and the
+          mean cost in all other windows is subtracted, as a baseline.
+        - Event: with mode truncate, the length reaches the position (where it does not, the cost is 0). With mode pool,
+          the drawn length; the prefix does not count, as it is the same for all lengths.
+
+        The estimate is unbiased for what the event changes in its own window. Its effect on later windows is not
+        counted. The bypass learns from every position.
         """
         assert windows.sample is not None
         probabilities = windows.at(windows.choices.probabilities)
@@ -353,7 +382,7 @@ class LearnedLength(AdaptiveLayer):
 
 
 def _rename(layer: nn.Module, state_dict: dict[str, Any], *others: Any) -> None:
-    """Give the parameters of a state dict, perhaps of an earlier version, their current names."""
+    """Give the parameters of a state dict, which an earlier version may have written, their current names."""
     for name in list(state_dict):
         state_dict[current_name(name)] = state_dict.pop(name)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.adaptive.boundaries import BOUNDARIES, LONGEST, at_most, since_last
-from resnet_bk.adaptive.select import Chunks, last_token, run_rows
+from resnet_bk.adaptive.select import Chunks, last_entry, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
 from resnet_bk.layers.norm import Norm
@@ -254,14 +254,14 @@ class MultiScale(AdaptiveLayer):
                 # A chunk that closed only because it reached the longest length counts as certain.
                 sure = torch.where(decision.closes, decision.probability, 1.0)
                 y = smooth(y, chunks.ends.pack(sure), chunks.ends.mask, past.result)
-            low_res, result = chunks.spread(past.result, y), last_token(y, chunks.ends.mask, past.result)
+            low_res, result = chunks.spread(past.result, y), last_entry(y, chunks.ends.mask, past.result)
         else:  # most steps of decoding: no chunk closes, so the inner stack does not run
             still_open, inner, records = self.down.extend(x, past.open, mask), past.inner, []
             low_res, result = past.result.unsqueeze(1), past.result  # (B, 1, D), broadcast over N
         low_res = self.up.scale(low_res, since) * self.gate(self.norm(x)).sigmoid()
         out = (self.scale_full_res * x + 2 * self.scale_low_res * low_res).to(x.dtype)
         after = MultiScaleState(
-            still_open, inner, result, last_token(since, mask, past.since), last_token(ids, mask, past.last_id)
+            still_open, inner, result, last_entry(since, mask, past.since), last_entry(ids, mask, past.last_id)
         )
         return out, after, [record, *records]
 

@@ -1,4 +1,4 @@
-"""Selected positions: grouped into chunks, and run in groups of rows.
+"""Group positions into chunks, and run a layer on selected positions, one group of rows at a time.
 
 Dimensions: B batch, N positions, M packed length, D model width.
 """
@@ -73,13 +73,13 @@ class Chunks:
         return table.flatten(0, 1).index_select(0, (rows + self.closed).flatten()).unflatten(0, self.closed.shape)
 
 
-def last_token(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
-    """Return the entry of each row's last non-padding position, (B, ...).
+def last_entry(x: Tensor, mask: Tensor | None, before: Tensor) -> Tensor:
+    """Return each row's last entry where `mask` is True, (B, ...).
 
     Args:
         x: (B, N, ...).
-        mask: (B, N) bool, False for padding, which comes last in each row; None without padding.
-        before: (B, ...), the entry for rows that are all padding.
+        mask: (B, N) bool, in each row True first, then False; None for all True.
+        before: (B, ...), the entry for rows where `mask` is nowhere True.
     """
     if mask is None:
         return x[:, -1].clone()  # not a view, which would keep all of x in memory
@@ -129,8 +129,9 @@ def run_rows(
         groups: at least one; disjoint ascending (R,) int64 indices of rows.
 
     Returns:
-        The output (B, M, D), the new state and the records. If there are several groups, the records have only the
-        losses, averaged over positions.
+        The output (B, M, D), 0 for rows in no group; the new state; and the records. Those of a single group are the
+        layer's own, so their tensors have only its rows. Those of several groups have only the losses, averaged over
+        positions.
     """
     outputs, states, reports, sizes = [], [], [], []
     for rows in groups:

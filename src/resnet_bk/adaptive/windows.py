@@ -1,7 +1,9 @@
-"""Windows of learned length: which window a position belongs to, how long each window is, which positions are kept.
+"""Windows of learned length: which window a position belongs to, how many positions it keeps, and which ones.
 
-Every sequence is cut into windows of `size` positions, end to end. A call may begin and end in the middle of a window.
-The length of a window is chosen from its prefix, the positions that even the shortest length covers.
+'size' is the number of positions of a window, 'length' the number of them that it keeps. Every sequence is cut into
+windows, end to end. A call may begin and end in the middle of a window. The length of a window is chosen from its
+prefix, the positions that even the shortest length covers. Only pooling 'global' (of bidirectional models) reads the
+whole window; its length is decided as soon as the window has one token.
 
 Worked example: size 8, lengths 2, 4, 6 or 8 (so the prefix is 2 positions), one row, 13 positions after 6 earlier ones.
 
@@ -40,8 +42,9 @@ class WindowState(NamedTuple):
 
     Attributes:
         offset: (B,) int64, positions of the window read so far.
-        pooled: (B, D + 1) float, the weighted sum of its prefix, and in the last column the sum of the weights.
-        length: (B,) int64, its length; without meaning until the prefix is complete.
+        pooled: (B, D + 1) float, the weighted sum of its prefix (with pooling 'global': of its positions), and in the
+            last column the sum of the weights.
+        length: (B,) int64, its length; without meaning until it is decided.
     """
 
     offset: Tensor
@@ -56,8 +59,9 @@ class Windows(NamedTuple):
         offset: (B, N) int64, the place of each position in its window.
         window: (B, N) int64, the window of each position, counted from the first one of the call.
         choices: distribution over lengths, of each window (B, W).
-        sample: (B, W, K) one-hot, the lengths drawn in training by samples; else None.
-        chosen: (B, W) int64, the length of each window, the shortest one until it is decided.
+        sample: (B, W, K) one-hot, the drawn lengths where training draws them (LengthConfig.sampled); else None.
+        chosen: (B, W) int64, the length of each window, the shortest one until it is decided. Where training draws the
+            lengths, the drawn ones.
         decided: (B, W) bool, True where the window has chosen its length.
         new: (B, W) bool, True where it did so in this call.
     """
@@ -87,17 +91,20 @@ class Windows(NamedTuple):
         return total / number.clamp(min=1)
 
     def first_positions(self, shortest: int) -> Tensor:
-        """Return (B, N) bool, True for the first positions of each window, as many as its length."""
+        """Return (B, N) bool, True for the first positions of each window, as many as its length says."""
         return (self.offset < shortest) | (self.offset < self.at(self.chosen))
 
     def spread_positions(self, shortest: int, size: int, words: Tensor, since_word: Tensor) -> Tensor:
-        """Return (B, N) bool, True for about as many positions of each window as its length, spread over it.
+        """Return (B, N) bool, True for the positions that each window keeps, spread over it.
 
-        The prefix and the rest of a window are each cut into `cells` stretches. One position of a stretch is kept: the
-        first end of a word in it, or its last position where no word ends.
+        The prefix keeps the share shortest / size of its positions, and the rest of the window keeps the share
+        length / size of its own; both numbers are rounded down, but at least 1. Together these are fewer positions than
+        a long length says: 114 for size and length 128 and shortest 16. To keep `cells` positions, a part is cut into
+        `cells` stretches. Each keeps one position: the first at which a word ends, or the last if no word ends in it.
 
         Args:
-            shortest: positions of the prefix, which is always treated as the shortest length would have it.
+            shortest: positions of the prefix. Its kept positions do not depend on the chosen length, as the prefix is
+                read before the choice.
             size: positions of a window.
             words: (B, N) bool, True where a word ends; nowhere for even spacing.
             since_word: (B,) int64, positions since the last end of a word before the call.
@@ -117,14 +124,16 @@ class Windows(NamedTuple):
 def read_windows(
     predictor: SequenceLengthPredictor, size: int, x: Tensor, mask: Tensor, past: WindowState, sampled: bool
 ) -> tuple[Windows, WindowState]:
-    """Choose the length of every window whose prefix is complete after x.
+    """Choose the length of every window that has enough positions after x.
+
+    Enough is a whole prefix; or one position where the choice reads the whole window (pooling 'global', single length).
 
     Args:
         size: positions of a window.
         x: (B, N, D) features. No gradient flows back into them: the predictor must not shape what it reads.
         mask: (B, N) bool, False for padding, which comes last in each row.
         past: the state before x.
-        sampled: draw the lengths instead of taking the likeliest.
+        sampled: draw the lengths instead of taking the most likely ones.
 
     Returns:
         The windows of this call, and the state after the last position.

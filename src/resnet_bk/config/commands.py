@@ -26,9 +26,11 @@ class DataConfig:
     source: str = "stdlib"
     """Training text: 'stdlib' (Python's standard library), a file, a folder, or a hub dataset 'owner/name[:config]'."""
     val_source: str | None = None
-    """Held-out text: a file or a folder. Default: a part of the source, see val_fraction."""
+    """Held-out text: 'stdlib', a file or a folder. Default: for a hub dataset its validation split; else a part of the
+    source, see val_fraction."""
     val_fraction: float = 0.05
-    """Share of the source to hold out: every (1 / val_fraction)-th file in sorted order, or a single file's end."""
+    """Share of the source to hold out: of several files every k-th in sorted order, k = 1 / val_fraction rounded; of a
+    single file its end. Not used with val_source or a hub dataset."""
     tokenizer: str = "byte"
     """'byte', a folder with a Hugging Face tokenizer, or the name of one on the hub."""
     cache: str | None = None
@@ -51,8 +53,9 @@ class TrainConfig:
     output_dir: str = "runs/train"
     """Folder for checkpoints, metrics.jsonl and report.html."""
     resume: bool = False
-    """Continue the unfinished run in output_dir. If that run is finished, start a new one in output_dir-2, -3, ...
-    Without this setting, an existing run is an error. Nothing is ever overwritten."""
+    """Continue the unfinished run in output_dir, or in output_dir-2, -3, ... if the ones before are finished. If all
+    are finished, or there is none, start a new one. Without this setting, an existing run is an error. A finished run
+    is never overwritten."""
     batch_size: int = 12
     """Sequences in a batch, of model.n_seq tokens each, all processes together."""
     accumulate: int = 1
@@ -60,7 +63,9 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this number of updates."""
     max_seconds: float | None = None
-    """Stop after this number of seconds of training. The learning rate then follows the clock."""
+    """Stop after this number of seconds of training, all sessions together. The learning rate then follows the clock.
+    With max_steps too, whichever is reached first ends the run, and the learning rate follows the one that is further
+    along."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
@@ -139,17 +144,20 @@ class EvalConfig:
     source: str | None = None
     """Text to score: 'stdlib', a file, a folder or a hub dataset. Default: the text that the run held out."""
     context: Literal["document", "sliding"] = "document"
-    """Context of each token: all of its document so far, or a sliding window."""
+    """Context of each token. 'document': all of its document so far. 'sliding': a sliding window."""
     window: int = 1024
-    """sliding: tokens in the window. document: tokens computed at a time; this affects memory, not results."""
+    """With context 'sliding': tokens in the window. With 'document': tokens computed at a time, which affects memory,
+    but not results (up to rounding)."""
     stride: int = 512
-    """sliding: number of tokens scored at the end of each window."""
+    """With context 'sliding': number of tokens scored at the end of each window. A document's first window scores all
+    of its tokens."""
     batch_size: int = 16
     """Documents or windows in a batch."""
     max_bytes: int | None = None
     """Score only some whole documents, evenly spread, with about this number of bytes in total. Default: all."""
     depth_threshold: float | None = None
-    """Replaces the trained model.depth.threshold. With early exit, 1 runs every position through all blocks."""
+    """Replaces model.depth.threshold, as set for training; only for models with adaptive depth. With early exit, 1 runs
+    every position through all blocks."""
 
     def __post_init__(self) -> None:
         check_choices("eval", self)
@@ -177,14 +185,17 @@ class GenerateConfig:
     temperature: float = 0.7
     """Temperature of sampling. 0 always takes the most likely token."""
     top_p: float = 1.0
-    """Sample from the most likely tokens whose probabilities add up to this. Below 1, runs of spaces may never end."""
+    """Sample from the most likely tokens whose probabilities add up to this. Below 1, the model may go on repeating
+    spaces."""
     seed: int = 0
     """Seed of sampling."""
     depth_threshold: float | None = None
-    """Replaces the trained model.depth.threshold. With early exit, 1 runs every position through all blocks."""
+    """Replaces model.depth.threshold, as set for training; only for models with adaptive depth. With early exit, 1 runs
+    every position through all blocks."""
     speculate: int = 0
-    """Number of tokens that the first blocks of a model with early exit draft before all blocks verify them. The text
-    is that of full depth. Needs temperature 0. 0 turns drafts off."""
+    """Only for models with early exit: largest number of tokens that the first blocks draft before the later blocks
+    verify them. The text is that of greedy decoding through all blocks, up to rounding; depth_threshold has no effect.
+    Needs temperature 0. 0: off."""
 
     def __post_init__(self) -> None:
         check_text("generate", checkpoint=self.checkpoint, prompt=self.prompt)
@@ -215,7 +226,8 @@ class InspectConfig:
     output: str = "inspect.html"
     """HTML page to write. An existing file is replaced only if this command has written it."""
     depth_threshold: float | None = None
-    """Replaces the trained model.depth.threshold. With early exit, 1 runs every position through all blocks."""
+    """Replaces model.depth.threshold, as set for training; only for models with adaptive depth. With early exit, 1 runs
+    every position through all blocks."""
 
     def __post_init__(self) -> None:
         check_text("inspect", checkpoint=self.checkpoint, text=self.text, output=self.output)
@@ -233,9 +245,10 @@ class ReportConfig:
     output: str = "report.html"
     """HTML page to write. An existing file is replaced only if this command has written it."""
     text: str | None = None
-    """Text file to color by its cost under each model. Default: the first held-out document of the first run."""
+    """Text file to color by the FLOPs that each model executes for it. '-' reads standard input. Default: the first
+    held-out document of the first run."""
     max_tokens: int = 600
-    """Number of tokens of that text to look at, from the beginning."""
+    """Largest number of tokens of that text to color, from the beginning."""
 
     def __post_init__(self) -> None:
         check_text("report", output=self.output, **{f"runs[{i}]": run for i, run in enumerate(self.runs)})
@@ -251,14 +264,14 @@ class AblateConfig:
     """Settings of `resnet-bk ablate`."""
 
     base: str
-    """YAML file with settings of `resnet-bk train`: the recipe. All techniques to be switched must be on in it. Its
-    max_steps gives all models equal tokens, its max_seconds equal time."""
+    """YAML file with settings of `resnet-bk train`: the recipe. All techniques to be switched must be on in it. Set
+    max_steps in it to train all models on equally many tokens, or max_seconds for equal time."""
     techniques: list[str] | None = None
-    """Techniques to switch: multiscale, length, depth, sparsity, experts. Default: all that are on in the recipe.
-    With experts off, each token uses all experts."""
+    """Techniques to switch, at least two of multiscale, length, depth, sparsity, experts. Default: all that are on in
+    the recipe. With experts off, each token uses all experts."""
     plan: Literal["full", "half"] = "full"
-    """full: every combination of techniques. half: those with an even number of techniques off, and the plain model;
-    needs at least four techniques."""
+    """'full': every combination of techniques. 'half': those with an even number of techniques off, and the one with
+    all switched techniques off; needs at least four techniques."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of training. Each combination is trained once with each seed."""
     output_dir: str = "runs/ablate"
@@ -268,9 +281,9 @@ class AblateConfig:
         where = "ablate"
         check_choices(where, self)
         check_text(where, base=self.base, output_dir=self.output_dir)
-        for name, values in (("techniques", self.techniques), ("seeds", self.seeds)):
+        for name, values, least in (("techniques", self.techniques, "two"), ("seeds", self.seeds, "one")):
             if values is not None and (not values or len(set(values)) < len(values)):
-                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed at least one, without repetition")
+                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed at least {least}, without repetition")
         for technique in self.techniques or ():
             check_choice(where, tuple(TECHNIQUES), techniques=technique)
         check_integer(where, 0, 2**31 - 1, **{f"seeds[{i}]": seed for i, seed in enumerate(self.seeds)})
@@ -285,19 +298,21 @@ class TuneConfig:
     space: dict[str, list[float]] | None = None
     """Settings of the recipe to search, with the lowest and highest value: {model.depth.penalty: [0.01, 1.0]}. Any
     number can be searched. Integers stay integers. The scale is logarithmic if low > 0 and high >= 10 low. Default:
-    threshold, penalty and target of model.depth, or only the threshold with policy 'exit', which uses no others."""
+    threshold, penalty and target of model.depth; with its policy 'exit' the threshold only; with 'none' an error."""
     output_dir: str = "runs/tune"
     """Folder for the study and the runs of its trials. An existing study is continued."""
     trials: int = 20
-    """Number of trials to finish, including those of earlier calls."""
+    """Number of trials to reach, complete or stopped, including those of earlier calls."""
     objective: Literal["prefill", "decode"] = "prefill"
-    """Time to minimise: of reading text in parallel, or of generating it one token at a time."""
+    """Time to minimise. 'prefill': of reading text in parallel. 'decode': of generating it one token at a time."""
     seed: int = 0
     """Seed of the search. Each trial trains with the recipe's own seed."""
     prune: bool = True
-    """Stop a trial after a quarter or a half of training if it is far worse than all finished trials were there."""
+    """Stop a trial at a quarter or a half of training if its training bits per byte are more than 10% above the worst
+    that complete trials had at that point. Needs four complete trials."""
     max_loss: float = 0.05
-    """The chosen trial is the fastest whose perplexity per byte is at most this share above the best one."""
+    """Tolerance: the chosen trial is the fastest one whose perplexity per byte is at most (1 + this) times the
+    lowest."""
 
     def __post_init__(self) -> None:
         where = "tune"

@@ -48,11 +48,11 @@ class RecurrentCache:
 
 @dataclass
 class CausalLMOutput(CausalLMOutputWithPast):
-    """Output of transformers' causal language models, with the auxiliary losses.
+    """Output of transformers' causal language models, with the weighted sum of the auxiliary losses.
 
     Attributes:
-        loss: (), cross-entropy and auxiliary losses.
-        logits: (B, N or logits_to_keep, V).
+        loss: (), the cross-entropy plus `aux_loss`; None without targets.
+        logits: (B, N or logits_to_keep, V); None in training mode if targets are given.
         cache: :class:`RecurrentCache`; called past_key_values in older versions of transformers.
         aux_loss: (), weighted sum of the auxiliary losses, a part of `loss`.
     """
@@ -61,7 +61,7 @@ class CausalLMOutput(CausalLMOutputWithPast):
 
 
 class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
-    """A :class:`LanguageModel`, the attribute ``model``, with the interface of transformers."""
+    """The interface of transformers around a :class:`LanguageModel`, which is the attribute ``model``."""
 
     config: ResNetBKConfig
     config_class = ResNetBKConfig
@@ -88,7 +88,8 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a model as transformers does, but refuse damaged files and weights that do not fit the model.
 
         Raises:
-            CheckpointError: a file differs from the manifest, or weights are missing, unexpected or of another shape.
+            CheckpointError: the folder has a manifest and a file differs from it, or weights are missing or unexpected.
+            RuntimeError: weights have another shape. transformers raises it.
         """
         if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
             verify(Path(path))
@@ -147,17 +148,21 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: RecurrentCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput | tuple:
-        """Compute next-token logits and the loss.
+        """Compute next-token logits and, with targets (`labels` or `shift_labels`), the loss.
+
+        In training mode, the logits are None if targets are given.
 
         Assisted decoding does not work: it crops the cache, but a recurrent state cannot be cropped.
 
         Args:
             input_ids: (B, N) int64 or int32.
-            attention_mask: (B, at least N), 0 for padding, on any side.
+            attention_mask: (B, at least N), 0 for padding, on any side. The last N columns are read. It is ignored with
+                a cache and N = 1, where the position counts as a token.
             cache: the cache of the positions before; the sequences continue from there.
             labels: (B, N), the same tokens as input_ids, shifted here; -100 is not counted.
             shift_labels: (B, N), the token that follows each position, instead of labels.
-            num_items_in_batch: tokens in all accumulated batches; this batch then contributes its share of their mean.
+            num_items_in_batch: number of counted targets in all accumulated batches. The loss is then multiplied by
+                this batch's share of them.
             use_cache: return a cache; the default is config.use_cache in evaluation mode, False in training.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or a tensor of positions.
             return_dict: False returns a tuple.
@@ -177,7 +182,9 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         features = self.model.features(input_ids, mask, state)
         loss = aux_loss = logits = None
         if shift_labels is not None:
-            # Trainer does not divide by its accumulation steps, so each loss is multiplied by this batch's share.
+            # If Trainer passes num_items_in_batch, it does not divide by its accumulation steps, so each loss is
+            # multiplied by this batch's share. BKTrainer's batches have no `labels`, so there Trainer passes None and
+            # divides.
             loss = self.model.cross_entropy(features, shift_labels)
             share: float | Tensor = 1.0
             if num_items_in_batch is not None:

@@ -25,7 +25,9 @@ def world_size() -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the processes of a run. Its methods are collective: all ranks must call them.
+    """This process among the processes of a run.
+
+    All methods are collective: all ranks must call them, in the same order. Only the property is_rank_zero is not.
 
     Attributes:
         rank: index of this process, from 0.
@@ -39,7 +41,10 @@ class Ranks:
 
     @classmethod
     def start(cls) -> Self:
-        """Join the process group that a launcher set up; without a launcher, return the only rank of one."""
+        """Initialise the process group that a launcher's environment variables describe, unless that is done already.
+
+        With one process, return its rank 0 without a group.
+        """
         if world_size() == 1:
             return cls()
         if not dist.is_initialized():
@@ -68,7 +73,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Run the block on rank 0, then on the other ranks.
+        """Run the block on rank 0, then on the other ranks. The block must not call a collective method.
 
         If the block raises on rank 0, the others exit with status 1 and print nothing: rank 0 reports the error.
         """

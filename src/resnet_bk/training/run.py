@@ -40,7 +40,7 @@ with extra("train"):
 
 
 class StoppedError(RuntimeError):
-    """A signal stopped the run after a checkpoint was saved.
+    """A signal arrived: the run saved a checkpoint and stopped.
 
     Args:
         number: the signal.
@@ -48,7 +48,7 @@ class StoppedError(RuntimeError):
     """
 
     def __init__(self, number: int, resume: str):
-        super().__init__(f"stopped by signal {number}; saved. Resume with: {resume}")
+        super().__init__(f"stopped by signal {number} after saving a checkpoint. Resume with: {resume}")
         self.number, self.exit_code = number, 128 + number
 
 
@@ -62,8 +62,8 @@ class TrainedRun:
         model: the trained model.
         tokenizer: its tokenizer.
         held_out: documents for scoring, not tokenised yet.
-        steps: number of steps made.
-        seconds: training time of all sessions together.
+        steps: number of updates made, including those before the run was resumed.
+        seconds: training time, including that before the run was resumed.
         bytes_per_token: mean over the training text.
         processes: number of processes that shared each batch.
         train_sha256: hash of the training text and its tokenizer.
@@ -101,17 +101,19 @@ class _Data:
 def train(config: TrainConfig, console: Console, on_progress: ProgressCallback | None = None) -> TrainedRun | None:
     """Train a model and save it in its run folder.
 
-    Under torchrun or accelerate the processes share each batch. Only rank 0 chooses the folder, prints and writes; the
-    other ranks return None when training ends.
+    Under torchrun or accelerate the processes share each batch. Only rank 0 chooses the folder, prints and writes the
+    run's files; another rank writes token files only if it does not find rank 0's. The other ranks return None when
+    training ends.
 
     Args:
         config: settings of the run.
         console: where rank 0 prints.
-        on_progress: called at each log line; an exception that it raises ends the training.
+        on_progress: called on rank 0 at each log line; an exception that it raises ends the training.
 
     Raises:
-        ConfigError: settings, text and folder do not fit together.
-        StoppedError: a signal stopped the run after a checkpoint was saved.
+        ConfigError: the settings, the text or the folder cannot be used, or do not fit each other.
+        CheckpointError: the checkpoint to resume from cannot be loaded.
+        StoppedError: a signal arrived: the run saved a checkpoint and stopped.
         NonFiniteError: a loss or a gradient was NaN or infinite.
     """
     quiet_transformers()
@@ -121,14 +123,15 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
     with ranks.rank_zero_first():  # errors are reported once; the other ranks find the token files written
         config, data = _prepare_data(dataclasses.replace(config, output_dir=str(folder)), ranks)
     torch.manual_seed(config.seed)
-    model = ResNetBKForCausalLM(_hub_config(config, data.tokenizer))
+    model = ResNetBKForCausalLM(_transformers_config(config, data.tokenizer))
     _print_sizes(console, data, model, ranks)
     _prepare_model(model, config, ranks)
     with ranks.rank_zero_first():
         try:
             trainer = BKTrainer(model, config, data.windows, data.tokenizer, ranks)
-        except ValueError as error:  # the only setting that transformers checks and we do not
-            raise ConfigError(f"train.report_to: got {config.report_to!r}: {error}") from error
+        except ValueError as error:  # transformers checks the trackers, and whether the GPU can compute in bfloat16
+            name = "dtype" if "bf16" in str(error) else "report_to"
+            raise ConfigError(f"train.{name}: got {getattr(config, name)!r}: {error}") from error
     checkpoint = ranks.broadcast(lambda: str(newest_valid(folder / CHECKPOINTS, console.print) or ""))
     recorder = Recorder(trainer, folder / METRICS, console, on_progress)
     if ranks.is_rank_zero:
@@ -166,10 +169,15 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
 
 
 def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data]:
-    """Split and tokenise the text, check it against the settings and the folder, and create the folder.
+    """Split the text, tokenise its training part, and create the folder.
+
+    If the folder holds a run already, compare its settings and training text with these.
 
     Returns:
-        `config` with the vocabulary size of the tokenizer, and the texts.
+        `config` with the actual vocabulary size, and the texts.
+
+    Raises:
+        ConfigError: the settings, the text or the run in the folder do not fit each other.
     """
     folder = Path(config.output_dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -185,7 +193,7 @@ def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data
 
 
 def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
-    """Raise ConfigError unless the text has a batch of windows and the ranks can share it evenly."""
+    """Raise ConfigError if the text is shorter than one batch, or batch_size is not a multiple of the ranks' number."""
     if len(windows) < config.batch_size:
         raise ConfigError(
             f"data.source: {len(windows.tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
@@ -199,10 +207,10 @@ def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
 
 
 def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
-    """Set the vocabulary size to that of the tokenizer, unless a larger one was set.
+    """Set the vocabulary size to that of the tokenizer if it is the default, 259; keep a larger one.
 
     Raises:
-        ConfigError: a smaller one was set.
+        ConfigError: it is neither the default nor large enough for the tokenizer.
     """
     asked = config.model.vocab_size
     if asked != tokens.BYTE_VOCABULARY and asked < size:
@@ -225,11 +233,13 @@ def _print_sizes(console: Console, data: _Data, model: ResNetBKForCausalLM, rank
 
 
 def _prepare_model(model: ResNetBKForCausalLM, config: TrainConfig, ranks: Ranks) -> None:
-    """Compile the kernels before the clock starts, then apply the settings for memory. Draws no random numbers."""
+    """Compile the CPU kernels before the clock starts, then apply the settings that save memory.
+
+    The state of the random number generator does not change.
+    """
     ids = torch.ones(1, 2, dtype=torch.long)
     with torch.random.fork_rng(devices=[]):
-        output = model(ids, shift_labels=ids)
-    output.loss.backward()
+        model(ids, shift_labels=ids).loss.backward()
     model.zero_grad(set_to_none=True)
     if config.activation_checkpointing:
         recompute(model)
@@ -237,6 +247,6 @@ def _prepare_model(model: ResNetBKForCausalLM, config: TrainConfig, ranks: Ranks
         shard(on_device(model))
 
 
-def _hub_config(config: TrainConfig, tokenizer: Tokenizer) -> ResNetBKConfig:
+def _transformers_config(config: TrainConfig, tokenizer: Tokenizer) -> ResNetBKConfig:
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     return ResNetBKConfig.from_model_config(config.model, **ids)
