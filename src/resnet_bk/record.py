@@ -23,10 +23,11 @@ class Record:
 
     Attributes:
         losses: the layer's own losses by name.
-        task_loss: replaces the cross-entropy of the output in training, for a layer whose decisions that loss could not
-            judge. It takes a function from features (B, N, D) to the nats (B, N) of each position's target, 0 where
-            there is none, and a (B, N) bool mask of the positions that have a target. It returns a loss per position
-            (B, N).
+        task_loss: in training, replaces the cross-entropy of the model's output, for a layer whose decisions would get
+            no gradient from that. If several records have one, the model uses the first. Called as
+            ``task_loss(nats, scored)``: `nats` maps features (B, N, D), before the final norm, to the cross-entropy
+            (B, N) of each position's target, 0 where there is none; `scored` (B, N) bool is True where there is a
+            target. Returns a loss per position (B, N).
     """
 
     losses: dict[str, Loss] = field(default_factory=dict)

@@ -36,13 +36,13 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A tokenised corpus of D documents.
+    """A tokenised corpus.
 
     Attributes:
         ids: (tokens,) uint16 or uint32, all documents, each followed by the end-of-document id.
-        starts: (D + 1,) int64, the index in `ids` of each document's first token, and the number of tokens.
-        sizes: (D,) int64, bytes of each document.
-        names: D names.
+        starts: (documents + 1,) int64, the index in `ids` of each document's first token; last, the number of tokens.
+        sizes: (documents,) int64, bytes of each document.
+        names: of the documents.
     """
 
     ids: np.ndarray

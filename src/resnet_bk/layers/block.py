@@ -3,8 +3,9 @@
 ``layer(x (B, N, D), tokens, state, mask) -> (x (B, N, D), state, records)``
 
 - tokens: :class:`Tokens`, the token at each position.
-- state: the layer's own state after the same sequences up to here, or None at their start.
-- mask: (B, N) bool, True for tokens, False for padding, which comes last in each row; None without padding.
+- state: what this layer returned as its state for the preceding positions of the same sequences; None at their start.
+- mask: (B, N) bool, True for tokens, False for padding; None without padding. The model has moved each row's tokens
+  to its front, so that padding comes last.
 - records: a list of :class:`resnet_bk.record.Record`, one for each part of the layer that reports something.
 
 Dimensions: B batch, N positions, D model width.
@@ -42,7 +43,7 @@ class Tokens(NamedTuple):
 
 
 class AdaptiveLayer(nn.Module):
-    """Base of the layers that implement a technique around other layers; the ledger books what runs inside them."""
+    """Base of the layers that implement a technique around others; the ledger has entries for each, as for blocks."""
 
 
 class Block(nn.Module):

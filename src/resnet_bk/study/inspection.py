@@ -129,7 +129,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
 
 
 def decisions(records: list[Record]) -> dict[str, float]:
-    """Return means of what the techniques decided, by name, as far as their records reach the model's records."""
+    """Return the means of the decisions in `records`, by name; `Spending.blocks` has those of adaptive depth."""
     found: dict[str, list[float]] = {}
     for record in records:
         if isinstance(record, LengthRecord):

@@ -34,6 +34,8 @@ class LengthScores(TypedDict):
 class LearnedSequenceLengthTrainer:
     """Minimizes ``CE + length_penalty * E[length] / max_seq_len``; both terms have a gradient in the predictor.
 
+    CE is the task loss of learned length. A bonus for undecided choices and the losses of the layers inside are added.
+
     Args:
         model: the wrapper. Its base model is trained together with the length predictor and the bypass.
         optimizer: holds ``model.parameters()``, or those that should be trained.
@@ -54,7 +56,9 @@ class LearnedSequenceLengthTrainer:
             use_adaptive_length: False trains the base model at full length.
 
         Returns:
-            total_loss, ce_loss, length_cost (the penalty in the loss), avg_predicted_length and speedup_estimate.
+            total_loss; ce_loss, the task loss in nats per target; length_cost, the weighted length penalty;
+            avg_predicted_length; speedup_estimate, a ratio of FLOPs. At full length the last three are 0, the length
+            of x, at most a window's, and 1.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; no update was made.
