@@ -38,8 +38,8 @@ bench: .venv/installed
 # All of it on one GPU, ten minutes, in the environment at hand: PYTHON is used as it is where it has torch and
 # transformers, so that the torch that fits the card stays. Elsewhere in the environment of `make demo`.
 gpu:
-	@if $(PYTHON) -c 'import torch, transformers, numpy, safetensors, yaml' 2>/dev/null; \
-	then python=$$(command -v $(PYTHON)); else $(MAKE) .venv/installed && python=$(CURDIR)/$(BIN)/python; fi && \
+	@python=$$($(PYTHON) -c 'import sys, torch, transformers, safetensors, yaml; print(sys.executable)' 2>/dev/null) || \
+	{ $(MAKE) .venv/installed && python=$(CURDIR)/$(BIN)/python; } && \
 	cd benchmarks && PYTHONPATH=$(CURDIR)/src $$python gpu.py --out ../runs/gpu.md
 
 clean:
