@@ -425,8 +425,8 @@ def stretch_forgotten(model: LanguageModel, monkeypatch) -> None:
     """Positions before this call are not part of what the next kept position represents."""
     run = LearnedLength._run_deep
 
-    def forgetful(self, x, tokens, kept, mask, past, first):
-        return run(self, x, tokens, kept, mask, past._replace(open=torch.zeros_like(past.open)), first)
+    def forgetful(self, x, tokens, kept, mask, past):
+        return run(self, x, tokens, kept, mask, past._replace(open=torch.zeros_like(past.open)))
 
     monkeypatch.setattr(LearnedLength, "_run_deep", forgetful)
 
