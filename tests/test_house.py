@@ -32,9 +32,8 @@ def retired_words() -> dict[str, re.Pattern]:
     terms = [row.split("|")[1].strip() for row in table.splitlines() if row.startswith("| ")]
     found = {}
     for term in terms:
-        word, _, note = term.partition(" (")
-        pattern = PATTERNS.get(term, rf"\b{word}s?\b" if not note or term not in PATTERNS else None)
-        if pattern and term != "not":
+        pattern = PATTERNS.get(term, rf"\b{term.partition(' (')[0]}s?\b")
+        if pattern and term != "not":  # the table's head
             found[term] = re.compile(pattern, re.IGNORECASE if pattern != r"\bSeen\b" else 0)
     return found
 

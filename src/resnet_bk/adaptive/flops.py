@@ -1,6 +1,6 @@
 """The FLOPs of a layer per position: the one place where its matrix products and recurrences are counted.
 
-A multiply-add is two operations, as torch's FLOP counter has it. Element-wise work is not counted. The compute ledger
+A multiply-add is two operations, as in torch's FLOP counter. Element-wise work is not counted. The compute ledger
 multiplies :func:`own_flops` with the positions that a module really computed; learned length and
 ``count_flops_multi_scale`` read :func:`flops_per_position`.
 """
