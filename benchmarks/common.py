@@ -32,7 +32,8 @@ SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parent
 def stdlib_ids() -> tuple[np.ndarray, np.ndarray]:
     """Return train and held-out byte ids of the default corpus."""
     parts = []
-    for documents in corpus.split("stdlib", None, 0.05):
+    text = corpus.split("stdlib", None, 0.05)
+    for documents in (text.train, text.held_out):
         ids = [np.append(tokens.byte_ids(b"".join(d.pieces())), np.uint16(tokens.END_OF_DOCUMENT)) for d in documents]
         parts.append(np.concatenate(ids))
     return parts[0], parts[1]

@@ -11,6 +11,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
+from yaml import YAMLError
+
 from resnet_bk import __version__
 from resnet_bk.config import (
     PRESETS,
@@ -20,21 +22,33 @@ from resnet_bk.config import (
     GenerateConfig,
     InspectConfig,
     ReportConfig,
+    SealConfig,
     TrainConfig,
     TuneConfig,
     all_fields,
     check_fields,
+    check_yaml,
     in_words,
     is_section,
     preset_file,
     read_yaml,
     shown,
+    visible,
 )
 from resnet_bk.extras import MissingExtraError, extra
 
 with extra("train"):
     import docstring_parser
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import (
+        ArgumentError,
+        ArgumentParser,
+        _loaders_dumpers,
+        get_loader,
+        set_loader,
+        set_parsing_settings,
+    )
+
+_load_yaml = get_loader("yaml")
 
 _COMMANDS = {
     "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
@@ -44,6 +58,7 @@ _COMMANDS = {
     "report": (ReportConfig, "Compare finished runs on one page: table, curves, Pareto fronts, texts in colors."),
     "tune": (TuneConfig, "Search settings for the trade-off between held-out bits per byte and measured time."),
     "ablate": (AblateConfig, "Train every combination of a recipe's techniques; measure what each saves and costs."),
+    "seal": (SealConfig, "Write a new manifest for a model folder whose files were changed on purpose."),
 }
 # Imported when the command runs. Arguments: its settings, those of a run (if it has a setting `base`), and a console.
 _FUNCTIONS = {
@@ -54,6 +69,7 @@ _FUNCTIONS = {
     "report": "resnet_bk.study.comparison:report",
     "tune": "resnet_bk.study.tune:tune",
     "ablate": "resnet_bk.study.ablate:ablate",
+    "seal": "resnet_bk.study.sealing:seal",
 }
 
 
@@ -61,15 +77,18 @@ _FUNCTIONS = {
 def _parser() -> ArgumentParser:
     # Without subclasses: no value may name a class, which the parser would import.
     set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[is_dataclass])
+    set_loader("yaml", _load_value, (YAMLError,))
+    _loaders_dumpers.yaml_load = _load_value  # which settings of some types use instead
     parser = ArgumentParser(
         prog="resnet-bk",
         version=__version__,
         exit_on_error=False,
+        allow_abbrev=False,
         description="Language models that spend compute where the text is hard.",
     )
     commands = parser.add_subcommands(dest="command")
     for name, (config, text) in _COMMANDS.items():
-        command = ArgumentParser(exit_on_error=False, description=text)
+        command = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=text)
         preset = f", or a model to start from: {', '.join(PRESETS)}" if config is TrainConfig else ""
         command.add_argument("--config", action="config", help=f"YAML file with any of the settings below{preset}.")
         lists = {setting: usage for setting, usage in _positional(name).items() if usage.endswith("...")}
@@ -80,6 +99,15 @@ def _parser() -> ArgumentParser:
                 command.add_argument(setting.arg_name, nargs="+", type=str, metavar=metavar, help=setting.description)
         commands.add_subcommand(name, command, help=text)
     return parser
+
+
+def _load_value(text: str) -> Any:
+    """Load a value of the command line, with the limits that a configuration file has."""
+    try:
+        check_yaml("value", text)
+        return _load_yaml(text)
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:  # '!!int ""' is an IndexError
+        raise YAMLError(str(error)) from error
 
 
 def _positional(command: str | None) -> dict[str, str]:
@@ -96,9 +124,9 @@ def _config_files(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
     """Yield where each configuration file is named: index of the argument, text before the name in it, and name."""
     for i, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if len(option) > 2 and "--config".startswith(option):
+        if option == "--config":
             if equals:
-                yield i, f"{option}=", value
+                yield i, "--config=", value
             elif i + 1 < len(arguments):
                 yield i + 1, "", arguments[i + 1]
 
@@ -181,6 +209,9 @@ def _explain(error: Exception, command: str | None) -> str:
         return f"{command}: unknown setting {shown(match[1])}; {near or f'see resnet-bk {command} --help'}"
     if match := re.search(r"arguments are required: ([\w.]+)", text):
         return f"{match[1]}: missing; usage: resnet-bk {command} {usage}"
+    if match := re.search(r"NestedArg\(key='([^']*)'", text):
+        name = text.partition('"')[2].partition('"')[0]
+        return f"{command}: unknown option {shown(f'--{name}.{match[1]}')}; {name} has no fields"
     if (match := re.search(r"argument --([\w.]+)\S*: expected one argument", text)) and match[1] in allowed:
         name = match[1] if "." in match[1] else f"{where}{match[1]}"
         return f"{name}: got nothing, allowed {allowed[match[1]]}"
@@ -196,12 +227,17 @@ def _explain(error: Exception, command: str | None) -> str:
 
 
 def _one_line(error: Exception | str) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(visible(str(error)).split())
     return text if len(text) <= 1000 else text[:997] + "..."
 
 
+def _is_one_of_many() -> bool:
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _is_rank_0() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    rank = os.environ["RANK"] if _is_one_of_many() else "0"
+    return not rank.isdecimal() or int(rank) == 0
 
 
 def _fail(message: Exception | str, code: int, once: bool = False) -> int:
@@ -238,24 +274,35 @@ def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, A
         return parsed.command, _COMMANDS[parsed.command][0](**values)
     except ConfigError:
         raise
-    except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:  # of the parser and its loaders
+    # of the parser and its loaders
+    except (ArgumentError, ValueError, TypeError, ArithmeticError, OSError, RecursionError) as error:
         raise ConfigError(_explain(error, command)) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Bad input gives one line on standard error and code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))
+        return _run(*_parse(arguments))
     except (ConfigError, MissingExtraError) as error:
-        return _fail(error, 2, once=True)
+        return _fail(_agreed(error) if _is_one_of_many() and "train" in arguments[:1] else error, 2, once=True)
+
+
+def _agreed(error: Exception) -> Exception | str:
+    """Return what rank 0 prints if this process of a training cannot start. The other ranks exit."""
+    from resnet_bk.training.ranks import fail_together
+
+    try:
+        return fail_together(str(error))
+    except (ConfigError, RuntimeError):  # the processes cannot meet, or another one has ended
+        return error
 
 
 def _run(command: str, config: Any) -> int:
     """Run a command and return its exit code. Errors of the input and of the machine give one line."""
     with extra("train"):
-        from rich.console import Console
-
         from resnet_bk.checkpoint import CheckpointError
+        from resnet_bk.report.terminal import console
         from resnet_bk.training.guard import LeakError
         from resnet_bk.training.ranks import world_size
         from resnet_bk.training.run import StoppedError
@@ -268,10 +315,10 @@ def _run(command: str, config: Any) -> int:
         settings = [config]
         if hasattr(config, "base"):
             settings.append(_parse(["train", f"--config={config.base}"], f"{command}.base")[1])
-        pkgutil.resolve_name(_FUNCTIONS[command])(*settings, Console())
+        pkgutil.resolve_name(_FUNCTIONS[command])(*settings, console())
     except StoppedError as stopped:
         if _is_rank_0():
-            print(f"resnet-bk: {stopped}", file=sys.stderr)
+            print(f"resnet-bk: {_one_line(stopped)}", file=sys.stderr)
         return stopped.exit_code
     except NonFiniteError as error:
         return _fail(error, 1, once=True)
@@ -279,16 +326,16 @@ def _run(command: str, config: Any) -> int:
         return _fail(f"{command}: the input is not UTF-8 at byte {error.start}", 2)
     except (ConfigError, CheckpointError) as error:
         return _fail(error, 2)
-    except (LeakError, OSError) as error:
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, 1)
+    except LeakError as error:
         return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
         if re.search(r"Connection (closed|reset) by peer|Connection refused|Broken pipe", str(error)):
             return _fail(f"{command}: another process of this run has ended; its own message says why", 1)
+        if "more positions selected than capacity" in str(error):
+            return _fail(f"{command}: model.TECHNIQUE.bound: {error}", 1)
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
         return _fail(f"{command}: out of memory; lower batch_size, model.n_seq or model.d_model ({error})", 1)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

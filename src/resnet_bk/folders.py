@@ -1,15 +1,18 @@
 """Run folders: the names of their files, choosing the folder of a run, and checking that a run may be resumed."""
 
+import contextlib
 import dataclasses
+import json
+import os
+import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from resnet_bk.checkpoint import CheckpointError, newest_valid, verify
-from resnet_bk.config import ConfigError, TrainConfig, read_yaml, shown
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from resnet_bk import files
+from resnet_bk.checkpoint import CheckpointError, newest_valid, saved_steps, verify
+from resnet_bk.config import ConfigError, TrainConfig, read_yaml, shown, visible
 
 CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
     "config.yaml",
@@ -22,27 +25,70 @@ CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
 )
 
 
-def run_folder(config: TrainConfig, console: "Console") -> Path:
-    """Return the folder of this run: a new one, or an unfinished one to resume; see TrainConfig.resume.
+@contextlib.contextmanager
+def run_folder(config: TrainConfig, report: Callable[[str], None]) -> Iterator[Path]:
+    """Choose the folder of this run and hold its lock: a new one, or an unfinished one to resume.
+
+    See TrainConfig.resume. `report` is called with a line that says what was chosen.
 
     Raises:
-        ConfigError: the folder holds a run and `resume` is off, or it holds other files.
+        ConfigError: another process works in the folder, or it holds a run and `resume` is off, or other files.
     """
     folder, number = Path(config.output_dir), 1
-    while (folder / CONFIG).exists():
+    while True:
+        with files.lock(folder, "train.output_dir"):
+            if not (config.resume and is_begun(folder) and _is_finished(folder)):
+                _check_free(folder, config, report)
+                files.remove_scratch(folder)
+                yield folder
+                return
+        number += 1
+        report(f"{folder} is finished; starting a new run in {config.output_dir}-{number}")
+        folder = Path(f"{config.output_dir}-{number}")
+
+
+def is_begun(folder: Path) -> bool:
+    """Return True if the folder holds a run. An empty config.yaml without checkpoints counts as nothing begun."""
+    config = folder / CONFIG
+    return config.exists() and (config.stat().st_size > 0 or bool(saved_steps(folder / CHECKPOINTS)))
+
+
+def _is_finished(folder: Path) -> bool:
+    """Return True if the run in `folder` has results.
+
+    Raises:
+        ConfigError: a file of the run is not a file, or its results are damaged.
+    """
+    for name in (CONFIG, TEXT_HASH, METRICS, RESULTS):
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise ConfigError(f"train.output_dir: {folder / name} is not a file; move it away")
+    results = folder / RESULTS
+    if not results.exists():
+        return False
+    try:
+        values = json.loads(results.read_bytes())
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"train.output_dir: {results} is damaged; restore it, or remove it to have the run scored again"
+        )
+    return True
+
+
+def _check_free(folder: Path, config: TrainConfig, report: Callable[[str], None]) -> None:
+    """Raise ConfigError unless this run may write to the folder."""
+    if is_begun(folder):
         if not config.resume:
             raise ConfigError(
                 f"train.output_dir: {folder} holds a run already; pass --resume true to continue it, or choose another"
             )
-        if not (folder / RESULTS).exists():
-            console.print(f"continuing the unfinished run in {folder}")
-            return folder
-        number += 1
-        console.print(f"{folder} is finished; starting a new run in {config.output_dir}-{number}")
-        folder = Path(f"{config.output_dir}-{number}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"train.output_dir: {folder} exists and is not a run of this program; choose another")
-    return folder
+        report(f"continuing the unfinished run in {folder}")
+        return
+    for path in folder.iterdir():  # what a run killed at its start may have left is no obstacle
+        started = path.name in (files.LOCK, CONFIG, TEXT_HASH) or files.is_scratch(path)
+        if not started and not (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir())):
+            raise ConfigError(f"train.output_dir: {folder} exists and is not a run of this program; choose another")
 
 
 def model_folder(path: str) -> Path:
@@ -59,7 +105,7 @@ def model_folder(path: str) -> Path:
             found = "; ".join(["the run has neither a finished model nor an intact checkpoint", *damaged])
             raise CheckpointError(f"{folder}: {found}")
         for message in damaged:
-            print(f"resnet-bk: {message}", file=sys.stderr)
+            print(f"resnet-bk: {visible(message)}", file=sys.stderr)
         return newest
     folder = folder / MODEL if (folder / MODEL).exists() else folder
     verify(folder)
@@ -84,7 +130,7 @@ CHANGEABLE = {
 
 def check_same_run(config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError if `config` differs from the unfinished run in `folder`; do nothing if there is none."""
-    if not (folder / CONFIG).exists():
+    if not is_begun(folder):
         return
     saved = saved_settings("train.output_dir", folder)
     for name, value in flat(dataclasses.asdict(config)).items():
@@ -106,10 +152,15 @@ def saved_settings(where: str, folder: Path) -> dict[str, Any]:
 def check_same_text(source: str, train_hash: str, folder: Path) -> None:
     """Raise ConfigError if the training text differs from that of the unfinished run in `folder`."""
     saved = folder / TEXT_HASH
-    if saved.exists() and saved.read_text().strip() != train_hash:
+    if is_begun(folder) and saved.exists() and saved.read_text(errors="replace").strip() not in ("", train_hash):
         raise ConfigError(
             f"data.source: {source!r} has changed since the run in {folder} began; choose another output_dir"
         )
+
+
+def train_command(config: Path, *options: str) -> str:
+    """Return the command that trains with a configuration file, quoted for a shell."""
+    return shlex.join(["resnet-bk", "train", "--config", str(config), *options])
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resnet_bk.adaptive.compose import build
 from resnet_bk.config import BYTE_VOCABULARY, ModelConfig, preset
 from resnet_bk.layers.block import Tokens
+from resnet_bk.layers.checks import IDS, MASK, TARGETS, check_ids, check_positions, check_state, structure
 from resnet_bk.layers.loss import linear_cross_entropy
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.packing import Packing
@@ -57,6 +58,10 @@ class Features(NamedTuple):
     records: list[Record]
     packing: Packing | None
 
+    def counted(self, targets: Tensor) -> Tensor:
+        """Return the targets (B, N) with -100 at padding, so that these are not counted."""
+        return targets if self.packing is None else targets.masked_fill(~self.packing.selected, -100)
+
 
 class LanguageModel(nn.Module):
     """A causal language model on the BK core, or a bidirectional encoder with ``causal=False``.
@@ -65,6 +70,9 @@ class LanguageModel(nn.Module):
     ``LanguageModel(256, d_model=64, n_layers=4, n_seq=128, num_experts=4, top_k=1)``. Time and memory are linear in N.
     The state has a constant size.
     """
+
+    # The last result of `_structure_of_state`, with its dtype.
+    _structure: tuple[torch.dtype, list[Any]] | None = None
 
     def __init__(self, vocab_size: int, **fields: Any):
         super().__init__()
@@ -109,17 +117,19 @@ class LanguageModel(nn.Module):
 
         Args:
             ids: (B, N) int64 or int32, token ids; B, N >= 1.
-            targets: (B, N) int64, the token that each position should predict; -100 is not counted.
+            targets: (B, N) int64, the token that each position should predict. -100 is not counted, nor is any target
+                at padding.
             mask: (B, N) bool, False for padding, which may be anywhere and does not affect the other positions.
             state: `state` of the output for the preceding positions of the same sequences; None at their start.
             logits: False leaves the logits out, so that a large vocabulary never needs (B, N, V) memory.
 
         Raises:
-            ValueError: ids are not (B, N) with B, N >= 1, are on another device than the model, or (checked on the CPU
-                only, and not when compiled) are outside the vocabulary; targets or mask do not have the shape of ids.
-            TypeError: ids are not int64 or int32, or mask is not bool.
+            ValueError: ids are not (B, N) with B, N >= 1; targets or mask have another shape; a tensor is on another
+                device than the model; ids or targets are outside the vocabulary (checked on the CPU only, and not when
+                compiled); or the state is not one of B sequences of this model (not checked when compiled).
+            TypeError: an argument, or a part of the state, has another type or dtype.
         """
-        self.check(ids, targets, mask)
+        self.check(ids, targets, mask, state)
         features = self.features(ids, mask, state)
         auxiliary = mean_losses(features.records)
         output = ModelOutput(
@@ -142,7 +152,10 @@ class LanguageModel(nn.Module):
         tokens = Tokens(ids.long())
         if packing is not None:
             tokens, mask = tokens.map(packing.pack), packing.mask
-        x, after, records = self.blocks(self.embed(tokens.ids), tokens, state, mask)
+        x = self.embed(tokens.ids)
+        if mask is not None:  # so that not even a NaN in an embedding gets from padding to a gradient
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        x, after, records = self.blocks(x, tokens, state, mask)
         x = self.norm(x)
         return Features(x if packing is None else packing.merge(x), after, records, packing)
 
@@ -151,10 +164,12 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
     def cross_entropy(self, features: Features, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the targets (B, N), in nats; -100 is not counted.
+        """Return the mean cross-entropy over the counted targets (B, N), in nats; 0 where none is counted.
 
-        In training, a layer may replace the loss of each position, see :class:`resnet_bk.record.Record`.
+        -100 is not counted, nor is any target at padding. In training, a layer may replace the loss of each position,
+        see :class:`resnet_bk.record.Record`.
         """
+        targets = features.counted(targets)
         task_loss = next((r.task_loss for r in features.records if r.task_loss is not None), None)
         if task_loss is None:
             return self._nats(features.x, targets, "mean")
@@ -172,29 +187,38 @@ class LanguageModel(nn.Module):
         nats = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction)
         return nats.view_as(targets) if reduction == "none" else nats
 
-    def check(self, ids: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
-        """Check ids (dtype, shape, device, range), targets (shape) and mask (shape, dtype).
+    def check(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        state: Sequence[Any] | None = None,
+        names: Sequence[str] = ("ids", "targets", "mask", "state"),
+    ) -> None:
+        """Raise the errors that :meth:`forward` lists. names: the names of the arguments in messages."""
+        device, size = self.embed.weight.device, self.config.vocab_size
+        check_positions(names[0], ids, IDS, None, device)
+        if targets is not None:
+            check_positions(names[1], targets, TARGETS, ids, device)
+        if mask is not None:
+            check_positions(names[2], mask, MASK, ids, device)
+        if torch.compiler.is_compiling():
+            return
+        check_ids(names[0], ids, size)
+        if targets is not None:
+            check_ids(names[1], targets if mask is None else targets.masked_fill(~mask, -100), size, -100)
+        if state is not None:
+            if not self.config.causal:
+                raise ValueError(f"{names[3]}: got a state, allowed None; a bidirectional model reads whole sequences")
+            check_state(names[3], state, self._structure_of_state(), len(ids), device.type)
 
-        It raises the errors that :meth:`forward` lists.
-        """
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"ids: expected int64 or int32 token ids, got {ids.dtype}")
-        if ids.dim() != 2 or ids.numel() == 0:
-            raise ValueError(f"ids: expected shape (B, N) with B, N >= 1, got {tuple(ids.shape)}")
-        if ids.device != self.embed.weight.device:
-            raise ValueError(f"ids: on {ids.device}, the model is on {self.embed.weight.device}; move one of them")
-        for name, x in (("targets", targets), ("mask", mask)):
-            if x is not None and x.shape != ids.shape:
-                raise ValueError(f"{name}: expected the shape of ids, {tuple(ids.shape)}, got {tuple(x.shape)}")
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected bool (True = a token, False = padding), got {mask.dtype}")
-        # Check the range on the CPU only, and not when compiled: on a GPU, reading the ids is a host-device sync. There
-        # the embedding itself asserts the range.
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high, largest = int(ids.min()), int(ids.max()), self.config.vocab_size - 1
-            if low < 0 or high > largest:
-                wrong = low if low < 0 else high
-                raise ValueError(f"ids: token id {wrong} is outside the vocabulary, allowed 0 to {largest}")
+    def _structure_of_state(self) -> list[Any]:
+        """Return the structure of a state. It is kept until the dtype of the model changes."""
+        dtype, kept = torch.promote_types(self.embed.weight.dtype, torch.float32), self._structure
+        if kept is None or kept[0] != dtype:
+            x = torch.empty(1, 1, self.config.d_model, dtype=dtype, device="meta")
+            kept = self._structure = dtype, structure(self.blocks.layout(x))
+        return kept[1]
 
 
 ConfigurableResNetBK = LanguageModel  # an alias of LanguageModel, which takes any subset of the techniques

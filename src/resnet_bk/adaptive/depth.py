@@ -117,6 +117,9 @@ class AdaptiveDepth(AdaptiveLayer):
         )
         return x, totals.states, [record, *totals.records]
 
+    def layout(self, x: Tensor) -> list[Any]:
+        return [stack.layout(x) for stack in (self.first, *self.stacks, self.last)]
+
     @property
     def stacks(self) -> list[Stack]:
         """The segments, with a type that mypy can use."""

@@ -200,6 +200,9 @@ class LearnedLength(AdaptiveLayer):
         )
         return out, after, [record, *records, *deep.records]
 
+    def layout(self, x: Tensor) -> LengthState:
+        return self._start(x)._replace(trunk=self.trunk.layout(x), deep=self.deep.layout(x))
+
     def _start(self, x: Tensor) -> LengthState:
         """Return the state before the first position."""
         batch, width = x.shape[0], x.shape[2]

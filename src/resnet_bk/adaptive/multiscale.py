@@ -231,7 +231,7 @@ class MultiScale(AdaptiveLayer):
         self, x: Tensor, tokens: Tokens, state: MultiScaleState | None, mask: Tensor | None
     ) -> tuple[Tensor, MultiScaleState, list[Record]]:
         ids = tokens.ids
-        past = self._start(x, ids) if state is None else state
+        past = self._start(x) if state is None else state
         decision = self.boundaries(x, ids, past.since, past.last_id)
         closes = decision.closes
         if self.boundaries.by_content:
@@ -265,12 +265,16 @@ class MultiScale(AdaptiveLayer):
         )
         return out, after, [record, *records]
 
-    def _start(self, x: Tensor, ids: Tensor) -> MultiScaleState:
+    def layout(self, x: Tensor) -> MultiScaleState:
+        inner = self.inner.layout(x.new_empty(len(x), 1, self.up.expand.in_features))  # type: ignore[operator]
+        return self._start(x)._replace(inner=inner)
+
+    def _start(self, x: Tensor) -> MultiScaleState:
         """Return the state before the first position."""
         batch, width = x.shape[0], x.shape[2]
         still_open = x.new_zeros(batch, width + 1, dtype=torch.promote_types(x.dtype, torch.float32))
-        since = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        return MultiScaleState(still_open, None, x.new_zeros(batch, width), since, torch.zeros_like(ids[:, 0]))
+        none = torch.zeros(batch, dtype=torch.int64, device=x.device)
+        return MultiScaleState(still_open, None, x.new_zeros(batch, width), none, none)
 
     def _capacity(self, positions: int, fresh: bool) -> int | None:
         """Return how many chunks per row the packed tensors hold.

@@ -1,6 +1,8 @@
 """Checks of settings and of the YAML files that hold them. A failed check is an error message of one line."""
 
+import codecs
 import difflib
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -9,7 +11,13 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-_LARGEST_YAML, _DEEPEST_YAML = 1 << 20, 10  # bytes, levels
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of the command line; it refuses a little more
+_LARGEST_YAML, _DEEPEST_YAML = 1 << 16, 10  # bytes, levels
+
+# Control characters and overrides of the text direction, which a terminal obeys; surrogates, which UTF-8 cannot encode.
+_INVISIBLE = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+_VISIBLE = {code: f"\\u{code:04x}" for code in _INVISIBLE} | {code: chr(0x2400 + code) for code in range(0x20)}
+_VISIBLE |= {0x7F: "\N{SYMBOL FOR DELETE}", ord("\n"): "\n", ord("\t"): "\t"}
 
 
 class ConfigError(ValueError):
@@ -30,6 +38,14 @@ def shown(value: object) -> str:
     except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return "an integer too long to print"
     return text
+
+
+def visible(text: str) -> str:
+    """Return a text in which each character that a terminal would obey is a symbol or an escape.
+
+    Line ends and tabs stay.
+    """
+    return text.translate(_VISIBLE)
 
 
 def _repr(value: object) -> Iterator[str]:
@@ -125,12 +141,46 @@ def read_limited(where: str, path: Path, limit: int) -> str:
     Raises:
         ConfigError: the file has more bytes, or it is not UTF-8.
     """
-    if (size := path.stat().st_size) > limit:
-        raise ConfigError(f"{where}: {path} has {size} bytes, allowed at most {limit}")
+    size, data = path.stat().st_size, b""
+    if size <= limit:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)  # it may have grown, and some files of the system have the size 0
+    if max(size, len(data)) > limit:
+        raise ConfigError(f"{where}: {path} has {max(size, len(data))} bytes, allowed at most {limit}")
+    return _decoded(where, str(path), data)
+
+
+def read_text(where: str, name: str, limit: int) -> str:
+    """Return the beginning of a text: of a file, or of standard input if the name is "-".
+
+    Args:
+        where: the setting that names the file, for messages.
+        name: the file.
+        limit: bytes to read at most. A character that they cut is left out.
+
+    Raises:
+        ConfigError: there is no such file, or the text is not UTF-8.
+    """
+    if name == "-":
+        name = "standard input"
+        try:
+            data = sys.stdin.buffer.read(limit)
+        except OSError as error:
+            raise ConfigError(f"{where}: {name} cannot be read ({error.strerror}); name a file instead") from error
+    elif Path(name).is_file():
+        with Path(name).open("rb") as file:
+            data = file.read(limit)
+    else:
+        raise ConfigError(f"{where}: {name} is not a file; give a text file, or '-'")
+    return _decoded(where, name, data, is_whole=len(data) < limit)
+
+
+def _decoded(where: str, name: str, data: bytes, is_whole: bool = True) -> str:
+    """Decode UTF-8. is_whole: False if the data may end within a character."""
     try:
-        return path.read_bytes().decode()
+        return codecs.getincrementaldecoder("utf-8")().decode(data, is_whole)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise ConfigError(f"{where}: {name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def read_yaml(where: str, name: str | Path, wanted: str = "a YAML file") -> Any:
@@ -149,13 +199,7 @@ def read_yaml(where: str, name: str | Path, wanted: str = "a YAML file") -> Any:
         if not path.is_file():
             raise ConfigError(f"{where}: {shown(str(name))} is not a file; give {wanted}")
         text = read_limited(where, path, _LARGEST_YAML)
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand to gigabytes
-                raise ConfigError(f"{where}: {name} has a YAML alias (*name), not allowed; write the value out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST_YAML:
-                raise ConfigError(f"{where}: {name} nests deeper than the {_DEEPEST_YAML} levels allowed")
+        check_yaml(f"{where}: {name}", text)
         return yaml.safe_load(text)
     except ConfigError:
         raise
@@ -166,6 +210,43 @@ def read_yaml(where: str, name: str | Path, wanted: str = "a YAML file") -> Any:
         raise ConfigError(f"{where}: {name} is not plain YAML{at}: {problem}; correct it there") from error
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:  # '!!int ""' is an IndexError
         raise ConfigError(f"{where}: {shown(str(name))} cannot be read as YAML ({error})") from error
+
+
+def check_yaml(where: str, text: str) -> None:
+    """Raise ConfigError if loading a YAML text could fill the memory, or would leave a value out.
+
+    Args:
+        where: the place of the text, for messages.
+        text: the text.
+
+    Raises:
+        ConfigError: the text has an alias or a key twice, or nests too deep.
+        YAMLError: the text is not YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand to gigabytes
+            raise ConfigError(f"{where} has a YAML alias (*name), not allowed; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_YAML:
+            raise ConfigError(f"{where} nests deeper than the {_DEEPEST_YAML} levels allowed")
+    _check_keys(where, yaml.compose(text, _Loader))
+
+
+def _check_keys(where: str, node: yaml.Node | None) -> None:
+    """Raise ConfigError if a mapping has a key twice: YAML would take the last value."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(where, item)
+    if isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            name = (key.tag, str(key.value))
+            if name in keys:
+                line = key.start_mark.line + 1
+                raise ConfigError(f"{where} has {shown(name[1])} a second time, at line {line}; keep one of them")
+            keys.add(name)
+            _check_keys(where, value)
 
 
 def is_section(kind: Any) -> bool:

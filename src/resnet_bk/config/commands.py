@@ -202,6 +202,8 @@ class GenerateConfig:
         check_integer("generate", 1, 2**24, max_new_tokens=self.max_new_tokens)
         check_integer("generate", 0, 2**31 - 1, seed=self.seed)
         check_range("generate", 0, 100, temperature=self.temperature)
+        if 0 < self.temperature < 1e-6:  # logits divided by it could overflow
+            raise ConfigError(f"generate.temperature: got {self.temperature}, allowed 0, or 1e-06 to 100")
         check_range("generate", 1e-6, 1, top_p=self.top_p)
         if self.depth_threshold is not None:
             check_range("generate", 0, 1, depth_threshold=self.depth_threshold)
@@ -257,6 +259,17 @@ class ReportConfig:
         if self.text is not None:
             check_text("report", text=self.text)
         check_integer("report", 1, 2**20, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
+class SealConfig:
+    """Settings of `resnet-bk seal`."""
+
+    folder: str
+    """Folder of a model or of a checkpoint."""
+
+    def __post_init__(self) -> None:
+        check_text("seal", folder=self.folder)
 
 
 @dataclass(frozen=True)

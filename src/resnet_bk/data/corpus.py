@@ -1,13 +1,18 @@
 """Read documents from the standard library, from files and folders, or from a dataset of the Hugging Face hub."""
 
+import contextlib
+import hashlib
 import os
 import re
+import stat
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from resnet_bk.config import ConfigError
+from resnet_bk.config import ConfigError, shown
 
 _PIECE = 1 << 20  # bytes per read
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -39,71 +44,159 @@ class Document:
         if self.path is None:
             yield self.text
             return
-        with self.path.open("rb") as file:
+        with _readable("data", self.path), self.path.open("rb") as file:
             file.seek(self.start)
             left = len(self)
             while left:
                 piece = file.read(min(left, _PIECE))
                 if not piece:
                     raise ConfigError(
-                        f"data: {self.path} became shorter by {left} bytes while it was read; start again"
+                        f"data: {str(self.path)!r} became shorter by {left} bytes while it was read; start again"
                     )
                 left -= len(piece)
                 yield piece
 
 
-def _whole_file(path: Path, name: str) -> Document:
-    return Document(name, path, 0, path.stat().st_size)
+class Split(NamedTuple):
+    """A training text and a held-out text. Each content is in one of them, once.
+
+    Attributes:
+        train, held_out: their documents.
+        copies: number of documents that were left out because another one has the same content.
+    """
+
+    train: list[Document]
+    held_out: list[Document]
+    copies: int
+
+    @property
+    def note(self) -> str:
+        """One line about the copies; empty if there are none."""
+        return f"documents left out because another one has the same content: {self.copies}" if self.copies else ""
 
 
-def _stdlib() -> list[Document]:
+@contextlib.contextmanager
+def _readable(where: str, path: Path) -> Iterator[None]:
+    """Turn an OSError within the block into a ConfigError that names the file, `path` if the system names none."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: {str(error.filename or path)!r} cannot be read ({error.strerror or error}); "
+            "make it readable, or take it out of the text, and start again"
+        ) from error
+
+
+def _paths(root: Path, where: str, left_out: Collection[str] = ()) -> Iterator[Path]:
+    """Yield everything below a folder that is not a folder, in any order.
+
+    Links to folders are followed, after all other folders. No folder is read twice, so loops of links end.
+
+    Args:
+        root: the folder.
+        where: the setting that names it, for messages.
+        left_out: names to leave out, in addition to hidden ones.
+    """
+    known = set(root.resolve().parents)  # a link to one of these would bring in what is next to `root`
+    folders, links = [root], list[Path]()
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+            folders.append(links.pop())
+        folder = folders.pop()
+        with _readable(where, folder):
+            if (target := folder.resolve()) in known:
+                continue
+            known.add(target)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") or entry.name in left_out:
+                        continue
+                    if not entry.is_dir():
+                        yield Path(entry.path)
+                    else:
+                        (links if entry.is_symlink() else folders).append(Path(entry.path))
+
+
+def _whole_files(root: Path, names: Iterable[Path], where: str) -> list[Document]:
+    """Return a document for each regular file among `names`, which are relative to `root`."""
+    found = []
+    for name in names:
+        path = root / name
+        with _readable(where, path):
+            status = path.stat()
+        if stat.S_ISREG(status.st_mode):
+            found.append(Document(name.as_posix(), path, 0, status.st_size))
+    return found
+
+
+def _stdlib(where: str) -> list[Document]:
     """Return the modules of the running Python's standard library in sorted order, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = []
-    for folder, inner, files in os.walk(root):
-        inner[:] = set(inner) - _NOT_STDLIB
-        paths += [Path(folder, file) for file in files if file.endswith(".py")]
-    names = sorted(path.relative_to(root).as_posix() for path in paths)
-    return [_whole_file(root / name, name) for name in names]
+    names = [path.relative_to(root) for path in _paths(root, where, _NOT_STDLIB) if path.suffix == ".py"]
+    return _whole_files(root, sorted(names, key=Path.as_posix), where)
 
 
-def _folder(root: Path) -> list[Document]:
-    names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
-    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return [_whole_file(root / name, name.as_posix()) for name in visible]
+def _mode(source: str, where: str) -> int:
+    """Return the mode bits of a file or folder, 0 if there is none of that name."""
+    with _readable(where, Path(source)), contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        return Path(source).stat().st_mode if source else 0  # ValueError: a null character in the name
+    return 0
 
 
-def documents(source: str) -> list[Document]:
-    """Return the documents of a file, of a folder (all files that are not hidden), or of ``stdlib``.
+def documents(source: str, where: str = "data.source") -> list[Document]:
+    """Return the documents of a file, of a folder (all files that are not hidden), or of ``stdlib``, in sorted order.
 
-    Empty files are left out.
+    Empty files, pipes and devices are left out.
+
+    Args:
+        source: the file or folder, or ``stdlib``.
+        where: the setting that names it, for messages.
 
     Raises:
-        ConfigError: there is nothing to read.
+        ConfigError: there is nothing to read, or a file or folder that cannot be read.
     """
     path = Path(source)
-    if not source or "\0" in source:
-        raise ConfigError(f"data: {source!r} is not a file name; give a file, a folder or 'stdlib'")
     if source == "stdlib":
-        found = _stdlib()
-    elif path.is_dir():
-        found = _folder(path)
-    elif path.is_file():
-        found = [_whole_file(path, path.name)]
+        found = _stdlib(where)
+    elif stat.S_ISDIR(mode := _mode(source, where)):
+        found = _whole_files(path, sorted(p.relative_to(path) for p in _paths(path, where)), where)
+    elif stat.S_ISREG(mode):
+        found = _whole_files(path.parent, [Path(path.name)], where)
     else:
-        raise ConfigError(f"data: {source!r} is not a file, a folder, 'stdlib' or a hub dataset ('owner/name')")
+        hub = "" if where == "data.val_source" else ", nor a hub dataset ('owner/name')"
+        raise ConfigError(f"{where}: {shown(source)} is not a file, a folder or 'stdlib'{hub}; give one of them")
     kept = [document for document in found if len(document)]
     if not kept:
-        raise ConfigError(f"data: {source!r} is empty (0 bytes in {len(found)} files); give a file or folder with text")
+        raise ConfigError(
+            f"{where}: {shown(source)} is empty (0 bytes in {len(found)} files); give a file or folder with text"
+        )
     return kept
 
 
-def hub_split(source: str, split: str) -> list[Document]:
+def without_copies(documents: list[Document]) -> list[Document]:
+    """Return the first document of each content. Only documents of equal size are read."""
+    sizes, known = Counter(map(len, documents)), set()
+    kept = []
+    for document in documents:
+        if sizes[len(document)] > 1:
+            digest = hashlib.sha256()
+            for piece in document.pieces():
+                digest.update(piece)
+            if digest.digest() in known:
+                continue
+            known.add(digest.digest())
+        kept.append(document)
+    return kept
+
+
+def hub_split(source: str, split: str, where: str = "data.source") -> list[Document]:
     """Return one split of a hub dataset as one document.
 
     Args:
         source: such as ``Salesforce/wikitext:wikitext-2-raw-v1``.
         split: such as ``train``.
+        where: the setting that names the dataset, for messages.
 
     Raises:
         ConfigError: the package of the extra ``data`` is missing, the split cannot be loaded, or it has no text.
@@ -113,35 +206,32 @@ def hub_split(source: str, split: str) -> list[Document]:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"data.source: hub dataset {name!r} needs the package datasets: pip install 'resnet-bk[data]'"
+            f"{where}: hub dataset {name!r} needs the package datasets: pip install 'resnet-bk[data]'"
         ) from error
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # hub, network, cache and parsers each raise their own classes
         reason = str(error).splitlines()[0] if str(error) else ""
         raise ConfigError(
-            f"data.source: cannot load split {split!r} of {source!r} ({type(error).__name__}: {reason}); "
+            f"{where}: cannot load split {split!r} of {source!r} ({type(error).__name__}: {reason}); "
             "without a network, save its text to a file and give that path"
         ) from error
     if "text" not in rows.column_names:
-        raise ConfigError(f"data.source: {source!r} has no column 'text', only {', '.join(rows.column_names)}")
+        raise ConfigError(f"{where}: {source!r} has no column 'text', only {', '.join(rows.column_names)}")
     text = "\n".join(str(row) for row in rows["text"] if row is not None).encode()
     if not text:
-        raise ConfigError(f"data.source: split {split!r} of {source!r} is empty (0 bytes); choose another dataset")
+        raise ConfigError(f"{where}: split {split!r} of {source!r} is empty (0 bytes); choose another dataset")
     return [Document(f"{name}/{split}", text=text)]
 
 
-def hub_splits(source: str) -> tuple[list[Document], list[Document]]:
-    """Return the training and the validation documents of a hub dataset."""
-    return hub_split(source, "train"), hub_split(source, "validation")
-
-
 def is_hub_name(source: str) -> bool:
-    return not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) is not None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", source) is not None and not os.path.lexists(source)
 
 
-def split(source: str, val_source: str | None, val_fraction: float) -> tuple[list[Document], list[Document]]:
+def split(source: str, val_source: str | None, val_fraction: float) -> Split:
     """Return the training and the held-out documents.
+
+    Of documents with the same content, the first one stays: those of `val_source` come before those of `source`.
 
     Args:
         source: a hub dataset, or a source as :func:`documents` takes it.
@@ -151,30 +241,65 @@ def split(source: str, val_source: str | None, val_fraction: float) -> tuple[lis
         val_fraction: share of `source` to hold out; not used with a hub dataset or with `val_source`.
 
     Raises:
-        ConfigError: as :func:`documents`, or a single file is too small to be cut.
+        ConfigError: as :func:`documents`; a single file is too small to be cut; or no text is left to train on.
     """
-    if is_hub_name(source) and val_source is None:
-        return hub_splits(source)
-    train = hub_split(source, "train") if is_hub_name(source) else documents(source)
-    if val_source is not None:
-        return train, documents(val_source)
-    if len(train) == 1:
-        return _cut_file(train[0], val_fraction)
-    every = max(2, round(1 / val_fraction))
-    return [d for i, d in enumerate(train) if i % every], train[::every]
+    found = hub_split(source, "train") if is_hub_name(source) else documents(source)
+    if val_source is None and not is_hub_name(source):
+        chosen = found[:: max(2, round(1 / val_fraction))]
+        kept = without_copies(found)
+        if len(kept) == 1:
+            return Split(*_cut_file(kept[0], val_fraction), len(found) - 1)
+    else:
+        chosen = hub_split(source, "validation") if val_source is None else documents(val_source, "data.val_source")
+        found = [*chosen, *found]
+        kept = without_copies(found)
+    outside = set(chosen)
+    train = [document for document in kept if document not in outside]
+    if not train:
+        raise ConfigError(
+            f"data.source: nothing of {shown(source)} is left to train on: all of its text is held out, too; "
+            "give more text, or another data.val_source"
+        )
+    return Split(train, [document for document in kept if document in outside], len(found) - len(kept))
+
+
+def held_out(source: str, where: str) -> Split:
+    """Return a text to score as held-out text: the validation split of a hub dataset, or all documents of a source.
+
+    Args:
+        source: a hub dataset, or a source as :func:`documents` takes it.
+        where: the setting that names it, for messages.
+    """
+    found = hub_split(source, "validation", where) if is_hub_name(source) else documents(source, where)
+    kept = without_copies(found)
+    return Split([], kept, len(found) - len(kept))
 
 
 def _cut_file(document: Document, val_fraction: float) -> tuple[list[Document], list[Document]]:
     assert document.path is not None
-    cut = document.start + round(len(document) * (1 - val_fraction))
-    with document.path.open("rb") as file:
-        file.seek(cut)
-        ahead = file.read(4)
-    cut += next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)  # to the start of a UTF-8 character
-    if not document.start < cut < document.stop:
+    cut = round(len(document) * (1 - val_fraction))
+    near = range(max(0, cut - 3), min(cut + 4, len(document)))
+    with _readable("data.source", document.path), document.path.open("rb") as file:
+        file.seek(near.start)
+        starts = [i for i, byte in zip(near, file.read(len(near)), strict=False) if byte & 0xC0 != 0x80]
+    if cut < len(document):  # to the next beginning of a UTF-8 character, or back to that of the last one
+        last = starts[-1] if starts and near.stop == len(document) else cut
+        cut = next((i for i in starts if i >= cut), last)
+    if not 0 < cut < len(document):
         raise ConfigError(
-            f"data: {document.path} has {len(document)} bytes, too few to hold out {val_fraction:g} of them; "
-            "give more text"
+            f"data.source: {str(document.path)!r} has {len(document)} bytes, too few to hold out {val_fraction:g} of "
+            "them; give more text"
         )
-    first = Document(f"{document.name}[:{cut}]", document.path, document.start, cut)
-    return [first], [Document(f"{document.name}[{cut}:]", document.path, cut, document.stop)]
+    before = Document(f"{document.name}[:{cut}]", document.path, 0, cut)
+    return [before], [Document(f"{document.name}[{cut}:]", document.path, cut, document.stop)]
+
+
+def count_words(documents: list[Document]) -> int:
+    """Count whitespace-separated words and line ends."""
+    count = 0
+    for document in documents:
+        in_word = False  # at the end of the last piece
+        for piece in document.pieces():
+            count += piece.count(b"\n") + len(piece.split()) - (in_word and not piece[:1].isspace())
+            in_word = not piece[-1:].isspace()
+    return count

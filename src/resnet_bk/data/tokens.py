@@ -5,11 +5,12 @@ document), ``index.json`` (where documents begin, their sizes in bytes and their
 """
 
 import codecs
+import contextlib
 import hashlib
 import itertools
 import json
-import os
-import shutil
+import secrets
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resnet_bk import files
 from resnet_bk.checkpoint import CheckpointError, seal, verify
 from resnet_bk.config import BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT, ConfigError
 from resnet_bk.data.corpus import Document
 
+_FILES = ("tokens.bin", "index.json")
 _TEXT_PIECE = 1 << 18  # characters passed to a text tokenizer at a time
 
 
@@ -106,17 +109,17 @@ def _cut(text: str, limit: int) -> int:
     return text.rfind("\n", 0, limit) + 1 or limit
 
 
-def _text_ids(document: Document, tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
-    """Yield the ids that a text tokenizer gives a document, piece by piece; :func:`_cut` chooses where pieces end."""
+def _text_ids(document: Document, pieces: Iterable[bytes], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
+    """Yield the ids that a text tokenizer gives the bytes of a document; :func:`_cut` chooses where it is cut."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     held, consumed = "", 0
-    for piece in itertools.chain(document.pieces(), [b""]):
+    for piece in itertools.chain(pieces, [b""]):
         try:
             held += decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             offset = consumed + error.start - (len(error.object) - len(piece))
             raise ConfigError(
-                f"data: {document.name} is not UTF-8 at byte {document.start + offset}; "
+                f"data: {document.name!r} is not UTF-8 at byte {document.start + offset}; "
                 "a text tokenizer cannot read it; use data.tokenizer: byte"
             ) from error
         consumed += len(piece)
@@ -126,76 +129,102 @@ def _text_ids(document: Document, tokenizer: TextTokenizer) -> Iterator[np.ndarr
             held = held[cut:]
 
 
-def write(documents: Iterable[Document], folder: Path, tokenizer: TextTokenizer | None) -> None:
-    """Write a token file to `folder`: into a scratch folder, sealed by a manifest, renamed at the end.
+def _start(tokenizer: str) -> "hashlib._Hash":
+    return hashlib.sha256(f"layout 1\0{tokenizer}\0".encode())
+
+
+def _hashed(document: Document, digest: "hashlib._Hash") -> Iterator[bytes]:
+    """Yield the bytes of a document. Add its name and them to `digest`."""
+    digest.update(f"{document.name}\0{len(document)}\0".encode(errors=sys.getfilesystemencodeerrors()))
+    for piece in document.pieces():
+        digest.update(piece)
+        yield piece
+
+
+def fingerprint(documents: Iterable[Document], tokenizer: str) -> str:
+    """Return the SHA-256 of all that determines a token file: names and bytes of the documents, and the tokenizer."""
+    digest = _start(tokenizer)
+    for document in documents:
+        for _ in _hashed(document, digest):
+            pass
+    return digest.hexdigest()
+
+
+def write(documents: Iterable[Document], folder: Path, name: str, tokenizer: TextTokenizer | None) -> str:
+    """Write a token file to a new folder, sealed by a manifest.
 
     Args:
         documents: in the order in which they are stored.
-        folder: the result; it stays as it is if another process has written it in the meantime.
+        folder: the new folder.
+        name: identifies the tokenizer in the fingerprint.
         tokenizer: None for bytes.
+
+    Returns:
+        The fingerprint of the text that was tokenised. It differs from an earlier one if a file has changed since.
 
     Raises:
         ConfigError: the tokenizer has no end-of-text token or makes ids outside its vocabulary, or a text for it is not
             UTF-8.
     """
-    vocabulary = BYTE_VOCABULARY if tokenizer is None else len(tokenizer)
+    vocabulary = _vocabulary(tokenizer)
     end = END_OF_DOCUMENT if tokenizer is None else tokenizer.eos_token_id
     if end is None:
         raise ConfigError("data.tokenizer: has no end-of-text token to separate documents with; use another tokenizer")
     dtype = np.uint16 if vocabulary <= 1 << 16 else np.uint32
-    scratch = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        starts, sizes, names, position = [0], [], [], 0
-        with (scratch / "tokens.bin").open("wb") as file:
-            for document in documents:
-                pieces = map(byte_ids, document.pieces()) if tokenizer is None else _text_ids(document, tokenizer)
-                for ids in pieces:
-                    if len(ids) and ids.max() >= vocabulary:
-                        raise ConfigError(
-                            f"data.tokenizer: got id {ids.max()}, allowed 0 to {vocabulary - 1}; use another tokenizer"
-                        )
-                    ids.astype(dtype, copy=False).tofile(file)
-                    position += len(ids)
-                file.write(np.asarray([end], dtype).tobytes())
-                position += 1
-                starts.append(position)
-                sizes.append(len(document))
-                names.append(document.name)
-        index = {"dtype": np.dtype(dtype).name, "starts": starts, "sizes": sizes, "names": names}
-        (scratch / "index.json").write_text(json.dumps(index))
-        seal(scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:  # another process has written the same tokens first
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    starts, sizes, names, position = [0], [], [], 0
+    digest = _start(name)
+    folder.mkdir(parents=True)
+    with (folder / "tokens.bin").open("wb") as file:
+        for document in documents:
+            text = _hashed(document, digest)
+            pieces = map(byte_ids, text) if tokenizer is None else _text_ids(document, text, tokenizer)
+            for ids in itertools.chain(pieces, [np.asarray([end])]):
+                if len(ids) and ids.max() >= vocabulary:
+                    raise ConfigError(
+                        f"data.tokenizer: got id {ids.max()}, allowed 0 to {vocabulary - 1}; use another tokenizer"
+                    )
+                file.write(ids.astype(dtype, copy=False).data)
+                position += len(ids)
+            starts.append(position)
+            sizes.append(len(document))
+            names.append(document.name)
+    index = {"dtype": np.dtype(dtype).name, "starts": starts, "sizes": sizes, "names": names}
+    (folder / "index.json").write_text(json.dumps(index))
+    seal(folder, _FILES)
+    return digest.hexdigest()
 
 
-def read(folder: Path) -> TokenFile:
-    """Return the token file in `folder`.
+def _vocabulary(tokenizer: TextTokenizer | None) -> int:
+    return BYTE_VOCABULARY if tokenizer is None else len(tokenizer)
+
+
+def read(folder: Path, vocabulary: int) -> TokenFile:
+    """Return the token file in `folder`. vocabulary: number of ids allowed.
 
     Raises:
-        CheckpointError: the folder is not as it was written.
+        CheckpointError: the folder is not as it was written, or its content is not that of a token file.
     """
-    verify(folder)
-    index = json.loads((folder / "index.json").read_bytes())
-    dtype = {"uint16": np.uint16, "uint32": np.uint32}[index["dtype"]]
-    ids = np.memmap(folder / "tokens.bin", dtype, mode="r")
-    return TokenFile(ids, np.asarray(index["starts"]), np.asarray(index["sizes"]), tuple(index["names"]))
-
-
-def fingerprint(documents: Iterable[Document], tokenizer: str) -> str:
-    """Return the SHA-256 of all that determines a token file: names and bytes of the documents, and the tokenizer."""
-    digest = hashlib.sha256(f"layout 1\0{tokenizer}\0".encode())
-    for document in documents:
-        digest.update(f"{document.name}\0{len(document)}\0".encode(errors="surrogateescape"))
-        for piece in document.pieces():
-            digest.update(piece)
-    return digest.hexdigest()
+    verify(folder, _FILES)
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+        ids = np.memmap(folder / "tokens.bin", {"uint16": np.uint16, "uint32": np.uint32}[index["dtype"]], mode="r")
+        starts, sizes = (np.asarray(index[name], np.int64) for name in ("starts", "sizes"))
+        names = tuple(map(str, index["names"]))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: expected a token file, got {type(error).__name__}: {error}") from error
+    if (
+        starts.shape != (len(names) + 1,)
+        or sizes.shape != (len(names),)
+        or (starts[0], starts[-1]) != (0, len(ids))
+        or (starts[1:] <= starts[:-1]).any()
+        or (sizes < 0).any()
+        or ids.max() >= vocabulary
+    ):
+        raise CheckpointError(
+            f"{folder}: expected {len(ids)} ids below {vocabulary} in {len(names)} documents, got an index that does "
+            "not fit, or a larger id"
+        )
+    return TokenFile(ids, starts, sizes, names)
 
 
 def tokenizer_digest(tokenizer: TextTokenizer) -> str:
@@ -209,18 +238,63 @@ def tokenizer_digest(tokenizer: TextTokenizer) -> str:
 def cached(documents: list[Document], cache: Path, name: str, tokenizer: TextTokenizer | None) -> tuple[TokenFile, str]:
     """Return the token file of `documents` and its fingerprint; write the file first if it is not in the cache.
 
+    Several processes may write to the cache at the same time, even the same file.
+
     Args:
         documents: as for :func:`write`.
-        cache: folder of token files, each in a folder named by its fingerprint.
+        cache: folder of token files, each in a folder named by the beginning of its fingerprint.
         name: identifies the tokenizer in the fingerprint.
         tokenizer: None for bytes.
+
+    Raises:
+        ConfigError: as :func:`write`.
+        OSError: the disk is full or fails. It names the file.
     """
-    key = fingerprint(documents, name)
-    folder = cache / key[:32]
-    if folder.exists():
+    key, vocabulary = fingerprint(documents, name), _vocabulary(tokenizer)
+    for _ in range(2):
+        with contextlib.suppress(CheckpointError):  # missing, damaged, or just being replaced by another process
+            return read(cache / key[:32], vocabulary), key
+        with contextlib.suppress(FileNotFoundError, CheckpointError):  # another process was faster: see _add
+            key = _add(documents, cache, key, name, tokenizer)
+    return read(cache / key[:32], vocabulary), key
+
+
+def _add(documents: list[Document], cache: Path, key: str, name: str, tokenizer: TextTokenizer | None) -> str:
+    """Write a token file into the cache and return its fingerprint. key: the fingerprint expected.
+
+    Also remove the scratch folders of all processes that write the same token file. A killed process left its folder;
+    a running one finds this file instead and tries again.
+    """
+    scratch = files.scratch(cache / f"{key[:32]}.{secrets.token_hex(4)}")  # threads may write the same one
+    others = f".{key[:32]}.*.partial"
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"data.cache: {str(cache)!r} cannot be written to ({reason}); choose another folder"
+        ) from error
+    try:
+        with files.writing(cache):
+            key = write(documents, scratch / "new", name, tokenizer)
+        with files.writing(cache / key[:32]):
+            _put(scratch / "new", cache / key[:32], _vocabulary(tokenizer))
+        for path in cache.glob(others):
+            files.remove(path)
+    finally:
+        files.remove(scratch)
+    return key
+
+
+def _put(new: Path, folder: Path, vocabulary: int) -> None:
+    """Rename the token file `new` to `folder`, unless another process has put the same one there."""
+    try:
+        read(folder, vocabulary)
+    except CheckpointError:
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(new.with_name("damaged"))
         try:
-            return read(folder), key
-        except CheckpointError:  # damaged, or left by a power failure: write it again
-            shutil.rmtree(folder)
-    write(documents, folder, tokenizer)
-    return read(folder), key
+            new.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise

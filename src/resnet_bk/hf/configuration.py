@@ -1,16 +1,20 @@
 """The model's configuration in transformers' form: the fields of ModelConfig and the special token ids."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
-from resnet_bk.config import ModelConfig, unknown_field
+from resnet_bk.config import ConfigError, ModelConfig, check_integer, shown, unknown_field
 
+_LARGEST = 1 << 20  # bytes of a config.json
 # Names of ModelConfig's fields here. Every generate() would take `top_k` for the setting of sampling.
 _NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
 # Fields of every configuration, and what transformers itself writes into a config.json or passes on.
-_TRANSFORMERS_FIELDS = set(vars(PreTrainedConfig())) | {
+_TRANSFORMERS_FIELDS = {
+    *vars(PreTrainedConfig()),
+    *PreTrainedConfig().to_dict(),
     "model_type",
     "transformers_version",
     "auto_map",
@@ -53,14 +57,64 @@ class ResNetBKConfig(PreTrainedConfig):
         shape = {name: others.pop(here) for name, here in _NAMES.items() if here in others}
         for name in others:
             if not name.startswith("_") and name not in _TRANSFORMERS_FIELDS:
-                raise unknown_field(name, list(_NAMES.values()), "config.json")
+                raise unknown_field(name, list(_NAMES.values()), "model")
+        if (kind := others.get("model_type", self.model_type)) != self.model_type:
+            raise ConfigError(
+                f"model_type: got {shown(kind)}, allowed {self.model_type!r}; the model is of another kind"
+            )
+        if type(use_cache) is not bool:
+            raise ConfigError(f"use_cache: got {shown(use_cache)}, allowed true or false")
         self.use_cache = use_cache
         config = ModelConfig.from_dict(shape)
+        if not config.causal:
+            raise ConfigError("model.causal: got False, allowed True; use LanguageModel for a bidirectional model")
         special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        _check_special(special, config.vocab_size)
         super().__init__(**special, **others)  # type: ignore[arg-type]
         for name, value in config.to_dict().items():
             setattr(self, _NAMES[name], value)
         self.n_layers = config.blocks
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load a configuration as transformers does.
+
+        Raises:
+            ConfigError: config.json is not a mapping in JSON, or has values that a model cannot have.
+        """
+        path = str(pretrained_model_name_or_path)
+        name = str(Path(path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(path, **{"name_or_path": name, **kwargs})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration as transformers does. Its Auto classes call this with the fields of a config.json.
+
+        Raises:
+            ConfigError: values that a model cannot have.
+        """
+        file = _file(str(kwargs.get("name_or_path") or ""))
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        except Exception as error:  # transformers checks its own fields in many ways
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"{file}: cannot be used by transformers ({type(error).__name__}: {reason})") from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        """Return the fields in a config.json. transformers calls it, and cannot explain all that may go wrong."""
+        if (size := Path(json_file).stat().st_size) > _LARGEST:
+            raise ConfigError(f"{json_file}: got {size} bytes, allowed at most {_LARGEST}; give a model's config.json")
+        try:
+            values = super()._dict_from_json_file(json_file)
+        except (ValueError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{json_file}: expected JSON in UTF-8, got something else ({reason})") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{json_file}: expected a mapping of fields to values, got {shown(values)}")
+        return values
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **others: Any) -> Self:
@@ -73,3 +127,19 @@ class ResNetBKConfig(PreTrainedConfig):
     @property
     def heads(self) -> int:
         return self.model_config().heads
+
+
+def _file(name: str) -> str:
+    """Return the name of the configuration of a folder, in messages."""
+    if not name:
+        return "configuration"
+    return name if Path(name).is_file() else str(Path(name, "config.json"))
+
+
+def _check_special(special: dict[str, Any], vocab_size: int) -> None:
+    """Raise ConfigError unless each special token is None or in the vocabulary; there may be several ends of a text."""
+    for name, value in special.items():
+        several = name == "eos_token_id" and isinstance(value, list)
+        for one in value if several else [value]:
+            if one is not None:
+                check_integer("model", 0, vocab_size - 1, **{name: one})

@@ -3,8 +3,10 @@
 Dimensions: B batch, N positions, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from resnet_bk.checkpoint import MANIFEST, RENAMED, CheckpointError, seal, verify
+from resnet_bk.config import ConfigError
 from resnet_bk.hf.configuration import ResNetBKConfig
+from resnet_bk.layers.checks import IDS, TARGETS, check_positions
 from resnet_bk.model import LanguageModel
 from resnet_bk.record import mean_losses, weighted_sum
+from resnet_bk.weights import check_finite, check_headers, weight_files
 
 # The name of a cache in outputs and arguments; transformers has renamed it from `past_key_values` to `cache`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -73,10 +78,6 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ResNetBKConfig):
         super().__init__(config)
-        if not config.causal:
-            raise ValueError(
-                "model.causal: got False, allowed True; use LanguageModel itself for a bidirectional model"
-            )
         self.model = LanguageModel.from_config(config.model_config())
         self.post_init()
 
@@ -85,26 +86,54 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load a model as transformers does, but refuse damaged files and weights that do not fit the model.
+        """Load a model as transformers does, but only from safetensors, and only what is intact and fits.
 
         Raises:
-            CheckpointError: the folder has a manifest and a file differs from it, or weights are missing or unexpected.
-            RuntimeError: weights have another shape. transformers raises it.
+            CheckpointError: a file of the folder differs from its manifest; a tensor is missing, unexpected, of another
+                shape, not floating point or not finite; or the folder cannot be loaded for another reason.
+            ConfigError: config.json has settings that no model can have.
         """
-        if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
-            verify(Path(path))
-        wants_info = kwargs.pop("output_loading_info", False)
-        renamed = {re.escape(old): new for old, new in RENAMED.items()}
-        kwargs["key_mapping"] = renamed | (kwargs.get("key_mapping") or {})
-        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(problem):
-                names = ", ".join(sorted(map(str, info[problem]))[:3])
-                raise CheckpointError(
-                    f"{path}: {problem.replace('_', ' ')} in the weights: {names}; the file is of another model"
-                )
+        folder, wants_info = Path(path), kwargs.pop("output_loading_info", False)
+        with _naming(folder) if folder.is_dir() else contextlib.nullcontext():
+            files = cls._check_folder(folder, kwargs) if folder.is_dir() else {}
+            renamed = {re.escape(old): new for old, new in RENAMED.items()}
+            kwargs["key_mapping"] = renamed | (kwargs.get("key_mapping") or {})
+            kwargs["use_safetensors"] = True
+            loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            model, info = loaded
+            for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+                if info.get(problem):
+                    names = ", ".join(sorted(map(str, info[problem]))[:3])
+                    raise CheckpointError(
+                        f"{path}: {problem.replace('_', ' ')} in the weights: {names}; the file is of another model"
+                    )
+            for name, p in model.named_parameters():
+                if not p.is_meta:
+                    check_finite(files.get(name, folder), name, p)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _check_folder(cls, folder: Path, options: dict[str, Any]) -> dict[str, Path]:
+        """Raise CheckpointError unless a folder's files are intact and its weights fit its configuration.
+
+        options: those of :meth:`from_pretrained`. If they choose other files or names, weights are not checked here.
+
+        Returns:
+            The file of each parameter, as far as it is known.
+        """
+        if (folder / MANIFEST).exists():
+            verify(folder)
+        if (folder / "adapter_config.json").exists():  # transformers loads the base model that an adapter names
+            return {}
+        if any(options.get(name) for name in ("subfolder", "variant", "gguf_file", "state_dict", "key_mapping")):
+            return {}
+        config = options.get("config")
+        if not isinstance(config, ResNetBKConfig):
+            config = ResNetBKConfig.from_pretrained(config or folder)
+        with torch.device("meta"):
+            model = LanguageModel.from_config(config.model_config())
+        expected = {f"{cls.base_model_prefix}.{name}": p for name, p in model.named_parameters()}
+        return check_headers(weight_files(folder), expected)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does (safetensors), then seal the folder with a manifest."""
@@ -156,29 +185,38 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, N) int64 or int32.
-            attention_mask: (B, at least N), 0 for padding, on any side. The last N columns are read. It is ignored with
-                a cache and N = 1, where the position counts as a token.
+            attention_mask: (B, N), or with a cache (B, N + the positions before), 1 for tokens, 0 for padding, on any
+                side. It is ignored with a cache and N = 1, where the position counts as a token.
             cache: the cache of the positions before; the sequences continue from there.
-            labels: (B, N), the same tokens as input_ids, shifted here; -100 is not counted.
-            shift_labels: (B, N), the token that follows each position, instead of labels.
+            labels: (B, N) int64, the same tokens as input_ids, shifted here. -100 is not counted, nor is padding.
+            shift_labels: (B, N) int64, the token that follows each position, instead of labels. -100 is not counted,
+                nor is any label at padding.
             num_items_in_batch: number of counted targets in all accumulated batches. The loss is then multiplied by
                 this batch's share of them.
             use_cache: return a cache; the default is config.use_cache in evaluation mode, False in training.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or a tensor of positions.
             return_dict: False returns a tuple.
             past_key_values: the name of `cache` in older versions of transformers.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit, see :meth:`LanguageModel.forward`.
         """
         cache = past_key_values if cache is None else cache
-        length = input_ids.shape[1]
-        mask = None
-        if attention_mask is not None and not (cache is not None and length == 1):
-            mask = attention_mask[:, -length:].bool()
+        # First the argument with which the others are compared.
+        check_positions("input_ids", input_ids, IDS, None, self.model.embed.weight.device)
+        if cache is not None and not isinstance(cache, RecurrentCache):
+            raise TypeError(f"{CACHE}: expected a RecurrentCache, got {type(cache).__name__}; pass that of the output")
+        state, before = (None, 0) if cache is None else (cache.state, cache.length)
+        mask = _read_mask(attention_mask, input_ids, cache)
+        name = "shift_labels"
         if labels is not None and shift_labels is None:
+            name = "labels"
+            check_positions(name, labels, TARGETS, input_ids, input_ids.device)
+            # The token before padding must not predict it.
+            labels = labels if mask is None else labels.masked_fill(~mask, -100)
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            if mask is not None:  # padding before a text must not predict its first token
-                shift_labels = shift_labels.masked_fill(~mask, -100)
-        self.model.check(input_ids, shift_labels, mask)
-        state = None if cache is None else cache.state
+        self.model.check(input_ids, shift_labels, mask, state, ("input_ids", name, "attention_mask", f"{CACHE}.state"))
+        positions = _kept_positions(logits_to_keep)
         features = self.model.features(input_ids, mask, state)
         loss = aux_loss = logits = None
         if shift_labels is not None:
@@ -188,19 +226,65 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.model.cross_entropy(features, shift_labels)
             share: float | Tensor = 1.0
             if num_items_in_batch is not None:
-                share = ((shift_labels != -100).sum().double() / num_items_in_batch).to(loss.dtype)
+                counted = (features.counted(shift_labels) != -100).sum()
+                share = (counted.double() / torch.as_tensor(num_items_in_batch).clamp(min=1)).to(loss.dtype)
                 loss = loss * share
             if losses := mean_losses(features.records):
                 aux_loss = torch.as_tensor(weighted_sum(losses)) * share
                 loss = loss + aux_loss
         if shift_labels is None or not self.training:
-            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.head(features.x[:, positions])
         results: dict[str, Any] = {"loss": loss, "logits": logits, "aux_loss": aux_loss}
         if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
-            results[CACHE] = RecurrentCache(features.state, length + (0 if cache is None else cache.length))
+            results[CACHE] = RecurrentCache(features.state, before + input_ids.shape[1])
         output = CausalLMOutput(**results)
         return output if return_dict is None or return_dict else output.to_tuple()
+
+
+def _read_mask(attention_mask: Any, ids: Tensor, cache: RecurrentCache | None) -> Tensor | None:
+    """Return the mask (B, N) bool that :meth:`ResNetBKForCausalLM.forward` is given, or None.
+
+    Raises:
+        ValueError: attention_mask has another shape, or (checked on the CPU only) other values than 0 and 1.
+        TypeError: it is not a tensor.
+    """
+    length = ids.shape[1]
+    if attention_mask is None or (cache is not None and length == 1):
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
+    shapes = [(len(ids), length)] if cache is None else [(len(ids), length), (len(ids), cache.length + length)]
+    if attention_mask.shape not in shapes:
+        got = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask: expected shape {' or '.join(map(str, shapes))}, got {got}")
+    mask = attention_mask[:, -length:]
+    if mask.dtype != torch.bool and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        # elsewhere a host-device sync
+        wrong = mask[(mask != 0) & (mask != 1)]
+        if len(wrong):
+            raise ValueError(f"attention_mask: got {wrong[0].item()}, allowed 1 for tokens and 0 for padding")
+    return mask.bool()
+
+
+def _kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """Return the positions to compute logits for."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep  # torch checks the range
+    if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep: got {logits_to_keep!r}, allowed 0 for all, or a number of last positions")
+    return slice(-logits_to_keep, None)
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turn the many classes of errors of transformers and safetensors into one line that names the folder."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, MemoryError, torch.OutOfMemoryError, ImportError, TypeError):
+        raise  # not the fault of the folder
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CheckpointError(f"{folder}: cannot be loaded as a ResNet-BK model ({reason})") from error
 
 
 def on_device(model: ResNetBKForCausalLM) -> ResNetBKForCausalLM:

@@ -53,8 +53,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers passes on the many classes of its backends
-        is_folder = Path(name).is_dir()
-        kind = "folder has no usable tokenizer" if is_folder else "no such folder, and not available from the hub"
+        is_folder = os.path.isdir(name)  # noqa: PTH112 - Path.is_dir raises if a parent cannot be read
+        kind = "folder has no usable tokenizer" if is_folder else "no readable folder, and not available from the hub"
         raise ConfigError(
             f"data.tokenizer: {name!r}: {kind} ({type(error).__name__}); "
             "use 'byte', a folder, or a hub name with a network"
@@ -63,10 +63,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def token_cache(data: DataConfig) -> Path:
-    """Return the folder of token files."""
+    """Return the folder of token files.
+
+    Raises:
+        ConfigError: no setting names one, and the user has no home directory.
+    """
     if data.cache is not None:
         return Path(data.cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-bk"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-bk"
+    except RuntimeError as error:
+        raise ConfigError(
+            "data.cache: got no folder, and the user has no home directory; set data.cache or XDG_CACHE_HOME to one"
+        ) from error
 
 
 def _is_bytes(tokenizer: Tokenizer) -> bool:

@@ -7,6 +7,7 @@ Generated tokens stay on the device. The host reads them only to see whether all
 Dimensions: B sequences, N tokens of a prompt, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,8 +38,9 @@ class StaticStep:
         """Copy `state`, which a call of the model has returned. On a GPU, capture the step.
 
         Raises:
-            ValueError: a technique of the model needs a host-device sync, or the model has experts and is on a GPU
-                without bfloat16.
+            ValueError: a technique of the model needs a host-device sync; the model has experts and is on a GPU without
+                bfloat16; or the state is not one of the model, see :meth:`LanguageModel.forward`.
+            TypeError: a part of the state has another type or dtype.
         """
         if syncs := model.config.host_syncs:
             remedies = ["leave model.length out" if name == "length" else f"set model.{name}.bound" for name in syncs]
@@ -47,14 +49,18 @@ class StaticStep:
                 f"{' and '.join(remedies)}, or decode by calling the model"
             )
         self.model = model
+        batch = next((len(x) for x in pytree.tree_leaves(state) if isinstance(x, Tensor) and x.dim()), 1)
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.embed.weight.device)
+        model.check(self.ids, state=state)
         self.state = pytree.tree_map(torch.clone, list(state))
-        first = pytree.tree_leaves(self.state)[0]
-        self.ids = torch.zeros(len(first), 1, dtype=torch.int64, device=first.device)
-        self.graph = self._capture() if first.is_cuda else None
+        self.graph = self._capture() if self.ids.is_cuda else None
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the logits (B, V) after ids (B, 1). On a GPU they are in a buffer that the next call overwrites."""
+        if ids.shape != self.ids.shape or ids.dtype not in (torch.int64, torch.int32):
+            expected = f"int64 or int32 of shape {tuple(self.ids.shape)}"
+            raise ValueError(f"ids: expected {expected}, got {ids.dtype} of shape {tuple(ids.shape)}")
         self.ids.copy_(ids)
         if self.graph is None:
             self.logits = self._run()
@@ -122,7 +128,7 @@ def generate(
         model: a causal model in eval mode, which :class:`StaticStep` must accept.
         ids: (B, N) int64 or int32, the prompt.
         new: largest number of tokens to generate.
-        mask: (B, N) bool, False for padding, which must be on the left (this is not checked). Default: no padding.
+        mask: (B, N) bool, False for padding, which must not be at the end of a row. Default: no padding.
         temperature: temperature of sampling; 0 takes the most likely token.
         stop: id that ends a sequence. It is kept, and repeated up to the length of the longest sequence. Default: none.
         sync_every: the host checks after every `sync_every` tokens whether all sequences have ended; only with `stop`.
@@ -131,15 +137,19 @@ def generate(
         (B, M) int64 with M <= new, without the prompt.
 
     Raises:
-        ValueError: `new` or `sync_every` is below 1, or `temperature` is negative; also as :class:`StaticStep` and
-            :meth:`LanguageModel.forward`.
+        ValueError: `new` or `sync_every` is below 1, `temperature` is negative or not finite, `stop` is outside the
+            vocabulary, or a row ends with padding; also as :class:`StaticStep` and :meth:`LanguageModel.forward`.
         TypeError: as :meth:`LanguageModel.forward`.
     """
     if new < 1 or sync_every < 1:
         raise ValueError(f"new, sync_every: expected 1 or more, got {new} and {sync_every}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected 0 or more, got {temperature}")
-    model.check(ids, None, mask)
+    if stop is not None and not 0 <= stop < model.config.vocab_size:
+        raise ValueError(f"stop: got {stop}, allowed a token id from 0 to {model.config.vocab_size - 1}")
+    model.check(ids, mask=mask)
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError("mask: a row ends with padding, allowed on the left: the next token follows the last position")
     features = model.features(ids, mask)
     logits, step = model.head(features.x[:, -1]), StaticStep(model, features.state)
     tokens = torch.empty(len(ids), new, dtype=torch.int64, device=ids.device)

@@ -1,28 +1,25 @@
 """The command ``resnet-bk generate``: continue a prompt."""
 
-import sys
-
 import torch
 
-from resnet_bk.config import ConfigError, GenerateConfig, check_text
-from resnet_bk.extras import extra
+from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
 from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers
 from resnet_bk.inference.loading import load
 from resnet_bk.inference.speculation import speculate
+from resnet_bk.report.terminal import Console, show
 
-with extra("train"):
-    from rich.console import Console
+_LONGEST_PROMPT = 1 << 24  # bytes
 
 
 def generate_text(model: ResNetBKForCausalLM, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> str:
     """Return the prompt and its continuation.
 
     Raises:
-        ConfigError: the prompt is empty, or config.speculate is set and the model has no early exit.
+        ConfigError: the prompt has no token, or config.speculate is set and the model has no early exit.
     """
-    if not prompt:
-        raise ConfigError("generate.prompt: is empty; give at least one character")
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if encoded["input_ids"].numel() == 0:
+        raise ConfigError(f"generate.prompt: got {shown(prompt)}, which has no token; give another text")
     if config.speculate:
         try:
             drafts = speculate(model.model, encoded["input_ids"], config.max_new_tokens, config.speculate)
@@ -43,8 +40,17 @@ def generate(config: GenerateConfig, console: Console) -> str:
     """Run the command: continue a prompt, print and return prompt and continuation."""
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-    check_text("generate", prompt=prompt)
-    text = generate_text(model, tokenizer, prompt, config)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    text = generate_text(model, tokenizer, _read_prompt(config), config)
+    show(console, text)
     return text
+
+
+def _read_prompt(config: GenerateConfig) -> str:
+    """Return the prompt, which may come from standard input."""
+    if config.prompt != "-":
+        return config.prompt
+    prompt = read_text("generate.prompt", "-", _LONGEST_PROMPT + 4)  # a character may be cut
+    if len(prompt.encode()) > _LONGEST_PROMPT:
+        raise ConfigError(f"generate.prompt: got more than {_LONGEST_PROMPT} bytes, allowed at most that; give less")
+    check_text("generate", prompt=prompt)
+    return prompt

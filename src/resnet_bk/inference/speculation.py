@@ -52,7 +52,7 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
     layer = model.blocks[0]
     if not isinstance(layer, EarlyExit) or not len(layer.segments):
         raise ValueError("model: has no early exit to draft with; train it with model.depth.policy 'exit'")
-    model.check(ids, None, None)
+    model.check(ids)
     if len(ids) != 1:
         raise ValueError(f"ids: expected one sequence, got {len(ids)}; each would accept a different number of drafts")
     if new < 1 or draft < 1:

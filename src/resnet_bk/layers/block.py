@@ -8,6 +8,9 @@
   to its front, so that padding comes last.
 - records: a list of :class:`resnet_bk.record.Record`, one for each part of the layer that reports something.
 
+``layer.layout(x (B, N, D)) -> state`` returns a state with the right shapes and dtypes; its values have no meaning. The
+model compares the states that it is given with it.
+
 Dimensions: B batch, N positions, D model width.
 """
 
@@ -56,6 +59,9 @@ class Block(nn.Module):
         self.mixer_norm, self.mixer = Norm(config.d_model), MIXERS[config.readout](config)
         self.ff_norm, self.feed_forward = Norm(config.d_model), feed_forward(config)
 
+    def layout(self, x: Tensor) -> MixerState:
+        return self.mixer.layout(x)
+
     def forward(
         self, x: Tensor, tokens: Tokens | None, state: MixerState | None, mask: Tensor | None
     ) -> tuple[Tensor, MixerState, list[Record]]:
@@ -79,6 +85,10 @@ class Stack(nn.ModuleList):
     def part(self, begin: int, end: int | None = None) -> "Stack":
         """Return a stack of some of the layers: the same modules, not copies."""
         return Stack(list(self)[begin:end])
+
+    def layout(self, x: Tensor) -> list[Any]:
+        """Return a state, with None for each layer that does not describe its own, which is then not checked."""
+        return [layer.layout(x) if hasattr(layer, "layout") else None for layer in self]  # type: ignore[operator]
 
     def forward(
         self, x: Tensor, tokens: Tokens | None, state: Sequence[Any] | None, mask: Tensor | None

@@ -5,7 +5,7 @@ convolution.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,18 @@ class Mixer(nn.Module):
     """
 
     pieces: Pieces | None = None
+    conv: ShortConv
+    energies: Energies
+
+    def layout(self, x: Tensor) -> MixerState:
+        """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
+        return MixerState(x.new_empty(len(x), self.conv.width - 1, self.conv.channels), self._core_layout(x))
+
+    def _core_layout(self, x: Tensor) -> Any:
+        """Return g of the last site, (B, H)."""
+        real = torch.promote_types(x.dtype, torch.float32)
+        g = x.new_empty(len(x), self.energies.potential.out_features, dtype=real)
+        return torch.complex(g, g) if self.energies.kind == "complex" else g
 
     def _past(self, state: MixerState | None, mask: Tensor | None) -> MixerState:
         if self.pieces is not None and not (state is None and mask is None):
@@ -154,6 +166,12 @@ class PropagatorMixer(Mixer):
         self.qk_proj = None if dense else nn.Linear(d, 2 * d, bias=False)  # at kept sites only
         self.norm = Norm(self.width)
         self.out_proj = nn.Linear(d, d, bias=False)
+
+    def _core_layout(self, x: Tensor) -> PropagatorState | SparseState:
+        g = super()._core_layout(x)
+        r = g.real.new_empty(len(x), self.heads, self.width)
+        s = r.new_empty(*r.shape, self.width)
+        return PropagatorState(g, s) if self.sparse is None else SparseState(g, s, r)
 
     def forward(
         self, x: Tensor, state: MixerState | None, mask: Tensor | None

@@ -17,6 +17,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -34,7 +36,18 @@ _BACKENDS: dict[str, tuple[str, str, str | None]] = {
     "numba": ("resnet_bk.ops.numba_kernels", "numba", "cpu"),
     "chunked": ("resnet_bk.ops.chunked", "torch", None),
 }
-_forced = os.environ.get("RESNET_BK_BACKEND") or None
+_defects: dict[str, str] = {}  # name -> why the backend cannot be used, "" if it can
+
+
+def _chosen() -> str | None:
+    """Return the backend that the environment asks for, None if it does not."""
+    name = os.environ.get("RESNET_BK_BACKEND") or None
+    if name not in (None, *_BACKENDS):
+        raise ConfigError(f"RESNET_BK_BACKEND: got {name!r}, allowed {', '.join(_BACKENDS)}; or unset it")
+    return name
+
+
+_forced = _chosen()
 
 
 @functools.cache
@@ -43,11 +56,7 @@ def load_backend(name: str) -> ModuleType:
 
 
 @functools.cache
-def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
-    """Return the names of the installed backends for a device type, in order of preference.
-
-    On a CPU ``triton`` is the last one if TRITON_INTERPRET is 1. Its interpreter is for tests and must be asked for.
-    """
+def _installed(device_type: str) -> tuple[str, ...]:
     specs = {name: importlib.util.find_spec(row[1]) for name, row in _BACKENDS.items()}
     # A folder that happens to have a package's name is found too, but has no location.
     installed = {name: _BACKENDS[name][2] for name, spec in specs.items() if spec is not None and spec.has_location}
@@ -55,6 +64,43 @@ def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
     if device_type == "cpu" and "triton" in installed and os.environ.get("TRITON_INTERPRET") == "1":
         names.append("triton")
     return tuple(names)
+
+
+def _defect(name: str) -> str:
+    """Return why an installed backend cannot be used, "" if it can."""
+    if name not in _defects:
+        try:
+            load_backend(name)
+            _defects[name] = ""
+        except Exception as error:  # a broken package raises anything
+            _defects[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return _defects[name]
+
+
+def available_backends(device_type: str = "cpu") -> tuple[str, ...]:
+    """Return the names of the backends that can run on a device type, in order of preference.
+
+    On a CPU ``triton`` is the last one if TRITON_INTERPRET is 1. Its interpreter is for tests and must be asked for.
+    """
+    return tuple(name for name in _installed(device_type) if not _defect(name))
+
+
+def _after_fork() -> None:
+    """Let a forked child compute: only the parent has the threads of OpenMP and numba, and waiting for them hangs."""
+    if load_backend.cache_info().currsize:  # a backend is loaded, so its threads may run
+        torch.set_num_threads(1)
+    with contextlib.suppress(KeyError, AttributeError, ValueError):  # numba has not been imported, or has no threads
+        sys.modules["numba"].threading_layer()
+        _defects["numba"] = "the process is a fork of one that ran numba; start it with multiprocessing's 'spawn'"
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -72,18 +118,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def preferred_backend(device_type: str) -> str:
-    """Return the name of the forced backend, or of the first one that is available.
+    """Return the name of the forced backend, or of the first one that can be used; warn once about those before it.
 
     Raises:
-        ConfigError: the forced backend is not available for the device type.
+        ConfigError: the forced backend cannot be used on the device type.
     """
-    names = available_backends(device_type)
-    if _forced is not None and _forced not in names:
-        raise ConfigError(
-            f"backend {_forced!r} is not available on {device_type}; available: {', '.join(names)}; numba comes with "
-            "pip install 'resnet-bk[cpu-fast]', triton with 'resnet-bk[gpu]'"
-        )
-    return _forced or names[0]
+    defect = f"not available on {device_type}"
+    for name in _installed(device_type):
+        if _forced in (None, name):
+            if not (defect := _defect(name)):
+                return name
+            if _forced is None:
+                _warn(f"backend {name!r} cannot be used ({defect}); a slower one is used instead")
+    allowed = ", ".join(available_backends(device_type))
+    raise ConfigError(
+        f"RESNET_BK_BACKEND or use_backend: got {_forced!r}, which cannot be used ({defect}), allowed {allowed}; numba "
+        "comes with pip install 'resnet-bk[cpu-fast]', triton with 'resnet-bk[gpu]'"
+    )
 
 
 def backend_for(x: Tensor) -> ModuleType:

@@ -1,12 +1,95 @@
-"""The decorator that compiles numba kernels, and the conversion of their arguments."""
+"""The decorator that compiles numba kernels, with their threads and their cache, and the conversion of their arguments.
 
+Importing this module raises an error where numba cannot run the kernels; ``kernels.py`` then uses another backend.
+"""
+
+import contextlib
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
 import numpy as np
 import torch
-from numba import njit
+from numba.core.caching import FunctionCache, NullCache
 from torch import Tensor
 
-# fastmath allows vectorised reductions and fused multiply-add; NaN, infinity and division stay IEEE.
-jit = njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+if numba.version_info[:2] < (0, 63):
+    raise ImportError(f"numba {numba.__version__} is too old, 0.63 is needed")
+if getattr(numba.config, "DISABLE_JIT", False):
+    raise ImportError("NUMBA_DISABLE_JIT is set, kernels would run a thousand times slower")
+
+_threads = torch.get_num_threads()
+# Starts numba's threads. With OpenMP, which torch uses too, this changes torch's number of threads; restore it.
+numba.get_num_threads()
+if torch.get_num_threads() != _threads:
+    torch.set_num_threads(_threads)
+# numba's layer "workqueue" aborts the process if two Python threads run kernels at the same time.
+_turn = threading.Lock() if numba.threading_layer() == "workqueue" else contextlib.nullcontext()
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a kernel on the disk. Damaged files are replaced, and a failure to save is no error."""
+
+    def load_overload(self, sig: tuple[Any, ...], target_context: Any) -> Any:
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception:  # damaged files raise the many classes of pickle and LLVM
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+        # Two processes that compile for different dtypes at the same time may write to one file.
+        return found if found is not None and found.signature.args == sig else None
+
+    def save_overload(self, sig: tuple[Any, ...], data: Any) -> None:
+        with contextlib.suppress(Exception):
+            super().save_overload(sig, data)
+
+
+def _cache_of(kernel: Callable[..., None]) -> _Cache | NullCache:
+    """Return the cache of a kernel; warn and return an empty one if there is no folder to write to."""
+    try:
+        if not os.environ.get("NUMBA_CACHE_DIR") and not os.environ.get("XDG_CACHE_HOME"):
+            Path.home()  # raises an error where numba would make a folder named "~"
+        return _Cache(kernel)
+    except RuntimeError:
+        warnings.warn(
+            "numba: no folder for compiled kernels can be written, so each process compiles them again; "
+            "set NUMBA_CACHE_DIR to a folder that can be written",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+        return NullCache()
+
+
+def jit(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Compile a kernel. It runs on the threads that torch may use, or on fewer if numba is limited to fewer."""
+    # fastmath allows vectorised reductions and fused multiply-add; NaN, infinity and division stay IEEE.
+    options: dict[str, Any] = {
+        "parallel": True,
+        "nogil": True,
+        "error_model": "numpy",
+        "fastmath": {"contract", "reassoc", "nsz"},
+    }
+    compiled: Any = numba.njit(**options)(kernel)
+    compiled._cache = _cache_of(kernel)
+
+    @functools.wraps(kernel)
+    def run(*args: np.ndarray) -> None:
+        # numba keeps this number per Python thread; autograd may run the backward pass in another one.
+        allowed = numba.get_num_threads()
+        numba.set_num_threads(min(allowed, torch.get_num_threads()))
+        try:
+            with _turn:
+                compiled(*args)
+        finally:
+            numba.set_num_threads(allowed)
+
+    return run
 
 
 def arrays(*tensors: Tensor) -> list[np.ndarray]:

@@ -28,6 +28,7 @@ class Packing:
     """The selected positions of each row, moved to the front of the row in their order; other positions are cut off.
 
     Attributes:
+        selected: (B, N) bool, the argument.
         counts: (B,) int64, number of selected positions of each row.
         mask: (B, M) bool, True for selected positions, False for the positions that fill up a row.
         index: (B, M) int64, rows of ``x.flatten(0, 1)``; the first position of a row fills it up.
@@ -49,6 +50,7 @@ class Packing:
                 program later.
         """
         batch, self.length = selected.shape
+        self.selected = selected
         self.tile = tile if self.length > 1 else 1
         self.bound = bound
         self.counts = selected.sum(1)

@@ -1,12 +1,15 @@
 """Self-contained HTML pages: figures are inline SVG, and there are no scripts and no references to the network."""
 
+import contextlib
 import html
 import io
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from resnet_bk.config import visible
 from resnet_bk.extras import extra
 
 with extra("train"):
@@ -39,10 +42,19 @@ footer { color: #666; margin-top: 2rem; font-size: .85rem; }
 """
 
 
+@contextlib.contextmanager
+def _any_characters() -> Iterator[None]:
+    """Draw boxes for characters that the font lacks, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
 def figure_svg(figure: Figure) -> str:
     """Return the figure as an <svg> element."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    with _any_characters():
+        figure.savefig(buffer, format="svg", bbox_inches="tight")
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -94,7 +106,7 @@ def compared_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float, f
     for x, (axes, label) in enumerate(zip(figure.subplots(2, 1), ("seconds of training", read), strict=True)):
         for color, (name, runs) in zip(_colors(len(curves)), curves.items(), strict=True):
             for i, run in enumerate(runs):
-                own = {"label": name} if i == 0 else {}
+                own = {"label": visible(name)} if i == 0 else {}
                 bits = [line[2] for line in run]
                 axes.plot([line[x] for line in run], bits, ".-", color=color, linewidth=1.2, markersize=2, **own)
         axes.set(
@@ -130,7 +142,7 @@ def pareto(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[int], co
     axes.margins(0.15)
     axes.legend(frameon=False)
     _lighten(axes)
-    _label(axes, places, list(points))
+    _label(axes, places, list(map(visible, points)))
     return figure
 
 
@@ -147,6 +159,7 @@ def _colors(count: int) -> list[Any]:
     return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
 
 
+@_any_characters()
 def _label(axes: Axes, places: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
     """Write a name next to each place, on the side where it covers least and stays within the axes."""
     axes.autoscale_view()  # else the positions of the places are settled only when the figure is drawn
@@ -198,22 +211,27 @@ def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     return f'<div class="scrolls">{table}{"".join(lines)}</table></div>'
 
 
+def _escaped(text: str) -> str:
+    """Return plain text as HTML. A browser, too, obeys characters that turn the direction of text."""
+    return html.escape(visible(text))
+
+
 def _cell(text: str) -> str:
     """Escape the text of a cell, and allow a line break after each slash of a path."""
-    return html.escape(text).replace("/", "/<wbr>")
+    return _escaped(text).replace("/", "/<wbr>")
 
 
 def titled(heading: str, body: str) -> str:
     """Return a part of a section as HTML. body: HTML."""
-    return f"<h3>{html.escape(heading)}</h3>{body}"
+    return f"<h3>{_escaped(heading)}</h3>{body}"
 
 
 def paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{_escaped(text)}</p>"
 
 
 def preformatted(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{_escaped(text)}</pre>"
 
 
 def heat_map(pieces: Sequence[tuple[str, float, str]]) -> str:
@@ -224,9 +242,8 @@ def heat_map(pieces: Sequence[tuple[str, float, str]]) -> str:
     spans = []
     for text, heat, note in pieces:
         red, green, blue = (round(255 + heat * (full - 255)) for full in (236, 112, 20))
-        shown = html.escape(text.replace("\r", "\N{SYMBOL FOR CARRIAGE RETURN}"))
         style = f"background:rgb({red},{green},{blue})"
-        spans.append(f'<span style="{style}" title="{html.escape(note, quote=True)}">{shown}</span>')
+        spans.append(f'<span style="{style}" title="{_escaped(note)}">{_escaped(text)}</span>')
     return f"<pre>{''.join(spans)}</pre>"
 
 
@@ -239,10 +256,10 @@ def page(title: str, rows: Sequence[Sequence[str]], sections: Sequence[tuple[str
         sections: heading and HTML of each section.
         footer: lines at its end, such as versions and commands.
     """
-    parts = "".join(f"<h2>{html.escape(heading)}</h2>{body}" for heading, body in sections)
-    notes = "<br>".join(html.escape(line) for line in footer)
+    parts = "".join(f"<h2>{_escaped(heading)}</h2>{body}" for heading, body in sections)
+    notes = "<br>".join(_escaped(line) for line in footer)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_escaped(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>{html.escape(title)}</h1>{table_html(rows)}{parts}<footer>{notes}</footer></body></html>\n"
+        f"<h1>{_escaped(title)}</h1>{table_html(rows)}{parts}<footer>{notes}</footer></body></html>\n"
     )

@@ -8,7 +8,6 @@ in combination instead of multiplied on paper.
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from resnet_bk import folders
-from resnet_bk.checkpoint import write_atomically
-from resnet_bk.config import AblateConfig, ConfigError, TrainConfig, shown
+from resnet_bk.config import AblateConfig, ConfigError, TrainConfig
+from resnet_bk.files import json_text, lock, remove_scratch, write_whole
 from resnet_bk.hf import load_tokenizer
 from resnet_bk.report.tables import Console, markdown_table, print_table
+from resnet_bk.report.terminal import say
 from resnet_bk.study import run
+from resnet_bk.study.finished import check_one_text, results_of, text_of
 from resnet_bk.study.versions import version_lines
 from resnet_bk.training.run import StoppedError, with_vocabulary
 
@@ -112,7 +112,8 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
 
     Raises:
         ConfigError: a technique is not on in the recipe, the plan does not fit the number of techniques, a combination
-            is not possible, or a finished run had other settings, another budget or another text.
+            is not possible; another process works in the folder; a finished run is damaged, or had other settings,
+            another budget or another text.
         StoppedError: a signal stopped the training of a run.
     """
     techniques = config.techniques or recipe.model.techniques
@@ -134,13 +135,15 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
         models[tuple(model.techniques)] = model  # named by all techniques that are on, also those that are not switched
     cells = [(on, seed) for seed in config.seeds for on in models]
     results: list[dict[str, Any]] = []
-    for i, (on, seed) in enumerate(cells):
-        console.print(f"\n[bold]Run {i + 1} of {len(cells)}[/bold]: {name_of(on)}, seed {seed}")
-        folder = Path(config.output_dir) / name_of(on) / f"seed-{seed}"
-        settings = dataclasses.replace(recipe, model=models[on], seed=seed, output_dir=str(folder), resume=True)
-        results.append(_trained(settings, folder, console))
-        _check_same_text(results, folder)
-    return _conclude(config, techniques, cells, results, console)
+    with lock(Path(config.output_dir), "ablate.output_dir"):
+        remove_scratch(Path(config.output_dir))
+        for i, (on, seed) in enumerate(cells):
+            say(console, f"\nRun {i + 1} of {len(cells)}: {name_of(on)}, seed {seed}", "bold")
+            folder = Path(config.output_dir) / name_of(on) / f"seed-{seed}"
+            settings = dataclasses.replace(recipe, model=models[on], seed=seed, output_dir=str(folder), resume=True)
+            results.append(_trained(settings, console))
+            check_one_text("ablate.base", folder, text_of(results[-1]), text_of(results[0]))
+        return _conclude(config, techniques, cells, results, console)
 
 
 def name_of(on: Sequence[str]) -> str:
@@ -149,45 +152,28 @@ def name_of(on: Sequence[str]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Return the median and, in parentheses, the range. Leave the range out if its two ends print the same."""
+    """Return the median and, in parentheses, the range. Leave the range out if its two ends print the same.
+
+    A run that was too short to log its speed has NaN; it is left out.
+    """
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "not logged"
     middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.median, min, max))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def _trained(settings: TrainConfig, folder: Path, console: Console) -> dict[str, Any]:
+def _trained(settings: TrainConfig, console: Console) -> dict[str, Any]:
     """Return the results of a run: those in its folder, or train the run first if the folder has none."""
-    if (folder / folders.RESULTS).exists():
-        folders.check_same_run(settings, folder)
-        _check_same_budget(settings, folder)
-        return dict(json.loads((folder / folders.RESULTS).read_text()))
-    try:
-        return run.train(settings, console)
-    except StoppedError as stopped:
-        raise StoppedError(stopped.number, "the same command") from stopped  # not `train`, to continue the ablation
-
-
-def _check_same_budget(settings: TrainConfig, folder: Path) -> None:
-    """Raise ConfigError if a finished run had another budget.
-
-    An unfinished run may be resumed with another budget, but a table must not mix budgets.
-    """
-    saved = folders.saved_settings("ablate.output_dir", folder)
-    for name in ("max_steps", "max_seconds"):
-        if saved.get(name) != (now := getattr(settings, name)):
-            raise ConfigError(
-                f"ablate.base: {name} is {now}, the finished run in {folder} had {shown(saved.get(name))}; set it to "
-                "that value, or choose another output_dir"
-            )
-
-
-def _check_same_text(results: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Raise ConfigError if the last run, in `folder`, was trained or scored on other text than the first one."""
-    for name in ("train_sha256", "held_out_sha256"):
-        if results[-1]["training"][name] != results[0]["training"][name]:
-            raise ConfigError(
-                f"ablate.base: the run in {folder} used a different text or tokenizer ({name}) than the first run; "
-                "restore it, or choose another output_dir"
-            )
+    results = results_of("ablate.output_dir", settings)
+    if results is None:
+        try:
+            run.train(settings, console)
+        except StoppedError as stopped:
+            raise StoppedError(stopped.number, "the same command") from stopped  # not `train`, to continue the ablation
+        results = results_of("ablate.output_dir", settings)  # with the checks that the next call would make
+    assert results is not None
+    return results
 
 
 def _conclude(
@@ -202,6 +188,8 @@ def _conclude(
     values = {name: [read(result) for result in results] for name, read in RESPONSES.items()}
     found = {}
     for name, column in values.items():
+        if any(map(math.isnan, column)):  # a run was too short to log its speed
+            continue
         response = column if name == BITS else [math.log(value) for value in column]
         found[name] = effects(techniques, [on for on, _ in cells], response)
     text = f"# Ablation of {config.base}\n\n"
@@ -221,10 +209,10 @@ def _conclude(
         )
     else:
         text += "These runs cannot separate the interactions of pairs; the full plan can.\n"
-    write_atomically(folder / TABLE, text)
+    write_whole(folder / TABLE, text)
     data = [{"on": on, "seed": seed, "results": r} for (on, seed), r in zip(cells, results, strict=True)]
-    write_atomically(folder / DATA, json.dumps(data, indent=1) + "\n")
-    console.print(f"wrote {folder}: {TABLE}, {DATA}", markup=False)
+    write_whole(folder / DATA, json_text(data))
+    say(console, f"wrote {folder}: {TABLE}, {DATA}")
     return found
 
 

@@ -1,24 +1,24 @@
 """The command ``resnet-bk report``: compare finished runs on one HTML page."""
 
-import math
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_bk.checkpoint import CheckpointError, write_atomically
+from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.config import ConfigError, ReportConfig
 from resnet_bk.data import corpus
-from resnet_bk.folders import CONFIG
+from resnet_bk.files import write_whole
+from resnet_bk.folders import CONFIG, train_command
 from resnet_bk.hf import quiet_transformers
 from resnet_bk.inference.loading import load
 from resnet_bk.report import html
 from resnet_bk.report.html import Figure
-from resnet_bk.report.tables import Console
+from resnet_bk.report.terminal import Console, say
 from resnet_bk.study.ablate import BITS, RESPONSES, spread
 from resnet_bk.study.finished import FinishedRun, Group, grouped, read_runs
-from resnet_bk.study.inspection import Spending, check_output, heated, legend, read_text, spend
+from resnet_bk.study.inspection import Spending, check_output, heated, legend, read_beginning, spend
 from resnet_bk.study.search import front
 from resnet_bk.study.versions import version_lines
 
@@ -43,7 +43,7 @@ def report(config: ReportConfig, console: Console) -> list[Group]:
     quiet_transformers()
     page = Path(config.output)
     check_output("report.output", page, TITLE)
-    text = None if config.text is None else read_text("report.text", config.text)
+    text = None if config.text is None else read_beginning("report.text", config.text, config.max_tokens)
     runs = read_runs("report.runs", config.runs)
     groups = grouped(runs)
     sections = [
@@ -53,8 +53,8 @@ def report(config: ReportConfig, console: Console) -> list[Group]:
         ("Cost of each byte", _colored(groups, text, config)),
     ]
     found = f"{_count(len(runs), 'run')} in {_count(len(groups), 'group')}"
-    write_atomically(page, html.page(f"{TITLE}: {found}", _facts(runs), sections, _footer(runs, config)))
-    console.print(f"wrote {page}: {found}", markup=False)
+    write_whole(page, html.page(f"{TITLE}: {found}", _facts(runs), sections, _footer(runs, config)))
+    say(console, f"wrote {page}: {found}")
     return groups
 
 
@@ -85,8 +85,7 @@ def _table(groups: Sequence[Group]) -> str:
     for group in groups:
         row = [group.name, ", ".join(f"{run.folder} (seed {run.config.seed})" for run in group.runs)]
         for name, (_, digits) in MEASURES.items():
-            known = [value for value in _values(group, name) if not math.isnan(value)]
-            row.append(spread(known, digits) if known else "not logged")
+            row.append(spread(_values(group, name), digits))
         rows.append(row)
     return html.table_html(rows, ["techniques", "runs", *MEASURES])
 
@@ -177,7 +176,7 @@ def _colored(groups: Sequence[Group], text: str | None, config: ReportConfig) ->
 def _held_out(run: FinishedRun) -> tuple[str, str]:
     """Return name and beginning, at most a megabyte, of the first document that a run held out."""
     data = run.config.data
-    document = corpus.split(data.source, data.val_source, data.val_fraction)[1][0]
+    document = corpus.split(data.source, data.val_source, data.val_fraction).held_out[0]
     return document.name, next(document.pieces()).decode(errors="replace")
 
 
@@ -203,7 +202,7 @@ def _footer(runs: Sequence[FinishedRun], config: ReportConfig) -> list[str]:
         lines.append(
             "; ".join(f"{name} {version}" + f" ({', '.join(of)})" * (not same) for version, of in users.items())
         )
-    lines += [shlex.join(["resnet-bk", "train", "--config", str(Path(run.folder) / CONFIG)]) for run in runs]
+    lines += [train_command(Path(run.folder) / CONFIG) for run in runs]
     options = ["--output", config.output, "--max_tokens", str(config.max_tokens)]
     options += [] if config.text is None else ["--text", config.text]
     lines.append("This page: " + ", ".join(version_lines()))

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from resnet_bk.adaptive.depth import measured_depth
 from resnet_bk.config import ConfigError, EvalConfig
-from resnet_bk.data.corpus import Document
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.guard import check_causal
@@ -208,17 +207,3 @@ def check_vocabulary(model: LanguageModel, tokenizer_size: int, tokenizer: str, 
             f"data.tokenizer: {tokenizer!r} has {tokenizer_size} ids (SHA-256 {digest[:16]}), "
             f"the model {model.config.vocab_size}; use the tokenizer the model was trained with"
         )
-
-
-def count_words(documents: list[Document]) -> int:
-    """Count whitespace-separated words and line ends."""
-    count = 0
-    for document in documents:
-        cut = b""  # a word whose rest may be in the next piece
-        for piece in document.pieces():
-            count += piece.count(b"\n")
-            words = (cut + piece).split()
-            cut = words.pop() if words and not piece[-1:].isspace() else b""
-            count += len(words)
-        count += bool(cut)
-    return count

@@ -1,16 +1,18 @@
 """The command ``resnet-bk eval``: score a checkpoint on held-out text."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from resnet_bk.config import ConfigError, DataConfig, EvalConfig, check_fields, read_yaml
 from resnet_bk.data import corpus
 from resnet_bk.data.tokens import tokenizer_digest
-from resnet_bk.folders import CONFIG
+from resnet_bk.folders import CONFIG, RESULTS
 from resnet_bk.hf import quiet_transformers, token_file
 from resnet_bk.inference.loading import load
 from resnet_bk.report.tables import Console, print_table
-from resnet_bk.study.evaluate import check_vocabulary, chosen_documents, count_words, evaluate
+from resnet_bk.report.terminal import say
+from resnet_bk.study.evaluate import check_vocabulary, chosen_documents, evaluate
 
 
 def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
@@ -21,19 +23,22 @@ def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
     saved = Path(config.checkpoint) / CONFIG
-    data = _saved_data(saved) if saved.exists() else DataConfig()
+    data = _saved_data(saved) if saved.exists() else None
     if config.source is not None:
-        is_hub = corpus.is_hub_name(config.source)
-        documents = corpus.hub_splits(config.source)[1] if is_hub else corpus.documents(config.source)
-    elif saved.exists():
-        documents = corpus.split(data.source, data.val_source, data.val_fraction)[1]
+        text = corpus.held_out(config.source, "eval.source")
+    elif data is not None:
+        text = corpus.split(data.source, data.val_source, data.val_fraction)
     else:
         raise ConfigError(
             f"eval.source: {config.checkpoint} is not a run folder, so it has no held-out text; give --source"
         )
     check_vocabulary(model.model, len(tokenizer), config.checkpoint, tokenizer_digest(tokenizer))
-    tokens, _ = token_file(documents, data, tokenizer)
-    words = count_words([documents[i] for i in chosen_documents(tokens, config.max_bytes)])
+    tokens, sha256 = token_file(text.held_out, data or DataConfig(), tokenizer)
+    if text.note:
+        say(console, text.note)
+    if config.source is None and _scored_text(Path(config.checkpoint)) not in (None, sha256):
+        say(console, "the held-out text has changed since the run ended; the model may have been trained on some of it")
+    words = corpus.count_words([text.held_out[i] for i in chosen_documents(tokens, config.max_bytes)])
     scores = evaluate(model.model, tokens, tokenizer.eos_token_id, config, words)
     print_table(console, f"{config.checkpoint} on {config.source or 'its held-out text'}", scores.rows())
     return scores.to_dict()
@@ -46,3 +51,11 @@ def _saved_data(path: Path) -> DataConfig:
         raise ConfigError(f"{path}: has no section 'data'; the file is damaged")
     check_fields(f"{path}: data", DataConfig, values["data"])
     return DataConfig(**values["data"])
+
+
+def _scored_text(folder: Path) -> str | None:
+    """Return the hash of the text on which a run was scored when it ended; None if it has not ended."""
+    try:
+        return json.loads((folder / RESULTS).read_bytes())["training"]["held_out_sha256"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None

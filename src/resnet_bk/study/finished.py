@@ -21,9 +21,10 @@ from resnet_bk.config import (
     read_yaml,
     shown,
 )
-from resnet_bk.folders import CHANGEABLE, CONFIG, METRICS, RESULTS, flat
+from resnet_bk.folders import CHANGEABLE, CONFIG, METRICS, RESULTS, check_same_run, flat, saved_settings, train_command
 
 LARGEST_RESULTS, LARGEST_METRICS = 16 << 20, 256 << 20  # bytes
+MOST_BITS = 64  # per byte; a model that has learned nothing has 8
 
 # Settings in which the runs of a group may differ, in addition to data.*, which the hash of the training text replaces.
 _NOT_COMPARED = (CHANGEABLE - {"max_steps", "max_seconds"}) | {"seed"}
@@ -98,35 +99,102 @@ def grouped(runs: Sequence[FinishedRun]) -> list[Group]:
     ]
 
 
+def results_of(where: str, config: TrainConfig) -> dict[str, Any] | None:
+    """Return the results of the run in config.output_dir, None if there is none or it is not finished.
+
+    Args:
+        where: the setting that names the folder, for messages.
+        config: settings that the run must have, and the budget that it must have had if it is finished.
+
+    Raises:
+        ConfigError: the run has others, or a file is damaged.
+    """
+    folder = Path(config.output_dir)
+    check_same_run(config, folder)
+    if not (folder / RESULTS).exists():
+        return None
+    saved = saved_settings(where, folder)
+    for name in ("max_steps", "max_seconds"):  # an unfinished run may be resumed with another budget
+        if saved.get(name) != (now := getattr(config, name)):
+            raise ConfigError(
+                f"train.{name}: got {now}, the finished run in {folder} had {shown(saved.get(name))}; set it to that, "
+                "or choose another output_dir"
+            )
+    return _read_results(where, folder, hint="; restore it, or remove it to have the run scored again")
+
+
+def text_of(results: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes of the texts that a run was trained and scored on. They depend on the tokenizer, too."""
+    return {name: results["training"][name] for name in _TEXTS["training"]}
+
+
+def check_one_text(where: str, folder: Path, text: dict[str, str], first: dict[str, str]) -> None:
+    """Raise ConfigError if the texts of the run in `folder` differ from those of the first run of a study."""
+    if text != first:
+        raise ConfigError(
+            f"{where}: the run in {folder} used another text or tokenizer than the runs before it; restore the text "
+            "and remove that folder, or choose another output_dir"
+        )
+
+
 def _read(where: str, folder: str) -> FinishedRun:
     """Read and check one run. where: the setting that names it."""
     settings, results, metrics = (Path(folder) / name for name in (CONFIG, RESULTS, METRICS))
-    if not settings.is_file():
+    if not settings.exists():
         raise ConfigError(f"{where}: {folder} is not a run of `resnet-bk train`: {settings} is missing")
-    if not results.is_file():
-        command = f"resnet-bk train --config {settings} --resume true"
+    if not results.exists():
+        command = train_command(settings, "--resume", "true")
         raise ConfigError(f"{where}: {folder} is not finished: {results} is missing; resume with: {command}")
     values = read_yaml(where, settings)
-    with _named(settings):
+    with named(settings):
         config = _settings(values)
-    text = read_limited(where, metrics, LARGEST_METRICS) if metrics.is_file() else ""
-    with _named(metrics):
+        if not settings.read_bytes().endswith(b"\n"):
+            raise ConfigError("ends within a line, it was cut off; restore it, or leave the run out")
+    text = _text(where, metrics, LARGEST_METRICS) if metrics.exists() else ""
+    with named(metrics):
         lines = _metrics(text)
-    text = read_limited(where, results, LARGEST_RESULTS)
-    with _named(results):
-        return FinishedRun(folder, config, lines, _results(text, logged=bool(lines)))
+    return FinishedRun(folder, config, lines, _read_results(where, Path(folder), logged=bool(lines)))
+
+
+def _read_results(where: str, folder: Path, logged: bool | None = None, hint: str = "") -> dict[str, Any]:
+    """Read and check results.json.
+
+    Args:
+        where: the setting that names the run.
+        folder: of the run.
+        logged: True if the run has log lines: its speed is their median. False if not: it has none. None: either.
+        hint: how to mend a damaged file.
+    """
+    text = _text(where, folder / RESULTS, LARGEST_RESULTS)
+    with named(folder / RESULTS, hint):
+        return _results(text, logged)
+
+
+def _text(where: str, path: Path, limit: int) -> str:
+    """Return the text of a file. Refuse a folder, a device, and a pipe, which could keep the reader waiting forever."""
+    if not path.is_file():
+        raise ConfigError(f"{where}: {path} is not a file; restore it")
+    try:
+        return read_limited(where, path, limit)
+    except OSError as error:
+        raise ConfigError(f"{where}: {path} cannot be read ({error.strerror}); allow it to be read") from error
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turn any error about the content of a file into a ConfigError that names the file."""
+def named(path: Path, hint: str = "") -> Iterator[None]:
+    """Turn any error about the content of a file into a ConfigError that names the file.
+
+    Args:
+        path: the file.
+        hint: how to mend it.
+    """
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        kind = type(error).__name__
-        raise ConfigError(f"{path}: is damaged ({kind}: {error}); restore it, or leave the run out") from error
+        raise ConfigError(f"{path}: {error}{hint}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        problem, hint = f"{type(error).__name__}: {error}", hint or "; restore it, or leave the run out"
+        raise ConfigError(f"{path}: is damaged ({problem}){hint}") from error
 
 
 def _settings(values: Any) -> TrainConfig:
@@ -138,24 +206,27 @@ def _settings(values: Any) -> TrainConfig:
 
 def _metrics(text: str) -> list[dict[str, float]]:
     """Check the content of metrics.jsonl."""
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = [_parsed(line) for line in text.splitlines()]
     for i, line in enumerate(lines, 1):
         for name in _LINE:
             _check_number(f"line {i}", line, name)
     return lines
 
 
-def _results(text: str, logged: bool) -> dict[str, Any]:
-    """Check the content of results.json. logged: True if the run has log lines; its speed is their median, else NaN."""
-    values = json.loads(text)
+def _results(text: str, logged: bool | None) -> dict[str, Any]:
+    """Check the content of results.json. logged: see `_read_results`."""
+    values = _parsed(text)
     for section, names in _NUMBERS.items():
         for name in names:
             _check_number(section, values[section], name)
     speed = values["training"]["bytes_per_second"]
-    if logged:
+    is_unknown = speed is None or (isinstance(speed, float) and math.isnan(speed))  # NaN in files of earlier versions
+    if logged is False and not is_unknown:
+        raise ConfigError(f"training.bytes_per_second: got {shown(speed)}, allowed null: no speed was logged")
+    if logged or not is_unknown:
         _check_number("training", values["training"], "bytes_per_second")
-    elif not isinstance(speed, float) or not math.isnan(speed):
-        raise ConfigError(f"training.bytes_per_second: got {shown(speed)}, allowed NaN: no speed was logged")
+    if is_unknown:
+        values["training"]["bytes_per_second"] = math.nan
     for section, names in _TEXTS.items():
         check_text(section, **{name: values[section][name] for name in names})
     for name, version in values["versions"].items():
@@ -163,7 +234,19 @@ def _results(text: str, logged: bool) -> dict[str, Any]:
     return dict(values)
 
 
+def _parsed(text: str) -> Any:
+    """Parse JSON. Raise ValueError if a mapping has a key twice, of which Python would take the last value."""
+    return json.loads(text, object_pairs_hook=_mapping)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a mapping has a key twice")
+    return values
+
+
 def _check_number(where: str, values: dict[str, Any], name: str) -> None:
-    """Check a number: bits per byte are 0 to 64 (0 for a text of one letter), all else is positive and can be drawn."""
-    low, high = (0, 64) if name == "bits_per_byte" else (1e-12, 1e24)
+    """Check a number: bits per byte may be 0, for a text of one letter; all else is positive and can be drawn."""
+    low, high = (0, MOST_BITS) if name == "bits_per_byte" else (1e-12, 1e24)
     check_range(where, low, high, **{name: values[name]})

@@ -4,7 +4,7 @@ Dimensions: B sequences, N tokens.
 """
 
 import math
-import sys
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from resnet_bk.adaptive.depth import DepthRecord, measured_depth
 from resnet_bk.adaptive.length import LengthRecord
 from resnet_bk.adaptive.multiscale import ChunkRecord
-from resnet_bk.checkpoint import write_atomically
-from resnet_bk.config import ConfigError, InspectConfig
+from resnet_bk.config import ConfigError, InspectConfig, read_text
+from resnet_bk.files import write_whole
 from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers
 from resnet_bk.inference.loading import load
 from resnet_bk.layers.feedforward import ExpertsRecord
@@ -25,12 +25,13 @@ from resnet_bk.layers.sparse import SparsityRecord
 from resnet_bk.record import Record
 from resnet_bk.report import html
 from resnet_bk.report.tables import Console, print_table
-from resnet_bk.report.terminal import colored
+from resnet_bk.report.terminal import colored, say
 from resnet_bk.study.ledger import Ledger, plain_flops
 from resnet_bk.study.measure import rank_correlation
 from resnet_bk.study.versions import version_lines
 
 TITLE = "What the model spends"
+_BYTES_PER_TOKEN, _LEAST_BYTES = 256, 1 << 16  # read of a text for each token to look at, and in all at least
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
     quiet_transformers()
     page = Path(config.output)
     check_output("inspect.output", page, TITLE)
-    text = read_text("inspect.text", config.text)
+    text = read_beginning("inspect.text", config.text, config.max_tokens)
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
     spending = spend(model, tokenizer, text, config.max_tokens, f"inspect.text: {config.text}")
     cost, bits, ledger = spending.cost, spending.bits, spending.ledger
@@ -112,19 +113,19 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
     rows = [(name, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}") for name, value in values.items()]
     stages = _stages(ledger)
     pieces = heated(spending.pieces(), low, high)
-    console.print(colored((piece, heat) for piece, heat, _ in pieces))
-    print_table(console, f"{config.checkpoint} on {config.text}", rows)
-    print_table(console, "FLOPs by layer", stages)
-    if len(spending.text) < len(text):
-        console.print(f"looked at the first {len(cost):,} tokens; give --max_tokens to see more")
-    command = f"resnet-bk inspect {config.checkpoint} {config.text} --max_tokens {config.max_tokens}"
+    words = ["resnet-bk", "inspect", config.checkpoint, config.text, "--max_tokens", str(config.max_tokens)]
     sections = [
         ("Byte by byte", legend(low, high) + html.heat_map(pieces)),
         ("FLOPs by layer", html.table_html(stages)),
     ]
     title = f"{TITLE}: {config.checkpoint} on {config.text}"
-    write_atomically(page, html.page(title, rows, sections, [*version_lines(), command]))
-    console.print(f"wrote {page}", markup=False)
+    write_whole(page, html.page(title, rows, sections, [*version_lines(), shlex.join(words)]))
+    console.print(colored((piece, heat) for piece, heat, _ in pieces))
+    print_table(console, f"{config.checkpoint} on {config.text}", rows)
+    print_table(console, "FLOPs by layer", stages)
+    if len(spending.text) < len(text):
+        say(console, f"looked at the first {len(cost):,} tokens; give --max_tokens to see more")
+    say(console, f"wrote {page}")
     return values
 
 
@@ -154,6 +155,8 @@ def check_output(where: str, page: Path, title: str) -> None:
     """
     if page.is_dir():
         raise ConfigError(f"{where}: {page} is a folder; name a file")
+    if page.exists() and not page.is_file():  # opening a pipe would wait for its other end
+        raise ConfigError(f"{where}: {page} is a device or a pipe; name a file")
     if page.exists():
         with page.open(errors="replace") as file:
             if f"<title>{title}" not in file.read(500):
@@ -162,14 +165,9 @@ def check_output(where: str, page: Path, title: str) -> None:
         raise ConfigError(f"{where}: folder {page.parent} does not exist; create it, or choose another")
 
 
-def read_text(where: str, name: str) -> str:
-    """Read the text of a file, or of standard input if the name is "-". where: the setting that names it."""
-    if name == "-":
-        return sys.stdin.read()
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"{where}: {name} is not a file; give a text file, or '-'")
-    return path.read_bytes().decode()
+def read_beginning(where: str, name: str, max_tokens: int) -> str:
+    """Return as much of a text as `max_tokens` tokens can need. where: the setting that names it; name: file or "-"."""
+    return read_text(where, name, max(_LEAST_BYTES, max_tokens * _BYTES_PER_TOKEN))
 
 
 def _tokens(text: str, tokenizer: Tokenizer, max_tokens: int, name: str) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -177,7 +175,7 @@ def _tokens(text: str, tokenizer: Tokenizer, max_tokens: int, name: str) -> tupl
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids, spans = encoded["input_ids"][:max_tokens], encoded["offset_mapping"][:max_tokens]
     if not ids:
-        raise ConfigError(f"{name} is empty; give at least one character")
+        raise ConfigError(f"{name} has no token; give a longer text")
     return torch.tensor([ids]), spans
 
 

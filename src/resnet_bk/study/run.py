@@ -7,40 +7,43 @@ from typing import Any
 
 import numpy as np
 
-from resnet_bk.checkpoint import write_atomically
 from resnet_bk.config import EvalConfig, GenerateConfig, TrainConfig
-from resnet_bk.folders import CONFIG, METRICS, MODEL, REPORT, RESULTS
-from resnet_bk.hf import token_file
+from resnet_bk.files import json_text, write_whole
+from resnet_bk.folders import CONFIG, METRICS, MODEL, REPORT, RESULTS, train_command
 from resnet_bk.inference.generation import generate_text
 from resnet_bk.report import html
 from resnet_bk.report.tables import Console, print_table
-from resnet_bk.study.evaluate import count_words, evaluate
+from resnet_bk.report.terminal import say
+from resnet_bk.study.evaluate import evaluate
 from resnet_bk.study.measure import measure
 from resnet_bk.study.versions import version_lines, versions
 from resnet_bk.training import run as training
+from resnet_bk.training.recorder import ProgressCallback
 from resnet_bk.training.run import TrainedRun
-from resnet_bk.training.trainer import ProgressCallback
 
 
 def train(config: TrainConfig, console: Console, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
-    """Train as :func:`resnet_bk.training.run.train` does; then score, measure and report.
+    """Train as :func:`resnet_bk.training.run.trained` does; then score, measure and report.
 
     Returns:
         The content of results.json on rank 0, an empty dictionary on the others.
     """
-    run = training.train(config, console, on_progress)
-    return {} if run is None else conclude(run, console)
+    with training.trained(config, console, on_progress) as run:
+        return {} if run is None else conclude(run, console)
 
 
 def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
-    """Score and measure a trained model, print a sample, write results.json and report.html. Returns the results."""
+    """Score and measure a trained model. Write report.html and results.json, then print what is in them.
+
+    Returns:
+        The content of results.json.
+    """
     model, config, folder = run.model.eval(), run.config, run.folder
-    console.print("scoring held-out text ...")
-    tokens, held_out_sha256 = token_file(run.held_out, config.data, run.tokenizer)
+    say(console, "scoring held-out text ...")
     scoring = EvalConfig(checkpoint=str(folder))
-    scores = evaluate(model.model, tokens, run.tokenizer.eos_token_id, scoring, count_words(run.held_out))
-    console.print("measuring speed ...")
-    costs = measure(model.model, tokens.ids, run.bytes_per_token)
+    scores = evaluate(model.model, run.held_out, run.tokenizer.eos_token_id, scoring, run.held_out_words)
+    say(console, "measuring speed ...")
+    costs = measure(model.model, run.held_out.ids, run.bytes_per_token)
     settings = GenerateConfig(str(folder), config.sample, 400, seed=config.seed)
     sample = generate_text(model, run.tokenizer, config.sample, settings)
     # A run of fewer steps than log_every has logged nothing.
@@ -56,25 +59,25 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
             "bytes_per_second": speed,
             "processes": run.processes,
             "train_sha256": run.train_sha256,
-            "held_out_sha256": held_out_sha256,
+            "held_out_sha256": run.held_out_sha256,
         },
         "versions": versions(),
         "sample": sample,
     }
     pace = f", {speed:,.0f} bytes/s" if metrics else ""
     rows = [*scores.rows(), ("training", f"{run.steps:,} steps in {run.seconds:.0f} s{pace}"), *costs.rows()]
-    print_table(console, f"Run {folder}", rows)
-    console.print("\n[bold]Sample[/bold]")
-    console.print(sample, markup=False, highlight=False)
-    write_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     _write_report(folder, rows, metrics, sample)
+    write_whole(folder / RESULTS, json_text(results))  # last: it marks the run as finished
+    print_table(console, f"Run {folder}", rows)
+    say(console, "\nSample", style="bold")
+    say(console, sample)
     written = [f"{MODEL}/", *([METRICS] if metrics else []), RESULTS, REPORT]
-    console.print(f"\nwrote {folder}: {', '.join(written)}")
+    say(console, f"\nwrote {folder}: {', '.join(written)}")
     return results
 
 
 def _write_report(folder: Path, rows: list[tuple[str, str]], metrics: list[dict[str, float]], sample: str) -> None:
-    footer = [*version_lines(), f"resnet-bk train --config {folder / CONFIG}"]
+    footer = [*version_lines(), train_command(folder / CONFIG)]
     curves = html.figures_html([html.training_curves(metrics)] if metrics else [])
     sections = [("Training", curves), ("Sample", html.preformatted(sample))]
-    (folder / REPORT).write_text(html.page(f"ResNet-BK run {folder.name}", rows, sections, footer))
+    write_whole(folder / REPORT, html.page(f"ResNet-BK run {folder.name}", rows, sections, footer))

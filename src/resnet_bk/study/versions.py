@@ -10,13 +10,14 @@ from resnet_bk import __version__
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages, and the machine with its cores and threads."""
+    """Return the versions of the packages, and the machine with the cores and threads that the process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "resnet-bk": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": _installed("transformers"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads",
     }
 
 

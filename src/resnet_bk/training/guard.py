@@ -26,12 +26,15 @@ def check_causal(
         device: where `logits_of` expects the ids.
 
     Raises:
-        LeakError: the logits differ; names the shortest prefix for which they do.
+        LeakError: the logits differ, and the message names the shortest prefix for which they do; or they are not
+            finite.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, LENGTH), generator=generator)
     other = (ids + torch.randint(1, max(2, vocab_size), (1, LENGTH), generator=generator)) % vocab_size
     expected = logits_of(ids.to(device))
+    if not expected.isfinite().all():
+        raise LeakError("the model's logits are NaN or infinite; its bits per byte would mean nothing")
     allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
     for n in PREFIXES:
         changed = torch.cat([ids[:, :n], other[:, n:]], dim=1)

@@ -6,21 +6,38 @@ others fail immediately rather than at the timeout.
 """
 
 import contextlib
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import distributed as dist
+
+from resnet_bk.checkpoint import CheckpointError
+from resnet_bk.config import ConfigError, shown
+from resnet_bk.extras import MissingExtraError
 
 TIMEOUT = timedelta(days=7)
 
 
 def world_size() -> int:
-    """Return the number of processes that a launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    """Return the number of processes that a launcher started; 1 without a launcher.
+
+    Raises:
+        ConfigError: the launcher's environment variables are not numbers.
+    """
+    found = {}
+    for name, least in (("RANK", 0), ("WORLD_SIZE", 1)):
+        text = os.environ.get(name, "0" if name == "RANK" else "1")
+        if not (text.isascii() and text.isdecimal() and int(text) >= least):
+            raise ConfigError(f"{name}: got {shown(text)}, allowed an integer of at least {least}; start with torchrun")
+        found[name] = int(text)
+    if "RANK" in os.environ and found["RANK"] >= found["WORLD_SIZE"]:
+        raise ConfigError(f"RANK: got {found['RANK']}, allowed 0 to {found['WORLD_SIZE'] - 1}; start with torchrun")
+    return found["WORLD_SIZE"] if "RANK" in os.environ else 1
 
 
 @dataclass(frozen=True)
@@ -44,13 +61,20 @@ class Ranks:
         """Initialise the process group that a launcher's environment variables describe, unless that is done already.
 
         With one process, return its rank 0 without a group.
+
+        Raises:
+            ConfigError: the processes cannot meet.
         """
         if world_size() == 1:
             return cls()
         if not dist.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            try:
+                if torch.cuda.is_available():
+                    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            except (ValueError, RuntimeError) as error:
+                names = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                raise ConfigError(f"{names}: the processes cannot meet: {error}; start them with torchrun") from error
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
@@ -71,38 +95,93 @@ class Ranks:
             dist.all_reduce(total, group=self.group)
         return total.item()
 
+    def gather(self, text: str) -> list[str]:
+        """Return the text of every rank."""
+        if self.group is None:
+            return [text]
+        data = text.encode(errors="surrogateescape")
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        dist.all_reduce(sizes, group=self.group)
+        table = torch.zeros(self.world_size, int(sizes.max()), dtype=torch.uint8)
+        table[self.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+        dist.all_reduce(table, group=self.group)
+        texts = [bytes(row[:size].tolist()) for row, size in zip(table, sizes.tolist(), strict=True)]
+        return [found.decode(errors="surrogateescape") for found in texts]
+
+    def check_same(self, values: Mapping[str, Any], advice: str) -> None:
+        """End all ranks unless each has the same values and none has called :func:`fail_together`.
+
+        Args:
+            values: settings by name, of types that JSON has.
+            advice: end of the error message.
+
+        Raises:
+            ConfigError: on rank 0. The other ranks exit with status 2.
+        """
+        reports = [json.loads(text) for text in self.gather(json.dumps({"failure": "", "values": dict(values)}))]
+        failures = {rank: each["failure"] for rank, each in enumerate(reports) if each["failure"]}
+        if failures:
+            self._end("; ".join(f"rank {rank}: {text}" for rank, text in failures.items()))
+        for rank, each in enumerate(reports):
+            for name in reports[0]["values"] | each["values"]:
+                first, other = (reports[i]["values"].get(name) for i in (0, rank))
+                if first != other:
+                    self._end(f"{name}: got {shown(other)} on rank {rank}, {shown(first)} on rank 0; {advice}")
+
+    def _end(self, message: str) -> NoReturn:
+        self.shutdown()
+        if self.is_rank_zero:
+            raise ConfigError(message)
+        raise SystemExit(2)
+
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
         """Run the block on rank 0, then on the other ranks. The block must not call a collective method.
 
-        If the block raises on rank 0, the others exit with status 1 and print nothing: rank 0 reports the error.
+        If the block raises on any rank, the ranks on which it did not raise exit and print nothing. Their status is 2
+        if the input is at fault, else 1.
         """
-        if not self.is_rank_zero and self.max(0.0)[0]:
-            raise SystemExit(1)
+        if not self.is_rank_zero:
+            self._exit_if(self.max(0.0)[0])
         try:
             yield
-        except BaseException:
-            if self.is_rank_zero:
-                self.max(1.0)
+        except BaseException as error:
+            self.max(2.0 if isinstance(error, ConfigError | CheckpointError | MissingExtraError) else 1.0)
             raise
         if self.is_rank_zero:
             self.max(0.0)
+        self._exit_if(self.max(0.0)[0])
+
+    def _exit_if(self, status: float) -> None:
+        if status:
+            raise SystemExit(int(status))
 
     def broadcast(self, make: Callable[[], str]) -> str:
         """Call `make` on rank 0 only and return its result on every rank. If it raises there, the others exit."""
-        text = b""
+        text = ""
         with self.rank_zero_first():
             if self.is_rank_zero:
-                text = make().encode(errors="surrogateescape")
-        size = int(self.max(len(text))[0])
-        if self.group is None or size == 0:
-            return text.decode(errors="surrogateescape")
-        table = torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
-        dist.broadcast(table, src=0, group=self.group)
-        return bytes(table.tolist()).decode(errors="surrogateescape")
+                text = make()
+        return self.gather(text)[0]
 
     def shutdown(self) -> None:
         """Wait for all ranks, then destroy the process groups, so that rank 0 can work on while the others exit."""
         if self.group is not None:
             dist.barrier(group=self.group)
             dist.destroy_process_group()
+
+
+def fail_together(message: str) -> str:
+    """Report to the other ranks that this one cannot start.
+
+    Returns:
+        On rank 0 the message of all ranks. The other ranks exit with status 2.
+    """
+    ranks = Ranks.start()
+    reports = [json.loads(text)["failure"] for text in ranks.gather(json.dumps({"failure": message, "values": {}}))]
+    ranks.shutdown()
+    if not ranks.is_rank_zero:
+        raise SystemExit(2)
+    others = [f"rank {rank}: {text}" for rank, text in enumerate(reports) if text not in ("", message)]
+    return "; ".join([message, *others])

@@ -1,16 +1,21 @@
 """A training run, from its configuration to a trained model in its run folder."""
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
-from resnet_bk.checkpoint import newest_valid, replacing
-from resnet_bk.config import ConfigError, TrainConfig
+from resnet_bk import __version__
+from resnet_bk.checkpoint import RUN_FILES, newest_valid, replacing, step_of
+from resnet_bk.config import ConfigError, TrainConfig, shown
 from resnet_bk.data import corpus, tokens
 from resnet_bk.extras import extra
+from resnet_bk.files import write_whole
 from resnet_bk.folders import (
     CHECKPOINTS,
     CONFIG,
@@ -19,7 +24,9 @@ from resnet_bk.folders import (
     TEXT_HASH,
     check_same_run,
     check_same_text,
+    flat,
     run_folder,
+    train_command,
 )
 from resnet_bk.hf import (
     ResNetBKConfig,
@@ -30,10 +37,12 @@ from resnet_bk.hf import (
     quiet_transformers,
     token_file,
 )
+from resnet_bk.report.terminal import say
 from resnet_bk.training.ranks import Ranks
+from resnet_bk.training.recorder import ProgressCallback, Recorder
 from resnet_bk.training.sharded import recompute, shard
 from resnet_bk.training.states import gather_weights
-from resnet_bk.training.trainer import BKTrainer, ProgressCallback, Recorder, Windows
+from resnet_bk.training.trainer import BKTrainer, Windows
 
 with extra("train"):
     from rich.console import Console
@@ -61,7 +70,9 @@ class TrainedRun:
         folder: the run folder.
         model: the trained model.
         tokenizer: its tokenizer.
-        held_out: documents for scoring, not tokenised yet.
+        held_out: the held-out text, tokenised.
+        held_out_words: number of its words and line ends.
+        held_out_sha256: hash of it and the tokenizer.
         steps: number of updates made, including those before the run was resumed.
         seconds: training time, including that before the run was resumed.
         bytes_per_token: mean over the training text.
@@ -73,7 +84,9 @@ class TrainedRun:
     folder: Path
     model: ResNetBKForCausalLM
     tokenizer: Tokenizer
-    held_out: list[corpus.Document]
+    held_out: tokens.TokenFile
+    held_out_words: int
+    held_out_sha256: str
     steps: int
     seconds: float
     bytes_per_token: float
@@ -88,22 +101,29 @@ class _Data:
     Attributes:
         tokenizer: of the model.
         windows: the training text.
-        held_out: documents for scoring.
         sha256: hash of the training text and its tokenizer.
+        held_out, held_out_words, held_out_sha256: those of :class:`TrainedRun`.
+        note: a line about copies of the same text; empty if there are none.
     """
 
     tokenizer: Tokenizer
     windows: Windows
-    held_out: list[corpus.Document]
     sha256: str
+    held_out: tokens.TokenFile
+    held_out_words: int
+    held_out_sha256: str
+    note: str
 
 
-def train(config: TrainConfig, console: Console, on_progress: ProgressCallback | None = None) -> TrainedRun | None:
-    """Train a model and save it in its run folder.
+@contextlib.contextmanager
+def trained(
+    config: TrainConfig, console: Console, on_progress: ProgressCallback | None = None
+) -> Iterator[TrainedRun | None]:
+    """Train a model and save it in its run folder. The folder stays locked until the end of the block.
 
     Under torchrun or accelerate the processes share each batch. Only rank 0 chooses the folder, prints and writes the
-    run's files; another rank writes token files only if it does not find rank 0's. The other ranks return None when
-    training ends.
+    run's files; another rank writes token files only if it does not find rank 0's. The block gets None on the other
+    ranks.
 
     Args:
         config: settings of the run.
@@ -111,17 +131,33 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
         on_progress: called on rank 0 at each log line; an exception that it raises ends the training.
 
     Raises:
-        ConfigError: the settings, the text or the folder cannot be used, or do not fit each other.
+        ConfigError: the settings, the text or the folder cannot be used, do not fit each other, or differ between the
+            processes; or another process works in the folder.
         CheckpointError: the checkpoint to resume from cannot be loaded.
         StoppedError: a signal arrived: the run saved a checkpoint and stopped.
         NonFiniteError: a loss or a gradient was NaN or infinite.
+        OSError: the disk is full or fails. It names the file.
     """
     quiet_transformers()
     ranks = Ranks.start()
+    settings = {f"train.{name}": value for name, value in flat(dataclasses.asdict(config)).items()}
+    settings |= {"version of resnet-bk": __version__, "train.data.cache": None}  # each machine may have its own cache
+    ranks.check_same(settings, "start every process with the same settings")
     console = console if ranks.is_rank_zero else Console(quiet=True)
-    folder = Path(ranks.broadcast(lambda: str(run_folder(config, console))))
+    with contextlib.ExitStack() as held:
+        report = functools.partial(say, console)
+        folder = ranks.broadcast(lambda: str(held.enter_context(run_folder(config, report))))
+        yield _train(dataclasses.replace(config, output_dir=folder), ranks, console, on_progress)
+
+
+def _train(
+    config: TrainConfig, ranks: Ranks, console: Console, on_progress: ProgressCallback | None
+) -> TrainedRun | None:
+    """Train in the folder config.output_dir, whose lock rank 0 holds."""
+    folder = Path(config.output_dir)
     with ranks.rank_zero_first():  # errors are reported once; the other ranks find the token files written
-        config, data = _prepare_data(dataclasses.replace(config, output_dir=str(folder)), ranks)
+        config, data = _prepare_data(config, ranks)
+    ranks.check_same({"data.source": data.sha256}, "give every process the same text and tokenizer")
     torch.manual_seed(config.seed)
     model = ResNetBKForCausalLM(_transformers_config(config, data.tokenizer))
     _print_sizes(console, data, model, ranks)
@@ -129,15 +165,22 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
     with ranks.rank_zero_first():
         try:
             trainer = BKTrainer(model, config, data.windows, data.tokenizer, ranks)
-        except ValueError as error:  # transformers checks the trackers, and whether the GPU can compute in bfloat16
+        # transformers checks the trackers and their packages, and whether the GPU can compute in bfloat16
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "requires" not in str(error):
+                raise
             name = "dtype" if "bf16" in str(error) else "report_to"
             raise ConfigError(f"train.{name}: got {getattr(config, name)!r}: {error}") from error
-    checkpoint = ranks.broadcast(lambda: str(newest_valid(folder / CHECKPOINTS, console.print) or ""))
+    checkpoint = ranks.broadcast(
+        lambda: str(newest_valid(folder / CHECKPOINTS, functools.partial(say, console), RUN_FILES) or "")
+    )
     recorder = Recorder(trainer, folder / METRICS, console, on_progress)
-    if ranks.is_rank_zero:
-        trainer.add_callback(recorder)
-        (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-        (folder / TEXT_HASH).write_text(data.sha256 + "\n")
+    with ranks.rank_zero_first():
+        if ranks.is_rank_zero:
+            trainer.add_callback(recorder)
+            recorder.remove_after(step_of(Path(checkpoint)) if checkpoint else 0)
+            write_whole(folder / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+            write_whole(folder / TEXT_HASH, data.sha256 + "\n")
     try:
         trainer.run_training(Path(checkpoint) if checkpoint else None)
     finally:
@@ -145,7 +188,7 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
     weights = gather_weights(model, ranks.is_rank_zero)
     ranks.shutdown()
     if trainer.stopped_by is not None:
-        raise StoppedError(trainer.stopped_by, f"resnet-bk train --config {folder / CONFIG} --resume true")
+        raise StoppedError(trainer.stopped_by, train_command(folder / CONFIG, "--resume", "true"))
     if not ranks.is_rank_zero:
         return None
     if config.shard and ranks.world_size > 1:
@@ -160,6 +203,8 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
         model=model,
         tokenizer=data.tokenizer,
         held_out=data.held_out,
+        held_out_words=data.held_out_words,
+        held_out_sha256=data.held_out_sha256,
         steps=trainer.state.global_step,
         seconds=trainer.clock.seconds,
         bytes_per_token=data.windows.bytes_per_token,
@@ -169,7 +214,7 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
 
 
 def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data]:
-    """Split the text, tokenise its training part, and create the folder.
+    """Split the text and tokenise both parts, so that a fault of the held-out text is found before the training.
 
     If the folder holds a run already, compare its settings and training text with these.
 
@@ -183,13 +228,16 @@ def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, len(tokenizer))
     check_same_run(config, folder)
-    train_documents, held_out = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
-    train_tokens, sha256 = token_file(train_documents, config.data, tokenizer)
+    if not tokenizer(config.sample)["input_ids"]:
+        raise ConfigError(f"train.sample: {shown(config.sample)} has no tokens; give another text")
+    text = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
+    train_tokens, sha256 = token_file(text.train, config.data, tokenizer)
     check_same_text(config.data.source, sha256, folder)
     windows = Windows(train_tokens, config.model.n_seq)
     _check_batch(config, windows, ranks)
-    folder.mkdir(parents=True, exist_ok=True)
-    return config, _Data(tokenizer, windows, held_out, sha256)
+    held_out_tokens, held_out_sha256 = token_file(text.held_out, config.data, tokenizer)
+    words = corpus.count_words(text.held_out)
+    return config, _Data(tokenizer, windows, sha256, held_out_tokens, words, held_out_sha256, text.note)
 
 
 def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
@@ -225,10 +273,13 @@ def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
 def _print_sizes(console: Console, data: _Data, model: ResNetBKForCausalLM, ranks: Ranks) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     processes = f"{ranks.world_size} processes of " if ranks.world_size > 1 else ""
-    console.print(
+    if data.note:
+        say(console, data.note)
+    say(
+        console,
         f"{len(data.windows.tokens.names)} documents, {data.windows.tokens.bytes / 1e6:.1f} MB to train on; "
-        f"{len(data.held_out)} documents held out; {parameters / 1e6:.2f} M parameters; "
-        f"{processes}{torch.get_num_threads()} threads"
+        f"{len(data.held_out.names)} documents held out; {parameters / 1e6:.2f} M parameters; "
+        f"{processes}{torch.get_num_threads()} threads",
     )
 
 

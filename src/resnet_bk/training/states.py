@@ -4,16 +4,16 @@ A checkpoint does not depend on how many processes wrote it; any number of proce
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from resnet_bk.checkpoint import CheckpointError, current_name
+from resnet_bk.checkpoint import OPTIMIZER, WEIGHTS, CheckpointError
+from resnet_bk.weights import read_tensors
 
-WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"  # the entries of AdamW's state
 
 
 def full_tensor(x: Tensor) -> Tensor:
@@ -51,15 +51,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Load every parameter of `model` from a checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint lacks a parameter, or has it in another shape.
+        CheckpointError: the weights are not those of `model`, see :func:`resnet_bk.weights.read_tensors`.
     """
-    saved = {current_name(name): x for name, x in load_file(folder / WEIGHTS).items()}
+    parameters = dict(model.named_parameters())
+    saved = read_tensors(folder / WEIGHTS, parameters)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name not in saved or saved[name].shape != p.shape:
-                raise CheckpointError(
-                    f"{folder / WEIGHTS}: has no {name!r} of shape {tuple(p.shape)}; the file belongs to another model"
-                )
+        for name, p in parameters.items():
             p.copy_(_place_like(saved[name], p))
 
 
@@ -82,18 +79,25 @@ def save_optimizer_state(state: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Load what :func:`gather_optimizer_state` returned for the same parameters.
+    """Load what :func:`gather_optimizer_state` returned for the same parameters and AdamW.
+
+    Parameters that are not trained get no state.
 
     Raises:
-        CheckpointError: the file names a parameter that `model` does not have.
+        CheckpointError: the file lacks an entry of a trained parameter; an entry has another shape, is not floating
+            point, not finite, or cannot be one of AdamW.
     """
-    parameters = dict(model.named_parameters())
-    for key, x in load_file(folder / OPTIMIZER).items():
-        name, _, entry = current_name(key).rpartition("/")
-        if name not in parameters:
-            raise CheckpointError(
-                f"{folder / OPTIMIZER}: {name!r} is not a parameter of this model; the file belongs to another model"
-            )
-        state: dict[str, Any] = optimizer.state[parameters[name]]
-        p = parameters[name]
-        state[entry] = _place_like(x, p) if x.dim() or not p.dim() else x.to(p.device)  # step counts are not sharded
+    path, parameters = folder / OPTIMIZER, dict(model.named_parameters())
+    optimized = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    # Fused AdamW reads the memory of moments as the parameter's dtype, and that of steps as float32.
+    expected: dict[str, Tensor] = {f"{name}/{entry}": p for name, p in parameters.items() for entry in _MOMENTS}
+    expected |= {f"{name}/{_STEP}": torch.empty((), dtype=torch.float32) for name in parameters}
+    trained = [key for key in expected if parameters[key.rpartition("/")[0]] in optimized]
+    saved = read_tensors(path, expected, trained)
+    for key in trained:
+        if not key.endswith("/exp_avg") and saved[key].min() < 0:  # its root would be NaN
+            raise CheckpointError(f"{path}: {key!r}: expected 0 or more, got {saved[key].min():g}; it is damaged")
+    for key in trained:
+        name, _, entry = key.rpartition("/")
+        p, x = parameters[name], saved[key]
+        optimizer.state[p][entry] = x.to(p.device) if entry == _STEP else _place_like(x, p)

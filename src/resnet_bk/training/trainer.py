@@ -6,9 +6,8 @@ All processes of a run act on rank 0's clock, on the same signal and on the same
 import contextlib
 import json
 import math
-import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from resnet_bk.checkpoint import replacing, saved_steps
+from resnet_bk import files
+from resnet_bk.checkpoint import ELAPSED, RUN_FILES, STATE, CheckpointError, replacing, saved_steps, step_of
 from resnet_bk.clock import Clock
-from resnet_bk.config import TrainConfig
+from resnet_bk.config import TrainConfig, shown
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.extras import extra
 from resnet_bk.hf import ResNetBKForCausalLM
@@ -40,8 +40,6 @@ from resnet_bk.training.states import (
 
 with extra("train"):
     import accelerate  # noqa: F401 - which transformers would ask for with an error of its own
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from transformers import (
         PreTrainedTokenizerBase,
         PrinterCallback,
@@ -52,10 +50,7 @@ with extra("train"):
     )
 
 NO_STEP_LIMIT = 10**9
-KEPT_CHECKPOINTS = 2
-_ELAPSED, _STATE = "elapsed.json", "trainer_state.json"
-# Called at each log line with the progress, 0 to 1, and the training bits per byte since the last line.
-ProgressCallback = Callable[[float, float], None]
+KEPT_CHECKPOINTS, KEPT_LINES = 2, 100
 
 
 class NonFiniteError(RuntimeError):
@@ -290,26 +285,36 @@ class BKTrainer(Trainer):
         with self.ranks.rank_zero_first():
             if not self.ranks.is_rank_zero:
                 return  # the other ranks only wait until rank 0 has written
-            with replacing(self.checkpoints / f"checkpoint-{self.state.global_step}") as scratch:
+            folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
+            with self._naming_the_last_checkpoint(), replacing(folder, RUN_FILES) as scratch:
                 self.network.save_pretrained(scratch, state_dict=weights)
                 if isinstance(self.processing_class, PreTrainedTokenizerBase):
                     self.processing_class.save_pretrained(scratch)
                 save_optimizer_state(optimizer_state, scratch)
-                self.state.save_to_json(str(scratch / _STATE))
-                (scratch / _ELAPSED).write_text(json.dumps({"seconds": self.clock.seconds}))
-            self._delete_old_checkpoints()
+                self.state.save_to_json(str(scratch / STATE))
+                (scratch / ELAPSED).write_text(json.dumps({"seconds": self.clock.seconds}))
+            self._delete_checkpoints(self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.network, Path(resume_from_checkpoint))
 
-    def _delete_old_checkpoints(self) -> None:
-        """Delete all but the newest checkpoints up to this step. Later ones were damaged when the run resumed."""
+    @contextlib.contextmanager
+    def _naming_the_last_checkpoint(self) -> Iterator[None]:
+        """Add to an error of the disk from which checkpoint the run can go on."""
+        try:
+            yield
+        except OSError as error:
+            steps = [f"checkpoint-{step}" for step in sorted(saved_steps(self.checkpoints))[-1:]]
+            goes_on = f"the run can go on from {steps[0]}" if steps else "the run has no checkpoint yet"
+            raise OSError(error.errno, f"{error.strerror or error}; {goes_on}", error.filename) from error
+
+    def _delete_checkpoints(self, step: int) -> None:
+        """Delete all but the newest checkpoints up to `step`. Later ones could not be read when the run resumed."""
         saved = saved_steps(self.checkpoints)
-        kept = sorted(step for step in saved if step <= self.state.global_step)[-KEPT_CHECKPOINTS:]
-        for step in saved.keys() - set(kept):
-            shutil.rmtree(saved[step], ignore_errors=True)
-        for path in self.checkpoints.glob(".checkpoint-*.partial"):  # left by a kill during a save
-            shutil.rmtree(path, ignore_errors=True)
+        for old in sorted(s for s in saved if s <= step)[:-KEPT_CHECKPOINTS]:
+            with contextlib.suppress(OSError):  # Windows cannot rename a folder that is being read
+                files.remove(saved[old])
+        files.remove_scratch(self.checkpoints)  # left by a kill
 
     @contextlib.contextmanager
     def _handle_signals(self) -> Iterator[None]:
@@ -318,7 +323,8 @@ class BKTrainer(Trainer):
         def stop(number: int, frame: Any) -> None:
             self.received_signal = number
 
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        asked = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+        previous = {number: signal.signal(number, stop) for number in asked}
         try:
             yield
         finally:
@@ -328,13 +334,17 @@ class BKTrainer(Trainer):
     def run_training(self, checkpoint: Path | None) -> None:
         """Train until the steps or seconds are used up, from the start or from a checkpoint that was verified."""
         if checkpoint is not None:
-            self.resumed_from, self.first_step = checkpoint, int(checkpoint.name.rpartition("-")[2])
-            self.seconds = json.loads((checkpoint / _ELAPSED).read_text())["seconds"]
+            self.resumed_from, self.first_step = checkpoint, step_of(checkpoint)
+            with self.ranks.rank_zero_first():
+                self.seconds = _elapsed(checkpoint / ELAPSED)
+                _check_state(checkpoint / STATE, self.first_step)
+                if self.ranks.is_rank_zero:  # a kill after the last save may have left older ones
+                    self._delete_checkpoints(self.first_step)
         with self._handle_signals():
             self.clock.start(self.seconds)
             try:
                 if checkpoint and self._progress(self.first_step) >= 1:  # the Trainer would make one more step
-                    self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
+                    self.state = TrainerState.load_from_json(str(checkpoint / STATE))
                     load_weights(self.network, checkpoint)
                 else:
                     self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -354,6 +364,9 @@ class RunControl(TrainerCallback):
     def __init__(self, trainer: BKTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, args.max_steps)  # a checkpoint has the save_every and log_every of its session
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.sampler.epoch = state.global_step // self.trainer.steps_per_epoch
 
@@ -366,55 +379,40 @@ class RunControl(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_signals()
+        del state.log_history[:-KEPT_LINES]  # metrics.jsonl has every line; here they would fill each checkpoint
         if self.trainer.stopped_by is not None or self.trainer.progress >= 1:
             control.should_save = control.should_training_stop = True
 
 
-class Recorder(TrainerCallback):
-    """Write metrics.jsonl, one line per log; show a progress bar with bits per byte and bytes per second."""
+def _elapsed(path: Path) -> float:
+    """Return the training time in seconds that a checkpoint has saved.
 
-    def __init__(self, trainer: BKTrainer, path: Path, console: Console, on_progress: ProgressCallback | None = None):
-        self.trainer, self.path, self.on_progress = trainer, path, on_progress
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self.bar = Progress(*columns, *times, console=console)
-        self.task = self.bar.add_task("training", start=False, total=1.0)
-        self.marks: list[tuple[float, int]] = []  # seconds and step of the last log lines
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.marks = [(self.trainer.clock.seconds, state.global_step)]
-        if self.path.exists():  # resumed: the steps after the checkpoint will be logged again
-            lines = [line for line in self.path.read_text().splitlines() if _logged_step(line) <= state.global_step]
-            self.path.write_text("".join(line + "\n" for line in lines))
-        self.bar.start_task(self.task)
-        self.bar.update(self.task, completed=self.trainer.progress)
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=self.trainer.progress)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not logs or "bits_per_byte" not in logs:
-            return
-        self.marks = [*self.marks[-10:], (logs["seconds"], state.global_step)]
-        (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
-        rate = (s1 - s0) * self.trainer.bytes_per_step / max(1e-9, t1 - t0)
-        line = {"step": state.global_step, "bytes_per_second": round(rate, 1)}
-        line |= {name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm")}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        text = f"step {state.global_step}  {logs['bits_per_byte']:.3f} bits/byte  {rate / 1000:.1f} kB/s"
-        self.bar.update(self.task, description=text)
-        if self.on_progress is not None:
-            self.on_progress(self.trainer.progress, logs["bits_per_byte"])
-
-    def close(self) -> None:
-        self.bar.stop()
+    Raises:
+        CheckpointError: the file does not have it.
+    """
+    seconds = _read(path).get("seconds")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 1e12:
+        raise CheckpointError(f"{path}: expected 'seconds', a number of at least 0, got {shown(seconds)}")
+    return float(seconds)
 
 
-def _logged_step(line: str) -> float:
-    """Return the step of a line of metrics.jsonl; infinity for an incomplete line, which a killed run may leave."""
+def _check_state(path: Path, step: int) -> None:
+    """Raise CheckpointError unless the file has the Trainer's state after `step` steps."""
+    saved = _read(path)
+    if saved.get("global_step") != step:
+        raise CheckpointError(f"{path}: expected 'global_step' {step}, got {shown(saved.get('global_step'))}")
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+        TrainerState.load_from_json(str(path))
+    except Exception as error:  # of the classes of transformers
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: expected a state of transformers' Trainer ({reason})") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, got {path.stat().st_size} bytes that are not") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a mapping, got {shown(values)}")
+    return values
