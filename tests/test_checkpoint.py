@@ -8,18 +8,18 @@ import shutil
 
 import pytest
 
-from resnet_bk.checkpoint import MANIFEST, CheckpointError, newest_valid, replacing, seal, verify, write_atomically
+from resnet_bk import files
+from resnet_bk.checkpoint import MANIFEST, RUN_FILES, CheckpointError, newest_valid, replacing, reseal, seal, verify
 
 
 @pytest.fixture
 def sealed(tmp_path):
     """A small sealed checkpoint. Two of its file names differ in one bit."""
     folder = tmp_path / "checkpoint-10"
-    (folder / "sub").mkdir(parents=True)
+    folder.mkdir()
     (folder / "model.safetensors").write_bytes(random.Random(1).randbytes(300))
-    (folder / "a").write_bytes(b"same")
-    (folder / "c").write_bytes(b"same")
-    (folder / "sub" / "state.json").write_text('{"step": 10}')
+    for name in ("config.json", "a.safetensors", "c.safetensors"):
+        (folder / name).write_bytes(b"same")
     seal(folder)
     return folder
 
@@ -40,21 +40,20 @@ def with_entry(folder, name, entry=None):
     manifest.write_text(json.dumps(entries, indent=1) + "\n")
 
 
-def test_a_sealed_folder_verifies_and_its_manifest_lists_every_file(sealed):
+def test_a_sealed_folder_verifies_and_its_manifest_lists_its_files(sealed):
     verify(sealed)
     entries = json.loads((sealed / MANIFEST).read_text())
     assert {name: entry["bytes"] for name, entry in entries.items()} == {
-        "a": 4,
-        "c": 4,
+        "a.safetensors": 4,
+        "c.safetensors": 4,
+        "config.json": 4,
         "model.safetensors": 300,
-        "sub/state.json": 12,
     }
 
 
 def test_sealing_again_covers_changes(sealed):
-    (sealed / "a").write_bytes(b"other")
-    (sealed / f"{MANIFEST}.partial").write_text("left by a kill")
-    seal(sealed)
+    (sealed / "a.safetensors").write_bytes(b"other")
+    reseal(sealed)
     verify(sealed)
 
 
@@ -75,9 +74,9 @@ def test_model_cards_and_hidden_files_can_be_edited_after_sealing(sealed):
 
 def test_200_truncations_are_all_detected(sealed):
     draw = random.Random(0)
-    files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
+    paths = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
     for _ in range(200):
-        path = draw.choice(files)
+        path = draw.choice(paths)
         whole = path.read_bytes()
         left = draw.randrange(len(whole))
         path.write_bytes(whole[:left])
@@ -96,6 +95,12 @@ def test_every_truncation_of_the_manifest_is_detected(sealed):
         assert refusal(sealed).startswith(f"{manifest}: expected ")
 
 
+def fill(folder, weights):
+    """Write a model of sorts."""
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_bytes(b"{}")
+
+
 def flip(path, bit):
     with path.open("r+b") as file:
         file.seek(bit // 8)
@@ -106,9 +111,9 @@ def flip(path, bit):
 
 def test_2000_flipped_bits_are_all_detected(sealed):
     draw = random.Random(0)
-    files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
+    paths = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
     for _ in range(2000):
-        path = draw.choice(files)
+        path = draw.choice(paths)
         bit = draw.randrange(8 * path.stat().st_size)
         flip(path, bit)
         message = refusal(sealed)
@@ -125,7 +130,7 @@ def test_a_flip_of_every_third_bit_of_the_manifest_is_detected(sealed):
     manifest = sealed / MANIFEST
     for bit in range(0, 8 * manifest.stat().st_size, 3):
         flip(manifest, bit)
-        assert re.search("expected |points outside", refusal(sealed))
+        assert re.search("expected |missing", refusal(sealed))
         flip(manifest, bit)
     verify(sealed)
 
@@ -134,7 +139,7 @@ def test_a_flip_of_every_third_bit_of_the_manifest_is_detected(sealed):
 def test_names_outside_the_folder_are_refused(sealed, name):
     (sealed.parent / "secret").write_text("1234")
     with_entry(sealed, name)
-    assert refusal(sealed) == f"{sealed / MANIFEST}: {name!r} points outside the checkpoint; refused"
+    assert refusal(sealed) == f"{sealed / MANIFEST}: {name!r} missing; expected 4 bytes, got no such file"
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "", ".", "sub", "\udcff", MANIFEST])
@@ -143,23 +148,23 @@ def test_names_that_are_not_a_file_of_the_folder_are_refused(sealed, name):
     assert "expected 4 bytes, got no such file" in refusal(sealed)
 
 
-@pytest.mark.parametrize("where", ["a", "unlisted", "sub/state.json", "folder"])
+@pytest.mark.parametrize("where", ["a.safetensors", "unlisted", "folder"])
 def test_links_are_refused(sealed, tmp_path, where):
     target = tmp_path / "target"
     target.write_bytes(b"same")
     if where == "folder":
-        shutil.move(sealed / "sub", tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").mkdir()
         (sealed / "sub").symlink_to(tmp_path / "elsewhere")
     else:
         (sealed / where).unlink(missing_ok=True)
         (sealed / where).symlink_to(target)
-    assert "expected a plain file, got a link or device" in refusal(sealed)
+    assert "expected a plain file, got a link; refused" in refusal(sealed)
 
 
 def test_a_pipe_is_refused_without_blocking(sealed):
-    (sealed / "a").unlink()
-    os.mkfifo(sealed / "a")
-    assert refusal(sealed).startswith(f"{sealed / 'a'}: expected a plain file")
+    (sealed / "a.safetensors").unlink()
+    os.mkfifo(sealed / "a.safetensors")
+    assert refusal(sealed).startswith(f"{sealed / 'a.safetensors'}: expected a plain file")
 
 
 @pytest.mark.parametrize(
@@ -200,8 +205,8 @@ def test_a_manifest_too_large_is_not_read(sealed):
 
 
 def test_a_missing_file_is_named(sealed):
-    (sealed / "c").unlink()
-    assert refusal(sealed) == f"{sealed / MANIFEST}: 'c' missing; expected 4 bytes, got no such file"
+    (sealed / "c.safetensors").unlink()
+    assert refusal(sealed) == f"{sealed / MANIFEST}: 'c.safetensors' missing; expected 4 bytes, got no such file"
 
 
 def test_a_folder_without_a_manifest_is_not_a_checkpoint(sealed):
@@ -210,7 +215,7 @@ def test_a_folder_without_a_manifest_is_not_a_checkpoint(sealed):
 
 
 def test_a_folder_that_does_not_exist_or_is_a_file_is_not_a_checkpoint(sealed):
-    for path in (sealed / "nowhere", sealed / "a"):
+    for path in (sealed / "nowhere", sealed / "a.safetensors"):
         assert refusal(path) == f"{path}: no such checkpoint folder"
 
 
@@ -219,12 +224,12 @@ def test_a_read_error_is_a_checkpoint_error(sealed, monkeypatch):
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr("resnet_bk.checkpoint._sha256", broken)
-    assert refusal(sealed) == f"{sealed / 'a'}: cannot be read (Input/output error)"
+    assert refusal(sealed) == f"{sealed / 'a.safetensors'}: cannot be read (Input/output error)"
 
 
 def test_replacing_makes_a_sealed_folder(tmp_path):
     with replacing(tmp_path / "new" / "model") as scratch:
-        (scratch / "weights").write_bytes(b"first")
+        fill(scratch, b"first")
         assert not (tmp_path / "new" / "model").exists()
     verify(tmp_path / "new" / "model")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["model"]
@@ -232,10 +237,10 @@ def test_replacing_makes_a_sealed_folder(tmp_path):
 
 def test_replacing_takes_the_place_of_the_old(sealed):
     with replacing(sealed) as scratch:
-        (scratch / "weights").write_bytes(b"second")
+        fill(scratch, b"second")
         verify(sealed)
     verify(sealed)
-    assert sorted(p.name for p in sealed.iterdir()) == [MANIFEST, "weights"]
+    assert sorted(p.name for p in sealed.iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
     assert list(sealed.parent.iterdir()) == [sealed]
 
 
@@ -243,7 +248,7 @@ def test_replacing_takes_the_place_of_the_old(sealed):
 def test_the_old_folder_stays_when_the_block_raises(sealed, error):
     def write():
         with replacing(sealed) as scratch:
-            (scratch / "weights").write_bytes(b"half")
+            fill(scratch, b"half")
             raise error
 
     with pytest.raises(error):
@@ -255,9 +260,7 @@ def test_the_old_folder_stays_when_the_block_raises(sealed, error):
 
 @pytest.mark.parametrize("boundary", range(5))
 def test_a_failing_disk_at_any_fsync_leaves_the_old_or_the_new(sealed, monkeypatch, boundary):
-    from resnet_bk import checkpoint
-
-    calls, real = [], checkpoint._fsync
+    calls, real = [], files.fsync
 
     def fsync(path):
         calls.append(path)
@@ -265,10 +268,10 @@ def test_a_failing_disk_at_any_fsync_leaves_the_old_or_the_new(sealed, monkeypat
             raise OSError(28, "No space left on device", str(path))
         real(path)
 
-    monkeypatch.setattr(checkpoint, "_fsync", fsync)
+    monkeypatch.setattr(files, "fsync", fsync)
     try:
         with replacing(sealed) as scratch:
-            (scratch / "weights").write_bytes(b"second")
+            fill(scratch, b"second")
     except OSError:
         assert len(calls) == boundary + 1
     else:
@@ -281,15 +284,14 @@ def test_a_rename_that_fails_leaves_the_old(sealed, monkeypatch, fails):
     real, calls = type(sealed).rename, []
 
     def rename(path, target):
-        if path.name != f"{MANIFEST}.partial":
-            calls.append(path)
-            if len(calls) == fails:
-                raise OSError(5, "Input/output error", str(path))
+        calls.append(path)
+        if len(calls) == fails:
+            raise OSError(5, "Input/output error", str(path))
         return real(path, target)
 
     monkeypatch.setattr(type(sealed), "rename", rename)
     with pytest.raises(OSError, match="Input/output"), replacing(sealed) as scratch:
-        (scratch / "weights").write_bytes(b"second")
+        fill(scratch, b"second")
     verify(sealed)
     assert (sealed / "model.safetensors").exists()
 
@@ -306,13 +308,13 @@ def test_a_kill_between_the_two_renames_is_repaired_next_time(sealed):
     verify(sealed)
 
 
-def test_leftovers_of_a_kill_do_not_reach_the_new_folder(sealed):
-    leftover = sealed.with_name(f".{sealed.name}.partial")
+def test_leftovers_of_a_killed_process_do_not_reach_the_new_folder(sealed):
+    leftover = sealed.with_name(f".{sealed.name}.1.partial")
     leftover.mkdir()
     (leftover / "half").write_bytes(b"half")
     with replacing(sealed) as scratch:
-        (scratch / "weights").write_bytes(b"second")
-    assert sorted(p.name for p in sealed.iterdir()) == [MANIFEST, "weights"]
+        fill(scratch, b"second")
+    assert sorted(p.name for p in sealed.iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
 
 
 def test_the_newest_valid_checkpoint_is_found_past_damaged_ones(sealed):
@@ -320,7 +322,7 @@ def test_the_newest_valid_checkpoint_is_found_past_damaged_ones(sealed):
     for step in (9, 100, 1000):
         shutil.copytree(sealed, runs / f"checkpoint-{step}")
     (runs / "checkpoint-1000" / MANIFEST).unlink()
-    (runs / "checkpoint-100" / "a").write_bytes(b"sbme")
+    (runs / "checkpoint-100" / "a.safetensors").write_bytes(b"sbme")
     for other in ("checkpoint-x", "checkpoint-", "checkpoint-\u00b2", "checkpoint-5.partial"):
         (runs / other).mkdir()
     said = []
@@ -340,14 +342,94 @@ def test_without_a_valid_checkpoint_there_is_none(tmp_path):
     assert newest_valid(tmp_path / "nowhere", said.append) is None
 
 
-def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_atomically(path, "old")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: 1 / 0)  # killed before all of the text is on disk
-        with pytest.raises(ZeroDivisionError):
-            write_atomically(path, "new")
-    assert path.read_text() == "old"
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_folder_without_weights_is_not_sealed(sealed):
+    (sealed / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"expected 'model\.safetensors', got no such file"):
+        reseal(sealed)
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        reseal(sealed / "nowhere")
+
+
+def test_a_sealed_folder_without_weights_or_state_is_not_a_checkpoint(sealed):
+    verify(sealed)
+    with pytest.raises(
+        CheckpointError, match=r"expected 'optimizer\.safetensors', got no such file; it is not a complete"
+    ):
+        verify(sealed, RUN_FILES)
+    assert newest_valid(sealed.parent, lambda message: None) == sealed
+    assert newest_valid(sealed.parent, lambda message: None, RUN_FILES) is None
+    entries = json.loads((sealed / MANIFEST).read_text())
+    del entries["model.safetensors"]
+    (sealed / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
+    assert "expected 'model.safetensors'" in refusal(sealed)
+
+
+def test_weights_in_several_files_with_an_index_are_complete(sealed):
+    (sealed / "model.safetensors").rename(sealed / "model-00001-of-00001.safetensors")
+    (sealed / "model.safetensors.index.json").write_text("{}")
+    reseal(sealed)
+    verify(sealed)
+
+
+def test_files_that_people_edit_are_not_covered(sealed):
+    for name in ("tokenizer.json", "generation_config.json", "training_args.bin", "chat_template.jinja"):
+        (sealed / name).write_text("first")
+    (sealed / "checkpoint-5").mkdir()
+    (sealed / "checkpoint-5" / "model.safetensors").write_text("of transformers' Trainer")
+    reseal(sealed)
+    for name in ("tokenizer.json", "generation_config.json", "training_args.bin"):
+        (sealed / name).write_text("second, longer")
+    shutil.rmtree(sealed / "checkpoint-5")
+    verify(sealed)
+
+
+def test_a_manifest_of_an_earlier_version_covers_tokenizers_that_may_change(sealed):
+    (sealed / "tokenizer.json").write_text("{}")
+    with_entry(sealed, "tokenizer.json")
+    verify(sealed)
+
+
+def test_a_file_changed_after_sealing_is_told_from_a_damaged_one(sealed):
+    later = (sealed / MANIFEST).stat().st_mtime + 60
+    (sealed / "config.json").write_bytes(b"longer")
+    os.utime(sealed / "config.json", (later, later))
+    assert refusal(sealed).endswith(
+        "expected 4 bytes, got 6; the file was changed since it was saved; if that was on purpose, run: "
+        f"resnet-bk seal {sealed}; otherwise it is truncated"
+    )
+    reseal(sealed)
+    verify(sealed)
+
+
+def hub_snapshot(sealed, root):
+    """Lay the folder out as the cache of huggingface_hub does. Return the snapshot."""
+    snapshot = root / "models--owner--name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    blobs = root / "models--owner--name" / "blobs"
+    blobs.mkdir()
+    for path in sealed.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    return snapshot
+
+
+def test_links_of_the_hub_cache_are_followed_and_checked(sealed, tmp_path):
+    snapshot = hub_snapshot(sealed, tmp_path)
+    verify(snapshot)
+    (tmp_path / "linked").symlink_to(snapshot)
+    verify(tmp_path / "linked")
+    flip((snapshot / "model.safetensors").resolve(), 3)
+    assert "expected SHA-256" in refusal(snapshot)
+
+
+@pytest.mark.parametrize(
+    "target", ["../../../secret", "../../blobs/deeper/secret", "/etc/hostname", "../../blobs/none"]
+)
+def test_links_that_leave_the_hub_cache_are_refused(sealed, tmp_path, target):
+    snapshot = hub_snapshot(sealed, tmp_path)
+    (tmp_path / "models--owner--name" / "blobs" / "deeper").mkdir()
+    for secret in (tmp_path / "secret", tmp_path / "models--owner--name" / "blobs" / "deeper" / "secret"):
+        secret.write_bytes(b"same")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(target)
+    assert "refused" in refusal(snapshot)

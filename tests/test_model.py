@@ -1,5 +1,6 @@
 """The language model as a whole: shapes, losses, bad input."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,37 @@ def test_the_loss_in_pieces_equals_the_loss_at_once(monkeypatch):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("limit", [2**24, 1])
+@pytest.mark.parametrize("fields", [{}, {"depth": {"policy": "exit"}}])
+def test_a_batch_without_counted_targets_has_a_loss_of_zero(fields, limit, monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", limit)
+    model = LanguageModel(20, d_model=16, n_layers=3, **fields)
+    ids = torch.randint(20, (2, 5))
+    nothing = {"targets": torch.full_like(ids, -100)}, {"targets": ids, "mask": torch.zeros_like(ids, dtype=torch.bool)}
+    for keywords in nothing:
+        output = model(ids, **keywords)
+        assert output.losses["cross_entropy"] == 0
+        output.loss.backward()
+        assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("fields", [{}, {"readout": "diagonal", "energy": "complex"}, {"causal": False}])
+def test_a_nan_in_padding_reaches_nothing(fields):
+    model = LanguageModel(20, d_model=16, n_layers=2, tie_word_embeddings=False, **fields).double()
+    ids, mask = torch.randint(1, 20, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+    ids[0, :4], mask[0, :4] = 0, False
+    ids[1, 7:], mask[1, 7:] = 0, False
+    results = []
+    for value in (1.0, math.nan):
+        model.embed.weight.data[0] = value
+        model.zero_grad()
+        output = model(ids, targets=ids, mask=mask)
+        output.loss.backward()
+        results.append([output.logits, output.loss, *(p.grad for p in model.parameters())])
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_a_large_vocabulary_never_needs_all_logits_in_memory():
     """2,048 tokens x 50,000 ids would be 410 MB of float32 logits, and 410 MB for their gradient."""
     code = (
@@ -83,6 +115,36 @@ def test_a_large_vocabulary_never_needs_all_logits_in_memory():
             "mask: expected the shape of ids",
         ),
         (torch.tensor([[1, 2]]), {"targets": torch.tensor([1, 2])}, ValueError, "targets: expected the shape of ids"),
+        ([[1, 2]], {}, TypeError, "ids: expected int64 or int32 token ids, got list"),
+        (None, {}, TypeError, "ids: .* got NoneType"),
+        (torch.tensor([[1, 2]]), {"targets": [[1, 2]]}, TypeError, "targets: expected int64 token ids, got list"),
+        (
+            torch.tensor([[1, 2]], dtype=torch.int32),
+            {"targets": torch.tensor([[1, 2]], dtype=torch.int32)},
+            TypeError,
+            "targets: expected int64 token ids, got torch.int32",
+        ),
+        (torch.tensor([[1, 2]]), {"targets": torch.ones(1, 2)}, TypeError, "targets: .* got torch.float32"),
+        (torch.tensor([[1, 2]]), {"targets": torch.tensor([[1, -1]])}, ValueError, "targets: token id -1 is outside"),
+        (
+            torch.tensor([[1, 2]]),
+            {"targets": torch.tensor([[-100, 20]])},
+            ValueError,
+            "targets: token id 20 .* 0 to 19, and -100",
+        ),
+        (
+            torch.tensor([[1, 2]]),
+            {"targets": torch.tensor([[1, 2]], device="meta")},
+            ValueError,
+            "targets: on meta, the model is on cpu",
+        ),
+        (
+            torch.tensor([[1, 2]]),
+            {"mask": torch.ones(1, 2, dtype=torch.bool, device="meta")},
+            ValueError,
+            "mask: on meta, the model is on cpu",
+        ),
+        (torch.tensor([[1, 2]]), {"state": 5}, TypeError, "state: expected a list, got int"),
     ],
 )
 def test_bad_input_is_refused(ids, keywords, error, words):
@@ -95,7 +157,7 @@ def test_layers_import_in_one_direction_only():
     import ast
 
     floors = [
-        {"config", "checkpoint", "clock", "extras", "folders", "record", "ops"},
+        {"config", "checkpoint", "clock", "extras", "files", "folders", "record", "weights", "ops"},
         {"layers"},
         {"adaptive", "data"},
         {"model", "report"},

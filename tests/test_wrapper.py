@@ -61,6 +61,26 @@ def test_type_of_the_base_model_is_kept():
     assert {p.dtype for p in wrapped.parameters()} == {torch.float64}
 
 
+@pytest.mark.parametrize("mode", ["truncate", "pool"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_targets_at_padding_are_not_counted(adaptive, mode):
+    model, mask = wrapper(mode=mode), torch.ones_like(IDS, dtype=torch.bool)
+    mask[0, :9] = False
+    losses = []
+    for targets in (IDS, IDS.masked_fill(~mask, -100)):
+        torch.manual_seed(0)
+        losses.append(model(IDS, targets=targets, mask=mask, use_adaptive_length=adaptive).loss)
+    assert losses[0] == losses[1]
+
+
+def test_a_state_of_the_other_mode_is_refused():
+    model = wrapper().eval()
+    for mode in (False, True):
+        state = model(IDS, use_adaptive_length=mode).state
+        with pytest.raises((TypeError, ValueError), match=r"state.*: expected"):
+            model(IDS, state=state, use_adaptive_length=not mode)
+
+
 def test_bidirectional_models_choose_from_the_whole_input():
     model = base(causal=False).eval()
     wrapped = wrapper(model, mode="truncate").eval()

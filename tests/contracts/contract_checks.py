@@ -143,6 +143,24 @@ def any_length(model: LanguageModel) -> None:
         model.zero_grad()
 
 
+def padding_is_not_counted(model: LanguageModel) -> None:
+    """In training and in evaluation, targets at padding change no bit of the losses or of a gradient."""
+    ids, targets = tokens(model, 3, 24), tokens(model, 3, 24, seed=4)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :7], mask[1, -5:], mask[2, 8:11] = False, False, False
+    for training in (True, False):
+        results = []
+        for padded in (-100, 7):
+            torch.manual_seed(0)
+            output = model.train(training)(ids, targets=targets.where(mask, torch.tensor(padded)), mask=mask)
+            model.zero_grad()
+            output.loss.backward()
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            results.append([output.loss, *output.losses.values(), *gradients])
+        assert all(map(torch.equal, *results)), f"targets at padding count, training: {training}"
+    model.zero_grad()
+
+
 def everything_learns(model: LanguageModel) -> None:
     """In training every parameter gets a gradient from the cross-entropy, the parameters of decisions included."""
     ids = tokens(model, 4, 33)

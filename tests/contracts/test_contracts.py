@@ -141,6 +141,7 @@ CONTRACTS = [
     checks.step_equals_forward,
     checks.any_length,
     checks.everything_learns,
+    checks.padding_is_not_counted,
 ]
 
 
@@ -266,6 +267,10 @@ def padding_is_computed(model: LanguageModel, monkeypatch) -> None:
     monkeypatch.setattr("resnet_bk.model.Packing", lambda mask: Packing(torch.ones_like(mask)))
 
 
+def padding_is_counted(model: LanguageModel, monkeypatch) -> None:
+    monkeypatch.setattr("resnet_bk.model.Features.counted", lambda self, targets: targets)
+
+
 def pad_mask_off_by_one(model: LanguageModel, monkeypatch) -> None:
     class Shifted(Packing):
         def __init__(self, selected):
@@ -303,6 +308,7 @@ def state_grows(model: LanguageModel, monkeypatch) -> None:
         return y, past if state is None else torch.cat([state, past], dim=1)
 
     monkeypatch.setattr(mixer.ShortConv, "forward", hoarding)
+    monkeypatch.setattr("resnet_bk.model.check_state", lambda *arguments: None)  # it would refuse the second state
 
 
 def gates_do_not_scale(model: LanguageModel, monkeypatch) -> None:
@@ -620,6 +626,8 @@ BUGS = [
     (capacity_drop, "experts-top1", checks.batch_mates_and_padding),
     (mean_pool_router, "experts-top2", checks.batch_mates_and_padding),
     (padding_is_computed, "propagator-real", checks.batch_mates_and_padding),
+    (padding_is_counted, "propagator-real", checks.padding_is_not_counted),
+    (padding_is_counted, "exit", checks.padding_is_not_counted),
     (pad_mask_off_by_one, "diagonal-real", checks.batch_mates_and_padding),
     (pad_mask_off_by_one, "experts-top1", checks.batch_mates_and_padding),
     (state_without_convolution, "propagator-real", checks.step_equals_forward),

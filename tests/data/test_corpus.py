@@ -1,18 +1,49 @@
 """Corpora: which files are read, in which order, and what is held out."""
 
 import os
+import socket
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from resnet_bk.config import ConfigError
 from resnet_bk.data import corpus
-from resnet_bk.data.corpus import Document, documents, is_hub_name, split
+from resnet_bk.data.corpus import Document, count_words, documents, held_out, is_hub_name, split, without_copies
 
 
 def content(document):
     return b"".join(document.pieces())
+
+
+def write(folder, **texts):
+    """Write files: a name with "__" in it is a path."""
+    for name, text in texts.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def refused(function, *arguments):
+    """Return the message of a ConfigError: one line that a terminal can print."""
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert message.isprintable()
+    return message
+
+
+def cannot_read(monkeypatch, name, owner, method, reason=(13, "Permission denied")):
+    """Let a function of the file system fail for paths of one name: the tests may run as root, who may read all."""
+    original = getattr(owner, method)
+
+    def failing(path, *arguments, **more):
+        if Path(path).name == name:
+            raise OSError(*reason)
+        return original(path, *arguments, **more)
+
+    monkeypatch.setattr(owner, method, failing)
 
 
 @pytest.fixture
@@ -49,14 +80,16 @@ def test_the_standard_library_comes_in_sorted_order_every_time():
 
 def test_every_20th_file_is_held_out():
     found = documents("stdlib")
-    train, held_out = split("stdlib", None, 0.05)
-    assert held_out == found[::20]
-    assert train == [d for i, d in enumerate(found) if i % 20]
+    once = set(without_copies(found))
+    train, held_out, copies = split("stdlib", None, 0.05)
+    assert held_out == [d for d in found[::20] if d in once]
+    assert train == [d for i, d in enumerate(found) if i % 20 and d in once]
+    assert copies == len(found) - len(once) < 10
 
 
 @pytest.mark.parametrize(("fraction", "every"), [(0.5, 2), (0.25, 4), (0.1, 10), (0.4, 2), (1e-6, 10**6)])
 def test_the_share_held_out_of_a_folder(folder, fraction, every):
-    train, held_out = split(str(folder), None, fraction)
+    train, held_out, _ = split(str(folder), None, fraction)
     assert len(train) + len(held_out) == 40
     assert len(held_out) == -(-40 // every)
 
@@ -73,10 +106,183 @@ def test_a_folder_below_a_hidden_one_is_read(tmp_path):
     assert [d.name for d in documents(str(tmp_path / ".cache" / "texts"))] == ["a.txt"]
 
 
-def test_broken_links_and_pipes_are_skipped(folder):
-    (folder / "broken").symlink_to(folder / "nowhere")
+def test_pipes_and_sockets_are_left_out(folder):
     os.mkfifo(folder / "pipe")
-    assert len(documents(str(folder))) == 40
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(folder / "socket"))  # the name of a socket may have 108 bytes
+        assert len(documents(str(folder))) == 40
+    assert f"data.source: '{folder}/pipe' is not a file" in refused(documents, str(folder / "pipe"))
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link", "00/x"])
+def test_a_link_to_nothing_is_an_error(tmp_path, target):
+    write(tmp_path, a="a", b__c="c")
+    (tmp_path / "b" / "link").symlink_to(target)
+    message = refused(documents, str(tmp_path))
+    assert message.startswith(f"data.source: '{tmp_path}/b/link' cannot be read (")
+    assert message.endswith("; make it readable, or take it out of the text, and start again")
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    write(tmp_path, source__a="a", source__b__c="c", outside__d="d", outside__z__e="e", outside__hidden="h", next="n")
+    (tmp_path / "outside" / "hidden").rename(tmp_path / "outside" / ".hidden")
+    links = {"source/up": "..", "source/b/loop": "../../source", "source/0": "b", "source/l": "../outside"}
+    links |= {"source/m": "../outside", "outside/back": "../source", "outside/z/self": "."}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    found = documents(str(tmp_path / "source"))
+    assert {d.name: content(d) for d in found} == {"a": b"a", "b/c": b"c", "l/d": b"d", "l/z/e": b"e"}
+
+
+def test_a_link_to_a_folder_is_a_source(tmp_path):
+    write(tmp_path, real__a="a")
+    (tmp_path / "link").symlink_to("real")
+    assert [d.name for d in documents(str(tmp_path / "link"))] == ["a"]
+
+
+@pytest.mark.parametrize("source", ["folder", "stdlib"])
+def test_a_folder_that_cannot_be_listed_is_an_error(folder, monkeypatch, source):
+    name, given = ("part1", str(folder)) if source == "folder" else ("json", "stdlib")
+    cannot_read(monkeypatch, name, os, "scandir")
+    message = refused(documents, given, "data.val_source")
+    assert message.startswith("data.val_source: '")
+    assert f"{name}' cannot be read (Permission denied); make it readable" in message
+    assert str(folder if source == "folder" else Path(os.__file__).parent) in message
+
+
+def test_a_file_that_cannot_be_read_is_an_error(folder, monkeypatch):
+    cannot_read(monkeypatch, "07.txt", Path, "open", (5, "Input/output error"))
+    found = next(d for d in documents(str(folder)) if d.name.endswith("07.txt"))
+    assert refused(content, found).startswith(f"data: '{folder}/part1/07.txt' cannot be read (Input/output error); ")
+
+
+def test_a_file_that_is_deleted_before_it_is_read_is_an_error(folder):
+    found = documents(str(folder))
+    found[3].path.unlink()
+    assert refused(content, found[3]).startswith(f"data: {str(found[3].path)!r} cannot be read (No such file or dir")
+
+
+def test_a_source_whose_folder_may_not_be_entered(tmp_path, monkeypatch):
+    cannot_read(monkeypatch, "text", Path, "stat")
+    message = refused(documents, str(tmp_path / "text"), "eval.source")
+    assert message.startswith(f"eval.source: '{tmp_path}/text' cannot be read (Permission denied); ")
+    assert "cannot be read (File name too long)" in refused(documents, "x" * 300)
+
+
+def test_names_of_any_bytes_are_read_and_shown_on_one_line(tmp_path):
+    names = [b"new\nline", b"\xff\xfe", b"\x1b[31m", "\u202e".encode()]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    found = documents(str(tmp_path))
+    assert sorted(map(content, found)) == sorted(names)
+    for document in found:
+        document.path.unlink()
+        refused(content, document)
+
+
+def test_a_name_that_is_not_utf8_does_not_end_the_command(tmp_path):
+    source = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n")
+    refused(documents, source)
+    Path(source).mkdir()
+    refused(documents, source)
+    (Path(source) / "a").write_text("a")
+    refused(split, source, None, 0.05)
+
+
+# ------------------------------------------------------------------------------- copies
+
+
+def copied(folder):
+    """Add to the forty files a link next to its target, a copy elsewhere, and files of equal size with other text."""
+    (folder / "part0" / "00.txt-link").symlink_to("00.txt")
+    write(folder, z__copy="text 33\n", z__z__again="text 33\n", z__other="text 99\n")
+    return folder
+
+
+def test_each_content_is_in_the_text_once(folder):
+    before = split(str(folder), None, 0.1)
+    assert (before.copies, before.note) == (0, "")
+    found = documents(str(copied(folder)))
+    train, held_out, copies = text = split(str(folder), None, 0.1)
+    contents = [content(d) for d in train + held_out]
+    assert sorted(contents) == sorted({content(d) for d in found})
+    assert (copies, text.note) == (3, "documents left out because another one has the same content: 3")
+    assert not {"part0/00.txt-link", "z/copy", "z/z/again"} & {d.name for d in train + held_out}
+
+
+def test_copies_do_not_move_other_files_between_training_and_held_out_text(folder):
+    found = documents(str(copied(folder)))
+    kept = [d for i, d in enumerate(found) if d.name not in ("part0/00.txt-link", "z/copy", "z/z/again")]
+    train, held_out, _ = split(str(folder), None, 0.1)
+    assert held_out == [d for d in kept if found.index(d) % 10 == 0]
+    assert train == [d for d in kept if found.index(d) % 10]
+
+
+def test_the_order_in_which_the_system_lists_files_does_not_matter(folder, monkeypatch):
+    expected = split(str(copied(folder)), None, 0.1)
+    scandir = os.scandir
+
+    class Reversed(list):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", lambda path: Reversed(list(scandir(path))[::-1]))
+    assert split(str(folder), None, 0.1) == expected
+
+
+def test_copies_of_one_text_are_cut_like_a_single_file(tmp_path):
+    write(tmp_path, a="0123456789", b="0123456789", c__d="0123456789", empty="")
+    train, held_out, copies = split(str(tmp_path), None, 0.2)
+    assert ([content(d) for d in train + held_out], copies) == ([b"01234567", b"89"], 2)
+
+
+def test_held_out_text_is_left_out_of_the_training_text(tmp_path):
+    write(tmp_path, source__a="first", source__b="again", source__c="again", source__d="other", held__x="first")
+    write(tmp_path, held__y="first")
+    train, held_out, copies = split(str(tmp_path / "source"), str(tmp_path / "held"), 0.05)
+    assert [d.name for d in train] == ["b", "d"]
+    assert [d.name for d in held_out] == ["x"]
+    assert copies == 3
+
+
+def test_a_part_of_the_source_is_held_out_text(folder):
+    train, held_out, copies = split(str(folder), str(folder / "part1"), 0.05)
+    assert {Path(d.name).parent.name for d in train} == {"part0", "part2"}
+    assert len(held_out) == copies == 13
+
+
+@pytest.mark.parametrize("held_out", ["a", "."])
+def test_no_text_is_left_to_train_on(tmp_path, monkeypatch, held_out):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, a="text", b="text")
+    message = refused(split, "b" if held_out == "a" else ".", held_out, 0.05)
+    assert message.startswith("data.source: nothing of '")
+    assert message.endswith("; give more text, or another data.val_source")
+
+
+def test_all_that_is_not_held_out_is_a_copy(tmp_path):
+    write(tmp_path, a="1", b="1", c="2", d="2")
+    assert refused(split, str(tmp_path), None, 0.5).startswith("data.source: nothing of ")
+
+
+def test_only_files_of_equal_size_are_read_to_find_copies(tmp_path, monkeypatch):
+    write(tmp_path, a="1", b="22", c="333", d="44", e="4444")
+    found, read, pieces = documents(str(tmp_path)), [], Document.pieces
+    monkeypatch.setattr(Document, "pieces", lambda self: read.append(self.name) or pieces(self))
+    assert without_copies(found) == found
+    assert read == ["b", "d"]
+
+
+def test_a_text_to_score_has_each_content_once(folder, monkeypatch):
+    text = held_out(str(copied(folder)), "eval.source")
+    assert (len(text.held_out), text.train, text.copies) == (41, [], 3)
+    monkeypatch.setitem(sys.modules, "datasets", hub := Hub(validation=Rows(["text"], ["b"])))
+    assert [content(d) for d in held_out("owner/name", "eval.source").held_out] == [b"b"]
+    assert hub.asked == [("owner/name", None, "validation")]
+    assert refused(held_out, "owner/other:x y", "eval.source").startswith("eval.source: 'owner/other:x y' is not")
 
 
 @pytest.mark.parametrize("character", ["a", "é", "€", "😀"])
@@ -85,23 +291,46 @@ def test_a_single_file_is_cut_between_two_characters(tmp_path, character, offset
     text = "x" * offset + character * 300
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
-    (train,), (held_out,) = split(str(path), None, 0.1)
+    (train,), (held_out,), _ = split(str(path), None, 0.1)
     assert (content(train) + content(held_out)).decode() == text
     assert content(train).decode() + content(held_out).decode() == text
     assert abs(len(held_out) - 0.1 * len(text.encode())) <= 4
     assert train.name != held_out.name
 
 
+@pytest.mark.parametrize(
+    ("text", "fraction", "cut"), [("aaaa€", 0.1, 4), ("aaaa€", 0.3, 4), ("aa😀", 0.2, 2), ("éé", 0.2, 2)]
+)
+def test_the_last_character_is_not_cut(tmp_path, text, fraction, cut):
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    (train,), (held_out,), _ = split(str(tmp_path / "text"), None, fraction)
+    assert (content(train), content(held_out)) == (text.encode()[:cut], text.encode()[cut:])
+
+
+@pytest.mark.parametrize("text", ["€", "😀"])
+def test_a_single_character_is_too_small_to_hold_out_from(tmp_path, text):
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    assert "too few to hold out 0.4" in refused(split, str(tmp_path / "text"), None, 0.4)
+
+
+def test_a_file_of_3_gib_is_cut(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(3 << 30)
+    (train,), (held_out,), copies = split(str(tmp_path / "sparse"), None, 0.1)
+    assert (train.stop, held_out.start, held_out.stop) == (len(train), len(train), 3 << 30)
+    assert (len(held_out), copies) == (round(0.1 * (3 << 30)), 0)
+
+
 def test_a_single_binary_file_is_cut_too(tmp_path):
     path = tmp_path / "binary"
     path.write_bytes(b"\x80" * 100)
-    (train,), (held_out,) = split(str(path), None, 0.1)
+    (train,), (held_out,), _ = split(str(path), None, 0.1)
     assert (len(train), len(held_out)) == (90, 10)
 
 
 def test_a_folder_of_one_file_is_cut_like_the_file(tmp_path):
     (tmp_path / "only.txt").write_text("0123456789")
-    train, held_out = split(str(tmp_path), None, 0.2)
+    train, held_out, _ = split(str(tmp_path), None, 0.2)
     assert [content(train[0]), content(held_out[0])] == [b"01234567", b"89"]
 
 
@@ -116,15 +345,15 @@ def test_a_file_too_small_to_hold_out_from(tmp_path, size):
 def test_a_separate_held_out_text(folder, tmp_path):
     other = tmp_path / "other.md"
     other.write_text("held out")
-    train, held_out = split(str(folder / "part1"), str(other), 0.05)
+    train, held_out, _ = split(str(folder / "part1"), str(other), 0.05)
     assert train == documents(str(folder / "part1"))
     assert [content(d) for d in held_out] == [b"held out"]
 
 
-@pytest.mark.parametrize("held_out", ["nowhere.txt", ""])
+@pytest.mark.parametrize("held_out", ["nowhere.txt", "", "owner/name"])
 def test_held_out_text_that_is_missing(folder, held_out):
-    with pytest.raises(ConfigError, match="is not a file"):
-        split(str(folder), held_out, 0.05)
+    message = f"data.val_source: {held_out!r} is not a file, a folder or 'stdlib'; give one of them"
+    assert refused(split, str(folder), held_out, 0.05) == message
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/at/all", "", "a\0b", "stdlib2"])
@@ -203,6 +432,10 @@ def test_a_file_that_grows_is_read_to_its_first_length(tmp_path):
         ("/owner/name", False),
         ("a/b/c", False),
         ("owner/name:", False),
+        ("./name", False),
+        ("../name", False),
+        ("owner/.name", False),
+        ("x/" + "y" * 300, True),
     ],
 )
 def test_hub_names(source, expected, tmp_path, monkeypatch):
@@ -214,6 +447,8 @@ def test_a_folder_that_exists_is_not_a_hub_name(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert not is_hub_name("owner/name")
+    (tmp_path / "owner" / "broken").symlink_to("nowhere")
+    assert not is_hub_name("owner/broken")
 
 
 def test_a_hub_dataset_without_the_package_says_what_to_install(monkeypatch):
@@ -246,7 +481,7 @@ class Hub:
 def test_a_hub_dataset_has_its_own_held_out_text(monkeypatch):
     hub = Hub(train=Rows(["text"], ["a", None, "é"]), validation=Rows(["text"], ["b"]))
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    train, held_out = split("owner/name:config", None, 0.05)
+    train, held_out, _ = split("owner/name:config", None, 0.05)
     assert [content(d) for d in train + held_out] == ["a\né".encode(), b"b"]
     assert hub.asked == [("owner/name", "config", "train"), ("owner/name", "config", "validation")]
 
@@ -254,7 +489,7 @@ def test_a_hub_dataset_has_its_own_held_out_text(monkeypatch):
 def test_a_hub_dataset_without_a_validation_split_works_with_held_out_text(monkeypatch, tmp_path):
     (tmp_path / "held.txt").write_text("held out")
     monkeypatch.setitem(sys.modules, "datasets", Hub(train=Rows(["text"], ["a"])))
-    train, held_out = split("owner/name", str(tmp_path / "held.txt"), 0.05)
+    train, held_out, _ = split("owner/name", str(tmp_path / "held.txt"), 0.05)
     assert [content(d) for d in train + held_out] == [b"a", b"held out"]
 
 
@@ -273,3 +508,27 @@ def test_a_hub_dataset_that_cannot_be_used(monkeypatch, hub, message):
         split("owner/name", None, 0.05)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("text", [b"", b"one", b" two words\n\nand three more \n", b"\xff\xa0 \x0b x\r\ny", b"\n \t"])
+def test_words_and_line_ends_are_counted_across_reads(tmp_path, monkeypatch, text, size):
+    monkeypatch.setattr(corpus, "_PIECE", size)
+    (tmp_path / "text").write_bytes(text)
+    document = Document("text", tmp_path / "text", 0, len(text))
+    words = len(text.split()) + text.count(b"\n")
+    assert count_words([document, Document("memory", text=text)]) == 2 * words
+
+
+def test_a_word_of_many_reads_takes_no_memory(tmp_path):
+    (tmp_path / "text").write_bytes(b"x" * (16 * corpus._PIECE))
+    tracemalloc.start()
+    try:
+        assert count_words(documents(str(tmp_path))) == 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * corpus._PIECE

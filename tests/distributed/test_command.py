@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_two_processes_make_one_run(workers, place):
         assert line["grad_norm"] == pytest.approx(as_one["grad_norm"], rel=1e-4)
 
     first, second = workers.run(2, command, arguments(place))
-    assert (first[0], second[0]) == (2, 1)
+    assert (first[0], second[0]) == (2, 2)
     assert "holds a run already" in first[2]
     assert second[1:] == ("", "")
 
@@ -98,8 +99,47 @@ def test_bad_input_is_one_line_from_rank_zero(workers, place, more, message):
     assert first[0] == 2
     assert message in first[2]
     assert first[2].count("\n") == 1
-    assert second[0] in (1, 2)
+    assert second[0] == 2
     assert second[1:] == ("", "")
+
+
+def command_of_each(rank, lines):
+    return command(rank, lines[rank])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--batch_size=8",), "train.batch_size: got 8 on rank 1, 4 on rank 0; start every process with the same"),
+        (("--seed=5",), "train.seed: got 5 on rank 1, 0 on rank 0"),
+        (("--max_steps=7",), "train.max_steps: got 7 on rank 1, 6 on rank 0"),
+        (("--model.d_model=32",), "train.model.d_model: got 32 on rank 1, 16 on rank 0"),
+        (("--learning_rate=-1",), "rank 1: train.learning_rate: got -1.0"),
+        (("--nonsense=1",), "rank 1: train: unknown option '--nonsense'"),
+    ],
+)
+def test_a_setting_of_one_rank_ends_all_with_one_line_that_names_it(workers, place, more, message):
+    first, second = workers.run(2, command_of_each, (arguments(place), arguments(place, *more)))
+    assert (first[0], second[0]) == (2, 2)
+    assert message in first[2]
+    assert first[2].count("\n") == 1
+    assert second[1:] == ("", "")
+    assert not (place / "run").exists()
+
+
+def test_another_text_on_one_rank_ends_all(workers, place):
+    shutil.copytree(place / "corpus", place / "elsewhere" / "corpus")
+    (place / "elsewhere" / "corpus" / "01.py").write_text("changed = 1\n" * 60)
+    first, second = workers.run(2, in_a_folder_of_its_own, place, arguments(place, "--data.source=corpus"))
+    assert (first[0], second[0]) == (2, 2)
+    assert "data.source: got " in first[2]
+    assert "on rank 1, " in first[2]
+    assert "give every process the same text and tokenizer" in first[2]
+
+
+def in_a_folder_of_its_own(rank, place, words):
+    with contextlib.chdir(place / "elsewhere" if rank else place):
+        return command(rank, words)
 
 
 def test_only_train_runs_in_several_processes(workers, place):

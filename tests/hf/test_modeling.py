@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from resnet_bk.checkpoint import MANIFEST, CheckpointError
+from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal
 from resnet_bk.config import ConfigError
-from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM
+from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer
 from resnet_bk.hf.modeling import CACHE
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer
 from resnet_bk.layers.score import Score
@@ -133,7 +133,9 @@ def test_a_flipped_bit_in_the_weights_is_an_error(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("change", "message"), [("missing", "missing keys"), ("extra", "unexpected keys")])
+@pytest.mark.parametrize(
+    ("change", "message"), [("missing", "missing 'model.norm.weight'"), ("extra", "unexpected 'model.norm.bias'")]
+)
 def test_weights_of_another_model_are_an_error(change, message, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -148,6 +150,80 @@ def test_weights_of_another_model_are_an_error(change, message, tmp_path):
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.fill_(torch.nan), "has a NaN or an infinity"),
+        (lambda x: x.to(torch.int8), "got I8"),
+        (lambda x: x.to(torch.complex64), "got C64"),
+        (lambda x: x.T, r"expected shape \(64, 16\), got \(16, 64\)"),
+    ],
+)
+def test_weights_that_no_model_can_have_are_an_error(change, message, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    name, path = "model.blocks.0.mixer.in_proj.weight", tmp_path / "model.safetensors"
+    tiny(torch.float32).save_pretrained(tmp_path)
+    tensors = load_file(path)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, path, metadata={"format": "pt"})
+    seal(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert str(caught.value).startswith(f"{path}: {name!r}: ")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    model = tiny(torch.float32)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
+
+
+def test_weights_in_several_files_load(tmp_path):
+    model = tiny(torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+
+
+def test_a_folder_saved_again_with_its_tokenizer_still_loads(tmp_path):
+    model, arguments = tiny(vocab_size=300), TrainingArguments(str(tmp_path / "trainer"), report_to=[])
+    trainer = Trainer(model, arguments, processing_class=byte_tokenizer())
+    for _ in range(2):
+        trainer.save_model(str(tmp_path / "model"))
+        ResNetBKForCausalLM.from_pretrained(tmp_path / "model")
+    model.generation_config.max_new_tokens = 7
+    model.generation_config.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert ResNetBKForCausalLM.from_pretrained(tmp_path / "model").generation_config.max_new_tokens == 7
+
+
+def test_a_snapshot_of_the_hub_cache_loads_and_is_checked(tmp_path):
+    model = tiny()
+    snapshot, blobs = (tmp_path / "models--a--b" / name for name in ("snapshots/0123", "blobs"))
+    model.save_pretrained(tmp_path / "saved")
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in (tmp_path / "saved").iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    ResNetBKForCausalLM.from_pretrained(snapshot)
+    with (blobs / "model.safetensors").open("ab") as file:
+        file.write(b"0")
+    with pytest.raises(CheckpointError, match=r"expected .* bytes, got"):
+        ResNetBKForCausalLM.from_pretrained(snapshot)
+
+
+def test_any_error_while_a_folder_loads_names_it_in_one_line(tmp_path):
+    tiny(torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be loaded as a ResNet-BK model") as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="other")
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_setting_is_an_error_with_the_nearest_name(tmp_path):
@@ -186,13 +262,16 @@ def test_the_vocabulary_can_grow():
     torch.testing.assert_close(after[:, :8, :V], before)
 
 
-def test_a_model_loaded_as_bfloat16_computes_about_the_same(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_saved_or_loaded_in_half_precision_computes_about_the_same(dtype, tmp_path):
     model = tiny(torch.float32)
-    model.save_pretrained(tmp_path)
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.model.head.weight.dtype == torch.bfloat16
     expected = model(ids(2, 20)).logits
-    assert (half(ids(2, 20)).logits.float() - expected).norm() < 0.05 * expected.norm()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    model.to(dtype).save_pretrained(tmp_path)
+    for half in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert half.model.head.weight.dtype == dtype
+        assert (half(ids(2, 20)).logits.float() - expected).norm() < 0.05 * expected.norm()
 
 
 # --------------------------------------------------------------------------------------------- generating
@@ -274,6 +353,33 @@ def test_logits_to_keep_are_the_last_or_the_named_positions():
     torch.testing.assert_close(model(prompt, logits_to_keep=torch.tensor([0, 7])).logits, everything[:, [0, 7]])
 
 
+def test_arguments_that_do_not_fit_are_named():
+    model, prompt = tiny(), ids(2, 9)
+    output = model(prompt)
+    other, mask = model(prompt[:1]), torch.ones_like(prompt)
+    model(prompt, attention_mask=mask.repeat(1, 2), **{CACHE: output[CACHE]})
+    refused = [
+        ({"input_ids": None}, TypeError, "input_ids: expected int64 or int32 token ids, got NoneType"),
+        ({"input_ids": prompt[0]}, ValueError, r"input_ids: expected shape \(B, N\)"),
+        ({"attention_mask": mask[0]}, ValueError, r"attention_mask: expected shape \(2, 9\), got \(9,\)"),
+        ({"attention_mask": mask[:, :8]}, ValueError, r"attention_mask: .* got \(2, 8\)"),
+        ({"attention_mask": mask.repeat(1, 2)}, ValueError, r"attention_mask: .* got \(2, 18\)"),
+        ({"attention_mask": [[1] * 9] * 2}, TypeError, "attention_mask: expected a tensor, got list"),
+        ({"attention_mask": 2 * mask}, ValueError, "attention_mask: got 2, allowed 1 for tokens and 0"),
+        ({"attention_mask": torch.full_like(mask, -1)}, ValueError, "attention_mask: got -1"),
+        ({"labels": prompt[:, 1:]}, ValueError, "labels: expected the shape of ids"),
+        ({"labels": prompt.int()}, TypeError, "labels: expected int64 token ids, got torch.int32"),
+        ({"shift_labels": prompt + V}, ValueError, f"shift_labels: token id .* 0 to {V - 1}, and -100"),
+        ({"logits_to_keep": -1}, ValueError, "logits_to_keep: got -1, allowed 0 for all, or a number of last"),
+        ({"logits_to_keep": 1.0}, ValueError, r"logits_to_keep: got 1\.0"),
+        ({CACHE: output.logits}, TypeError, f"{CACHE}: expected a RecurrentCache, got Tensor"),
+        ({CACHE: other[CACHE]}, ValueError, rf"{CACHE}\.state\[0\]\.conv: expected shape \(2,"),
+    ]
+    for keywords, error, words in refused:
+        with pytest.raises(error, match=words):
+            model(**{"input_ids": prompt, **keywords})
+
+
 # ------------------------------------------------------------------------------------------------- losses
 
 
@@ -317,6 +423,32 @@ def test_padding_changes_neither_loss_nor_gradient(technique, side):
     loss = model(batch, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, sum(alone), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(model, loss), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_labels_at_padding_are_not_counted(technique):
+    """Neither as targets of the token before, nor as targets of padding, nor in the share of the batch."""
+    model, text = tiny(**technique), ids(3, 10)
+    mask = torch.ones_like(text)
+    mask[0, :3], mask[1, 7:], mask[2, 4:6] = 0, 0, 0
+    clean, shifted = text.masked_fill(mask == 0, -100), text.roll(-1, 1).masked_fill(mask == 0, -100)
+    for clean_labels, labels in (
+        ({"labels": clean}, {"labels": text}),
+        ({"shift_labels": shifted}, {"shift_labels": text.roll(-1, 1)}),
+    ):
+        for share in ({}, {"num_items_in_batch": 40}):
+            expected = model(text, attention_mask=mask, **clean_labels, **share)
+            got = model(text, attention_mask=mask, **labels, **share)
+            assert torch.equal(got.loss, expected.loss)
+            assert all(map(torch.equal, gradients(model, got.loss), gradients(model, expected.loss)))
+
+
+def test_a_batch_without_labels_has_a_loss_of_zero():
+    model, text = tiny().train(), ids(2, 6)
+    for share in (None, 0, 5):
+        loss = model(text, labels=torch.full_like(text, -100), num_items_in_batch=share).loss
+        assert loss == 0
+        assert all((x == 0).all() for x in gradients(model, loss))
 
 
 @pytest.mark.parametrize("experts", [1, 3])

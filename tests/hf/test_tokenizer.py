@@ -1,12 +1,15 @@
 """Tokenizers: exact byte ids, lossless text, saving and loading."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from resnet_bk.config import ConfigError
+from resnet_bk.config import ConfigError, DataConfig
 from resnet_bk.hf import byte_tokenizer, load_tokenizer
+from resnet_bk.hf.tokenizer import token_cache
 
 TOKENIZER = byte_tokenizer()
 
@@ -78,3 +81,25 @@ def test_saved_and_loaded_it_is_the_same(load, tmp_path):
 def test_a_folder_without_a_tokenizer_is_an_error_naming_it(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.tokenizer: .*folder has no usable tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_folder_inside_one_that_cannot_be_read_is_an_error_naming_it(monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: '/private/words': no readable folder"):
+        load_tokenizer("/private/words")
+
+
+def test_without_a_home_directory_a_setting_names_the_folder_of_token_files(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(ConfigError, match=r"^data\.cache: .*set data\.cache or XDG_CACHE_HOME"):
+        token_cache(DataConfig())
+    assert token_cache(DataConfig(cache="here")) == Path("here")
+    monkeypatch.setenv("XDG_CACHE_HOME", "there")
+    assert token_cache(DataConfig()) == Path("there/resnet-bk")

@@ -3,6 +3,8 @@
 Dimensions: B sequences, N tokens.
 """
 
+import math
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -143,8 +145,27 @@ def test_samples_follow_the_probabilities():
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"new": 0}, "new, sync_every: expected 1 or more"), ({"new": 1, "temperature": -1.0}, "temperature: expected 0")],
+    [
+        ({"new": 0}, "new, sync_every: expected 1 or more"),
+        ({"new": 1, "temperature": -1.0}, "temperature: expected 0"),
+        ({"new": 1, "temperature": math.nan}, "temperature: expected 0 or more, got nan"),
+        ({"new": 1, "stop": 259}, "stop: got 259, allowed a token id from 0 to 258"),
+        ({"new": 1, "mask": torch.tensor([[True, True, True, False]])}, "mask: a row ends with padding"),
+    ],
 )
 def test_bad_settings_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         generate(make("plain"), text(1, 4), **fields)
+
+
+def test_states_and_ids_that_do_not_fit_a_static_step_are_refused():
+    model = make("plain")
+    state = model(text(2, 4)).state
+    with pytest.raises(ValueError, match=r"state: expected 4 entries, got 3"):
+        StaticStep(model, state[:3])
+    with pytest.raises(ValueError, match=r"state\[0\]\.conv: expected shape"):
+        StaticStep(model, make("plain", d_model=32)(text(2, 4)).state)
+    step = StaticStep(model, state)
+    for ids in (text(1, 1), text(2, 2), text(2, 1).float()):
+        with pytest.raises(ValueError, match=r"ids: expected int64 or int32 of shape \(2, 1\), got"):
+            step(ids)

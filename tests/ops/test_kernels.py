@@ -3,14 +3,20 @@
 Dimensions: B batch, N sites, H chains, K key width, V value width.
 """
 
+import importlib.util
+import multiprocessing
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_bk.ops import available_backends, chunked, left_green, naive, use_backend
+from resnet_bk.config import ConfigError
+from resnet_bk.ops import available_backends, chunked, kernels, left_green, naive, propagate, use_backend
 from resnet_bk.ops.conv import short_conv, short_conv_op
-from resnet_bk.ops.kernels import backend_for, green_op, scan, scan_op
+from resnet_bk.ops.kernels import backend_for, green_op, load_backend, scan, scan_op
 
 
 def green_inputs(kind, dtype=torch.float64, n=37):
@@ -68,14 +74,103 @@ def test_backends_agree_on_outputs_and_gradients(name, n):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_an_unknown_backend_is_refused():
-    with use_backend("nonesuch"), pytest.raises(ValueError, match=r"not available on cpu; available: .*chunked"):
+def test_an_unknown_backend_is_refused(monkeypatch):
+    with (
+        use_backend("nonesuch"),
+        pytest.raises(ConfigError, match=r"'nonesuch'.*not available on cpu.*allowed .*chunked"),
+    ):
         left_green(torch.zeros(1, 2, 1) - 3, 0.0)
+    monkeypatch.setenv("RESNET_BK_BACKEND", "nonesuch")
+    with pytest.raises(ConfigError, match=r"^RESNET_BK_BACKEND: got 'nonesuch', allowed triton, numba, chunked"):
+        kernels._chosen()
 
 
 def test_numba_is_preferred_where_it_is_installed():
-    expected = available_backends()[0]
-    assert backend_for(torch.zeros(1)).__name__.endswith({"numba": "numba_kernels", "chunked": "chunked"}[expected])
+    expected = "numba_kernels" if importlib.util.find_spec("numba") else "chunked"
+    assert backend_for(torch.zeros(1)).__name__.endswith(expected)
+
+
+def test_a_broken_package_costs_its_backend_and_one_warning(monkeypatch):
+    def load(name):
+        if name == "numba":
+            raise ImportError("Numba needs NumPy 2.4 or less.\nGot NumPy 2.6.")
+        return chunked
+
+    monkeypatch.setattr(kernels, "load_backend", load)
+    monkeypatch.setattr(kernels, "_defects", {})
+    monkeypatch.setattr(kernels, "_installed", lambda device_type: ("numba", "chunked"))
+    kernels._warn.cache_clear()
+    reason = r"\(ImportError: Numba needs NumPy 2.4 or less. Got NumPy 2.6.\)"
+    with pytest.warns(RuntimeWarning, match=f"'numba' cannot be used {reason}") as warned:
+        assert [backend_for(torch.zeros(1)) for _ in range(2)] == [chunked, chunked]
+    assert len(warned) == 1
+    assert available_backends() == ("chunked",)
+    with use_backend("numba"), pytest.raises(ConfigError, match=f"got 'numba', .*{reason}, allowed chunked"):
+        backend_for(torch.zeros(1))
+
+
+def gradient_of_a_pass():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 100, 4, 8, dtype=torch.float64).unbind()
+    torch.ones(600, 600).exp()  # large enough for torch's OpenMP threads
+    y, _ = propagate(q.requires_grad_(), k, v, -2.1 - torch.rand(2, 100, 4, dtype=torch.float64), 0.0)
+    return torch.autograd.grad(y.square().sum(), q)[0]
+
+
+def in_a_process():
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(gradient_of_a_pass().numpy()))
+    process.start()
+    try:
+        assert receiver.poll(60), "the child hangs"
+        return torch.from_numpy(receiver.recv())
+    finally:
+        process.kill()
+        process.join()
+
+
+class Passes(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return gradient_of_a_pass()
+
+
+def in_a_worker():
+    (found,) = DataLoader(Passes(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
+    return found
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own libraries do not allow forks")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, torch refuses gradients in a fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later
+@pytest.mark.filterwarnings("ignore:backend 'numba' cannot be used:RuntimeWarning")
+@pytest.mark.parametrize("run", [in_a_process, in_a_worker])
+def test_a_child_forked_after_a_pass_computes_the_same(run, two_threads):
+    expected = gradient_of_a_pass()
+    torch.testing.assert_close(run(), expected)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")
+def test_a_forked_child_has_one_thread_and_no_numba(monkeypatch, two_threads):
+    load_backend("numba")
+    monkeypatch.setattr(kernels, "_defects", {})
+    kernels._after_fork()
+    assert torch.get_num_threads() == 1
+    assert "numba" not in available_backends()
+    with use_backend("numba"), pytest.raises(ConfigError, match=r"fork of one that ran numba; .*'spawn'"):
+        backend_for(torch.zeros(1))
 
 
 def test_conv_equals_torch_and_its_gradient_is_exact(backend):

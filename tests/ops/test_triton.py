@@ -3,9 +3,11 @@
 Dimensions: B batch, N sites, H chains, K key width, V value width.
 """
 
+import importlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'resn
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
+from triton import knobs
+
+from resnet_bk.config import ConfigError
 from resnet_bk.ops import (
     Sparsity,
     available_backends,
@@ -205,7 +210,7 @@ def test_it_is_preferred_on_gpus_only():
 @pytest.fixture
 def _unchecked(monkeypatch):
     """Make Triton the preferred backend, not yet checked, with a small check."""
-    monkeypatch.setattr(kernels, "available_backends", lambda device_type: ("triton", "chunked"))
+    monkeypatch.setattr(kernels, "_installed", lambda device_type: ("triton", "chunked"))
     monkeypatch.setattr(triton_check, "LENGTH", 70)
     monkeypatch.setattr(triton_check, "WIDTH", 16)
     monkeypatch.setattr(triton_scan, "PROGRAMS", 4)
@@ -264,8 +269,8 @@ def test_tracing_does_not_check(monkeypatch):
 
 def test_without_a_gpu_or_the_interpreter_it_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(kernels, "available_backends", available_backends.__wrapped__)
-    with pytest.raises(ValueError, match=r"backend 'triton' is not available on cpu; available: .*chunked; .*\[gpu\]"):
+    monkeypatch.setattr(kernels, "_installed", kernels._installed.__wrapped__)
+    with pytest.raises(ConfigError, match=r"got 'triton', .*not available on cpu\), allowed .*chunked; .*\[gpu\]"):
         left_green(torch.zeros(1, 2, 1) - 3, 0.0)
 
 
@@ -282,3 +287,13 @@ def test_every_kernel_compiles_for_an_h100(dtypes, tmp_path):
         *("_carry_state", "_carry_over_segments", "_outputs", "_gradients", "_forward", "_backward"),
     }
     assert all(int(shared) <= 227 * 1024 for _, shared in compiled)
+
+
+def test_where_triton_cannot_write_kernels_compile_in_a_temporary_folder(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (str(tmp_path / "file" / "cache"), "~/.triton/cache"):  # the latter: the user has no home directory
+        monkeypatch.setattr(knobs.cache, "dir", folder)
+        with pytest.warns(RuntimeWarning, match=rf"^triton: {folder} cannot be written.*set TRITON_CACHE_DIR"):
+            importlib.reload(triton_kernels)
+        assert Path(knobs.cache.dir).is_dir()
+        assert Path(knobs.cache.dir).parent == Path(tempfile.gettempdir())

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from resnet_bk.config import visible
 from resnet_bk.report import html
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
@@ -79,6 +80,18 @@ def test_the_page_is_well_formed_and_shows_all_it_was_given(page):
     ):
         assert text in checker.text
     assert checker.tags.count("svg") == 1
+
+
+def test_characters_that_a_browser_obeys_are_visible():
+    odd = "\x00\x1b\r\x7f\x9b\u202e\u2066\udcff"
+    sections = [
+        (odd, html.preformatted(odd) + html.heat_map([(odd, 0.5, odd)]) + html.titled(odd, html.paragraph(odd)))
+    ]
+    page = html.page(odd, [(odd, odd)], sections, [odd])
+    assert page.encode().decode() == page
+    assert visible(page) == page
+    assert page.count("␀␛␍␡\\u009b\\u202e\\u2066\\udcff") == 11
+    parse(page)
 
 
 def test_the_page_needs_no_script_and_no_network(page):
@@ -167,6 +180,16 @@ def test_names_are_not_read_as_formulas():
         drawn = html.figure_svg(figure)
         assert ElementTree.fromstring(drawn).tag.endswith("svg")
         assert "<script" not in drawn
+
+
+def test_names_of_any_characters_are_drawn_without_a_warning():
+    names = ["漢字 😀", "a\x1b[31m\x00", "\u202egpj.exe", "\udcff"]
+    pareto = html.pareto({name: ((2.0 + i,) * 3, (9.0 - i,) * 3) for i, name in enumerate(names)}, [0], "cost")
+    curves = html.compared_curves({name: [[(1.0, 0.1, 4.0), (2.0, 0.2, 3.0)]] for name in names}, "bytes")
+    for figure in (pareto, curves):
+        drawn = html.figure_svg(figure)
+        assert visible(drawn) == drawn
+        assert ElementTree.fromstring(drawn).tag.endswith("svg")
 
 
 def test_names_keep_off_each_other_and_stay_within_the_axes():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from resnet_bk import folders
 from resnet_bk.cli import main
 from resnet_bk.config import AblateConfig, ConfigError, ExpertsConfig, ModelConfig, SparsityConfig, TrainConfig
 from resnet_bk.config.techniques import DepthConfig, MultiScaleConfig
+from resnet_bk.files import lock
 from resnet_bk.study import ablate, run
 from resnet_bk.study.ablate import effects, plan
 
@@ -104,10 +106,13 @@ def made_up(tmp_path, monkeypatch, text):
         runs.append(config)
         n = len(config.model.techniques)
         rate = 1000.0 * 2**n
+        costs = {"parameters": 9, "flops_per_byte": 1e6 / 2**n, "prefill": rate, "decode": rate / 10}
+        hashes = {"train_sha256": text[0], "held_out_sha256": "b"}
         results = {
-            "held_out": {"bits_per_byte": 2 + 0.1 * n + 0.001 * config.seed},
-            "costs": {"flops_per_byte": 1e6 / 2**n, "prefill": rate, "decode": rate / 10},
-            "training": {"bytes_per_second": rate / 5, "train_sha256": text[0], "held_out_sha256": "b"},
+            "held_out": {"bits_per_byte": 2 + 0.1 * n + 0.001 * config.seed, "bytes": 90, "documents": 1},
+            "costs": {**costs, "prefill_setting": "8 x 2048 tokens", "decode_setting": "1 sequence, 256 tokens"},
+            "training": {"steps": 5, "seconds": 1.0, "bytes_per_second": rate / 5, **hashes},
+            "versions": {"torch": "2"},
         }
         folder = tmp_path / config.output_dir
         folder.mkdir(parents=True)
@@ -136,7 +141,7 @@ def test_every_cell_is_trained_once_and_the_tables_have_the_effects(made_up, tex
     assert len(json.loads((tmp_path / "out" / ablate.DATA).read_text())) == 16
     ablate.ablate(config, recipe, Console(quiet=True))
     assert len(made_up) == 16  # nothing is trained twice
-    with pytest.raises(ConfigError, match=r"ablate\.base: max_steps is 6, the finished run in .* had 5"):
+    with pytest.raises(ConfigError, match=r"train\.max_steps: got 6, the finished run in .* had 5"):
         ablate.ablate(config, TrainConfig(model=MODEL, max_steps=6), Console(quiet=True))
     saved = tmp_path / "out" / "depth" / "seed-0" / folders.CONFIG
     kept = saved.read_text()
@@ -145,8 +150,101 @@ def test_every_cell_is_trained_once_and_the_tables_have_the_effects(made_up, tex
         ablate.ablate(config, recipe, Console(quiet=True))
     saved.write_text(kept)
     text[0] = "changed"
-    with pytest.raises(ConfigError, match=r"used a different text or tokenizer \(train_sha256\) than the first run"):
+    with pytest.raises(ConfigError, match=r"used another text or tokenizer than the runs before it"):
         ablate.ablate(AblateConfig("base.yaml", output_dir="out", seeds=[0, 2]), recipe, Console(quiet=True))
+
+
+RECIPE = TrainConfig(model=MODEL, max_steps=5)
+SMALL = AblateConfig("base.yaml", output_dir="out", seeds=[0], techniques=["depth", "sparsity"])
+
+
+def ablated():
+    return ablate.ablate(SMALL, RECIPE, Console(quiet=True))
+
+
+def test_damaged_results_are_an_error_that_names_the_file(made_up, tmp_path):
+    ablated()
+    table = (tmp_path / "out" / ablate.TABLE).read_text()
+    results = tmp_path / "out" / "experts" / "seed-0" / folders.RESULTS
+    good = results.read_text()
+    for content in ("", "[]", "{}", good[:-30], good.replace('"prefill": ', '"prefill": 1e999, "x": ')):
+        results.write_text(content)
+        with pytest.raises(
+            ConfigError, match=r"^out/experts/seed-0/results\.json: .*; restore it, or remove it to have"
+        ):
+            ablated()
+    results.unlink()
+    results.mkdir()
+    with pytest.raises(ConfigError, match=r"out/experts/seed-0/results\.json is not a file"):
+        ablated()
+    results.rmdir()
+    results.write_text(good)
+    assert ablated()
+    assert (tmp_path / "out" / ablate.TABLE).read_text() == table
+    assert len(made_up) == 4
+
+
+def test_a_score_that_is_not_a_number_is_an_error_at_once_and_later(made_up, monkeypatch, tmp_path):
+    train = run.train
+
+    def diverged(config, console):
+        train(config, console)
+        results = tmp_path / config.output_dir / folders.RESULTS
+        results.write_text(re.sub('"bits_per_byte": [0-9.]+', '"bits_per_byte": NaN', results.read_text()))
+
+    monkeypatch.setattr(run, "train", diverged)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"results\.json: held_out\.bits_per_byte: got nan, allowed 0 to 64"):
+            ablated()
+    assert len(made_up) == 1
+
+
+def test_runs_that_were_too_short_to_log_their_speed_have_no_effects_on_it(made_up, monkeypatch, tmp_path):
+    train = run.train
+
+    def short(config, console):
+        train(config, console)
+        results = tmp_path / config.output_dir / folders.RESULTS
+        results.write_text(re.sub('"bytes_per_second": [0-9.]+', '"bytes_per_second": NaN', results.read_text()))
+
+    monkeypatch.setattr(run, "train", short)
+    assert set(ablated()) == set(ablate.RESPONSES) - {"training, us per byte"}
+    table = (tmp_path / "out" / ablate.TABLE).read_text()
+    assert table.count("| not logged |") == 4
+    assert "nan" not in table
+
+
+def test_a_folder_in_which_another_process_works_is_refused(made_up, tmp_path):
+    with (
+        lock(tmp_path / "out", "ablate.output_dir"),
+        pytest.raises(ConfigError, match=r"^ablate\.output_dir: out is in use by another process; wait until it ends"),
+    ):
+        ablated()
+    assert made_up == []
+    ablated()
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_kill_loses_no_run_and_leaves_no_part_of_a_table(made_up, monkeypatch, tmp_path):
+    train = run.train
+
+    def killed(config, console):
+        train(config, console)
+        if len(made_up) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ablated()
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "write_whole", lambda path, text: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ablated()
+    (tmp_path / "out" / ".ablation.md.1-0123abcd.partial").write_text("a part")
+    ablated()
+    assert len(made_up) == 4
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == {ablate.TABLE, ablate.DATA}
 
 
 def test_cells_are_named_by_all_that_is_on_in_one_order(made_up, tmp_path):
@@ -192,11 +290,19 @@ def test_an_impossible_ablation_is_one_line(made_up, tmp_path, capsys, arguments
     assert made_up == []
 
 
-def test_two_real_techniques_train(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """Shorten what takes most of the time of a real run: measuring, and sampling."""
+    measure = run.measure
+    monkeypatch.setattr(run, "measure", lambda model, text, size: measure(model, text, size, 1, 32, 2, 1))
+    monkeypatch.setattr(run, "generate_text", lambda *arguments: "a sample")
+
+
+def test_two_real_techniques_train(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("def read(self):\n    return self.value\n" * 400)
     (tmp_path / "base.yaml").write_text(
-        "max_steps: 2\nbatch_size: 2\nsample: x\ndata: {source: text, val_source: text}\n"
+        "max_steps: 2\nbatch_size: 2\nlog_every: 1\nsample: x\ndata: {source: text, val_fraction: 0.1}\n"
         "model: {d_model: 16, n_layers: 3, n_seq: 32, num_experts: 1, sparsity: {target: 0.5}, depth: {policy: act}}\n"
     )
     assert main(["ablate", "base.yaml", "--seeds", "[0]"]) == 0
@@ -209,14 +315,14 @@ def test_two_real_techniques_train(tmp_path, monkeypatch, capsys):
     }
 
 
-def test_an_ablation_with_its_own_tokenizer_can_be_repeated(tmp_path, monkeypatch, capsys):
+def test_an_ablation_with_its_own_tokenizer_can_be_repeated(tmp_path, monkeypatch, quick, capsys):
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "def": 2, "return": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained("words")
     (tmp_path / "text").write_text("def read ( self ) : return self . value\n" * 200)
     (tmp_path / "base.yaml").write_text(
-        "max_steps: 1\nbatch_size: 2\nsample: def\ndata: {source: text, val_source: text, tokenizer: words}\n"
+        "max_steps: 1\nbatch_size: 2\nsample: def\ndata: {source: text, val_fraction: 0.1, tokenizer: words}\n"
         "model: {d_model: 8, n_layers: 3, n_seq: 16, num_experts: 1, sparsity: {target: 0.5}, depth: {policy: act}}\n"
     )
     for _ in range(2):

@@ -8,7 +8,7 @@ import torch
 
 from resnet_bk.config import ConfigError, EvalConfig
 from resnet_bk.data.corpus import Document
-from resnet_bk.data.tokens import END_OF_DOCUMENT, TokenFile, read, write
+from resnet_bk.data.tokens import END_OF_DOCUMENT, TokenFile, cached
 from resnet_bk.model import LanguageModel
 from resnet_bk.study.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
 from resnet_bk.training.guard import LeakError
@@ -28,8 +28,7 @@ def tiny(**fields):
 def corpus(tmp_path) -> TokenFile:
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 256, n, np.uint8).tobytes() for n in LENGTHS]
-    write([Document(f"{i}", text=text) for i, text in enumerate(texts)], tmp_path / "tokens", None)
-    return read(tmp_path / "tokens")
+    return cached([Document(f"{i}", text=text) for i, text in enumerate(texts)], tmp_path, "byte", None)[0]
 
 
 def score(model, tokens, **settings) -> Scores:

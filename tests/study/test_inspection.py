@@ -1,6 +1,9 @@
 """``resnet-bk inspect``: its output, its page, and its errors."""
 
+import io
+import os
 import re
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from resnet_bk import LanguageModel
 from resnet_bk.adaptive.depth import DepthRecord
 from resnet_bk.checkpoint import seal
 from resnet_bk.cli import main
-from resnet_bk.config import ConfigError
+from resnet_bk.config import ConfigError, read_text, visible
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.hf.tokenizer import byte_tokenizer
 from resnet_bk.layers.sparse import SparsityRecord
@@ -70,9 +73,11 @@ def test_an_earlier_page_is_replaced_and_nothing_else(checkpoint, capsys):
     assert main(["inspect", "model", "text.py", "--output", "a.html"]) == 0
     assert main(["inspect", "model", "text.py", "--output", "a.html"]) == 0
     (checkpoint / "mine.html").write_text("<title>mine</title>")
+    os.mkfifo(checkpoint / "pipe")
     for arguments, message in (
         (["text.py", "--output", "mine.html"], "inspect.output: mine.html exists and is not a page of this command"),
         (["text.py", "--output", "."], "inspect.output: . is a folder"),
+        (["text.py", "--output", "pipe"], "inspect.output: pipe is a device or a pipe; name a file"),
         (["text.py", "--output", "no/a.html"], "inspect.output: folder no does not exist"),
         (["none.txt"], "inspect.text: none.txt is not a file"),
         (["text.py", "--max_tokens", "0"], "inspect.max_tokens: got 0, allowed an integer from 1"),
@@ -87,9 +92,36 @@ def test_a_text_without_a_character_and_one_that_is_not_utf8(checkpoint, capsys)
     (checkpoint / "empty").write_text("")
     (checkpoint / "latin").write_bytes(b"\xff")
     assert main(["inspect", "model", "empty"]) == 2
-    assert "inspect.text: empty is empty" in capsys.readouterr().err
+    assert "inspect.text: empty has no token" in capsys.readouterr().err
     assert main(["inspect", "model", "latin"]) == 2
-    assert "the input is not UTF-8 at byte 0" in capsys.readouterr().err
+    assert "inspect.text: latin is not UTF-8 at byte 0" in capsys.readouterr().err
+
+
+def test_control_characters_reach_neither_the_terminal_nor_the_page(checkpoint, capsys):
+    (checkpoint / "odd name").write_text("\x1b[31m\u202egpj.exe\x07\x9b [/b] :smile: é", encoding="utf-8")
+    assert main(["inspect", "model", "odd name"]) == 0
+    printed = capsys.readouterr().out
+    page = (checkpoint / "inspect.html").read_text(encoding="utf-8")
+    for text in (printed, re.sub("</?span[^>]*>", "", page)):
+        assert "␛[31m\\u202egpj.exe␇\\u009b [/b] :smile: é" in text
+        assert visible(text) == text
+    assert "resnet-bk inspect model &#x27;odd name&#x27;" in page
+
+
+def test_no_more_of_a_text_is_read_than_its_tokens_can_need(checkpoint, capsys):
+    with (checkpoint / "giant").open("wb") as file:
+        file.write(b"x" * 100)
+        file.truncate(1 << 40)  # sparse
+    assert main(["inspect", "model", "giant", "--max_tokens", "50"]) == 0
+    assert "looked at the first 50 tokens" in capsys.readouterr().out
+
+
+def test_a_character_that_the_limit_cuts_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("aé€", encoding="utf-8")
+    read = [read_text("x", str(tmp_path / "a"), limit) for limit in range(1, 9)]
+    assert read == ["a", "a", "aé", "aé", "aé", *["aé€"] * 3]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é".encode())))
+    assert read_text("x", "-", 100) == "é"
 
 
 def test_a_single_character(checkpoint):

@@ -1,10 +1,16 @@
 """``resnet-bk tune``: with real tiny runs where training matters, with made-up results elsewhere."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
+import shutil
 import signal
+import sqlite3
+import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import optuna
 import pytest
@@ -15,12 +21,13 @@ from rich.console import Console
 from resnet_bk import cli
 from resnet_bk.cli import main
 from resnet_bk.config import ConfigError, DepthConfig, ModelConfig, TrainConfig, TuneConfig
+from resnet_bk.files import lock
 from resnet_bk.study import run, tune
 from resnet_bk.training.trainer import NonFiniteError, RunControl
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 10
 SPACE = {"learning_rate": [0.001, 0.1], "model.num_experts": [1, 4]}
-MEASURE, TRAIN = run.measure, run.train
+MEASURE, TRAIN, FIGURE = run.measure, run.train, tune.html.figure_svg
 
 
 @pytest.fixture
@@ -66,7 +73,28 @@ def files(folder):
 
 
 def scored(bits, rate):
-    return {"held_out": {"bits_per_byte": bits}, "costs": {"prefill": rate, "decode": rate / 100}}
+    """Return the results of a made-up run."""
+    settings = {"prefill_setting": "8 x 2048 tokens", "decode_setting": "1 sequence, 256 tokens"}
+    hashes = {"train_sha256": "a", "held_out_sha256": "b"}
+    return {
+        "held_out": {"bits_per_byte": bits, "bytes": 90, "documents": 1},
+        "costs": {"parameters": 9, "flops_per_byte": 9.0, "prefill": rate, "decode": rate / 100, **settings},
+        "training": {"steps": 6, "seconds": 1.0, "bytes_per_second": 9.0, **hashes},
+        "versions": {"torch": "2"},
+    }
+
+
+def finish(config, results):
+    """Write the files of a finished run."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "config.yaml", json.loads(json.dumps(dataclasses.asdict(config))))
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def killed(*arguments, **keywords):
+    """Take the place of a function in which the process is killed."""
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -81,6 +109,7 @@ def made_up(place, monkeypatch):
         return scored(1 + config.learning_rate, 1e6 * config.learning_rate / config.model.num_experts)
 
     monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(tune.html, "figure_svg", lambda figure: "<svg></svg>")  # takes longer than everything else
     return runs
 
 
@@ -157,6 +186,7 @@ def test_a_hopeless_trial_ends_at_the_first_rung(made_up, monkeypatch, place, pr
     """Four made-up trials are far better than any real one at a quarter of the run; then a real one follows."""
     assert main(command(trials=4)) == 0
     monkeypatch.setattr(run, "train", TRAIN)
+    monkeypatch.setattr(tune, "check_one_text", lambda *arguments: None)  # the made-up trials had none
     assert main(command(f"--prune={prune}", trials=5)) == 0
     last, folder = trials()[4], place / "out" / "trial-0004"
     steps = (folder / "metrics.jsonl").read_text().count("\n")
@@ -174,7 +204,8 @@ def test_a_hopeless_trial_ends_at_the_first_rung(made_up, monkeypatch, place, pr
 # ---------------------------------------------------------------------------------------------- bookkeeping
 
 
-def test_what_a_search_writes(made_up, place):
+def test_what_a_search_writes(made_up, place, monkeypatch):
+    monkeypatch.setattr(tune.html, "figure_svg", FIGURE)
     chosen = searched(trials=8, max_loss=0.02)
     lines = (place / "out" / "pareto.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| trial-")]
@@ -213,9 +244,6 @@ def test_an_interrupted_search_draws_the_same_settings(made_up, monkeypatch):
     made_up.clear()
     searched(trials=2)
 
-    def killed(config, console, on_progress):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(run, "train", killed)
         for _ in range(2):
@@ -238,9 +266,6 @@ def test_another_seed_draws_other_settings(made_up):
 
 
 def test_a_kill_before_settings_were_drawn_repeats_the_recipe(made_up, monkeypatch):
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(tune, "_suggested", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -250,9 +275,6 @@ def test_a_kill_before_settings_were_drawn_repeats_the_recipe(made_up, monkeypat
 
 
 def test_a_kill_while_trials_are_queued_again_loses_and_doubles_none(made_up, monkeypatch):
-    def killed(*arguments, **keywords):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(run, "train", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -268,8 +290,7 @@ def test_a_kill_while_trials_are_queued_again_loses_and_doubles_none(made_up, mo
 
 def test_a_run_that_ended_before_the_kill_is_not_trained_again(made_up, monkeypatch, place):
     def train(config, console, on_progress):
-        (place / "out" / "trial-0000").mkdir()
-        (place / "out" / "trial-0000" / "results.json").write_text(json.dumps(scored(1.25, 1e5)))
+        finish(config, scored(1.25, 1e5))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -310,7 +331,9 @@ def test_without_a_complete_trial_nothing_is_chosen(place, monkeypatch, result):
 
 def test_an_impossible_recipe_is_an_error_and_an_impossible_setting_is_skipped(made_up, monkeypatch):
     def refused(config, console, on_progress):
-        raise ConfigError("data.source: 9 tokens make 0 windows")
+        raise ConfigError(message)
+
+    message = "data.source: 9 tokens make 0 windows; lower model.num_experts"
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "train", refused)
@@ -374,17 +397,370 @@ def test_paths_may_change(made_up, place):
     assert made_up[1].data.cache == "other"
 
 
-@pytest.mark.parametrize("name", ["out", "out/thesis.txt", "out/study.db"])
-def test_a_folder_that_holds_something_else_is_left_alone(made_up, place, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("out", "tune.output_dir: out exists and is not a folder; choose another"),
+        (
+            "out/thesis.txt",
+            "tune.output_dir: out exists and does not hold a study (out/study.db is not a file); choose",
+        ),
+        ("out/study.db", "out/study.db: cannot be used as a study (DatabaseError: file is not a database); mend that"),
+    ],
+)
+def test_a_folder_that_holds_something_else_is_left_alone(made_up, place, capsys, name, message):
     path = place / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine, and no database at all")
     assert main(command()) == 2
     said = capsys.readouterr().err
-    assert ("cannot be read as a study" if name == "out/study.db" else "out exists and does not hold a study") in said
+    assert message in said
     assert said.count("\n") == 1
     assert files(place)[path] == b"mine, and no database at all"
     assert made_up == []
+
+
+# ------------------------------------------------------------------------------------- odd databases
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Return the folder of a study with two complete trials, a stopped one, and one that was running at a kill."""
+    place = tmp_path_factory.mktemp("begun")
+
+    def train(config, console, on_progress):
+        on_progress(0.3, 2.0)
+        finish(config, scored(1 + config.learning_rate, 1e5))
+        number = int(Path(config.output_dir).name[-4:])
+        if number == 2:
+            raise NonFiniteError("step 3: the loss is nan")
+        if number == 3:
+            raise KeyboardInterrupt
+        return scored(1 + config.learning_rate, 1e5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(run, "train", train)
+        patch.setattr(tune.html, "figure_svg", lambda figure: "<svg></svg>")
+        with pytest.raises(KeyboardInterrupt):
+            searched(trials=9)
+    return place / "out"
+
+
+@pytest.fixture
+def changed(begun, made_up, place):
+    """Copy the study and change its database. Returns the path of it."""
+    shutil.copytree(begun, place / "out")
+    path = place / "out" / "study.db"
+
+    def change(*statements):
+        with contextlib.closing(sqlite3.connect(path)) as database, database:
+            for statement in statements:
+                database.execute(statement)
+        return path
+
+    return change
+
+
+def refused(path):
+    """Return the message with which the study is refused. Nothing may be written."""
+    before = files(path.parent)
+    with pytest.raises(ConfigError) as caught:
+        searched(trials=5)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "out/study.db" in said or "the study in out was started with" in said
+    assert "choose another output_dir" in said
+    assert len(said) < 500
+    assert files(path.parent) == before
+    return said
+
+
+def test_a_study_that_was_killed_goes_on(changed, made_up):
+    changed()
+    searched(trials=4)
+    assert [trial.state.name for trial in trials()] == ["COMPLETE", "COMPLETE", "PRUNED", "FAIL", "COMPLETE"]
+    assert made_up == [], "the run had ended before the kill"
+
+
+DEEP = "[" * 10_000 + "]" * 10_000
+NOTE = "UPDATE trial_user_attributes SET value_json = '{}' WHERE key = '{}'"
+PARAMETER = "UPDATE trial_params SET {} WHERE param_name = 'learning_rate'"
+FIXED = "UPDATE trial_system_attributes SET value_json = '{}' WHERE key = 'fixed_params'"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *(NOTE.format(value, "folder") for value in ('"../x"', '"/tmp/x"', '""', "5", "null", "[", '"trial-1"', DEEP)),
+        *(NOTE.format(value, "folder") for value in ('"trial-0000/../../x"', '"trial-0000\\n"', '"trial-\u0660001"')),
+        *(NOTE.format(value, "rungs") for value in ("5", "[1]", '{"0.25": NaN}', '{"0.25": "2"}', '{"0.25": true}')),
+        *(NOTE.format(value, "settings") for value in ("5", '{"zzz": 1}', '{"learning_rate": 1e999}')),
+        *(NOTE.format(value, "reason") for value in ("5", '"\\ud800"', '"\\u0000"', "")),
+        *(
+            FIXED.format(value)
+            for value in ("5", '{"seed": 1}', '{"learning_rate": "x"}', '{"model.num_experts": 1.5}')
+        ),
+        *(PARAMETER.format(f"param_value = {value}") for value in ("9.0", "-1", "9e999", "'x'", "0")),
+        *(PARAMETER.format(f"distribution_json = '{value}'") for value in ("x", "{}", '{"name": "X"}', DEEP)),
+        PARAMETER.format("param_name = 'seed'"),
+        "DELETE FROM trial_params WHERE param_name = 'learning_rate'",
+        *(f"UPDATE trial_values SET value = {value}" for value in ("'x'", "-1", "1e300", "9e999")),
+        "UPDATE trial_values SET value = NULL, value_type = 'INF_POS'",
+        "UPDATE trial_values SET value_type = 'X'",
+        "DELETE FROM trial_values",
+        "DELETE FROM trial_values WHERE objective = 1",
+        "UPDATE trials SET state = 'X'",
+        "UPDATE trials SET state = 'COMPLETE'",
+        "UPDATE trials SET datetime_start = 'x'",
+        "DELETE FROM trials",
+        "DELETE FROM study_user_attributes",
+        *(f"UPDATE study_user_attributes SET value_json = '{value}'" for value in ("5", "{}", "null", "[", "", DEEP)),
+        "UPDATE studies SET study_name = 'other'",
+        "DELETE FROM studies",
+        "DELETE FROM study_directions",
+        "DELETE FROM study_directions WHERE objective = 1",
+        "UPDATE study_directions SET direction = 'MAXIMIZE'",
+        "UPDATE study_directions SET direction = 'X'",
+        "UPDATE alembic_version SET version_num = 'v99'",
+        "INSERT INTO alembic_version VALUES ('v99')",
+        "DROP TABLE studies",
+        "ALTER TABLE trials RENAME COLUMN state TO mood",
+    ],
+    ids=lambda statement: statement[:90],
+)
+def test_an_odd_database_is_refused(changed, statement):
+    refused(changed(statement))
+
+
+def test_a_database_that_is_cut_off_or_overwritten_is_refused(changed):
+    path = changed()
+    whole = path.read_bytes()
+    for length in (0, 1, 15, 16, 99, 100, 4095, 4096, *range(5000, len(whole), len(whole) // 30), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(path)
+    for content in (b"\0" * 9999, b"{}", whole[:100] + b"\xff" * (len(whole) - 100), whole[:-4096] + b"\xff" * 4096):
+        path.write_bytes(content)
+        refused(path)
+
+
+def test_the_database_of_another_program_is_left_alone(changed, place):
+    path = changed()
+    for inner in files(path.parent):
+        inner.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE mine (x)")
+    assert "is the database of another program" in refused(path)
+    shutil.rmtree(path.parent)
+    path.parent.mkdir()
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    optuna.create_study(storage=storage, study_name="mine")
+    storage.remove_session()
+    storage.engine.dispose()
+    assert "holds another study, 'mine'" in refused(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing"])
+def test_a_study_that_is_not_a_file_is_refused(made_up, place, kind):
+    if kind != "folder" and sys.platform == "win32":
+        pytest.skip("no such files")
+    path = place / "out" / "study.db"
+    path.parent.mkdir()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("none")
+    with pytest.raises(ConfigError, match=r"out exists and does not hold a study \(out/study\.db is not a file\)"):
+        searched()
+
+
+def test_a_giant_file_is_refused(made_up, place):
+    path = place / "out" / "study.db"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(300_000_000)  # sparse
+    with pytest.raises(ConfigError, match="file is not a database"):
+        searched()
+
+
+def test_a_database_that_another_program_has_locked_is_refused_soon(changed, monkeypatch):
+    path = changed()
+    monkeypatch.setattr(tune, "WAIT", 0.1)
+    for mode in ("EXCLUSIVE", "IMMEDIATE"):
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+            database.execute(f"BEGIN {mode}")
+            assert "database is locked" in refused(path)
+
+
+def test_a_database_that_cannot_be_written_is_refused(changed, monkeypatch):
+    path, connect = changed(), sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **keywords: connect(f"file:{path}?mode=ro", uri=True))
+    assert "attempt to write a readonly database" in refused(path)
+
+
+def test_a_write_that_fails_during_a_trial_is_one_line_and_loses_nothing(changed, monkeypatch, made_up):
+    path = changed()
+
+    def train(config, console, on_progress):
+        finish(config, scored(1.0, 1e5))
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+            database.execute("BEGIN EXCLUSIVE")
+            on_progress(0.3, 2.0)
+
+    monkeypatch.setattr(tune, "WAIT", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", train)
+        with pytest.raises(
+            ConfigError, match=r"^out/study\.db: cannot be used as a study \(OperationalError: database is"
+        ):
+            searched(trials=5)
+    searched(trials=5)
+    assert [trial.state.name for trial in trials()][3:] == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    assert made_up == []
+
+
+def test_a_folder_with_any_name_holds_its_study(made_up, place):
+    for name in ("a?b=1", "a%41#b", "{SCHEMA_VERSION}", "[red]x[/]"):
+        searched(trials=1, output_dir=name)
+        assert (place / name / "study.db").is_file()
+    assert len(list(place.iterdir())) == 4 + 2
+
+
+# --------------------------------------------------------------------- damaged runs, kills, two processes
+
+
+def test_a_trial_with_damaged_results_is_an_error_and_is_not_lost(changed, made_up):
+    path = changed()
+    results = path.parent / "trial-0003" / "results.json"
+    good = results.read_bytes()
+    for content in (b"", b"{}", b"[]", good[:99], good.replace(b'"prefill": ', b'"prefill": 1e999, "x": ')):
+        results.write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=r"out/trial-0003/results\.json: .*; restore it, or remove it to have the"
+        ):
+            searched(trials=4)
+    results.write_bytes(good)
+    searched(trials=4)
+    assert len(trials(TrialState.COMPLETE)) == 3
+    assert made_up == []
+
+
+def test_results_of_other_settings_are_not_taken_for_those_of_the_trial(changed):
+    folder = changed().parent
+    shutil.copy(folder / "trial-0000" / "config.yaml", folder / "trial-0003")
+    with pytest.raises(ConfigError, match=r"got \S+ the run in out/trial-0003 was started with \S+; set it"):
+        searched(trials=4)
+
+
+def test_a_link_is_not_followed(changed, place):
+    folder = changed().parent
+    (folder / "trial-0003").rename(place / "elsewhere")
+    (folder / "trial-0003").symlink_to(place / "elsewhere")
+    with pytest.raises(ConfigError, match=r"tune\.output_dir: out/trial-0003 is a link, allowed a folder"):
+        searched(trials=4)
+
+
+def test_an_error_that_names_no_searched_setting_is_not_taken_for_the_fault_of_a_trial(changed, monkeypatch):
+    changed()
+
+    def train(config, console, on_progress):
+        raise ConfigError("data.source: 'text.py' is not a file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", train)
+        with pytest.raises(ConfigError, match=r"'text\.py' is not a file"):
+            searched(trials=5)
+    assert len(trials(TrialState.PRUNED)) == 1
+
+
+def test_trials_on_another_text_are_not_mixed_in(changed, monkeypatch):
+    changed()
+    searched(trials=4)
+    other = scored(1.0, 1e5)
+    other["training"]["held_out_sha256"] = "changed"
+    monkeypatch.setattr(run, "train", lambda *arguments: other)
+    with pytest.raises(ConfigError, match=r"tune\.base: the run in out/trial-0005 used another text or tokenizer than"):
+        searched(trials=5)
+    assert len(trials(TrialState.COMPLETE)) == 3
+
+
+def test_a_giant_score_is_not_a_result(made_up, monkeypatch, place):
+    monkeypatch.setattr(run, "train", lambda *arguments: scored(2000.0, 1e5))
+    assert searched(trials=1) is None
+    assert "scored 2000.0 bits per byte" in (place / "out" / "pareto.md").read_text()
+
+
+def test_a_hopeless_trial_that_was_killed_before_it_ended_is_stopped_when_it_goes_on(made_up, monkeypatch):
+    searched(trials=4)
+
+    def train(config, console, on_progress):
+        on_progress(0.3, 9.0)
+
+    monkeypatch.setattr(run, "train", train)
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "hopeless", killed)
+        with pytest.raises(KeyboardInterrupt):
+            searched(trials=5)
+    monkeypatch.setattr(run, "train", lambda config, console, on_progress: on_progress(0.3, 1.0))
+    searched(trials=5)
+    assert trials()[-1].state is TrialState.PRUNED
+    assert "9.000 training bits per byte at 25% of the run" in trials()[-1].user_attrs["reason"]
+
+
+def test_a_kill_between_writes_to_the_study_loses_and_doubles_nothing(made_up, monkeypatch, place):
+    made, connect = run.train, sqlite3.connect
+
+    def train(config, console, on_progress):
+        assert not Path(config.output_dir, "results.json").exists(), "a run that ended is not trained again"
+        results = made(config, console, on_progress)
+        finish(config, results)
+        return results
+
+    def killed_before(number):
+        """Search until a write to the study. Return False if there are fewer."""
+        left = iter(range(number))
+
+        class Connection(sqlite3.Connection):
+            def commit(self):
+                if self.in_transaction and next(left, None) is None:
+                    raise KeyboardInterrupt
+                super().commit()
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(sqlite3, "connect", lambda path, **keywords: connect(path, factory=Connection, **keywords))
+            searched(trials=1)
+            return False
+        return True
+
+    monkeypatch.setattr(run, "train", train)
+    number = 0
+    while killed_before(number):
+        searched(trials=1)
+        (found,) = trials(TrialState.COMPLETE)
+        assert tuple(found.params.values()) == (3e-3, 1), number
+        assert found.values[0] == 1.003
+        shutil.rmtree(place / "out")
+        number += 2  # all of them would take twice the time
+    assert number > 12
+
+
+def test_a_folder_in_which_another_process_works_is_refused(changed):
+    path = changed()
+    before = files(path.parent)
+    with lock(path.parent, "tune.output_dir"):
+        with pytest.raises(
+            ConfigError, match=r"^tune\.output_dir: out is in use by another process; wait until it ends"
+        ):
+            searched(trials=5)
+        assert files(path.parent) == before | {path.parent / ".lock": b""}
+    (path.parent / ".lock").write_text("")  # as after a kill
+    searched(trials=5)
+    assert not (path.parent / ".lock").exists()
+
+
+# ------------------------------------------------------------------------------------ bad settings
 
 
 @pytest.mark.parametrize(

@@ -280,3 +280,70 @@ def test_runs_killed_at_any_moment_keep_an_intact_checkpoint_and_sigterm_saves_o
     assert main([*arguments(place, "--resume=true", steps=stopped + 2)]) == 0
     assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == stopped + 2
     assert not (place / "run-2").exists()
+
+
+def refused(arguments, capsys):
+    """Return the one line with which a command is refused."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("resume", ["false", "true"])
+def test_a_second_run_in_the_same_folder_is_refused(place, capsys, resume, monkeypatch):
+    real, refusals = RunControl.on_step_end, []
+
+    def step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:  # in the middle of the first run
+            before = files(place / "run")
+            refusals.append(refused(arguments(place, f"--resume={resume}", "--seed=5"), capsys))
+            assert files(place / "run") == before
+        real(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RunControl, "on_step_end", step_end)
+    assert main(arguments(place)) == 0
+    assert refusals == [
+        f"resnet-bk: error: train.output_dir: {place / 'run'} is in use by another process; wait until it ends, or "
+        "choose another folder\n"
+    ]
+    assert yaml.safe_load((place / "run" / "config.yaml").read_text())["seed"] == 0
+    assert [line["step"] for line in metrics(place)] == [2, 4, 6]
+
+
+def test_a_fault_of_the_held_out_text_is_found_before_the_training(place, capsys, monkeypatch):
+    monkeypatch.setattr(module.BKTrainer, "run_training", lambda *_: pytest.fail("trained"))
+    tokenizer = place / "tokenizer"
+    module.load_tokenizer("byte").save_pretrained(tokenizer)
+    saved = json.loads((tokenizer / "tokenizer.json").read_text())
+    saved["model"]["vocab"]["xy"] = 259  # not the byte tokenizer any more, so texts must be UTF-8
+    (tokenizer / "tokenizer.json").write_text(json.dumps(saved))
+    (place / "held-out.txt").write_bytes(b"good until \xff here")
+    error = refused(
+        arguments(place, f"--data.tokenizer={tokenizer}", f"--data.val_source={place}/held-out.txt"), capsys
+    )
+    assert "'held-out.txt' is not UTF-8 at byte 11" in error
+    assert not (place / "run").exists()
+
+
+def test_a_full_disk_ends_a_run_with_one_line(place, capsys, monkeypatch):
+    real = module.BKTrainer._save_checkpoint
+
+    def full(self, *args):
+        if self.state.global_step == 4:
+            monkeypatch.setattr("resnet_bk.training.trainer.save_optimizer_state", no_space)
+        real(self, *args)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.BKTrainer, "_save_checkpoint", full)
+    assert main(arguments(place, "--save_every=2")) == 1
+    lines = capsys.readouterr().err.splitlines()
+    folder = place / "run" / "checkpoints" / "checkpoint-4"
+    assert lines[-1] == (f"resnet-bk: error: {folder}: No space left on device; the run can go on from checkpoint-2"), (
+        lines
+    )
+    monkeypatch.undo()
+    assert newest(place).name == "checkpoint-2"

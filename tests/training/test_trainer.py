@@ -10,17 +10,17 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback
 
 from resnet_bk import checkpoint
-from resnet_bk.checkpoint import newest_valid, verify
+from resnet_bk.checkpoint import CheckpointError, newest_valid, seal, verify
 from resnet_bk.config import ModelConfig, SparsityConfig, TrainConfig
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.training import trainer as module
+from resnet_bk.training.recorder import Recorder
 from resnet_bk.training.trainer import (
     BKTrainer,
     Clock,
     NonFiniteError,
-    Recorder,
     Windows,
     learning_rate_factor,
 )
@@ -153,8 +153,11 @@ def test_accumulated_batches_train_as_one_large_batch(tmp_path):
 def test_a_half_written_last_line_of_metrics_and_later_steps_are_dropped(tmp_path):
     trainer = build(tmp_path, max_steps=3)
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "bits_per_byte": 8.0}\n{"step": 7}\n{"step": 8, "bits_p')
-    trainer.add_callback(Recorder(trainer, path, Console(quiet=True)))
+    whole = '{"step": 0, "seconds": 1, "bits_per_byte": 8.0, "bytes_per_second": 9}\n'
+    path.write_text(whole + '{"step": 0}\n{"step": 7}\n{"step": 1' + 400 * "0" + '}\n{"step": 8, "bits_p')
+    recorder = Recorder(trainer, path, Console(quiet=True))
+    recorder.remove_after(0)
+    trainer.add_callback(recorder)
     trainer.run_training(None)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
 
@@ -213,17 +216,37 @@ def test_the_last_two_checkpoints_are_kept_sealed_and_without_pickles(tmp_path):
         folder = tmp_path / "checkpoints" / name
         verify(folder)
         covered = set(json.loads((folder / "manifest.json").read_text()))
-        assert covered == {path.name for path in folder.iterdir()} - {"manifest.json"}
+        assert covered == {path.name for path in folder.iterdir()} - {"manifest.json", "generation_config.json"}
         assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
         assert {"model.safetensors", "optimizer.safetensors", "trainer_state.json", "elapsed.json"} <= covered
+
+
+def test_checkpoints_do_not_grow_with_the_number_of_log_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_LINES", 3)
+    build(tmp_path, save_every=6).run_training(None)
+    for step in (6, 12):
+        saved = json.loads((tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert [line["step"] for line in saved["log_history"]][-2:] == [step - 1, step]
+        assert len(saved["log_history"]) <= 4
+
+
+def test_what_a_kill_after_the_last_save_left_is_removed_when_the_run_resumes(tmp_path, monkeypatch):
+    trainer = build(tmp_path, save_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(BKTrainer, "_delete_checkpoints", lambda *_: None)  # killed before
+        trainer.run_training(None)
+    assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    (tmp_path / "checkpoints" / ".checkpoint-12.1-0123abcd.partial").mkdir()
+    build(tmp_path).run_training(tmp_path / "checkpoints" / "checkpoint-12")
+    assert checkpoints(tmp_path) == ["checkpoint-8", "checkpoint-12"]
 
 
 def test_an_older_intact_checkpoint_exists_until_the_new_one_is_sealed(tmp_path, monkeypatch):
     seen, real = [], checkpoint.seal
 
-    def seal(folder):
+    def seal(folder, required=()):
         seen.append(newest_valid(tmp_path / "checkpoints", lambda message: None))
-        real(folder)
+        real(folder, required)
         seen.append(newest_valid(tmp_path / "checkpoints", lambda message: None))
 
     monkeypatch.setattr(checkpoint, "seal", seal)
@@ -242,10 +265,49 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_no_incomplete_one(tmp_pat
         real(state, folder)
 
     monkeypatch.setattr(module, "save_optimizer_state", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        OSError, match=r"No space left on device; the run can go on from checkpoint-3: '.*checkpoint-4'"
+    ):
         trainer.run_training(None)
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     assert newest_valid(tmp_path / "checkpoints", pytest.fail).name == "checkpoint-3"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("elapsed.json", "", r"elapsed\.json: expected JSON, got 0 bytes"),
+        ("elapsed.json", "[1]", r"elapsed\.json: expected a mapping, got \[1\]"),
+        ("elapsed.json", '{"seconds": "1"}', r"elapsed\.json: expected 'seconds', a number of at least 0, got '1'"),
+        ("elapsed.json", '{"seconds": NaN}', r"elapsed\.json: expected 'seconds', a number of at least 0, got nan"),
+        ("elapsed.json", '{"seconds": true}', r"elapsed\.json: expected 'seconds', a number of at least 0, got True"),
+        ("trainer_state.json", "[" * 100_000, r"trainer_state\.json: expected JSON, got 100000 bytes"),
+        ("trainer_state.json", "{}", r"trainer_state\.json: expected 'global_step' 12, got None"),
+        (
+            "trainer_state.json",
+            '{"global_step": 12, "odd": 1}',
+            r"trainer_state\.json: expected a state of transformers",
+        ),
+    ],
+)
+def test_a_checkpoint_of_odd_content_is_refused_by_name(tmp_path, name, text, message):
+    trainer = build(tmp_path)
+    trainer.run_training(None)
+    folder = tmp_path / "checkpoints" / "checkpoint-12"
+    (folder / name).write_text(text)
+    seal(folder)
+    with pytest.raises(CheckpointError, match=message):
+        build(tmp_path, max_steps=14).run_training(folder)
+
+
+def test_a_resumed_run_saves_and_logs_as_often_as_the_new_settings_say(tmp_path):
+    first = build(tmp_path, save_every=4, log_every=4)
+    stop_at(first, 4)
+    first.run_training(None)
+    second = build(tmp_path, save_every=3, log_every=1)
+    second.run_training(tmp_path / "checkpoints" / "checkpoint-4")
+    assert [line["step"] for line in history(second)] == [4, *range(5, 13)]
+    assert checkpoints(tmp_path) == ["checkpoint-9", "checkpoint-12"]
 
 
 def test_a_damaged_checkpoint_is_skipped_and_replaced(tmp_path):
@@ -263,9 +325,11 @@ def test_a_damaged_checkpoint_is_skipped_and_replaced(tmp_path):
     second = build(tmp_path / "run", save_every=1)
     stop_at(second, 5)
     second.run_training(found)
-    assert checkpoints(tmp_path / "run") == ["checkpoint-4", "checkpoint-5"]
+    # It stays until the run gets there: a disk may have failed to read it once only.
+    assert checkpoints(tmp_path / "run") == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
     third = build(tmp_path / "run", save_every=1)
-    third.run_training(newest_valid(tmp_path / "run" / "checkpoints", pytest.fail))
+    third.run_training(newest_valid(tmp_path / "run" / "checkpoints", messages.append))
+    assert checkpoints(tmp_path / "run") == ["checkpoint-11", "checkpoint-12"]
     for a, b in zip(weights(straight), weights(third), strict=True):
         assert torch.equal(a, b)
 

@@ -1,0 +1,102 @@
+"""Choosing the folder of a run, and what counts as a run."""
+
+import os
+
+import pytest
+
+from resnet_bk import files
+from resnet_bk.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from resnet_bk.folders import check_same_run, check_same_text, is_begun, run_folder
+
+
+def settings(folder, resume=False):
+    return TrainConfig(ModelConfig(d_model=16), DataConfig(), output_dir=str(folder), max_steps=1, resume=resume)
+
+
+@pytest.fixture
+def chosen(tmp_path):
+    """Return the folder that a run gets, and what was printed."""
+
+    def choose(resume=False, name="run"):
+        said = []
+        with run_folder(settings(tmp_path / name, resume), said.append) as folder:
+            return folder, said
+
+    return choose
+
+
+def test_a_new_folder_holds_a_lock_and_nothing_else(tmp_path):
+    with run_folder(settings(tmp_path / "run"), pytest.fail) as folder:
+        assert [path.name for path in folder.iterdir()] == [files.LOCK]
+        with pytest.raises(ConfigError, match="in use"), run_folder(settings(folder, resume=True), pytest.fail):
+            pass
+    assert not folder.exists()
+
+
+def test_a_run_is_resumed_only_if_it_is_asked_for(tmp_path, chosen):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        chosen()
+    assert chosen(resume=True)[0] == tmp_path / "run"
+    for text in ("", "[]", "{", "[" * 100_000, "\xff"):
+        (tmp_path / "run" / "results.json").write_text(text, "latin-1")
+        with pytest.raises(ConfigError, match=r"results\.json is damaged; restore it, or remove it"):
+            chosen(resume=True)
+    (tmp_path / "run" / "results.json").write_text("{}")
+    folder, said = chosen(resume=True)
+    assert folder == tmp_path / "run-2"
+    assert said == [f"{tmp_path / 'run'} is finished; starting a new run in {tmp_path / 'run'}-2"]
+
+
+def test_folders_of_others_are_refused_even_to_resume(tmp_path, chosen):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="is not a run of this program"):
+            chosen(resume)
+        with pytest.raises(ConfigError, match="not a folder"):
+            chosen(resume, "file")
+
+
+def test_leftovers_of_a_kill_at_the_start_count_as_nothing_begun(tmp_path, chosen):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (files.LOCK, ".config.yaml.12-0123abcd.partial", "config.yaml", "text.sha256"):
+        (folder / name).write_text("")
+    (folder / "checkpoints").mkdir()
+    assert not is_begun(folder)
+    for resume in (False, True):
+        assert chosen(resume)[0] == folder
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "text.sha256", "checkpoints"}
+    (folder / "text.sha256").write_text("another")
+    check_same_text("source", "hash", folder)
+    check_same_run(settings(folder), folder)
+
+
+def test_an_empty_configuration_beside_checkpoints_is_a_damaged_run(tmp_path, chosen):
+    (tmp_path / "run" / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        chosen()
+    with pytest.raises(ConfigError, match=r"config\.yaml holds None instead of settings"):
+        check_same_run(settings(tmp_path / "run"), tmp_path / "run")
+
+
+def test_an_empty_text_hash_is_not_another_text(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "text.sha256").write_text("")
+    check_same_text("source", "hash", tmp_path)
+    (tmp_path / "text.sha256").write_text("other\n")
+    with pytest.raises(ConfigError, match="has changed since the run"):
+        check_same_text("source", "hash", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path, chosen, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    os.mkfifo(tmp_path / "run" / name)
+    with pytest.raises(ConfigError, match="is not a file; move it away"):
+        chosen(resume=True)
