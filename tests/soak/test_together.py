@@ -1,4 +1,4 @@
-"""Commands that work in one folder at a time: all that is left belongs to one of them, and the others say why not.
+"""Commands that work in one folder at the same time: what is left belongs to one of them, the others say why not.
 
 The first command pauses at a file call, the second one runs from beginning to end, then the first one goes on. With a
 pause at every call of the first command, the second one meets every state that it can meet.
