@@ -30,7 +30,8 @@ check: .venv/installed
 	$(BIN)/python -m pytest -q tests/test_model.py -k import
 
 soak: .venv/installed
-	$(BIN)/python -m pytest -m soak
+	mkdir -p runs
+	RESNET_BK_SOAK_TABLE=$${RESNET_BK_SOAK_TABLE:-runs/soak.md} $(BIN)/python -m pytest -m soak
 
 bench: .venv/installed
 	cd benchmarks && for name in ops decode mixers tinyshakespeare multiscale length depth sparsity experts together peers; do ../$(BIN)/python $$name.py || exit; done
