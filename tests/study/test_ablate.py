@@ -184,15 +184,20 @@ def test_damaged_results_are_an_error_that_names_the_file(made_up, tmp_path):
     assert len(made_up) == 4
 
 
-def test_a_score_that_is_not_a_number_is_an_error_at_once_and_later(made_up, monkeypatch, tmp_path):
+def write_nan(monkeypatch, place, name):
+    """Let every run write NaN for one of its results."""
     train = run.train
 
-    def diverged(config, console):
+    def spoiled(config, console):
         train(config, console)
-        results = tmp_path / config.output_dir / folders.RESULTS
-        results.write_text(re.sub('"bits_per_byte": [0-9.]+', '"bits_per_byte": NaN', results.read_text()))
+        results = place / config.output_dir / folders.RESULTS
+        results.write_text(re.sub(f'"{name}": [0-9.]+', f'"{name}": NaN', results.read_text()))
 
-    monkeypatch.setattr(run, "train", diverged)
+    monkeypatch.setattr(run, "train", spoiled)
+
+
+def test_a_score_that_is_not_a_number_is_an_error_at_once_and_later(made_up, monkeypatch, tmp_path):
+    write_nan(monkeypatch, tmp_path, "bits_per_byte")
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"results\.json: held_out\.bits_per_byte: got nan, allowed 0 to 64"):
             ablated()
@@ -200,14 +205,7 @@ def test_a_score_that_is_not_a_number_is_an_error_at_once_and_later(made_up, mon
 
 
 def test_runs_that_were_too_short_to_log_their_speed_have_no_effects_on_it(made_up, monkeypatch, tmp_path):
-    train = run.train
-
-    def short(config, console):
-        train(config, console)
-        results = tmp_path / config.output_dir / folders.RESULTS
-        results.write_text(re.sub('"bytes_per_second": [0-9.]+', '"bytes_per_second": NaN', results.read_text()))
-
-    monkeypatch.setattr(run, "train", short)
+    write_nan(monkeypatch, tmp_path, "bytes_per_second")
     assert set(ablated()) == set(ablate.RESPONSES) - {"training, us per byte"}
     table = (tmp_path / "out" / ablate.TABLE).read_text()
     assert table.count("| not logged |") == 4

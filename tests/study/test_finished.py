@@ -109,37 +109,38 @@ def odd(good):
     )
 
 
+@pytest.fixture(params=["results.json", "config.yaml", "metrics.jsonl"])
+def file(place, request):
+    """Return the path of one file of the run."""
+    if request.param != "config.yaml":
+        request.getfixturevalue("same_settings")
+    return place / "run" / request.param
+
+
 @pytest.mark.parametrize("read", READERS)
 def test_the_run_is_read(place, read):
     assert read() == RESULTS
 
 
 @pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("name", ["results.json", "config.yaml", "metrics.jsonl"])
-def test_odd_content_is_refused(place, request, read, name):
-    if name != "config.yaml":
-        request.getfixturevalue("same_settings")
-    path = place / "run" / name
-    good = path.read_bytes()
+def test_odd_content_is_refused(file, read):
+    good = file.read_bytes()
     for content in odd(good):
-        path.write_bytes(content)
-        said = refusal(read, name)
-        without_metrics = name == "metrics.jsonl" and read is read_for_tune_and_ablate  # which need the results only
+        file.write_bytes(content)
+        said = refusal(read, file.name)
+        # Those commands need the results only.
+        without_metrics = file.name == "metrics.jsonl" and read is read_for_tune_and_ablate
         assert said or without_metrics, content[:99]
 
 
 @pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("name", ["results.json", "config.yaml", "metrics.jsonl"])
-def test_a_file_that_is_cut_off_is_refused(place, request, read, name):
-    if name != "config.yaml":
-        request.getfixturevalue("same_settings")
-    path = place / "run" / name
-    good = path.read_bytes()
+def test_a_file_that_is_cut_off_is_refused(file, read):
+    good = file.read_bytes()
     for length in range(0, len(good) - 1, 23):
-        if good[length - 1 : length] == b"\n" and name != "results.json":
+        if good[length - 1 : length] == b"\n" and file.name != "results.json":
             continue  # whole lines: an older version has written fewer settings, and a short run fewer lines
-        path.write_bytes(good[:length])
-        assert refusal(read, name) or read is read_for_tune_and_ablate, good[:length]
+        file.write_bytes(good[:length])
+        assert refusal(read, file.name) or read is read_for_tune_and_ablate, good[:length]
 
 
 @pytest.mark.parametrize("read", READERS)
