@@ -395,7 +395,7 @@ def test_a_file_changed_after_sealing_is_told_from_a_damaged_one(sealed):
     os.utime(sealed / "config.json", (later, later))
     assert refusal(sealed).endswith(
         "expected 4 bytes, got 6; the file was changed since it was saved; if that was on purpose, run: "
-        f"resnet-bk seal {sealed}; otherwise it is truncated"
+        f"resnet-bk seal {sealed}; otherwise it is damaged"
     )
     reseal(sealed)
     verify(sealed)

@@ -103,3 +103,13 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     with files.lock(tmp_path, "where"):
         pass
     assert capsys.readouterr().err == f"resnet-bk: {tmp_path}: this file system has no locks; start one process only\n"
+
+
+def test_an_error_when_the_lock_file_is_closed_is_not_an_error_of_the_run(tmp_path, monkeypatch):
+    class Full:
+        def close(self):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(files, "_locked", lambda folder, where: Full())
+    with files.lock(tmp_path, "output_dir"):
+        pass

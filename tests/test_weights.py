@@ -95,3 +95,14 @@ def test_a_file_that_torch_cannot_open_is_named_in_one_line(tmp_path, monkeypatc
         CheckpointError, match=r"w\.safetensors: cannot be read as safetensors .*Input/output error \(5\)\);"
     ):
         read_tensors(tmp_path / "w.safetensors", {})
+
+
+def test_a_missing_file_is_named_whatever_its_path_is(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        check_headers([tmp_path / "allocate memory.safetensors"], EXPECTED)
+
+
+def test_an_index_of_no_tensors_is_damaged(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(CheckpointError, match=r"index\.json: expected a weight_map .*empty.*damaged"):
+        weight_files(tmp_path)

@@ -54,7 +54,7 @@ class _Output:
 
 def _open_streams() -> _Output:
     """Prepare the standard streams. Returns standard output."""
-    # A stream that was closed at the start is None. Another file would get its number, and the output of C libraries.
+    # A stream that was closed at the start is None. A file opened later would get its number and C libraries' output.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
@@ -92,7 +92,7 @@ def _handle_signals() -> list[int]:
         sys.__unraisablehook__(unraisable)
 
     for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets SIGINT for the background jobs of a script
+        if signal.getsignal(number) is not signal.SIG_IGN:  # shells ignore SIGINT in a script's background jobs
             signal.signal(number, stop)
     sys.unraisablehook = lost
     return received
@@ -101,8 +101,8 @@ def _handle_signals() -> list[int]:
 def main() -> int:
     """Run the command line and return its exit code.
 
-    The code is 128 + n after signal n, 141 if the reader of the output is gone, 1 if the output fails otherwise, and 2
-    if a package that the command line needs is not installed.
+    The code is 128 + n after signal n, unless the command has succeeded; 141 if the reader of the output is gone, 1 if
+    the output fails otherwise, and 2 if a package that the command line needs is not installed.
     """
     output, received = _open_streams(), _handle_signals()
     try:
@@ -112,7 +112,7 @@ def main() -> int:
     except MissingExtraError as error:
         print(f"resnet-bk: error: {error}", file=sys.stderr)
         code = 2
-    except SystemExit as left:  # of --help
+    except SystemExit as left:  # of --help, a signal, or a run whose rank 0 has failed
         code = left.code if isinstance(left.code, int) else bool(left.code)
     except BaseException:
         if not received:

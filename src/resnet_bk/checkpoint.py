@@ -12,7 +12,6 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from resnet_bk import files
 
@@ -59,7 +58,7 @@ def _files(folder: Path) -> dict[str, Path]:
         if path.is_symlink() and not _is_in_hub_cache(path):
             raise CheckpointError(f"{path}: expected a plain file, got a link; refused")
         if not (path.is_file() or path.is_dir()):
-            raise CheckpointError(f"{path}: expected a plain file, got a device or a broken link; refused")
+            raise CheckpointError(f"{path}: expected a plain file, got a pipe, a device or a broken link; refused")
         if path.is_file() and path.name != MANIFEST:
             found[path.name] = path
     return found
@@ -78,10 +77,6 @@ def _check_complete(folder: Path, names: Sequence[str], required: Sequence[str])
             raise CheckpointError(f"{folder}: expected {name!r}, got no such file; it is not a complete checkpoint")
 
 
-def _manifest_text(entries: dict[str, Any]) -> str:
-    return json.dumps(entries, indent=1) + "\n"
-
-
 def seal(folder: Path, required: Sequence[str] = MODEL_FILES) -> None:
     """Flush the files of `folder` to disk, then write the manifest of the covered ones, and flush it.
 
@@ -94,7 +89,7 @@ def seal(folder: Path, required: Sequence[str] = MODEL_FILES) -> None:
     for path in found.values():
         files.fsync(path)
     entries = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in covered.items()}
-    files.write_whole(folder / MANIFEST, _manifest_text(entries))
+    files.write_whole(folder / MANIFEST, files.json_text(entries))
 
 
 def reseal(folder: Path) -> None:
@@ -133,7 +128,8 @@ def _verify(folder: Path, required: Sequence[str]) -> None:
         if not _is_covered(name):  # in a manifest of an earlier version
             continue
         if (actual := path.stat().st_size) != size:
-            raise CheckpointError(f"{path}: expected {size} bytes, got {actual}; {_what_happened(path, 'truncated')}")
+            fault = "truncated" if actual < size else "damaged"
+            raise CheckpointError(f"{path}: expected {size} bytes, got {actual}; {_what_happened(path, fault)}")
         if (actual_digest := _sha256(path)) != digest:
             raise CheckpointError(
                 f"{path}: expected SHA-256 {digest}, got {actual_digest}; {_what_happened(path, 'damaged')}"
@@ -158,7 +154,7 @@ def _read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     try:
         entries = json.loads(text)
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-        sealed = _manifest_text({name: {"bytes": int(b), "sha256": str(s)} for name, (b, s) in expected.items()})
+        sealed = files.json_text({name: {"bytes": int(b), "sha256": str(s)} for name, (b, s) in expected.items()})
         written = sealed.encode()
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(

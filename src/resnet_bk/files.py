@@ -51,7 +51,7 @@ def writing(path: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         if number is None:
             raise
-        known = isinstance(error, OSError) or os.name == "nt"  # Rust prints the codes of Windows, which are no errnos
+        known = isinstance(error, OSError) or os.name == "nt"  # on Windows, Rust prints codes that are not errnos
         reason = (getattr(error, "strerror", None) or str(error)) if known else os.strerror(number)
         raise OSError(number, reason, str(path)) from error
 
@@ -67,7 +67,7 @@ def is_scratch(path: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, if there is one. It gets a scratch name first, so that a kill leaves no part under its name."""
+    """Remove a folder, if there is one. It gets a scratch name first, so a kill never leaves half of it there."""
     if folder.exists():
         doomed = folder if is_scratch(folder) else folder.rename(scratch(folder))
         shutil.rmtree(doomed, ignore_errors=True)
@@ -128,7 +128,7 @@ def append_line(path: Path, line: str) -> None:
 def lock(folder: Path, where: str) -> Iterator[None]:
     """Hold the lock of `folder` while the block runs. No other process can hold it meanwhile.
 
-    The system frees it if this process is killed.
+    The system frees it if this process is killed. A file system without locks gets a warning in place of a lock.
 
     The folder and its parents are created if they do not exist, and removed again if the block leaves them empty.
 
@@ -137,7 +137,7 @@ def lock(folder: Path, where: str) -> Iterator[None]:
         where: the setting that names it.
 
     Raises:
-        ConfigError: another process holds it, or it is not a folder.
+        ConfigError: the lock is held, or `folder` is not a folder.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in (folder, *folder.parents):
@@ -149,7 +149,8 @@ def lock(folder: Path, where: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # Windows cannot remove an open file
             (folder / LOCK).unlink()
-        file.close()
+        with contextlib.suppress(OSError):  # nothing was written to it
+            file.close()
         with contextlib.suppress(OSError):  # not empty
             for path in created:
                 path.rmdir()

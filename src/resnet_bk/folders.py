@@ -27,12 +27,12 @@ CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
 
 @contextlib.contextmanager
 def run_folder(config: TrainConfig, report: Callable[[str], None]) -> Iterator[Path]:
-    """Choose the folder of this run and hold its lock: a new one, or an unfinished one to resume.
+    """Choose this run's folder, a new one or an unfinished one to resume, and hold its lock.
 
     See TrainConfig.resume. `report` is called with a line that says what was chosen.
 
     Raises:
-        ConfigError: another process works in the folder, or it holds a run and `resume` is off, or other files.
+        ConfigError: the folder is in use, holds other files, or holds a run and `resume` is off.
     """
     folder, number = Path(config.output_dir), 1
     while True:
@@ -92,7 +92,7 @@ def _check_free(folder: Path, config: TrainConfig, report: Callable[[str], None]
 
 
 def model_folder(path: str) -> Path:
-    """Return the verified folder of a model: `path` itself, or in a run folder its model or newest intact checkpoint.
+    """Return the verified folder of a model: `path`, or a run folder's model, else its newest intact checkpoint.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
@@ -112,7 +112,7 @@ def model_folder(path: str) -> Path:
     return folder
 
 
-# Settings that may change when a run is resumed: paths, its end, how often it saves and logs, how it saves memory.
+# Settings that may change when a run is resumed: paths, its end, what it reports and when, how it saves memory.
 CHANGEABLE = {
     "output_dir",
     "resume",

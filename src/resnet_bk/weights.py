@@ -29,6 +29,8 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         inside = all(Path(name).name == name for name in names)
+        if not names:
+            raise ValueError("it is empty")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
@@ -46,7 +48,7 @@ def check_headers(
 
     Args:
         files: safetensors files, perhaps of an earlier version.
-        expected: a tensor of the same shape for each one allowed, by its current name.
+        expected: by current name, a tensor of the shape that each allowed one must have.
         required: the names that must be there. Default: all.
 
     Returns:
@@ -109,7 +111,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's, for a file that it cannot open
-        if "memory" in str(error):
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # the machine is at fault, not the file
             raise
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: cannot be read as safetensors ({reason}); it is missing or damaged") from error

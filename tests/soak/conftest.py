@@ -16,7 +16,6 @@ if sys.platform == "linux":
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]
 
 AT_A_TIME = 2  # cases
-EVERY = int(os.environ.get("RESNET_BK_SOAK_EVERY", "1"))  # the full size takes every k-th case
 
 
 @pytest.fixture(scope="session")
@@ -38,14 +37,16 @@ def some(request):
     """Return the function that chooses from many cases: `count` of them, evenly spread, or all in the full size."""
 
     def choose(cases: Sequence, count: int) -> Sequence:
-        return cases[::EVERY] if request.param == "full" else cases[:: max(1, len(cases) // count)][:count]
+        if request.param == "full" or count >= len(cases):
+            return cases
+        return [cases[i * len(cases) // count] for i in range(count)]
 
     return choose
 
 
 @pytest.fixture(scope="session")
 def table():
-    """Lines of the table that RESNET_BK_SOAK_TABLE names a file for."""
+    """Return the lines of the table; RESNET_BK_SOAK_TABLE names its file."""
     lines = ["| check | cases | broken | seconds |", "|---|---|---|---|"]
     yield lines
     if path := os.environ.get("RESNET_BK_SOAK_TABLE"):

@@ -59,6 +59,12 @@ static const char *size_of(char *text, int descriptor) {
     return text;
 }
 
+static const char *size_at(char *text, const char *path) {
+    struct stat found;
+    snprintf(text, 32, "%lld", stat(path, &found) ? 0LL : (long long)found.st_size);
+    return text;
+}
+
 static int watched(const char *path) {
     size_t size = strlen(folder);
     return size && !strncmp(path, folder, size) && (path[size] == '/' || !path[size]);
@@ -121,12 +127,13 @@ WRAP(fdatasync, ALLOCATES, (int f), (f), name_of(a, f), size_of(b, f))
 #define OPEN(call, parameters, arguments, base)                                                                        \
     int call parameters {                                                                                              \
         REAL(int, call, parameters);                                                                                   \
-        char a[PATH_MAX];                                                                                              \
+        char a[PATH_MAX], b[PATH_MAX];                                                                                 \
         int writes = (flags & (O_WRONLY | O_RDWR | O_CREAT)) != 0;                                                     \
         if (!writes && !reads)                                                                                         \
             return real arguments;                                                                                     \
-        const char *name = flags & O_TRUNC ? "create" : writes ? "open" : "read";                                      \
-        enum action met = meet(name, writes ? ALLOCATES : CHANGES, AT(base, p), "");               \
+        const char *name = flags & O_TRUNC ? "create" : flags & O_APPEND ? "append" : writes ? "open" : "read";        \
+        const char *path = AT(base, p), *other = flags & O_APPEND ? size_at(b, path) : "";                             \
+        enum action met = meet(name, writes ? ALLOCATES : CHANGES, path, other);                                       \
         return met == FAIL ? -1 : end(met, real arguments);                                                            \
     }
 OPEN(open, (const char *p, int flags, mode_t m), (p, flags, m), AT_FDCWD)

@@ -83,7 +83,7 @@ def tree(folder: Path) -> list[str]:
 
 
 def sealed(place: Path) -> dict[str, dict[str, str]]:
-    """Map each model and checkpoint below a folder that verifies to its files with their SHA-256, without clocks."""
+    """Map each verified model and checkpoint below a folder to the SHA-256 of its files, clocks left out."""
     found = {}
     for manifest in place.rglob("manifest.json"):
         folder, name = manifest.parent, str(manifest.parent.relative_to(place))
@@ -104,7 +104,7 @@ def newest(names: Iterable[str]) -> int:
 
 
 def left(place: Path) -> dict[str, Any]:
-    """Return what commands leave that must be the same after any fault: no times are among it.
+    """Return what commands leave that must be the same after any fault, without times.
 
     It is: files, models and last checkpoints, what a run logged of each step, and the table of trials up to their bits
     per byte. Trials and checkpoints are counted from 0: a trial that begins again gets another number, and a run that
@@ -125,11 +125,13 @@ def left(place: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any], more_files: bool = False) -> Iterator[str]:
-    """Yield how what was found differs from what was expected. more_files: further files are no difference."""
+    """Yield how what was found differs from what was expected. more_files: added files are no difference."""
     missing, added = (sorted(set(a["files"]) - set(b["files"])) for a, b in ((expected, found), (found, expected)))
     if missing:
         yield f"{len(missing)} files are missing: {missing[-1]}"
-    if added and not more_files:
+    if more_files:
+        added = []
+    if added:
         yield f"{len(added)} files are left over: {added[0]}"
     for name in expected:
         if name != "files" and found[name] != expected[name] and not (missing or added):
@@ -165,6 +167,8 @@ def lose_unflushed(trace: Trace) -> None:
             flushed[path] = int(other)
         elif call == "create":
             flushed[path] = 0
+        elif call == "append":
+            flushed.setdefault(path, int(other))
         elif call == "close" and path.endswith(".safetensors"):
             flushed.setdefault(path, 0)  # it was renamed by a system call that faults.c does not see
     for path, size in flushed.items():
@@ -181,7 +185,7 @@ class Scenario:
 
     Attributes:
         server: runs it.
-        folder: for the places of the cases: a place has all files of a case.
+        folder: has the places; each has all files of a case.
         words: the command, given a place.
         again: the command that continues it after a fault; default: itself.
         template: a place to begin with.
@@ -245,7 +249,7 @@ class Scenario:
         return [f"{fault}: {' '.join(call)}: {text}".replace(str(place), "PLACE") for text in found if text]
 
     def _lost(self, place: Path, trace: Trace, fault: Fault) -> Iterator[str]:
-        """Yield each sealed folder that is not that of its step, and the newest checkpoint if it is gone."""
+        """Yield each sealed folder with wrong content, and the newest checkpoint if it is gone."""
         now = sealed(place)
         for name, files in now.items():
             if not fault.power_cut:

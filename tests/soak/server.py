@@ -8,7 +8,6 @@ The process must never run a kernel or a backward pass: threads do not survive a
 import contextlib
 import ctypes
 import errno
-import functools
 import gc
 import importlib
 import json
@@ -42,7 +41,7 @@ class Fault:
         stays: the calls after it fail, too.
         reads: opening a file to read it counts as a call.
         seconds: time after which the process is killed instead; None if it is not.
-        power_cut: files that are not flushed when the process is killed are damaged.
+        power_cut: files that are not flushed when the process is killed lose what was not.
     """
 
     at: int = 0
@@ -82,9 +81,9 @@ class Outcome:
     Attributes:
         code: exit code; -9 if it was killed.
         hangs: it was killed at the time limit.
-        seconds: of the command.
+        seconds: from its start to its end, pauses included.
         out, err: what it printed.
-        trace: its file calls as [name, path, new path].
+        trace: its file calls as [name, path, new path or size].
     """
 
     code: int
@@ -139,20 +138,20 @@ def _watch(connection: socket.socket) -> None:
         connection.close()
         os._exit(_command(case, Path(logs)))
     connection.sendall(b"%d\n" % pid)
-    seconds = case["fault"]["seconds"]
+    seconds, limit = case["fault"]["seconds"], case["limit"]
     while True:
         done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
         if done and not os.WIFSTOPPED(status):
             break
         if done:
             connection.sendall(b"paused\n")
-            begin += case["limit"]  # until it continues, the client decides
+            limit += case["limit"]  # for the pause
         if select.select([connection], [], [], 0.005)[0]:
             os.kill(pid, signal.SIGCONT if connection.recv(1) == b"c" else signal.SIGKILL)
-        if time.monotonic() - begin > (case["limit"] if seconds is None else seconds):
+        if time.monotonic() - begin > (limit if seconds is None else seconds):
             os.kill(pid, signal.SIGKILL)
     took = time.monotonic() - begin
-    found = {"code": os.waitstatus_to_exitcode(status), "hangs": took > case["limit"], "seconds": took}
+    found = {"code": os.waitstatus_to_exitcode(status), "hangs": took > limit, "seconds": took}
     with contextlib.suppress(BrokenPipeError):
         connection.sendall(json.dumps(found).encode() + b"\n")
 
@@ -241,8 +240,8 @@ class Server:
         connection.sendall(json.dumps([case, str(logs)]).encode() + b"\n")
         return Running(connection, logs)
 
-    @functools.wraps(start)
     def run(self, *arguments: Any, **more: Any) -> Outcome:
+        """Run a command to its end. Arguments as for :meth:`start`."""
         return self.start(*arguments, **more).outcome()
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import time
 import types
 from typing import Literal, Union, get_args, get_origin
 
@@ -76,8 +77,12 @@ def fuzz(some, table, request):
         def every(example):
             assert not (found := [text for text in broken(example) if text]), found
 
-        every()
-        table.append(f"| {request.node.name} | {count} | 0 | |")
+        begin, failed = time.monotonic(), 1
+        try:
+            every()
+            failed = 0
+        finally:
+            table.append(f"| {request.node.name} | {count} | {failed} | {time.monotonic() - begin:.0f} |")
 
     return check
 

@@ -95,3 +95,10 @@ def test_a_run_while_a_reader_reads(scenario, some, holds, name):
     writer, reader = scenario("resume"), scenario(name)
     faults = [Fault(n, BEFORE, SIGSTOP, reads=True) for n in some(reader.calls, READERS[name])]
     holds(lambda fault: disturbed(writer, reader, fault, True), faults)
+
+
+def test_an_added_file_hides_no_other_difference():
+    expected = {"files": ["a"], "metrics": [1]}
+    found = {"files": ["a", "b"], "metrics": [2]}
+    assert list(differences(expected, found, more_files=True)) == ["other metrics: expected [1], got [2]"]
+    assert list(differences(expected, found)) == ["1 files are left over: b"]

@@ -1,6 +1,6 @@
 """The checks of what a model is given: tensors of token positions, and a state.
 
-They read values on the CPU only. On a GPU that would be a host-device sync.
+Only values on the CPU are read. On a GPU that would be a host-device sync.
 
 Dimensions: B batch, N positions.
 """

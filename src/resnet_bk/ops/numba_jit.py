@@ -58,7 +58,7 @@ def _cache_of(kernel: Callable[..., None]) -> _Cache | NullCache:
         return _Cache(kernel)
     except RuntimeError:
         warnings.warn(
-            "numba: no folder for compiled kernels can be written, so each process compiles them again; "
+            "numba: no writable folder for compiled kernels, so each process compiles them again; "
             "set NUMBA_CACHE_DIR to a folder that can be written",
             RuntimeWarning,
             stacklevel=1,
@@ -93,5 +93,5 @@ def jit(kernel: Callable[..., None]) -> Callable[..., None]:
 
 
 def arrays(*tensors: Tensor) -> list[np.ndarray]:
-    """Return contiguous numpy views; a complex number becomes a last axis of (real, imaginary)."""
+    """Return numpy views, of copies where tensors are not contiguous; complex numbers get an axis (real, imaginary)."""
     return [(torch.view_as_real(x) if x.is_complex() else x).contiguous().numpy() for x in tensors]

@@ -82,7 +82,7 @@ class Ranks:
         return self.rank == 0
 
     def max(self, *values: float) -> list[float]:
-        """Return the maximum over all ranks of each value. No value may be NaN."""
+        """Return each value's maximum over all ranks. No value may be NaN."""
         table = torch.tensor(values, dtype=torch.float64)
         if self.group is not None:
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self.group)
@@ -109,6 +109,10 @@ class Ranks:
         texts = [bytes(row[:size].tolist()) for row, size in zip(table, sizes.tolist(), strict=True)]
         return [found.decode(errors="surrogateescape") for found in texts]
 
+    def report(self, failure: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return {"failure": ..., "values": ...} of every rank, for :meth:`check_same` and :func:`fail_together`."""
+        return [json.loads(text) for text in self.gather(json.dumps({"failure": failure, "values": dict(values)}))]
+
     def check_same(self, values: Mapping[str, Any], advice: str) -> None:
         """End all ranks unless each has the same values and none has called :func:`fail_together`.
 
@@ -119,7 +123,7 @@ class Ranks:
         Raises:
             ConfigError: on rank 0. The other ranks exit with status 2.
         """
-        reports = [json.loads(text) for text in self.gather(json.dumps({"failure": "", "values": dict(values)}))]
+        reports = self.report("", values)
         failures = {rank: each["failure"] for rank, each in enumerate(reports) if each["failure"]}
         if failures:
             self._end("; ".join(f"rank {rank}: {text}" for rank, text in failures.items()))
@@ -166,7 +170,7 @@ class Ranks:
         return self.gather(text)[0]
 
     def shutdown(self) -> None:
-        """Wait for all ranks, then destroy the process groups, so that rank 0 can work on while the others exit."""
+        """Wait for all ranks, then destroy the process groups, so that rank 0 can continue alone."""
         if self.group is not None:
             dist.barrier(group=self.group)
             dist.destroy_process_group()
@@ -179,9 +183,9 @@ def fail_together(message: str) -> str:
         On rank 0 the message of all ranks. The other ranks exit with status 2.
     """
     ranks = Ranks.start()
-    reports = [json.loads(text)["failure"] for text in ranks.gather(json.dumps({"failure": message, "values": {}}))]
+    failures = [each["failure"] for each in ranks.report(message, {})]
     ranks.shutdown()
     if not ranks.is_rank_zero:
         raise SystemExit(2)
-    others = [f"rank {rank}: {text}" for rank, text in enumerate(reports) if text not in ("", message)]
+    others = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text not in ("", message)]
     return "; ".join([message, *others])

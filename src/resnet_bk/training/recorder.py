@@ -17,7 +17,7 @@ with extra("train"):
 if TYPE_CHECKING:
     from resnet_bk.training.trainer import BKTrainer
 
-_NEEDED = ("step", "seconds", "bits_per_byte", "bytes_per_second")  # numbers of a line that scoring and pages read
+_NEEDED = ("step", "seconds", "bits_per_byte", "bytes_per_second")  # read from a line by scoring and by reports
 
 # Called at each log line with the progress, 0 to 1, and the training bits per byte since the last line.
 ProgressCallback = Callable[[float, float], None]
