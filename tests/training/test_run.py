@@ -1,5 +1,6 @@
 import json
 import os
+import pkgutil
 import random
 import signal
 import subprocess
@@ -325,6 +326,27 @@ def test_a_fault_of_the_held_out_text_is_found_before_the_training(place, capsys
     )
     assert "'held-out.txt' is not UTF-8 at byte 11" in error
     assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [("training.recorder.append_line", "metrics.jsonl"), ("hf.modeling.ResNetBKForCausalLM.save_pretrained", "model")],
+)
+def test_an_error_of_the_disk_names_the_checkpoint_wherever_it_comes(place, capsys, monkeypatch, function, name):
+    def full(*arguments, **options):
+        if name == "model" and "state_dict" in options:  # of a checkpoint
+            return real(*arguments, **options)
+        if name == "metrics.jsonl" and json.loads(arguments[1])["step"] < 4:
+            return real(*arguments)
+        raise OSError(28, "No space left on device", str(place / "run" / name))
+
+    where, _, last = f"resnet_bk.{function}".rpartition(".")
+    real = getattr(pkgutil.resolve_name(where), last)
+    monkeypatch.setattr(f"{where}.{last}", full)
+    assert main(arguments(place, "--save_every=2", "--log_every=2")) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    goes_on = f"the run can go on from {newest(place).name}"
+    assert line == f"resnet-bk: error: {place / 'run' / name}: No space left on device; {goes_on}"
 
 
 def test_a_full_disk_ends_a_run_with_one_line(place, capsys, monkeypatch):

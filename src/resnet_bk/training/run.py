@@ -194,7 +194,7 @@ def _train(
     if config.shard and ranks.world_size > 1:
         model = on_device(ResNetBKForCausalLM(model.config))
         model.load_state_dict(weights)
-    with replacing(folder / MODEL) as scratch:
+    with trainer.naming_the_last_checkpoint(), replacing(folder / MODEL) as scratch:
         model.save_pretrained(scratch)
         data.tokenizer.save_pretrained(scratch)
     return TrainedRun(

@@ -286,7 +286,7 @@ class BKTrainer(Trainer):
             if not self.ranks.is_rank_zero:
                 return  # the other ranks only wait until rank 0 has written
             folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
-            with self._naming_the_last_checkpoint(), replacing(folder, RUN_FILES) as scratch:
+            with replacing(folder, RUN_FILES) as scratch:
                 self.network.save_pretrained(scratch, state_dict=weights)
                 if isinstance(self.processing_class, PreTrainedTokenizerBase):
                     self.processing_class.save_pretrained(scratch)
@@ -299,11 +299,13 @@ class BKTrainer(Trainer):
         load_weights(self.network, Path(resume_from_checkpoint))
 
     @contextlib.contextmanager
-    def _naming_the_last_checkpoint(self) -> Iterator[None]:
+    def naming_the_last_checkpoint(self) -> Iterator[None]:
         """Add to an error of the disk from which checkpoint the run can go on."""
         try:
             yield
         except OSError as error:
+            if error.errno is None:  # not of the system
+                raise
             steps = [f"checkpoint-{step}" for step in sorted(saved_steps(self.checkpoints))[-1:]]
             goes_on = f"the run can go on from {steps[0]}" if steps else "the run has no checkpoint yet"
             raise OSError(error.errno, f"{error.strerror or error}; {goes_on}", error.filename) from error
@@ -340,7 +342,7 @@ class BKTrainer(Trainer):
                 _check_state(checkpoint / STATE, self.first_step)
                 if self.ranks.is_rank_zero:  # a kill after the last save may have left older ones
                     self._delete_checkpoints(self.first_step)
-        with self._handle_signals():
+        with self.naming_the_last_checkpoint(), self._handle_signals():
             self.clock.start(self.seconds)
             try:
                 if checkpoint and self._progress(self.first_step) >= 1:  # the Trainer would make one more step
