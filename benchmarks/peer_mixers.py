@@ -67,3 +67,159 @@ class SigmoidGatedAttention(nn.Module):
         start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
         y, _ = scan(q / math.sqrt(self.width), k, v, alpha, torch.ones_like(alpha), start)
         return self.out_proj(self.norm(y).flatten(-2) * F.silu(gate)), None, []
+
+
+class GatedLinear(nn.Module):
+    """Base of the peers with linear attention. Parallel form only.
+
+    The projections are those of our propagator mixer. A short convolution and SiLU give q, k and v. The `rule` of the
+    subclass mixes positions. RMSNorm per head and a SiLU gate follow.
+
+    state_floats: size of the recurrent state of one sequence.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, self.heads = config.d_model, config.heads
+        self.width = d // self.heads
+        self.state_floats = self.heads * self.width**2
+        self.in_proj = nn.Linear(d, 4 * d, bias=False)
+        self.conv = ShortConv(3 * d, config.conv_width, True)
+        self.norm = nn.RMSNorm(self.width, eps=1e-5)
+        self.out_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor, state: None, mask: None) -> tuple[Tensor, None, list[Record]]:
+        qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
+        q, k, v = F.silu(self.conv(qkv, None, None)[0]).unflatten(-1, (3, self.heads, self.width)).unbind(2)
+        return self.out_proj(self.norm(self.rule(x, q, k, v)).flatten(-2) * F.silu(gate)), None, []
+
+    def rule(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return y (B, N, H, V) of the mixer's input x (B, N, D), and q, k, v (B, N, H, K) after the convolution."""
+        raise NotImplementedError
+
+
+class GatedDeltaNet(GatedLinear):
+    """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464): :func:`gated_delta_rule` with q and k of norm 1."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.decay = MambaDecay(config.d_model, self.heads)
+        self.strength = nn.Linear(config.d_model, self.heads, bias=False)
+
+    def rule(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (u * torch.rsqrt(u.square().sum(-1, keepdim=True) + 1e-6) for u in (q, k))
+        log_alpha, _ = self.decay(x)
+        return gated_delta_rule(q / math.sqrt(self.width), k, v, log_alpha, self.strength(x).sigmoid())
+
+
+class MambaDecay(nn.Module):
+    """Mamba-2's decay per head: ``log alpha = -exp(A_log) dt``, with the time step ``dt = softplus(w x + dt_bias)``."""
+
+    def __init__(self, d_model: int, heads: int):
+        super().__init__()
+        self.step = nn.Linear(d_model, heads, bias=False)
+        dt = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log alpha and dt, (B, N, H) each, of x (B, N, D)."""
+        dt = F.softplus(self.step(x) + self.dt_bias)
+        return -self.A_log.exp() * dt, dt
+
+
+def chunks(x: Tensor, size: int) -> Tensor:
+    """Cut x (B, N, H, ...) into chunks of C = `size` positions, padded with zeros: (B, H, M, C, ...)."""
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % size))
+    return x.unflatten(1, (-1, size)).movedim(3, 1)
+
+
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, size: int = 32) -> Tensor:
+    """Compute ``S_t = alpha_t (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T``, ``y_t = q_t S_t``, in chunks.
+
+    Within a chunk, what is written, ``u_t = beta_t (v_t - alpha_t k_t S_{t-1})``, solves a triangular system.
+
+    Args:
+        q, k, v: (B, N, H, K), k of norm 1 or less.
+        log_alpha, beta: (B, N, H).
+        size: positions per chunk.
+    """
+    length = q.shape[1]
+    q, k, v, log_alpha, beta = (chunks(x, size) for x in (q, k, v, log_alpha, beta.unsqueeze(-1)))
+    total = log_alpha.cumsum(-1).unsqueeze(-1)  # (B, H, M, C, 1)
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    decay = (total - total.mT).masked_fill(later, -torch.inf).exp()
+    since = total.exp()
+    keys, scores = torch.cat([k * beta, q], dim=-2).matmul(k.mT).split(size, dim=-2)
+    written = torch.cat([v * beta, k * (beta * since)], dim=-1)
+    u, w = torch.linalg.solve_triangular(keys * decay, written, upper=False, unitriangular=True).split(
+        [v.shape[-1], k.shape[-1]], dim=-1
+    )
+    scores, q = scores * decay, q * since
+    k = (k * decay[..., -1, :, None]).mT
+    end = since[..., -1:, :]
+    state, ys = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for m in range(q.shape[2]):
+        new = u[:, :, m] - w[:, :, m] @ state
+        ys.append(q[:, :, m] @ state + scores[:, :, m] @ new)
+        state = end[:, :, m] * state + k[:, :, m] @ new
+    return torch.stack(ys, 2).flatten(2, 3).transpose(1, 2)[:, :length]
+
+
+class Mamba2(GatedLinear):
+    """Mamba-2 (Dao and Gu 2024, arXiv:2405.21060) of inner width D. Every head has its own q and k (C and B there).
+
+    ``S_t = alpha_t S_{t-1} + dt_t k_t v_t^T`` and ``y_t = q_t S_t + skip v_t``, by the kernel of our mixer.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.decay = MambaDecay(config.d_model, self.heads)
+        self.conv_bias = nn.Parameter(torch.zeros(self.conv.channels))
+        self.skip = nn.Parameter(torch.ones(self.heads, 1))
+
+    def forward(self, x: Tensor, state: None, mask: None) -> tuple[Tensor, None, list[Record]]:
+        qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
+        u = self.conv(qkv, None, None)[0] + self.conv_bias
+        q, k, v = F.silu(u).unflatten(-1, (3, self.heads, self.width)).unbind(2)
+        log_alpha, dt = self.decay(x)
+        start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
+        y = scan(q, k, v, log_alpha.exp(), dt, start)[0] + self.skip * v
+        y = y * F.silu(gate).unflatten(-1, (self.heads, self.width))
+        return self.out_proj(self.norm(y).flatten(-2)), None, []
+
+
+class GatedLinearAttention(GatedLinear):
+    """Gated linear attention (Yang et al. 2023, arXiv:2312.06635), with the short convolution of the other peers."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        d = config.d_model
+        self.decay = nn.Sequential(nn.Linear(d, 16, bias=False), nn.Linear(16, d))
+
+    def rule(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        log_alpha = F.logsigmoid(self.decay(x)).unflatten(-1, (self.heads, self.width)) / 16
+        return gated_linear_attention(q / math.sqrt(self.width), k, v, log_alpha)
+
+
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, size: int = 16) -> Tensor:
+    """Compute ``S_t = diag(alpha_t) S_{t-1} + k_t v_t^T``, ``y_t = q_t S_t``, in chunks.
+
+    Args:
+        q, k, v: (B, N, H, K).
+        log_alpha: (B, N, H, K); values below -5 count as -5, so that no factor within a chunk overflows.
+        size: positions per chunk, at most 16.
+    """
+    length = q.shape[1]
+    q, k, v, log_alpha = (chunks(x, size) for x in (q, k, v, log_alpha.clamp(min=-5)))
+    total = log_alpha.cumsum(-2)
+    end = total[..., -1:, :]
+    q = q * total.exp()
+    scores = (q @ (k * (-total).exp()).mT).tril()
+    k, end = (k * (end - total).exp()).mT, end.exp().mT
+    inside, written = scores @ v, k @ v
+    state, ys = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for m in range(q.shape[2]):
+        ys.append(inside[:, :, m] + q[:, :, m] @ state)
+        state = end[:, :, m] * state + written[:, :, m]
+    return torch.stack(ys, 2).flatten(2, 3).transpose(1, 2)[:, :length]

@@ -1,4 +1,8 @@
-"""The benchmark on a GPU, in miniature on a CPU: it runs, it refuses wrong numbers, a failure stays on its page."""
+"""Benchmarks in miniature.
+
+- On a GPU: it runs on a CPU too, it refuses wrong numbers, a failure stays on its page.
+- Recall: peers compute their recurrences, tasks have the answers that they define.
+"""
 
 import subprocess
 import sys
@@ -6,7 +10,12 @@ from pathlib import Path
 
 import gpu_kernels
 import pytest
+import recall
+import torch
 from gpu_page import Machine, Page
+from peer_mixers import Mamba2, gated_delta_rule, gated_linear_attention
+
+from resnet_bk.config import ModelConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PARTS = ("Kernels: chunked", "Mixer layers", "Training", "Decoding", "Decoding: a Transformer", "A million tokens")
@@ -59,3 +68,87 @@ def test_a_part_that_fails_is_written_down_and_the_page_goes_on(tmp_path):
         < text.index("## Second")
         < text.index("another")
     )
+
+
+def gated_delta_steps(q, k, v, log_alpha, beta):
+    state, ys = q.new_zeros(*q.shape[::2], q.shape[3], v.shape[3]), []
+    for t in range(q.shape[1]):
+        key, decayed = k[:, t].unsqueeze(-1), log_alpha[:, t].exp()[..., None, None] * state
+        new = beta[:, t, :, None, None] * (v[:, t].unsqueeze(-2) - key.mT @ decayed)
+        state = decayed + key @ new
+        ys.append((q[:, t].unsqueeze(-2) @ state).squeeze(-2))
+    return torch.stack(ys, 1)
+
+
+def gated_linear_steps(q, k, v, log_alpha):
+    state, ys = q.new_zeros(*q.shape[::2], q.shape[3], v.shape[3]), []
+    for t in range(q.shape[1]):
+        state = log_alpha[:, t].exp().unsqueeze(-1) * state + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        ys.append((q[:, t].unsqueeze(-2) @ state).squeeze(-2))
+    return torch.stack(ys, 1)
+
+
+@pytest.mark.parametrize("length", [1, 16, 77])
+@pytest.mark.parametrize("rule", ["delta", "linear"])
+def test_peers_in_chunks_are_their_recurrences(rule, length):
+    torch.manual_seed(0)
+    q, k, v, x = torch.randn(4, 2, length, 2, 8, dtype=torch.float64)
+    if rule == "delta":
+        inputs = q, k / k.norm(dim=-1, keepdim=True), v, -x[..., 0].exp(), x[..., 1].sigmoid()
+        chunked, steps = gated_delta_rule, gated_delta_steps
+    else:
+        inputs, chunked, steps = (q, k, v, -x.sigmoid()), gated_linear_attention, gated_linear_steps
+    found, gradients = torch.func.vjp(chunked, *inputs)
+    wanted, right = torch.func.vjp(steps, *inputs)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+    for a, b in zip(gradients(v), right(v), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_mamba2_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    torch.manual_seed(0)
+    ours = Mamba2(ModelConfig(d_model=16, n_heads=2))
+    shape = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "state_size": 8, "n_groups": 2, "expand": 1}
+    theirs = Mamba2Mixer(transformers.Mamba2Config(**shape, num_hidden_layers=1, chunk_size=16), 0)
+    for parameter in (ours.conv_bias, ours.skip, ours.norm.weight):
+        torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        q, k, v, gate = ours.in_proj.weight.split(16)
+        theirs.in_proj.weight.copy_(torch.cat([gate, v, k, q, ours.decay.step.weight]))
+        order = torch.arange(48).view(3, 16).flip(0).flatten()  # v, k, q
+        theirs.conv1d.weight.copy_(ours.conv.weight.T[order].unsqueeze(1))
+        theirs.conv1d.bias.copy_(ours.conv_bias[order])
+        theirs.dt_bias.copy_(ours.decay.dt_bias)
+        theirs.A_log.copy_(ours.decay.A_log)
+        theirs.D.copy_(ours.skip.flatten())
+        theirs.norm.weight.copy_(ours.norm.weight.repeat(2))
+        theirs.out_proj.weight.copy_(ours.out_proj.weight)
+        x = torch.randn(2, 40, 16)
+        torch.testing.assert_close(ours(x, None, None)[0], theirs(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", recall.TASKS)
+def test_tasks_have_the_answers_that_they_define(name):
+    task = recall.TASKS[name]
+    for draw in filter(None, (task.draw, task.far)):
+        for ids, targets in zip(*draw(4, 16, torch.Generator().manual_seed(0)), strict=True):
+            places = (targets != -100).nonzero().flatten()
+            if name == "copy":
+                wanted = ids[:16]
+            elif name == "selective":
+                wanted = ids[ids < recall.FILLER]
+            else:  # what comes after the first place that has the same token
+                wanted = torch.stack([ids[(ids == ids[place]).nonzero()[0, 0] + 1] for place in places])
+            assert targets[places].tolist() == wanted.tolist()
+            assert len(places) == (1 if name in ("induction", "needle") else 16)
+            assert torch.equal(ids[places] == recall.MARK, places >= 0) == (name in ("induction", "selective"))
+
+
+def test_reading_in_pieces_changes_nothing(monkeypatch):
+    model = recall.equal("ours", {}, 0)
+    whole = recall.score(model, recall.recall, 16, 16)
+    monkeypatch.setattr(recall, "PIECE", 40)
+    assert recall.score(model, recall.recall, 16, 16) == pytest.approx(whole, rel=1e-5)

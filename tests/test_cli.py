@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from resnet_bk import __version__, cli
 from resnet_bk.checkpoint import MANIFEST, seal
 from resnet_bk.cli import main
-from resnet_bk.config import ConfigError, TrainConfig, shown, visible
+from resnet_bk.config import AttentionConfig, ConfigError, TrainConfig, shown, visible
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer
 
 # A list of a few lines that expands to a billion items.
@@ -491,6 +491,14 @@ def test_a_checkpoint_that_is_a_file(refused, reader, tmp_path):
 def test_a_checkpoint_folder_that_is_empty(refused, reader, tmp_path):
     (tmp_path / "model").mkdir()
     assert refused(*reader).startswith("model/manifest.json: missing; the folder is not a finished checkpoint")
+
+
+def test_attention_is_set_like_any_section(parsed, refused):
+    _, config = parsed("train", "--model.attention.every", "4", "--model.attention.window", "96", "--max_steps", "1")
+    assert config.model.attention == AttentionConfig(every=4, window=96)
+    assert not parsed("train", "--max_steps", "1")[1].model.attention.every
+    window = ("--model.attention.window", "0")
+    assert "model.attention.window: got 0, allowed an integer from 1" in refused("train", "--max_steps", "1", *window)
 
 
 def test_a_run_without_a_checkpoint(refused, reader, tmp_path):

@@ -13,8 +13,10 @@ CHUNKS = {"factors": [3], "layers": [1, 1, 0]}
 # The technique's fields, and the section whose bound makes its shapes static, where it needs one.
 TECHNIQUES = {
     "plain": ({}, None),
+    "real": ({"energy": "real"}, None),
     "complex": ({"energy": "complex"}, None),
     "diagonal": ({"readout": "diagonal"}, None),
+    "attention": ({"attention": {"every": 2, "window": 7}}, None),
     "fixed chunks": ({"multiscale": CHUNKS}, None),
     "words": ({"multiscale": {**CHUNKS, "boundaries": "whitespace"}}, "multiscale"),
     "learned chunks": ({"multiscale": {**CHUNKS, "boundaries": "learned"}}, "multiscale"),
@@ -86,7 +88,7 @@ def test_training_is_one_graph_and_the_same(name):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "words"])
+@pytest.mark.parametrize("name", ["plain", "attention", "words"])
 @torch.no_grad()
 def test_prefill_is_one_graph_and_the_same(name):
     model, ids = make(bounded(*TECHNIQUES[name])).eval(), text()

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from resnet_bk.config import (
+    AttentionConfig,
     ConfigError,
     DataConfig,
     DepthConfig,
@@ -26,7 +27,7 @@ from resnet_bk.config import (
 )
 
 MODEL, DATA, TRAIN = (ModelConfig, {}), (DataConfig, {}), (TrainConfig, {"max_steps": 1})
-SCALES, LENGTHS = (MultiScaleConfig, {}), (LengthConfig, {})
+SCALES, LENGTHS, ATTENTION = (MultiScaleConfig, {}), (LengthConfig, {}), (AttentionConfig, {})
 EVAL, GENERATE = (EvalConfig, {"checkpoint": "x", "stride": 1}), (GenerateConfig, {"checkpoint": "x", "prompt": "y"})
 TUNE = (TuneConfig, {"base": "x"})
 HUGE = 10**5000  # longer than Python prints
@@ -42,6 +43,8 @@ RANGES = [
     (MODEL, "conv_width", "model", 1, 64),
     (MODEL, "n_heads", "model", 1, 64),
     (MODEL, "d_ff", "model", 1, 1_048_576),
+    (ATTENTION, "every", "model.attention", 0, 1_024),
+    (ATTENTION, "window", "model.attention", 1, 65_536),
     (LENGTHS, "bins", "model.length", 0, 1_024),
     (LENGTHS, "max_length", "model.length", 2, 1_048_576),
     (LENGTHS, "trunk", "model.length", 1, 1_023),
@@ -75,13 +78,14 @@ REALS = [
     (TRAIN, "weight_decay", "train", 0, 10),
     (TRAIN, "max_grad_norm", "train", 1e-6, 1e6),
     (TRAIN, "max_seconds", "train", 1, 10**8),
+    (MODEL, "shortest_memory", "model", 0.1, 10**9),
+    (MODEL, "longest_memory", "model", 0.1, 10**9),
     (GENERATE, "temperature", "generate", 0, 100),
     (GENERATE, "top_p", "generate", 1e-6, 1),
     (TUNE, "max_loss", "tune", 0, 1_000),
 ]
 CHOICES = [
     (MODEL, "readout", "model"),
-    (MODEL, "energy", "model"),
     (LENGTHS, "mode", "model.length"),
     (LENGTHS, "placement", "model.length"),
     (LENGTHS, "pooling", "model.length"),
@@ -207,6 +211,15 @@ def test_default_number_of_heads(readout, d_model, heads):
     assert ModelConfig(readout=readout, d_model=d_model).heads == heads
 
 
+def test_chains_are_given_by_bonds_where_that_is_possible():
+    assert ModelConfig().chains == "bonds"
+    assert ModelConfig(energy="real").chains == "real"
+    for fields in ({"causal": False}, {"readout": "diagonal"}, {"d_model": 8, "n_heads": 8}):
+        assert ModelConfig(**fields).chains == "real"
+        assert "allowed in causal models with the propagator" in refusal(MODEL, energy="bonds", **fields)
+    assert "model.energy: got 'imaginary', allowed 'bonds', 'real', 'complex'" in refusal(MODEL, energy="imaginary")
+
+
 @pytest.mark.parametrize("energy", ["real", "complex"])
 def test_default_heads_fit_every_even_width(energy):
     for d_model in range(2, 400, 2):
@@ -266,6 +279,56 @@ def test_fields_of_sections_are_checked():
 def test_a_model_configuration_survives_its_dictionary():
     config = ModelConfig(d_model=96, n_heads=3, energy="complex", num_experts=1)
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_attention_is_a_section_but_not_a_technique():
+    config = ModelConfig(attention=AttentionConfig(every=2, window=5))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_dict({"attention": {"every": 2, "window": 5}}) == config
+    assert "attention" not in config.techniques
+    assert config.without(*config.techniques).attention == config.attention
+    assert not ModelConfig.from_dict({}).attention.every
+    assert [i for i in range(7) if AttentionConfig(every=3).at(i)] == [2, 5]
+    assert not any(AttentionConfig().at(i) for i in range(7))
+    with pytest.raises(ConfigError, match=r"^model\.attention: unknown field 'windw'; did you mean 'window'\?$"):
+        ModelConfig.from_dict({"attention": {"windw": 5}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"causal": False}, "model.attention.every: got 2 with model.causal = False, allowed 0: attention reads"),
+        (
+            {"d_model": 9, "n_heads": 3},
+            "model.attention.every: got 2 with heads of 9 / 3 = 3 channels, allowed with an even number of them: "
+            "rotations pair channels; change d_model or n_heads",
+        ),
+        (
+            {"multiscale": MultiScaleConfig((2,), widths=(33,))},
+            "model.multiscale.widths: an inner level cannot be built: model.attention.every: got 2 with heads of 33 / "
+            "1 = 33 channels",
+        ),
+    ],
+)
+def test_models_that_attention_does_not_fit_are_refused(fields, message):
+    assert refusal(MODEL, attention=AttentionConfig(every=2), **fields).startswith(message)
+
+
+def test_learned_sparsity_needs_a_block_with_a_chain():
+    sparse = {"sparsity": SparsityConfig(target=0.5)}
+    message = refusal(MODEL, attention=AttentionConfig(every=1), **sparse)
+    assert message.startswith("model.attention.every: got 1 with model.sparsity, allowed 2 or more")
+    ModelConfig(attention=AttentionConfig(every=2), **sparse)
+
+
+def test_heads_of_attention_are_wide_with_every_readout():
+    attention = AttentionConfig(every=2)
+    assert ModelConfig(attention=attention).attention_heads == 2
+    assert ModelConfig(attention=attention, n_heads=4).attention_heads == 4
+    diagonal = ModelConfig(attention=attention, readout="diagonal", n_heads=7)
+    assert (diagonal.heads, diagonal.attention_heads) == (7, 2)
+    # 2 heads would have 33 channels
+    assert (ModelConfig(d_model=66).heads, ModelConfig(d_model=66, attention=attention).heads) == (2, 1)
 
 
 def test_settings_are_frozen():

@@ -43,7 +43,7 @@ config = model.config
 assert config.techniques == ["halving"] and config.without("halving").techniques == [] and "halving" in TECHNIQUES
 network = ResNetBKForCausalLM(ResNetBKForCausalLM.config_class.from_model_config(config))
 network.save_pretrained("model")
-assert ResNetBKForCausalLM.from_pretrained("model").model.config == config
+assert ResNetBKForCausalLM.from_pretrained("model").model.config == network.model.config
 assert main(["train", "--model.halving.penalty=-1", "--max_steps=1"]) == 2
 small = ["--model.d_model=16", "--model.n_layers=1", "--model.n_seq=16", "--batch_size=2", "--data.cache=cache"]
 assert main(["train", "--model.halving.on=true", *small, f"--data.source={sys.argv[1]}", "--max_steps=2"]) == 0

@@ -66,7 +66,15 @@ def test_a_batch_without_counted_targets_has_a_loss_of_zero(fields, limit, monke
         assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("fields", [{}, {"readout": "diagonal", "energy": "complex"}, {"causal": False}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"readout": "diagonal", "energy": "complex"},
+        {"causal": False},
+        {"attention": {"every": 1, "window": 4}},
+    ],
+)
 def test_a_nan_in_padding_reaches_nothing(fields):
     model = LanguageModel(20, d_model=16, n_layers=2, tie_word_embeddings=False, **fields).double()
     ids, mask = torch.randint(1, 20, (2, 9)), torch.ones(2, 9, dtype=torch.bool)

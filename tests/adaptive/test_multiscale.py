@@ -150,9 +150,9 @@ def test_inner_state_of_rows_that_do_not_close_is_untouched():
     ids = torch.tensor([[b + 3 for b in text] for text in (b"ab cd", b"abcde")])
     state = net(ids[:, :2]).state
     after = net(ids[:, 2:3], state=state).state
-    before_g, after_g = state[1].inner[0].core.g, after[1].inner[0].core.g
-    assert torch.equal(before_g[1], after_g[1])
-    assert not torch.equal(before_g[0], after_g[0])
+    before_s, after_s = state[1].inner[0].core.s, after[1].inner[0].core.s
+    assert torch.equal(before_s[1], after_s[1])
+    assert not torch.equal(before_s[0], after_s[0])
 
 
 @pytest.mark.parametrize("boundaries", ["fixed", "whitespace", "learned"])
@@ -255,7 +255,7 @@ def test_bfloat16_trains_and_decodes_about_as_float32(boundaries, how):
     for parameter in low.parameters():
         assert torch.isfinite(parameter.grad).all()
     torch.testing.assert_close(output.loss.float(), expected.loss, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(torch.cat(logits, 1).float(), output.logits.float(), rtol=0.1, atol=0.1)
+    assert (torch.cat(logits, 1).float() - output.logits.float()).abs().mean() < 0.02
 
 
 def test_int32_ids_give_the_results_of_int64_ids():

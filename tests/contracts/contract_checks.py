@@ -13,6 +13,7 @@ from resnet_bk.layers.score import Score
 from resnet_bk.layers.sparse import SparseBKCore, SparsityRecord
 from resnet_bk.model import LanguageModel
 from resnet_bk.ops.kernels import backend_for
+from resnet_bk.ops.packing import packed_width
 
 
 def build(**fields) -> LanguageModel:
@@ -163,7 +164,7 @@ def padding_is_not_counted(model: LanguageModel) -> None:
 
 def everything_learns(model: LanguageModel) -> None:
     """In training every parameter gets a gradient from the cross-entropy, the parameters of decisions included."""
-    ids = tokens(model, 4, 33)
+    ids = tokens(model, 8, 33)
     output = model.train()(ids[:, :-1], targets=ids[:, 1:])
     output.losses["cross_entropy"].backward()
     for name, parameter in model.named_parameters():
@@ -187,9 +188,14 @@ def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
         kept = sum(int(r.kept.sum()) for r in sparse)
         sites = sum(int(r.sites) for r in sparse)
         assert 0.2 < kept / sites < 0.8
-        expected = heads * (5 * width**2 * kept + 3 * width * (sites - kept))
-        assert flops.get("resnet_bk.sparse_scan", 0) == expected
-        assert "resnet_bk.scan" not in flops
+        if model.config.chains == "bonds":  # the scan runs on the packed sites
+            packed = sum(len(r.kept) * min(packed_width(r.kept.sum(1), TILE), r.kept.shape[1]) for r in sparse)
+            assert kept <= packed < sites
+            name, expected = "resnet_bk.delta_scan", 7 * heads * width**2 * packed
+        else:
+            name, expected = "resnet_bk.sparse_scan", heads * (5 * width**2 * kept + 3 * width * (sites - kept))
+        scans = [f"resnet_bk.{scan}" for scan in ("scan", "delta_scan", "sparse_scan")]
+        assert {scan: flops[scan] for scan in scans if scan in flops} == {name: expected}
         if len(sparse) == len(records):  # all matrices belong to mixers, feed-forwards and the head
             assert flops["aten.mm"] == _dense_flops(model) + _kept_flops(model, sparse)
     experts = [m for m in model.modules() if isinstance(m, Experts)]

@@ -1,4 +1,4 @@
-"""Every technique keeps every contract. Every planted bug is caught by the contract that it breaks.
+"""Every technique and every mixer keeps every contract. Every planted bug is caught by the contract that it breaks.
 
 A new technique is one more entry in TECHNIQUES, and each of its typical bugs is one more entry in BUGS.
 """
@@ -16,7 +16,7 @@ from resnet_bk.adaptive.depth import AdaptiveDepth, Halting
 from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.select import Chunks
-from resnet_bk.layers import feedforward, mixer
+from resnet_bk.layers import attention, feedforward, mixer
 from resnet_bk.layers.score import Score
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.model import LanguageModel
@@ -27,7 +27,8 @@ LENGTH = {"bins": 4, "max_length": 16, "trunk": 1}
 
 # name -> fields of the model's configuration
 TECHNIQUES = {
-    "propagator-real": {},
+    "propagator-bonds": {},
+    "propagator-real": {"energy": "real"},
     "propagator-complex": {"energy": "complex"},
     "diagonal-real": {"readout": "diagonal"},
     "diagonal-complex": {"readout": "diagonal", "energy": "complex"},
@@ -91,6 +92,7 @@ TECHNIQUES = {
         "depth": {"policy": "act"},
     },
     "sparse": {"sparsity": {"target": 0.5}},
+    "sparse-real": {"energy": "real", "sparsity": {"target": 0.5}},
     "sparse-complex": {"energy": "complex", "sparsity": {"target": 0.5}},
     "sparse-diagonal": {"readout": "diagonal", "sparsity": {"target": 0.5}},
     "sparse-diagonal-complex": {"readout": "diagonal", "energy": "complex", "sparsity": {"target": 0.5}},
@@ -133,6 +135,16 @@ TECHNIQUES["exit+sparsity+experts"] = {
     **TECHNIQUES["sparsity+experts"],
     "n_layers": 4,
     "depth": {"policy": "exit", "threshold": 0.7},
+}
+ATTENTION = {"attention": {"every": 2, "window": 7}}
+TECHNIQUES |= {
+    "attention": {"attention": {"every": 2, "window": 23}},
+    "attention-in-every-block": {"attention": {"every": 1, "window": 5}},
+    "attention-over-several-folds": {"attention": {"every": 2, "window": attention.LONGEST_FOLD + 37}},
+    "attention-diagonal": {"attention": {"every": 2, "window": 2}, "readout": "diagonal", "energy": "complex"},
+    **{f"attention+{name}": ATTENTION | part for name, part in PARTS.items()},
+    "attention+exit": ATTENTION | TECHNIQUES["exit"],
+    "attention+all": ATTENTION | TECHNIQUES["+".join(PARTS)],
 }
 CONTRACTS = [
     checks.causal,
@@ -204,6 +216,7 @@ def test_depth_varies_in_the_models_under_contract(technique):
         "length-pool",
         "sparse",
         "experts-null",
+        "attention",
     ],
 )
 def test_float32_keeps_the_contracts_within_1e_5(technique, monkeypatch):
@@ -564,6 +577,66 @@ def mask_without_a_gradient(model: LanguageModel, monkeypatch) -> None:
     monkeypatch.setattr(mixer, "propagate", detached)
 
 
+def _with_band(monkeypatch, change) -> None:
+    """Let each query read keys at other distances; `change` maps the (C, C + W - 1) distances from 0 to W - 1."""
+    tables = attention._tables
+
+    def changed(fold, window, *others):
+        key = torch.arange(fold + window - 1)
+        allowed = change(key[:fold, None] + window - 1 - key, window)
+        found = tables(fold, window, *others)
+        return found._replace(band=torch.zeros_like(found.band).masked_fill(~allowed, -torch.inf))
+
+    monkeypatch.setattr(attention, "_kept_tables", changed)
+
+
+def window_reaches_the_next_position(model: LanguageModel, monkeypatch) -> None:
+    _with_band(monkeypatch, lambda distance, window: (distance >= -1) & (distance < window))
+
+
+def window_is_longer_where_the_fold_has_more(model: LanguageModel, monkeypatch) -> None:
+    """A position reads W positions before it, but the state holds only W - 1."""
+    _with_band(monkeypatch, lambda distance, window: (distance >= 0) & (distance <= window))
+
+
+def whole_fold_is_read(model: LanguageModel, monkeypatch) -> None:
+    """All positions before it that the fold has, as many as its place in the fold allows."""
+    _with_band(monkeypatch, lambda distance, window: distance >= 0)
+
+
+def window_state(monkeypatch, change) -> None:
+    last = attention._last
+    monkeypatch.setattr(attention, "_last", lambda *arguments: change(last, *arguments))
+
+
+def padding_is_in_the_window(model: LanguageModel, monkeypatch) -> None:
+    """The state holds the last positions of each row, padding included."""
+    window_state(monkeypatch, lambda last, x, count, mask: last(x, count, None))
+
+
+def nothing_counts_as_a_position(model: LanguageModel, monkeypatch) -> None:
+    """After fewer than W - 1 positions, the empty entries of the state are read, too."""
+
+    def full(last, *arguments):
+        return torch.cat([last(*arguments)[..., :-1], torch.ones_like(last(*arguments)[..., -1:])], dim=-1)
+
+    window_state(monkeypatch, full)
+
+
+def window_forgotten(model: LanguageModel, monkeypatch) -> None:
+    window_state(monkeypatch, lambda last, *arguments: torch.zeros_like(last(*arguments)))
+
+
+def rotated_by_the_place_in_the_fold(model: LanguageModel, monkeypatch) -> None:
+    """Queries are rotated as the first query of a fold, so distances are wrong elsewhere."""
+    rotate = attention._rotate
+
+    def fixed(x, turn):
+        return rotate(x, turn if x.shape[1] == 1 or len(turn) > model.blocks[1].mixer.fold else turn[:1])
+
+    monkeypatch.setattr(attention, "_rotate", fixed)
+
+
 def adaptive_layer(model: LanguageModel) -> multiscale.MultiScale:
     return next(layer for layer in model.blocks if isinstance(layer, multiscale.MultiScale))
 
@@ -635,6 +708,15 @@ BUGS = [
     (state_grows, "propagator-real", checks.step_equals_forward),
     (gates_do_not_scale, "experts-top1", checks.everything_learns),
     (even_lengths_only, "propagator-real", checks.any_length),
+    (window_reaches_the_next_position, "attention", checks.causal),
+    (window_is_longer_where_the_fold_has_more, "attention", checks.step_equals_forward),
+    (whole_fold_is_read, "attention-over-several-folds", checks.step_equals_forward),
+    (padding_is_in_the_window, "attention", checks.batch_mates_and_padding),
+    (padding_is_in_the_window, "attention+multiscale", checks.padding_across_pieces),
+    (nothing_counts_as_a_position, "attention", checks.step_equals_forward),
+    (nothing_counts_as_a_position, "attention+depth", checks.padding_across_pieces),
+    (window_forgotten, "attention-diagonal", checks.step_equals_forward),
+    (rotated_by_the_place_in_the_fold, "attention", checks.step_equals_forward),
 ]
 
 

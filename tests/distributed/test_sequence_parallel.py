@@ -12,6 +12,7 @@ from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.training.sharded import split_sequences
 
 B, H, K, V = 2, 3, 4, 5
+ATTENTION = {"attention": {"every": 2, "window": 6}}
 LENGTHS = {1: (23,), 2: (7, 16), 3: (5, 11, 7)}
 
 
@@ -24,7 +25,8 @@ def inputs(energy):
     z = torch.tensor([0.05, 0.1, 0.2], dtype=torch.float64)
     if energy == "complex":
         z = torch.complex(z - 2, torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64))
-    tensors = {"q": q, "k": k, "v": v, "a": a, "hop": hop, "z": z}
+    write = torch.rand(B, n, H, generator=generator, dtype=torch.float64)
+    tensors = {"q": q, "k": k, "v": v, "a": a, "hop": hop, "write": write, "z": z}
     return {name: x.requires_grad_() for name, x in tensors.items()}
 
 
@@ -52,7 +54,9 @@ def core(rank, energy, readout):
         y, _ = left_green(a, z, hop, state=pieces.green(a, z, hop) if pieces else None)
     else:
         q, k, v = mine["q"], mine["k"], mine["v"]
-        y, _ = propagate(q, k, v, a, z, hop, state=pieces.state(k, v, a, z, hop) if pieces else None)
+        write = mine["write"] if readout == "delta" else None
+        entering = pieces.state(k, v, a, z, hop, write=write) if pieces else None
+        y, _ = propagate(q, k, v, a, z, hop, write=write, state=entering)
     loss_of(y, rank, lengths).backward()
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in x.values()]
     for grad in grads if world > 1 else ():
@@ -70,31 +74,36 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("readout", ["green", "propagator"])
-@pytest.mark.parametrize("energy", ["real", "complex"])
+@pytest.mark.parametrize(
+    ("energy", "readout"),
+    [*((energy, readout) for energy in ("real", "complex") for readout in ("green", "propagator")), ("real", "delta")],
+)
 def test_pieces_equal_the_whole(workers, world, readout, energy):
     whole = joined(workers.run(1, core, energy, readout))
     assert_equal(joined(workers.run(world, core, energy, readout)), whole)
 
 
 def broken(rank, bug):
-    """Each process keeps its gradients to itself; or states pass a piece without decay."""
-    backward, times = module._Gather.backward, module._times
+    """Each process keeps its gradients to itself; or states pass a piece without decay, or without its matrix."""
+    backward, times, matrix = module._Gather.backward, module._times, module._matrix_and_sum
     if bug == "gradients stay":
         module._Gather.backward = staticmethod(lambda ctx, grad: (grad[rank], None))
-    else:
+    elif bug == "nothing decays":
         module._times = lambda x, c: x if c.shape[-1] == 1 else times(x, c)
+    else:
+        module._matrix_and_sum = lambda *x: (torch.eye(K, dtype=torch.float64), matrix(*x)[1])
     try:
-        return core(rank, "real", "propagator")
+        return core(rank, "real", "delta" if bug == "nothing is replaced" else "propagator")
     finally:
-        module._Gather.backward, module._times = backward, times
+        module._Gather.backward, module._times, module._matrix_and_sum = backward, times, matrix
 
 
-@pytest.mark.parametrize("bug", ["gradients stay", "nothing decays"])
+@pytest.mark.parametrize("bug", ["gradients stay", "nothing decays", "nothing is replaced"])
 def test_planted_bugs_are_seen(workers, bug):
-    whole = joined(workers.run(1, core, "real", "propagator"))
+    whole = joined(workers.run(1, core, "real", "delta" if bug == "nothing is replaced" else "propagator"))
+    found = joined(workers.run(3, broken, bug))
     with pytest.raises(AssertionError):
-        assert_equal(joined(workers.run(3, broken, bug)), whole)
+        assert_equal(found, whole)
 
 
 def train(rank, fields):
@@ -114,7 +123,15 @@ def train(rank, fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"energy": "complex", "n_heads": 2}, {"readout": "diagonal"}, {"num_experts": 3}, {"conv_width": 1}],
+    [
+        {},
+        {"energy": "real"},
+        {"energy": "complex", "n_heads": 2},
+        {"readout": "diagonal"},
+        {"num_experts": 3},
+        {"conv_width": 1},
+        ATTENTION,
+    ],
     ids=lambda fields: "-".join(fields) or "default",
 )
 def test_a_model_on_pieces_equals_the_model_on_the_whole(workers, fields):
@@ -138,6 +155,9 @@ def refusals(rank):
         found.append(str(caught.value))
     with pytest.raises(ValueError, match="got 2 positions, allowed 3 or more") as caught:
         model(ids[:, :2])
+    model = split_sequences(LanguageModel(40, d_model=16, n_layers=2, **ATTENTION))
+    with pytest.raises(ValueError, match="got 4 positions, allowed 5 or more"):
+        model(ids[:, :4])
     return found
 
 

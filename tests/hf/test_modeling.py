@@ -12,7 +12,7 @@ from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal
 from resnet_bk.config import ConfigError
 from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer
 from resnet_bk.hf.modeling import CACHE
-from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer
+from resnet_bk.layers.mixer import Mixer
 from resnet_bk.layers.score import Score
 from resnet_bk.layers.sparse import SparseBKCore
 
@@ -46,6 +46,10 @@ TECHNIQUES += [
         id="experts-null",
     ),
 ]
+TECHNIQUES += [
+    pytest.param({"attention": {"every": 2, "window": 5}}, id="attention"),
+    pytest.param({"attention": {"every": 1, "window": 40}}, id="attention-wide"),
+]
 V = 31
 
 
@@ -56,7 +60,7 @@ def tiny(dtype=torch.float64, **fields):
     model = ResNetBKForCausalLM(config)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, PropagatorMixer | DiagonalMixer):
+            if isinstance(module, Mixer):
                 module.out_proj.weight *= 8
             if isinstance(module, Score):  # decisions of both kinds
                 module.bias.zero_()
@@ -158,7 +162,7 @@ def test_weights_of_another_model_are_an_error(change, message, tmp_path):
         (lambda x: x.fill_(torch.nan), "has a NaN or an infinity"),
         (lambda x: x.to(torch.int8), "got I8"),
         (lambda x: x.to(torch.complex64), "got C64"),
-        (lambda x: x.T, r"expected shape \(64, 16\), got \(16, 64\)"),
+        (lambda x: x.T, r"expected shape \(65, 16\), got \(16, 65\)"),
     ],
 )
 def test_weights_that_no_model_can_have_are_an_error(change, message, tmp_path):

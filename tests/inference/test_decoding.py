@@ -15,8 +15,10 @@ from resnet_bk.inference.decoding import StaticStep, choose, generate
 CHUNKS = {"factors": [3], "layers": [1, 1, 1]}
 MODELS = {
     "plain": {},
+    "real": {"energy": "real"},
     "complex": {"energy": "complex"},
     "diagonal": {"readout": "diagonal"},
+    "attention": {"attention": {"every": 2, "window": 7}},
     "experts": {"num_experts": 4, "top_k": 2},
     "fixed chunks": {"multiscale": {**CHUNKS, "bound": 1.0}},
     "words": {"multiscale": {**CHUNKS, "boundaries": "whitespace", "bound": 1.0}},
@@ -53,7 +55,7 @@ def test_a_static_step_equals_the_models_own_step_bit_for_bit(name):
 
 @torch.no_grad()
 def test_buffers_stay_in_place_and_the_given_state_does_not_change():
-    model, ids = make("plain"), text(2, 9)
+    model, ids = make("real"), text(2, 9)  # all parts of its state change; g of bonds is -1
     state = model(ids).state
     before = pytree.tree_map(torch.clone, state)
     step = StaticStep(model, state)
@@ -96,7 +98,7 @@ def test_a_model_that_needs_host_device_syncs_is_refused(fields, words):
         StaticStep(model, model(text(1, 8)).state)
 
 
-@pytest.mark.parametrize("name", ["plain", "words", "experts"])
+@pytest.mark.parametrize("name", ["plain", "words", "experts", "attention"])
 @torch.no_grad()
 def test_generation_is_greedy_decoding(name):
     model, ids = make(name), text(2, 21)

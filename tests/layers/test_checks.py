@@ -14,6 +14,7 @@ FIELDS = {
     "length": {"length": {"bins": 2, "max_length": 8}},
     "depth": {"n_layers": 3, "depth": {"policy": "act"}},
     "sparse": {"sparsity": {"target": 0.5}},
+    "attention": {"attention": {"every": 2, "window": 5}},
 }
 IDS = torch.randint(20, (3, 9), generator=torch.Generator().manual_seed(0))
 
@@ -67,6 +68,12 @@ def test_states_of_other_sequences_or_models_are_refused(name):
     for other in FIELDS:
         if other != name:
             refused(model, state_of(**FIELDS[other]), (TypeError, ValueError), r"state.*: expected")
+
+
+def test_a_window_of_another_length_is_refused():
+    attention = {"every": 2, "window": 5}
+    state = state_of(attention=attention | {"window": 6})
+    refused(build(attention=attention), state, ValueError, r"state\[1\]\.past: expected shape \(3, 4, 34\)")
 
 
 def test_a_bidirectional_model_continues_nothing():

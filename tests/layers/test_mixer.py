@@ -7,7 +7,7 @@ from resnet_bk import LanguageModel
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.mixer import MIXERS, Energies, ShortConv
 
-VARIANTS = [(readout, energy) for readout in MIXERS for energy in ("real", "complex")]
+VARIANTS = [("propagator", "bonds"), *((readout, energy) for readout in MIXERS for energy in ("real", "complex"))]
 
 
 @pytest.mark.parametrize(("readout", "energy"), VARIANTS)
@@ -23,19 +23,35 @@ def test_first_gradients_are_of_ordinary_size(readout, energy):
     assert max(norms) < 20
 
 
-@pytest.mark.parametrize("kind", ["real", "complex"])
+def of_kind(kind, **fields):
+    return ModelConfig(d_model=16, n_heads=8, energy=kind, **fields)
+
+
+@pytest.mark.parametrize("kind", ["bonds", "real", "complex"])
 def test_energies_lie_where_the_regime_needs_them(kind):
-    energies = Energies(16, 8, kind)
-    a, z = energies(torch.randn(2, 50, 16) * 10)
-    if kind == "real":
+    energies = Energies(of_kind(kind))
+    a, z, hop = energies(torch.randn(2, 50, 16) * 10)
+    if kind == "bonds":
+        assert a is None
+        assert ((hop >= 0) & (hop <= 1)).all()
+    elif kind == "real":
         assert ((a - z).abs() >= 2).all()
         assert not z.is_complex()
     else:
         assert (z.imag > 0).all()
 
 
-def test_initial_memories_run_from_one_to_seven_positions():
-    margin = (Energies(16, 8, "real")(torch.zeros(1, 1, 16))[0][0, 0] + 2).abs()
+@pytest.mark.parametrize("longest", [7, 3000])
+def test_initial_memories_run_from_the_shortest_to_the_longest(longest):
+    _, _, hop = Energies(of_kind("bonds", longest_memory=longest))(torch.zeros(1, 1, 16))
+    memory = -1 / hop[0, 0].log()
+    assert memory.min().item() == pytest.approx(1, rel=1e-4)
+    assert memory.max().item() == pytest.approx(longest, rel=1e-3)
+
+
+def test_initial_memories_of_real_energies_run_from_one_to_seven_positions():
+    a, _, _ = Energies(of_kind("real"))(torch.zeros(1, 1, 16))
+    margin = (a[0, 0] + 2).abs()
     assert margin.max().item() == pytest.approx(1, rel=1e-4)
     assert margin.min().item() == pytest.approx(0.02, rel=1e-3)
 
@@ -71,7 +87,7 @@ def test_bfloat16_stays_near_float32(readout, energy):
     assert (converted - expected).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize(("readout", "energy"), VARIANTS)
+@pytest.mark.parametrize(("readout", "energy"), VARIANTS[1:])
 @pytest.mark.parametrize("experts", [1, 3])
 def test_bidirectional_models_see_both_sides_and_no_padding(readout, energy, experts):
     torch.manual_seed(0)

@@ -43,5 +43,7 @@ for dtype in (getattr(torch, name) for name in sys.argv[1:]):
     alpha, s0 = torch.zeros(2, 128, 4, dtype=dtype), torch.zeros(2, 4, 64, 40, dtype=dtype)
     y, last, states = triton_kernels.scan_forward(q, q, v, alpha, alpha, s0)
     triton_kernels.scan_backward(y, last, q, q, v, alpha, alpha, states)
+    y, last, states, error = triton_kernels.delta_scan_forward(q, q, v, alpha, alpha, s0)
+    triton_kernels.delta_scan_backward(y, last, q, q, alpha, alpha, states, error)
     x, weight = v.flatten(2), torch.zeros(4, 160, dtype=dtype)
     triton_kernels.conv_backward(triton_kernels.conv_forward(x, weight), x, weight)

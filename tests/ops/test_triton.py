@@ -24,6 +24,7 @@ from resnet_bk.ops import (
     Sparsity,
     available_backends,
     chunked,
+    delta,
     kernels,
     left_green,
     naive,
@@ -34,6 +35,7 @@ from resnet_bk.ops import (
     use_backend,
 )
 from resnet_bk.ops.conv import short_conv
+from resnet_bk.ops.delta import delta_scan_op
 from resnet_bk.ops.kernels import _green_by_steps, _scan_by_steps, backend_for, green_op, scan_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +63,13 @@ def scan_inputs(n, k, v, batch=1, heads=2, dtype=torch.float64):
     values = torch.randn(batch, n, heads, v, dtype=torch.float64)
     inputs = (q, key, values, alpha, beta, torch.randn(batch, heads, k, v, dtype=torch.float64))
     return tuple(x.to(DEVICE, dtype).requires_grad_() for x in inputs)
+
+
+def delta_inputs(n, k, v, **options):
+    """Return the same with keys of length 1 and beta between 0 and 2, where the delta rule is stable."""
+    q, key, values, alpha, beta, s0 = (x.detach() for x in scan_inputs(n, k, v, **options))
+    key = torch.nn.functional.normalize(key, dim=-1)
+    return tuple(x.requires_grad_() for x in (q, key, values, alpha, 1 + beta, s0))
 
 
 def with_gradients(function, inputs):
@@ -111,6 +120,28 @@ def test_the_scan_and_its_gradients_equal_the_recurrence(n, k, v):
     assert_equal([scan_op(*inputs)[2]], [chunked.scan_forward(*inputs)[2]])
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "v"), [(1, 3, 5), (2, 16, 16), (31, 24, 40), (33, 3, 72), (65, 40, 24), (100, 8, 8)]
+)
+def test_the_scan_with_the_delta_rule_and_its_gradients_equal_the_recurrence(n, k, v):
+    inputs = delta_inputs(n, k, v)
+    got = with_gradients(lambda *x: delta_scan_op(*x)[:2], inputs)
+    assert_equal(got, with_gradients(lambda *x: delta._by_steps(*x)[:2], inputs))
+    assert_equal(delta_scan_op(*inputs)[2:], chunked.delta_scan_forward(*inputs)[2:])
+
+
+def test_reflections_at_one_key_stay_exact():
+    """Powers of the triangular matrix of a chunk would reach 1e13 here; the inverse has entries up to 2."""
+    q, k, v, alpha, beta, s0 = (x.detach() for x in delta_inputs(64, 16, 16, dtype=torch.float32))
+    inputs = [q, k[:, :1].expand_as(k), v, torch.ones_like(alpha), torch.full_like(beta, 2), s0]
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got = with_gradients(lambda *x: delta_scan_op(*x)[:2], inputs)
+    expected = with_gradients(lambda *x: delta._by_steps(*x)[:2], exact)
+    for x, y in zip(got, expected, strict=True):
+        assert (x.double() - y).norm() <= 1e-5 * y.norm()
+
+
 @pytest.mark.parametrize("programs", [1, 4, 6])
 def test_segments_of_several_chunks(programs, monkeypatch):
     """Six chunks in one segment, in two segments of three, in three of two; the last chunk has five sites."""
@@ -156,12 +187,16 @@ def test_inputs_need_not_be_contiguous():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
 def test_low_precision_stays_near_float64(dtype, tolerance):
-    inputs = scan_inputs(70, 24, 16, dtype=dtype)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    got = with_gradients(lambda *x: scan_op(*x)[:2], inputs)
-    assert all(x.dtype == dtype for x in got)
-    for x, y in zip(got, with_gradients(_scan_by_steps, exact), strict=True):
-        assert (x.double() - y).norm() <= tolerance * y.norm()
+    for inputs, operator, by_steps in (
+        (scan_inputs(70, 24, 16, dtype=dtype), scan_op, _scan_by_steps),
+        (delta_inputs(70, 24, 16, dtype=dtype), delta_scan_op, delta._by_steps),
+    ):
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        got = with_gradients(lambda *x, run=operator: run(*x)[:2], inputs)
+        assert all(x.dtype == dtype for x in got)
+        expected = with_gradients(lambda *x, run=by_steps: run(*x)[:2], exact)
+        for x, y in zip(got, expected, strict=True):
+            assert (x.double() - y).norm() <= tolerance * y.norm()
 
 
 def test_a_gradient_can_be_differentiated():
@@ -226,7 +261,9 @@ def test_right_kernels_are_trusted():
     assert backend_for(torch.zeros(1, device=DEVICE)) is triton_kernels
 
 
-@pytest.mark.parametrize(("kernel", "factor"), [("green", 1.01), ("scan", 0.99), ("conv", torch.nan)])
+@pytest.mark.parametrize(
+    ("kernel", "factor"), [("green", 1.01), ("scan", 0.99), ("delta_scan", 1.01), ("conv", torch.nan)]
+)
 @pytest.mark.usefixtures("_unchecked")
 def test_a_wrong_kernel_is_replaced_after_one_warning(kernel, factor, monkeypatch):
     """Planted bug: one gradient of a kernel is wrong by 1%, or NaN."""
@@ -285,6 +322,7 @@ def test_every_kernel_compiles_for_an_h100(dtypes, tmp_path):
     assert {name for name, _ in compiled} == {
         *("_compose", "_carry_g", "_recur", "_adjoint", "_carry_adjoint"),
         *("_carry_state", "_carry_over_segments", "_outputs", "_gradients", "_forward", "_backward"),
+        *("_solve", "_carry_errors"),
     }
     assert all(int(shared) <= 227 * 1024 for _, shared in compiled)
 

@@ -124,6 +124,17 @@ def test_a_character_that_the_limit_cuts_is_left_out(tmp_path, monkeypatch):
     assert read_text("x", "-", 100) == "é"
 
 
+def test_blocks_with_attention_are_in_the_table(checkpoint, capsys):
+    ResNetBKForCausalLM(ResNetBKConfig(d_model=32, attention={"every": 2, "window": 9})).save_pretrained("model")
+    assert main(["inspect", "model", "text.py"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"blocks.{i} mixer" in said for i in range(4))
+    row = next(line for line in said.splitlines() if "blocks.1 mixer" in line)
+    n = len(TEXT.encode())
+    flops = 8 * 32**2 * n + 4 * 32 * (9 + 9 - 1) * -(-n // 9) * 9
+    assert f"{flops:,}" in row
+
+
 def test_a_single_character(checkpoint):
     (checkpoint / "one").write_text("x")
     assert main(["inspect", "model", "one"]) == 0

@@ -48,7 +48,7 @@ def test_each_tokens_own_work_is_booked_for_it():
     with Ledger(sparse) as ledger:
         records = sparse(ids).records
     kept = sum(r.kept.long() for r in records)
-    read, scan, fill = 4 * 16**2, 5 * 2 * 8**2, 3 * 2 * 8  # D = 16: two heads of width 8
+    read, scan, fill = 4 * 16**2, 7 * 2 * 8**2, 3 * 2 * 8  # D = 16: two heads of width 8
     rest = ledger.by_token - (read + scan - fill) * kept
     assert rest.max() - rest.min() < 1e-6 * rest.max()
 

@@ -24,11 +24,12 @@ def build_stack(config: ModelConfig, read: Read) -> Stack:
 
     With multi-scale this is a recursion, level by level inward: blocks before and after a stack on chunks.
     """
-    before, after = ([Block(config) for _ in range(blocks)] for blocks in config.around)
+    before, after = config.around
+    blocks = [Block(config, config.attention.at(i)) for i in range(before + after)]
     if not config.multiscale.factors:
-        return Stack(before)
+        return Stack(blocks)
     inside = driven(config.inside, build_stack(config.inside, read), read)
-    return Stack([*before, MultiScale(config, inside), *after])
+    return Stack([*blocks[:before], MultiScale(config, inside), *blocks[before:]])
 
 
 def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:

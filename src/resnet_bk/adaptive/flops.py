@@ -8,23 +8,36 @@ multiplies :func:`own_flops` with the positions that a module really computed; l
 from torch import nn
 
 from resnet_bk.adaptive.multiscale import MultiScale
+from resnet_bk.layers.attention import Attention
 from resnet_bk.layers.feedforward import Experts
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
-from resnet_bk.ops.flops import GREEN, SCAN
+from resnet_bk.ops.flops import DELTA, GREEN, SCAN
 
 
-def own_flops(module: nn.Module) -> float:
-    """Return the FLOPs per position of a module without its submodules; 0 for those that only compose others."""
+def own_flops(module: nn.Module, length: int | None = None) -> float:
+    """Return the FLOPs per position of a module without its submodules; 0 for those that only compose others.
+
+    length: number of positions of each row; None for rows that are long.
+    """
     if isinstance(module, nn.Linear):
         return 2.0 * module.in_features * module.out_features
+    if isinstance(module, Attention):
+        length = length or module.fold
+        return 4.0 * module.heads * module.width * module.scores(length) / length
     if isinstance(module, ShortConv):
         return 2.0 * module.width * module.channels
     if isinstance(module, PropagatorMixer):
-        scan = SCAN * module.width**2 if module.sparse is None else 0  # a sparse scan is counted per kept site
-        return float(sweeps(module) * module.heads * (GREEN + scan))
+        green = 0 if module.energies.kind == "bonds" else GREEN * module.heads
+        scan = scan_flops(module) if module.sparse is None else 0  # a sparse scan is counted per kept site
+        return float(sweeps(module) * (green + scan))
     if isinstance(module, DiagonalMixer):
         return float(sweeps(module) * module.energies.potential.out_features * GREEN)
     return 0.0
+
+
+def scan_flops(mixer: PropagatorMixer) -> float:
+    """Return the FLOPs of one scan along all chains of a mixer, per site."""
+    return float(DELTA if mixer.delta else SCAN) * mixer.heads * mixer.width**2
 
 
 def sweeps(mixer: PropagatorMixer | DiagonalMixer) -> int:
@@ -46,7 +59,7 @@ def flops_per_position(module: nn.Module) -> float:
         return flops_per_position(module.router) + module.most * expert_flops(module)
     scan = 0.0
     if isinstance(module, PropagatorMixer) and module.sparse is not None:
-        scan = float(sweeps(module) * module.heads * SCAN * module.width**2)
+        scan = sweeps(module) * scan_flops(module)
     if isinstance(module, MultiScale):
         per_position = sum(map(flops_per_position, (module.boundaries, module.down.weigh, module.gate)))
         per_chunk = sum(map(flops_per_position, (module.down.refine, module.inner, module.up.expand)))

@@ -36,6 +36,7 @@ from resnet_bk.config.model import (
     BYTE_VOCABULARY,
     END_OF_DOCUMENT,
     TECHNIQUES,
+    AttentionConfig,
     ModelConfig,
 )
 from resnet_bk.config.presets import PRESETS, preset, preset_file
@@ -48,6 +49,7 @@ __all__ = [
     "PRESETS",
     "TECHNIQUES",
     "AblateConfig",
+    "AttentionConfig",
     "ConfigError",
     "DataConfig",
     "DepthConfig",

@@ -10,6 +10,7 @@ from resnet_bk.config.checks import (
     check_fields,
     check_integer,
     check_range,
+    is_section,
 )
 from resnet_bk.config.techniques import (
     DepthConfig,
@@ -22,6 +23,26 @@ from resnet_bk.config.techniques import (
 
 # Of the byte tokenizer: byte b is id b + 3, after three special ids. One of these ends a document.
 BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT = 3, 259, 1
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention within a sliding window, in place of the chain of some blocks."""
+
+    every: int = 0
+    """In every k-th block of a stack, attention replaces the chain: with 2, in the second, the fourth, ... With
+    multi-scale, each level counts its own blocks. 0: in none."""
+    window: int = 128
+    """Number of positions that a position reads: itself and those before it. With multi-scale, positions of the level:
+    in a stack on chunks, chunks. The state of a block keeps window - 1 positions."""
+
+    def __post_init__(self) -> None:
+        check_integer("model.attention", 0, 1_024, every=self.every)
+        check_integer("model.attention", 1, 65_536, window=self.window)
+
+    def at(self, i: int) -> bool:
+        """Return True if block i of a stack, counted from 0, has attention."""
+        return self.every > 0 and (i + 1) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -43,8 +64,16 @@ class ModelConfig:
     readout: Literal["propagator", "diagonal"] = "propagator"
     """Readout of the mixers. 'propagator': the chain's propagator, applied to q, k and v. 'diagonal': the chain's
     Green's function, as features."""
-    energy: Literal["real", "complex"] = "real"
-    """Spectral regime. 'real': z is outside the spectrum (decay). 'complex': z is complex (decay and rotation)."""
+    energy: Literal["bonds", "real", "complex"] | None = None
+    """Kind of the chains. 'bonds': the data decide the hopping, at the edge of the spectrum (decay, and the delta rule:
+    a site writes the part of its value that the chain does not return for its key yet). 'real': the data decide the
+    energies, outside the spectrum (decay). 'complex': z is complex (decay and rotation). Default: 'bonds' where they
+    are allowed (causal models with the propagator, heads of 2 channels or more), else 'real'."""
+    shortest_memory: float = 1.0
+    """Memory, in positions, of the first head's chain at the start of training, with bonds. Training changes it."""
+    longest_memory: float = 7.0
+    """The same of the last head's chain. The heads between them lie between. Short memories learn faster at first; text
+    in which what was read must be recalled needs longer ones."""
     n_heads: int | None = None
     """Number of chains per mixer. Default: for the propagator, a divisor of d_model of at most d_model / 32; for the
     diagonal, d_model / 2; at least 1."""
@@ -58,6 +87,7 @@ class ModelConfig:
     """Each position reads only its past. False: the full resolvent, for bidirectional encoders."""
     balance_weight: float = 0.01
     """Weight of the load-balancing loss of the experts."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     multiscale: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
@@ -74,6 +104,7 @@ class ModelConfig:
         check_integer(where, 1, self.num_experts, top_k=self.top_k)
         check_integer(where, 1, 64, conv_width=self.conv_width)
         check_range(where, 0, 1_000, balance_weight=self.balance_weight)
+        check_range(where, 0.1, 1e9, shortest_memory=self.shortest_memory, longest_memory=self.longest_memory)
         if self.d_ff is not None:
             check_integer(where, 1, 1_048_576, d_ff=self.d_ff)
         if self.n_heads is not None:
@@ -86,6 +117,13 @@ class ModelConfig:
                 f"model.n_heads: got {self.heads}, which makes {self.d_model} / {self.heads} = {width} channels each, "
                 "allowed an even number of them: complex energies pair channels"
             )
+        if self.energy == "bonds" and not self._allows_bonds:
+            raise ConfigError(
+                f"model.energy: got 'bonds' with readout = {self.readout!r}, causal = {self.causal} and "
+                f"{self.heads} heads, allowed in causal models with the propagator, whose heads have 2 channels or more"
+            )
+        if self.attention.every:
+            self._check_attention()
         self._check_multiscale()
         if self.length.bins:
             self._check_length()
@@ -93,6 +131,23 @@ class ModelConfig:
             self._check_depth()
         if self.num_experts == 1 and self.experts != ExpertsConfig():
             raise ConfigError("model.experts: no experts to apply this to; raise model.num_experts or leave it out")
+
+    def _check_attention(self) -> None:
+        where, heads = "model.attention.every", self.attention_heads
+        if not self.causal:
+            raise ConfigError(
+                f"{where}: got {self.attention.every} with model.causal = False, allowed 0: attention reads "
+                "positions before its own only"
+            )
+        if self.d_model // heads % 2:
+            raise ConfigError(
+                f"{where}: got {self.attention.every} with heads of {self.d_model} / {heads} = {self.d_model // heads} "
+                "channels, allowed with an even number of them: rotations pair channels; change d_model or n_heads"
+            )
+        if self.attention.every == 1 and self.sparsity.target:
+            raise ConfigError(
+                f"{where}: got 1 with model.sparsity, allowed 2 or more: learned sparsity needs blocks with chains"
+            )
 
     def _check_multiscale(self) -> None:
         where, scales = "model.multiscale", self.multiscale
@@ -206,10 +261,28 @@ class ModelConfig:
         """n_heads, or its default."""
         if self.n_heads is not None:
             return self.n_heads
-        if self.readout == "diagonal":
-            return max(1, self.d_model // 2)
-        multiple = 2 if self.energy == "complex" else 1  # the channels of a head are a multiple of it
+        return max(1, self.d_model // 2) if self.readout == "diagonal" else self._wide_heads
+
+    @property
+    def attention_heads(self) -> int:
+        """Number of heads of attention: as many as the propagator has chains, or would have by default."""
+        return self.heads if self.readout == "propagator" else self._wide_heads
+
+    @property
+    def _wide_heads(self) -> int:
+        """The most heads of 32 channels or more that divide d_model; at least 1."""
+        # The channels of a head are a multiple of it: complex energies and rotations of attention pair channels.
+        multiple = 2 if self.energy == "complex" or self.attention.every else 1
         return next((h for h in range(max(1, self.d_model // 32), 0, -1) if self.d_model % (multiple * h) == 0), 1)
+
+    @property
+    def chains(self) -> Literal["bonds", "real", "complex"]:
+        """energy, or its default."""
+        return self.energy or ("bonds" if self._allows_bonds else "real")
+
+    @property
+    def _allows_bonds(self) -> bool:
+        return self.readout == "propagator" and self.causal and self.d_model // self.heads > 1
 
     @property
     def d_hidden(self) -> int:
@@ -271,9 +344,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         check_fields("model", cls, values)
-        sections = {
-            name: kind(**values[name]) for name, kind in TECHNIQUES.items() if isinstance(values.get(name), dict)
-        }
+        kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls) if is_section(f.type)}
+        sections = {name: kind(**values[name]) for name, kind in kinds.items() if isinstance(values.get(name), dict)}
         return cls(**{**values, **sections})
 
 

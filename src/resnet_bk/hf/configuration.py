@@ -65,15 +65,15 @@ class ResNetBKConfig(PreTrainedConfig):
         if type(use_cache) is not bool:
             raise ConfigError(f"use_cache: got {shown(use_cache)}, allowed true or false")
         self.use_cache = use_cache
-        config = ModelConfig.from_dict(shape)
-        if not config.causal:
+        if shape.get("causal") is False:
             raise ConfigError("model.causal: got False, allowed True; use LanguageModel for a bidirectional model")
+        config = ModelConfig.from_dict(shape)
         special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         _check_special(special, config.vocab_size)
         super().__init__(**special, **others)  # type: ignore[arg-type]
         for name, value in config.to_dict().items():
             setattr(self, _NAMES[name], value)
-        self.n_layers = config.blocks
+        self.n_layers, self.energy = config.blocks, config.chains
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resnet_bk.config import ModelConfig
+from resnet_bk.layers.attention import Attention, AttentionState
 from resnet_bk.layers.feedforward import feed_forward
 from resnet_bk.layers.mixer import MIXERS, MixerState
 from resnet_bk.layers.norm import Norm
@@ -49,27 +50,32 @@ class AdaptiveLayer(nn.Module):
     """Base of the layers that implement a technique around others; the ledger has entries for each, as for blocks."""
 
 
+MixState = MixerState | AttentionState  # of a chain, or of an attention
+
+
 class Block(nn.Module):
     """``x + mixer(norm x)``, then ``x + feed_forward(norm x)``; (B, N, D) -> (B, N, D)."""
 
     recomputes = False  # True: the backward pass recomputes the block from x, see resnet_bk.training.sharded.recompute
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, attends: bool = False):
+        """Create the block. attends: mix by attention instead of a chain."""
         super().__init__()
-        self.mixer_norm, self.mixer = Norm(config.d_model), MIXERS[config.readout](config)
+        self.mixer_norm = Norm(config.d_model)
+        self.mixer = Attention(config) if attends else MIXERS[config.readout](config)
         self.ff_norm, self.feed_forward = Norm(config.d_model), feed_forward(config)
 
-    def layout(self, x: Tensor) -> MixerState:
+    def layout(self, x: Tensor) -> MixState:
         return self.mixer.layout(x)
 
     def forward(
-        self, x: Tensor, tokens: Tokens | None, state: MixerState | None, mask: Tensor | None
-    ) -> tuple[Tensor, MixerState, list[Record]]:
+        self, x: Tensor, tokens: Tokens | None, state: MixState | None, mask: Tensor | None
+    ) -> tuple[Tensor, MixState, list[Record]]:
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self._run, x, state, mask, use_reentrant=False)
         return self._run(x, state, mask)
 
-    def _run(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState, list[Record]]:
+    def _run(self, x: Tensor, state: MixState | None, mask: Tensor | None) -> tuple[Tensor, MixState, list[Record]]:
         y, state, records = self.mixer(self.mixer_norm(x), state, mask)
         x = x + y
         y, more = self.feed_forward(self.ff_norm(x), mask)

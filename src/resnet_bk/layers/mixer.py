@@ -19,6 +19,8 @@ from resnet_bk.ops.conv import short_conv
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
+PACE = 8  # AdamW moves every parameter at one pace; the bias of bonds, which sets the memory of a head, has far to go
+
 
 class MixerState(NamedTuple):
     """State of a mixer. Its size does not depend on the length of the past.
@@ -78,40 +80,51 @@ class ShortConv(nn.Module):
 
 
 class Energies(nn.Module):
-    """On-site energies ``a_t = -2 + potential_t`` and the spectral shift z of each head's chain. The hopping is 1.
+    """Energies a_t, spectral shift z and hopping of each head's chain, from a linear map of x.
 
-    - real: the potential is ``-softplus`` of a linear map of x, and z > 0. Then ``|a - z| > 2``, outside the spectrum,
-      and the memory of a head is about ``1 / sqrt(|a - z| - 2)`` positions.
-    - complex: the potential is a plain linear map of x, and ``Im z = eta > 0`` keeps ``|g| <= 1 / eta``.
+    - bonds: the map decides the hopping, ``hop_t = sigmoid(-map)``, and the energies follow from it (see
+      :func:`resnet_bk.ops.propagate`). The memory is about ``1 / softplus(map)`` positions. Its bias counts PACE times.
+    - real: ``a_t = -2 - softplus(map)``, z > 0 and the hopping is 1. Then ``|a - z| > 2``, outside the spectrum, and
+      the memory is about ``1 / sqrt(|a - z| - 2)`` positions.
+    - complex: ``a_t = -2 + map``, the hopping is 1, and ``Im z = eta > 0`` keeps ``|g| <= 1 / eta``.
     """
 
-    def __init__(self, d_model: int, heads: int, kind: str):
+    def __init__(self, config: ModelConfig):
         super().__init__()
+        d_model, heads, kind = config.d_model, config.heads, config.chains
         self.kind = kind
         self.potential = nn.Linear(d_model, heads)
         # The complex potential starts near zero, because |dg/da| reaches 1 / eta^2. In a chain that starts disordered,
         # the first gradients are tens of times as large as those of the rest of the model.
-        nn.init.normal_(self.potential.weight, std=0.02 if kind == "complex" else 1 / math.sqrt(d_model))
-        if kind == "real":
-            with torch.no_grad():
-                # Margins |a - z| - 2 from 1 down to 1/50 give initial memories of 1 to 7 positions.
-                margins = torch.logspace(0, math.log10(0.02), heads)
-                self.potential.bias.copy_(_inverse_softplus(margins))
-            self.shift = nn.Parameter(_inverse_softplus(torch.full((heads,), 1e-3)))
-        else:
+        spread = {"bonds": 0.3 / math.sqrt(d_model), "real": 1 / math.sqrt(d_model), "complex": 0.02}
+        nn.init.normal_(self.potential.weight, std=spread[kind])
+        if kind == "complex":
             # Re z is spread over the heads from -3.5 to -0.5, inside the band -4 .. 0, so that their phases differ.
             nn.init.constant_(self.potential.bias, 0.0)
             self.real_shift = nn.Parameter(torch.linspace(-1.5, 1.5, heads) if heads > 1 else torch.zeros(1))
             self.shift = nn.Parameter(_inverse_softplus(torch.linspace(0.2, 1.0, heads)))
+            return
+        # With real energies, margins |a - z| - 2 from 1 down to 1/50 give memories of 1 to 7 positions.
+        first, last = (1 / config.shortest_memory, 1 / config.longest_memory) if kind == "bonds" else (1, 0.02)
+        start = torch.logspace(math.log10(first), math.log10(last), heads)
+        with torch.no_grad():
+            self.potential.bias.copy_(_inverse_softplus(start) / (PACE if kind == "bonds" else 1))
+        if kind == "real":
+            self.shift = nn.Parameter(_inverse_softplus(torch.full((heads,), 1e-3)))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the energies (B, N, H) float32 or float64 of x (B, N, D), and z (H,)."""
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor | None]:
+        """Return the chain of x (B, N, D), float32 or float64: a (B, N, H), z (H,) and hop (B, N, H).
+
+        a is None, and z 0, if the hopping decides. hop is None if it is 1.
+        """
         v = self.potential(x)
         v = v if v.dtype == torch.float64 else v.float()
+        if self.kind == "bonds":
+            return None, 0.0, torch.sigmoid(-v - (PACE - 1) * self.potential.bias.to(v.dtype))
         shift = F.softplus(self.shift.to(v.dtype))
         if self.kind == "real":
-            return -2 - F.softplus(v), shift
-        return -2 + v, torch.complex(self.real_shift.to(v.dtype) - 2, shift)
+            return -2 - F.softplus(v), shift, None
+        return -2 + v, torch.complex(self.real_shift.to(v.dtype) - 2, shift), None
 
 
 def _inverse_softplus(y: Tensor) -> Tensor:
@@ -139,28 +152,35 @@ class Mixer(nn.Module):
         g = x.new_empty(len(x), self.energies.potential.out_features, dtype=real)
         return torch.complex(g, g) if self.energies.kind == "complex" else g
 
-    def _past(self, state: MixerState | None, mask: Tensor | None) -> MixerState:
+    def _check_split(self, state: Any, mask: Tensor | None) -> None:
+        """Raise ValueError if a sequence that is split over processes has a state or padding."""
         if self.pieces is not None and not (state is None and mask is None):
             raise ValueError(
                 f"{'mask' if state is None else 'state'}: got one for a sequence that is split over processes, allowed "
                 "None: a split sequence starts at its first token and has no padding"
             )
+
+    def _past(self, state: MixerState | None, mask: Tensor | None) -> MixerState:
+        self._check_split(state, mask)
         return state or MixerState(None, None)  # type: ignore[arg-type]
 
 
 class PropagatorMixer(Mixer):
     """Linear attention weighted by the chain's propagator P: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D).
 
-    With learned sparsity, q and k are computed at kept sites only, and they are not convolved.
+    With the delta rule, a site writes what the chain does not return for its key yet, see
+    :func:`resnet_bk.ops.propagate`. With learned sparsity, q and k are computed at kept sites only, and they are not
+    convolved.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, self.heads, self.causal = config.d_model, config.heads, config.causal
+        self.delta = config.chains == "bonds"
         self.width = d // self.heads
-        self.energies = Energies(d, self.heads, config.energy)
+        self.energies = Energies(config)
         dense = not config.sparsity.target
-        self.in_proj = nn.Linear(d, (4 if dense else 2) * d, bias=False)
+        self.in_proj = nn.Linear(d, (4 if dense else 2) * d + (self.heads if self.delta else 0), bias=False)
         self.conv = ShortConv((3 if dense else 1) * d, config.conv_width, config.causal)
         self.sparse = None if dense else SparseBKCore(config, self.heads)
         self.qk_proj = None if dense else nn.Linear(d, 2 * d, bias=False)  # at kept sites only
@@ -178,23 +198,24 @@ class PropagatorMixer(Mixer):
     ) -> tuple[Tensor, MixerState, list[Record]]:
         past = self._past(state, mask)
         sparsity, records = _decide(self.sparse, x, mask)
-        a, z = self.energies(x)
-        u, gate = self.in_proj(x).split([self.conv.channels, x.shape[-1]], dim=-1)
+        chain, exact = self.energies(x), torch.promote_types(x.dtype, torch.float32)
+        channels = self.conv.channels
+        u, gate, strength = self.in_proj(x).tensor_split([channels, channels + x.shape[-1]], dim=-1)
         before = past.conv if self.pieces is None else self.pieces.inputs(u, self.conv.width - 1)
         u, conv = self.conv(u, before, mask)
         if sparsity is None or self.qk_proj is None:
-            q, k, v = self._heads(u, a.dtype)
+            qk, v = u.tensor_split([2 * x.shape[-1]], dim=-1)
         else:
-            (v,) = self._heads(u, a.dtype)
-            q, k = self._heads(self.qk_proj(sparsity.sites.pack(x)), a.dtype)
-        q = q / math.sqrt(self.width)
-        entering = past.core if self.pieces is None else self.pieces.state(k, v, a, z)
+            qk, v = self.qk_proj(sparsity.sites.pack(x)), u
+        q, k, write = self._read_and_write(qk.to(exact), strength.to(exact))
+        v = F.silu(v).to(exact).unflatten(-1, (self.heads, self.width))
+        entering = past.core if self.pieces is None else self.pieces.state(k, v, *chain, write=write)
         y, core = propagate(
             q,
             k,
             v,
-            a,
-            z,
+            *chain,
+            write=write,
             state=entering,  # type: ignore[arg-type]
             mask=mask,
             causal=self.causal,
@@ -203,9 +224,14 @@ class PropagatorMixer(Mixer):
         y = self.norm(y.to(x.dtype)).flatten(-2) * F.silu(gate)
         return self.out_proj(y), MixerState(conv, core), records
 
-    def _heads(self, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Split u (B, N, n D) into n tensors (B, N, H, K)."""
-        return F.silu(u).to(dtype).unflatten(-1, (-1, self.heads, self.width)).unbind(2)
+    def _read_and_write(self, qk: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return q and k (B, N, H, K), and with the delta rule the strengths (B, N, H) at which sites write."""
+        q, k = (qk if self.delta else F.silu(qk)).unflatten(-1, (2, self.heads, self.width)).unbind(-3)
+        if not self.delta:
+            return q / math.sqrt(self.width), k, None
+        # |k|^2 is the width, so with a strength of 1 / width the chain returns the new value. The length of q does not
+        # matter, because y is normalized.
+        return q, F.layer_norm(k, (self.width,)), strength.sigmoid() / self.width
 
 
 class DiagonalMixer(Mixer):
@@ -217,8 +243,8 @@ class DiagonalMixer(Mixer):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, heads, self.causal = config.d_model, config.heads, config.causal
-        self.energies = Energies(d, heads, config.energy)
-        features = heads * (2 if config.energy == "complex" else 1)
+        self.energies = Energies(config)
+        features = heads * (2 if config.chains == "complex" else 1)
         self.in_proj = nn.Linear(d, 2 * d, bias=False)
         self.conv = ShortConv(d, config.conv_width, config.causal)
         self.norm = Norm(features)
@@ -235,7 +261,8 @@ class DiagonalMixer(Mixer):
         before = past.conv if self.pieces is None else self.pieces.inputs(u, self.conv.width - 1)
         u, conv = self.conv(u, before, mask)
         u = F.silu(u)
-        a, z = self.energies(u)
+        a, z, _ = self.energies(u)
+        assert a is not None  # bonds have no Green's function to read
         if self.causal:
             entering = past.core if self.pieces is None else self.pieces.green(a, z)
             g, core = left_green(a, z, state=entering, mask=mask, sparsity=sparsity)  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ class PropagatorState(NamedTuple):
 
     Attributes:
         g: (B, H) left Green's function of the last site, complex if the chain is.
-        s: (B, H, K, V) float, ``sum_s P_ts k_s v_s^T``. In a complex chain rows 2i and 2i + 1 are the real and the
-            imaginary part of one row.
+        s: (B, H, K, V) float, ``sum_s P_ts k_s v_s^T``, or of D and ``write e`` in place of P and v with the delta
+            rule. In a complex chain rows 2i and 2i + 1 are the real and the imaginary part of one row.
     """
 
     g: Tensor
@@ -52,7 +52,8 @@ class Sparsity:
             keeping the site is worth; a 0 gets no gradient.
         fill: (H,) float, factor by which the output of the last kept site fades at each site left out, on top of the
             decay of the chain there.
-        own: (H,) float, weight of ``g_t v_t`` in the output of a site left out. Diagonals, which have no v, ignore it.
+        own: (H,) float, weight of ``g_t v_t`` in the output of a site left out, or of ``|g_t| write_t v_t`` with the
+            delta rule. Diagonals, which have no v, ignore it.
         tile: packed lengths are rounded up to a multiple of it.
         bound: number of kept sites of a row that packed tensors hold; more raise an error. Default: that of the row
             with most kept sites.
@@ -85,9 +86,11 @@ class Chain:
         d: (B, N, H) real or complex, the diagonal ``a - z``.
         links: (B, N, H) float, hopping between sites t - 1 and t.
         w: (B, N, H) float, squared hopping.
-        g: (B, H) like d, left Green's function of the site before the first; 0 where the chain begins.
+        g: (B, H) like d, left Green's function of the site before the first; 0 where the chain begins, -1 at the edge
+            of the spectrum.
         mask: (B, N) bool, False at padding; None if there is no padding.
         sparsity: sites to keep; None for all.
+        at_edge: True: the chain is given by its hopping, and its left Green's function is -1 at all sites.
     """
 
     d: Tensor
@@ -96,6 +99,7 @@ class Chain:
     g: Tensor
     mask: Tensor | None
     sparsity: Sparsity | None
+    at_edge: bool = False
 
     @property
     def kept(self) -> Tensor | None:
@@ -107,26 +111,32 @@ _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}  # 
 
 
 def check_chain(
-    a: Tensor,
+    a: Tensor | None,
     z: Tensor | complex,
     hop: Tensor | None = None,
     g: Tensor | None = None,
     mask: Tensor | None = None,
     sparsity: Sparsity | None = None,
 ) -> Chain:
-    """Return the chain, or raise if inputs do not fit; g is the incoming state, the rest is as in :func:`left_green`.
+    """Return the chain, or raise if inputs do not fit.
+
+    g is the incoming state. The rest is as in :func:`left_green`, and a may be None as in :func:`propagate`.
 
     Raises:
         ValueError: a shape does not fit, or a gate is neither 0 nor 1, or it is 1 at padding.
         TypeError: a dtype or a device does not fit.
     """
+    name, at_edge = ("hop", True) if a is None else ("a", False)
+    a = hop if a is None else a
+    if a is None:
+        raise ValueError("hop: got None for a chain without a, expected shape (B, N, H)")
     if a.dim() != 3:
-        raise ValueError(f"a: expected shape (B, N, H), got {tuple(a.shape)}")
+        raise ValueError(f"{name}: expected shape (B, N, H), got {tuple(a.shape)}")
     if a.shape[1] == 0:
-        raise ValueError("a: the chain is empty (N = 0); at least one site is needed")
+        raise ValueError(f"{name}: the chain is empty (N = 0); at least one site is needed")
     if a.dtype not in _COMPLEX:
-        raise TypeError(f"a: expected float32 or float64 (the recurrence needs that precision), got {a.dtype}")
-    d = a - z
+        raise TypeError(f"{name}: expected float32 or float64 (the recurrence needs that precision), got {a.dtype}")
+    d = -1 - a * a if at_edge else a - z
     if d.dtype not in (a.dtype, _COMPLEX[a.dtype]):
         raise TypeError(f"z: expected {a.dtype} or {_COMPLEX[a.dtype]} to go with a, got {z.dtype}")  # type: ignore[union-attr]
     if hop is not None:
@@ -139,15 +149,21 @@ def check_chain(
         _expect("sparsity.own", sparsity.own, a.shape[2:], a)
         _check_gate(sparsity.gate, mask)
     if g is None:
-        g = d.new_zeros(d.shape[0], d.shape[2])
+        g = d.new_full((d.shape[0], d.shape[2]), -1.0 if at_edge else 0.0)
     else:
         _expect("state", g, (d.shape[0], d.shape[2]), d)
     links = torch.ones_like(a) if hop is None else hop
-    return Chain(d, links, links if hop is None else hop * hop, g, mask, sparsity)
+    return Chain(d, links, links if hop is None else hop * hop, g, mask, sparsity, at_edge)
 
 
 def check_qkv(
-    chain: Chain, q: Tensor, k: Tensor, v: Tensor, state: PropagatorState | SparseState | None, causal: bool
+    chain: Chain,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    write: Tensor | None,
+    state: PropagatorState | SparseState | None,
+    causal: bool,
 ) -> None:
     """Raise if the other inputs of :func:`propagate` do not fit the chain.
 
@@ -163,6 +179,13 @@ def check_qkv(
     keys, values = q.shape[-1], v.shape[-1]
     if chain.d.is_complex() and keys % 2:
         raise ValueError(f"q: a complex chain pairs key channels, so K must be even, got {keys}")
+    if chain.at_edge and not causal:
+        raise ValueError("a: got None for a bidirectional chain, expected shape (B, N, H)")
+    if write is not None:
+        _expect("write", write, chain.links.shape, chain.links)
+        if chain.d.is_complex() or not causal:
+            kind = "complex" if chain.d.is_complex() else "bidirectional"
+            raise ValueError(f"write: got one for a {kind} chain, allowed in causal real chains; leave it out")
     if state is None:
         return
     if not causal:

@@ -16,7 +16,7 @@ SCAN_CHUNK = 32
 TINY_DECAY = 1e-30  # a decay nearer to 0 is replaced by it, so that it has a logarithm
 
 
-def _chunks(x_BN: Tensor, chunk: int, value: float) -> Tensor:
+def chunks(x_BN: Tensor, chunk: int, value: float = 0.0) -> Tensor:
     """(B, N, ...) -> (B, M, C, ...), N padded with `value` to whole chunks."""
     padding = -x_BN.shape[1] % chunk
     if padding:
@@ -26,7 +26,7 @@ def _chunks(x_BN: Tensor, chunk: int, value: float) -> Tensor:
 
 def _fold(x_BN: Tensor, chunk: int, value: float = 0.0) -> Tensor:
     """(B, N, ...) -> (C, B, M, ...)."""
-    return _chunks(x_BN, chunk, value).movedim(2, 0).contiguous()
+    return chunks(x_BN, chunk, value).movedim(2, 0).contiguous()
 
 
 def _unfold(x_CBM: Tensor, length: int) -> Tensor:
@@ -124,7 +124,7 @@ class _ScanChunks:
         chunk = min(SCAN_CHUNK, max(1, q.shape[1]))
 
         def fold(x: Tensor, value: float = 0.0) -> Tensor:
-            return _chunks(x, chunk, value).movedim(3, 1)
+            return chunks(x, chunk, value).movedim(3, 1)
 
         self.fold = fold
         self.q, self.k, self.v = (fold(x).contiguous() for x in (q, k, v))
@@ -150,6 +150,36 @@ class _ScanChunks:
             states[:, :, m] = s
             s = torch.addcmul(local[:, :, m], whole[:, :, m], s)
         return states, s
+
+    def overlaps(self) -> Tensor:
+        """Return (B, H, M, C, C): 1 on the diagonal; for s < t, what a write of 1 at s returns for the key of t."""
+        below = (self.k @ self.k.mT).mul_(self.decay).mul_(self.beta.unsqueeze(-2)).tril_(-1)
+        below.diagonal(dim1=-2, dim2=-1).fill_(1)
+        return below
+
+    def through_states(self, dy: Tensor, states: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the parts of dq, from the entering states, and of dk, from the gradients of the leaving ones."""
+        from_state = (dy @ states.mT).mul_(self.since.unsqueeze(-1))
+        return from_state, (self.u @ leaving.mT).mul_(self.until.unsqueeze(-1))
+
+    def flow(self, straddling: Tensor, entered: Tensor, left: Tensor, states: Tensor, leaving: Tensor) -> Tensor:
+        """Return the gradient of alpha, (B, H, M, C).
+
+        alpha_t is a factor of every pair (reader at t or later, writer before t) and of every path across t. All terms
+        of the sum contain it, so the division by alpha_t at the end is safe however small alpha_t is.
+
+        Args:
+            straddling: (B, H, M, C, C), contribution of each reader t and writer s < t; what is at s = t is ignored.
+            entered: (B, H, M, C), contribution of each reader of the entering state.
+            left: (B, H, M, C), contribution of each writer to the leaving state.
+            states, leaving: (B, H, M, K, V), the entering state, and the gradient of the leaving one.
+        """
+        readers = self.past[:, 1:]
+        flow = F.pad((straddling.cumsum(-1)[..., :-1] * readers).sum(-2), (1, 0))
+        flow += _reverse_cumsum(entered)
+        flow += F.pad(left[..., :-1].cumsum(-1), (1, 0))
+        flow += self.since[..., -1:] * (states * leaving).sum((-1, -2)).unsqueeze(-1)
+        return flow / self.alpha
 
 
 def _flat(x_BHMC: Tensor, length: int) -> Tensor:
@@ -177,39 +207,82 @@ def scan_backward(
     """Return the gradients of q, k, v, alpha, beta and s0 (README, section 3)."""
     c = _ScanChunks(q, k, v, alpha, beta)
     dy = c.fold(grad_y).contiguous()
-    since, until = c.since.unsqueeze(-1), c.until.unsqueeze(-1)
     # The gradient of the state that leaves each chunk, last chunk first.
-    local = (c.q * since).mT @ dy
+    local = (c.q * c.since.unsqueeze(-1)).mT @ dy
     whole = c.since[..., -1, None, None]
     leaving, r = torch.empty_like(local), grad_last
     for m in range(local.shape[2] - 1, -1, -1):
         leaving[:, :, m] = r
         r = torch.addcmul(local[:, :, m], whole[:, :, m], r)
-    scores = (c.q @ c.k.mT).mul_(c.decay)
-    dscores = dy @ c.u.mT
+    scores, dscores = (c.q @ c.k.mT).mul_(c.decay), dy @ c.u.mT
     weights = dscores.mul(c.decay)
-    from_state = (dy @ states.mT).mul_(since)
+    from_state, u_leaving = c.through_states(dy, states, leaving)
     dq = (weights @ c.k).add_(from_state)
-    u_leaving = (c.u @ leaving.mT).mul_(until)
     dk = (weights.mT @ c.q).add_(u_leaving)
-    du = (scores.mT @ dy).add_((c.k @ leaving).mul_(until))
-    # alpha_t is a factor of every pair (reader at t or later, writer before t) and of every path across t. All terms of
-    # the sum contain it, so the division by alpha_t at the end is safe however small alpha_t is.
-    straddling = scores.mul_(dscores).cumsum(-1)[..., :-1]
-    readers = c.past[:, 1:]
-    flow = F.pad((straddling * readers).sum(-2), (1, 0))
-    flow += _reverse_cumsum((c.q * from_state).sum(-1))
-    flow += F.pad((c.k * u_leaving).sum(-1)[..., :-1].cumsum(-1), (1, 0))
-    flow += c.since[..., -1:] * (states * leaving).sum((-1, -2)).unsqueeze(-1)
-    length = q.shape[1]
-    return (
-        _flat(dq, length),
-        _flat(dk, length),
-        _flat(du * c.beta.unsqueeze(-1), length),
-        _flat(flow / c.alpha, length),
-        _flat((du * c.v).sum(-1), length),
-        r,
-    )
+    du = (scores.mT @ dy).add_((c.k @ leaving).mul_(c.until.unsqueeze(-1)))
+    flow = c.flow(scores.mul_(dscores), (c.q * from_state).sum(-1), (c.k * u_leaving).sum(-1), states, leaving)
+    dv, dbeta = du * c.beta.unsqueeze(-1), (du * c.v).sum(-1)
+    dq, dk, dv, flow, dbeta = (_flat(x, q.shape[1]) for x in (dq, dk, dv, flow, dbeta))
+    return dq, dk, dv, flow, dbeta, r
+
+
+def delta_scan_forward(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute ``S_t = alpha_t S_{t-1} + beta_t k_t e_t^T`` with ``e_t = v_t - alpha_t k_t S_{t-1}``, ``y_t = q_t S_t``.
+
+    Shapes as in ``delta.delta_scan``.
+
+    Returns:
+        y (B, N, H, V), the last S (B, H, K, V), the S that enters each chunk (B, H, M, K, V), and e (B, N, H, V).
+    """
+    c = _ScanChunks(q, k, v, alpha, beta)
+    matrix, reader = c.overlaps(), c.k * c.since.unsqueeze(-1)
+    solved = torch.linalg.solve_triangular(matrix, torch.cat([c.v, reader], dim=-1), upper=False)
+    alone, response = solved.split([v.shape[-1], k.shape[-1]], dim=-1)  # e = alone - response S, S the entering state
+    writer = (c.k * (c.until * c.beta).unsqueeze(-1)).mT
+    whole = c.since[..., -1, None, None]
+    states, error, s = s0.new_empty(*writer.shape[:-1], v.shape[-1]), torch.empty_like(c.v), s0
+    for m in range(writer.shape[2]):
+        states[:, :, m] = s
+        error[:, :, m] = alone[:, :, m] - response[:, :, m] @ s
+        s = torch.addcmul(writer[:, :, m] @ error[:, :, m], whole[:, :, m], s)
+    y = ((c.q @ c.k.mT).mul_(c.decay) @ (error * c.beta.unsqueeze(-1))).add_((c.q @ states).mul_(c.since.unsqueeze(-1)))
+    return _flat(y, q.shape[1]), s, states, _flat(error, q.shape[1])
+
+
+def delta_scan_backward(
+    grad_y: Tensor, grad_last: Tensor, q: Tensor, k: Tensor, alpha: Tensor, beta: Tensor, states: Tensor, error: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, alpha, beta and s0 (README, section 4)."""
+    c = _ScanChunks(q, k, error, alpha, beta)
+    dy, since, until = c.fold(grad_y).contiguous(), c.since.unsqueeze(-1), c.until.unsqueeze(-1)
+    scores = (c.q @ c.k.mT).mul_(c.decay)
+    written = torch.cat([scores.mT @ dy, c.k * until], dim=-1).mul_(c.beta.unsqueeze(-1))
+    solved = torch.linalg.solve_triangular(c.overlaps().mT, written, upper=True)
+    alone, response = solved.split([dy.shape[-1], k.shape[-1]], dim=-1)  # de = alone + response R
+    local, reader = (c.q * since).mT @ dy, (c.k * since).mT
+    whole = c.since[..., -1, None, None]
+    leaving, de, r = torch.empty_like(local), torch.empty_like(dy), grad_last
+    for m in range(local.shape[2] - 1, -1, -1):
+        leaving[:, :, m] = r
+        de[:, :, m] = alone[:, :, m] + response[:, :, m] @ r
+        r = torch.addcmul(local[:, :, m] - reader[:, :, m] @ de[:, :, m], whole[:, :, m], r)
+    # Two readers of one chain: q with the gradient dy, and before each site writes, k with the gradient -de.
+    before = c.decay.tril(-1)
+    overlaps = (c.k @ c.k.mT).mul_(before)
+    dscores, doverlaps = dy @ c.u.mT, (de @ c.u.mT).neg_()
+    weights, own_weights = dscores.mul(c.decay), doverlaps.mul(before)
+    from_state, u_leaving = c.through_states(dy, states, leaving)
+    own_from_state = (de @ states.mT).mul_(since).neg_()
+    dq = (weights @ c.k).add_(from_state)
+    dk = weights.mT @ c.q + (own_weights + own_weights.mT) @ c.k + u_leaving + own_from_state
+    du = scores.mT @ dy - overlaps.mT @ de + (c.k @ leaving) * until
+    straddling = scores.mul_(dscores).addcmul_(overlaps, doverlaps)
+    entered = (c.q * from_state + c.k * own_from_state).sum(-1)
+    flow = c.flow(straddling, entered, (c.k * u_leaving).sum(-1), states, leaving)
+    dq, dk, dv, flow, dbeta = (_flat(x, q.shape[1]) for x in (dq, dk, de, flow, (du * c.v).sum(-1)))
+    return dq, dk, dv, flow, dbeta, r
 
 
 def _reverse_cumsum(x: Tensor) -> Tensor:

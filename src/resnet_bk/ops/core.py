@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.ops.chain import Chain, PropagatorState, SparseState, Sparsity, check_chain, check_qkv
+from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.kernels import green, scan
 from resnet_bk.ops.sparse import sparse_scan
 
@@ -75,10 +76,11 @@ def propagate(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    a: Tensor,
+    a: Tensor | None,
     z: Tensor | complex,
     hop: Tensor | None = None,
     *,
+    write: Tensor | None = None,
     state: PropagatorState | SparseState | None = None,
     mask: Tensor | None = None,
     causal: bool = True,
@@ -91,9 +93,16 @@ def propagate(
             ``naive.py``). In sparse chains (B, M, H, K): the kept sites only, packed by ``sparsity.sites``.
         k: as q.
         v: (B, N, H, V) like a in dtype.
-        a: as in :func:`left_green`.
-        z: as in :func:`left_green`.
-        hop: as in :func:`left_green`.
+        a: as in :func:`left_green`. None in causal chains that are given by their hopping. Then
+            ``a_t - z = -(1 + hop_t^2)``, the edge of the spectrum, and the chain goes on to the left of its first site
+            with g = -1. So g is -1 at all sites, without a recurrence, and ``P_ts = -prod_{s<j<=t} hop_j``.
+        z: as in :func:`left_green`; ignored without a.
+        hop: as in :func:`left_green`; needed without a.
+        write: (B, N, H) like a, strength of the delta rule, in causal real chains. Sites then write ``write_t e_t`` in
+            place of v_t, where ``e_t = v_t - sum_{s<t} D_ts <k_t, k_s> write_s e_s`` is the part of v_t that the chain
+            does not return for k_t yet, and ``y_t = sum_s D_ts <q_t, k_s> write_s e_s``. The weights are
+            ``D_ts = P_ts sign(g_s)``, which is ``|P_ts|`` where ``-hop_t g_t`` is positive everywhere. The state does
+            not grow where ``|hop_t g_t| <= 1`` and ``0 <= |g_t| write_t |k_t|^2 <= 2``. Default: sites write v_t.
         state: state before the first site, as returned by an earlier call. Default: no site before.
         mask: as in :func:`left_green`.
         causal: True: ``P_ts = [(H_{1..t} - z)^-1]_ts`` for s <= t. This matrix is 1-semiseparable,
@@ -109,9 +118,9 @@ def propagate(
         TypeError: a dtype or a device does not fit. Raised before the recurrence runs.
     """
     chain = check_chain(a, z, hop, None if state is None else state.g, mask, sparsity)
-    check_qkv(chain, q, k, v, state, causal)
+    check_qkv(chain, q, k, v, write, state, causal)
     before = _no_past(q, v, sparsity) if state is None else tuple(state[1:])
-    y, after = (_causal if causal else _bidirectional)(q, k, v, chain, before)
+    y, after = _causal(q, k, v, write, chain, before) if causal else _bidirectional(q, k, v, chain, before)
     if mask is not None:
         y = y.masked_fill(~mask[:, :, None, None], 0)
     return y, after
@@ -124,11 +133,19 @@ def _no_past(q: Tensor, v: Tensor, sparsity: Sparsity | None) -> tuple[Tensor, .
     return (s,) if sparsity is None else (s, v.new_zeros(batch, heads, values))
 
 
+def left(chain: Chain) -> Tensor:
+    """Return the left Green's function of a chain, (B, N, H)."""
+    return torch.full_like(chain.d, -1) if chain.at_edge else green(chain.d, chain.w, chain.g, chain.mask)
+
+
 def _causal(
-    q: Tensor, k: Tensor, v: Tensor, chain: Chain, before: tuple[Tensor, ...]
+    q: Tensor, k: Tensor, v: Tensor, write: Tensor | None, chain: Chain, before: tuple[Tensor, ...]
 ) -> tuple[Tensor, PropagatorState | SparseState]:
-    g = green(chain.d, chain.w, chain.g, chain.mask)
-    y, after = _Semiseparable(-chain.links * g, g, None, chain.mask, chain.sparsity).apply(q, k, v, before)
+    g = left(chain)
+    # What the chain returns for a key is subtracted from v, so the weight of a site's own key must be positive.
+    weight = g if write is None else g.abs() * write
+    matrix = _Semiseparable(-chain.links * g, weight, None, chain.mask, chain.sparsity, delta=write is not None)
+    y, after = matrix.apply(q, k, v, before)
     return y, PropagatorState(g[:, -1], *after) if chain.sparsity is None else SparseState(g[:, -1], *after)
 
 
@@ -213,6 +230,7 @@ class _Semiseparable:
         scale: (B, N, H), real or complex as alpha; None for 1.
         mask: (B, N) bool, False at padding; None if there is no padding.
         sparsity: sites to keep; None for all.
+        delta: sites write errors in place of values, see :func:`resnet_bk.ops.delta.delta_scan`; real chains only.
     """
 
     alpha: Tensor
@@ -220,6 +238,7 @@ class _Semiseparable:
     scale: Tensor | None
     mask: Tensor | None
     sparsity: Sparsity | None
+    delta: bool = False
 
     def apply(self, q: Tensor, k: Tensor, v: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return ``y_t = Re sum_s P_ts <q_t, k_s> v_s``, and S (and r of sparse chains) after the last site.
@@ -256,11 +275,11 @@ class _Semiseparable:
     ) -> tuple[Tensor, ...]:
         """Run the dense or the sparse scan, all real: y, S, and r of sparse chains."""
         if self.sparsity is None:
-            return scan(q, k, v, alpha, beta, *before)
+            return delta_scan(q, k, v, alpha, beta, *before)[:2] if self.delta else scan(q, k, v, alpha, beta, *before)
         fill, own, gate = self.sparsity.fill, self.sparsity.own, self.sparsity.gate
         if self.mask is not None:
             fill = torch.where(self.mask.unsqueeze(-1), fill, 1.0)
-        return sparse_scan(q, k, v, alpha, beta, fill * alpha, own * beta, gate, *before)
+        return sparse_scan(q, k, v, alpha, beta, fill * alpha, own * beta, gate, *before, delta=self.delta)
 
 
 def _without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:

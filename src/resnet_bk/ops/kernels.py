@@ -5,8 +5,8 @@
 
 :func:`green` and :func:`scan` call the operators. A single step, as in decoding, they compute in a few torch calls.
 
-A backend is a module with the functions ``green_forward``, ``green_backward``, ``scan_forward``, ``scan_backward``,
-``conv_forward`` and ``conv_backward`` of :mod:`resnet_bk.ops.chunked`. It may have ``sparse_scan_forward`` and
+A backend is a module with the eight functions ``green_*``, ``scan_*``, ``delta_scan_*`` and ``conv_*`` of
+:mod:`resnet_bk.ops.chunked`, each ``*_forward`` and ``*_backward``. It may have ``sparse_scan_forward`` and
 ``sparse_scan_backward``, see :mod:`resnet_bk.ops.sparse`. To add a backend, add its row to ``_BACKENDS``.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK sites.
@@ -257,12 +257,19 @@ def _scan_by_steps(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor,
     return torch.stack(out, dim=1), s
 
 
+def given(grad: Tensor | None, like: Tensor) -> Tensor:
+    """Return the gradient of an output, zeros like `like` if none arrived."""
+    return torch.zeros_like(like) if grad is None else grad
+
+
 def _scan_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # zeros for the states would cost a tenth of the backward pass
     ctx.save_for_backward(*inputs, output[2])
 
 
-def _scan_autograd(ctx, grad_y: Tensor, grad_last: Tensor, grad_states: Tensor):
+def _scan_autograd(ctx, grad_y: Tensor | None, grad_last: Tensor | None, grad_states: None):
     *inputs, states = ctx.saved_tensors
+    grad_y, grad_last = given(grad_y, inputs[2]), given(grad_last, inputs[5])
     if torch.is_grad_enabled():
         return differentiable_vjp(_scan_by_steps, tuple(inputs), (grad_y, grad_last))
     q, k, v, alpha, beta, _ = inputs

@@ -47,19 +47,47 @@ def propagator(a_N: Tensor, z: Tensor | complex, hop_N: Tensor, causal: bool = T
     return torch.stack(rows)
 
 
+def written(k_NK: Tensor, v_NV: Tensor, p: Tensor, write_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``D`` (N, N) and what the sites of a real causal chain write with the delta rule, ``write_t e_t`` (N, V).
+
+    ``D_ts = P_ts sign(g_s)`` has a positive diagonal, and ``e_t = v_t - sum_{s<t} D_ts <k_t, k_s> write_s e_s`` is the
+    part of v_t that the chain does not return for k_t yet.
+    """
+    d = p * p.diagonal().sign()
+    returned = ((k_NK.double() @ k_NK.double().mT) * d).tril(-1) * write_N.double()
+    e = torch.linalg.solve_triangular(returned, v_NV.double(), upper=False, unitriangular=True)
+    return d, write_N.double().unsqueeze(-1) * e
+
+
 def propagate(
-    q_NK: Tensor, k_NK: Tensor, v_NV: Tensor, a_N: Tensor, z: Tensor | complex, hop_N: Tensor, causal: bool = True
+    q_NK: Tensor,
+    k_NK: Tensor,
+    v_NV: Tensor,
+    a_N: Tensor,
+    z: Tensor | complex,
+    hop_N: Tensor,
+    causal: bool = True,
+    write_N: Tensor | None = None,
 ) -> Tensor:
     """Return ``y_t = Re sum_s P_ts <q_t, k_s> v_s``, (N, V).
+
+    With `write_N`, the strength of the delta rule, D and ``write_s e_s`` of :func:`written` replace P and v_s.
 
     In a complex chain the K channels of q and k are K/2 complex numbers, ``(q[2i], q[2i+1]) -> q[2i] + i q[2i+1]``, and
     ``<q, k> = sum_i conj(q_i) k_i``. The phase of the propagator then rotates k against q, like a rotary embedding.
     """
-    p = propagator(a_N, z, hop_N, causal)
+    p, v = propagator(a_N, z, hop_N, causal), v_NV.double()
+    if write_N is not None:
+        p, v = written(k_NK, v_NV, p, write_N)
+    return _scores(q_NK, k_NK, p) @ v
+
+
+def _scores(q_NK: Tensor, k_NK: Tensor, p: Tensor) -> Tensor:
+    """Return ``Re P_ts <q_t, k_s>``, (N, N)."""
     q, k = q_NK.double(), k_NK.double()
     if p.is_complex():
         q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
-    return ((q.conj() @ k.mT) * p).real @ v_NV.double()
+    return ((q.conj() @ k.mT) * p).real
 
 
 def sparse_propagate(
@@ -72,11 +100,13 @@ def sparse_propagate(
     keep_N: Tensor,
     fill: Tensor,
     own: Tensor,
+    write_N: Tensor | None = None,
 ) -> Tensor:
-    """Return y of a causal chain with sites left out, (N, V). The sum of :func:`propagate` runs over kept sites only.
+    """Return y of a causal chain with sites left out, (N, V). The sums of :func:`propagate` run over kept sites only.
 
     The output of a site left out is that of the last kept site, multiplied by ``fill (-hop g)`` of each site since,
-    plus ``own g v``. A complex chain takes the magnitudes of ``-hop g`` and g.
+    plus ``own g v``, or ``own |g| write v`` with the delta rule. A complex chain takes the magnitudes of ``-hop g`` and
+    g.
 
     Args:
         q_NK: (N, K).
@@ -88,16 +118,18 @@ def sparse_propagate(
         keep_N: (N,) bool, True at kept sites.
         fill: scalar.
         own: scalar.
+        write_N: (N,), strength of the delta rule; None without it.
     """
-    p = propagator(a_N, z, hop_N)
-    q, k = q_NK.double(), k_NK.double()
-    if p.is_complex():
-        q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
-    read = (((q.conj() @ k.mT) * p).real * keep_N) @ v_NV.double()
+    p, v = propagator(a_N, z, hop_N), v_NV.double()
     g = p.diagonal()
     fade, part = (x.abs() if p.is_complex() else x for x in (-hop_N * g, g))
+    own_v = own * part.unsqueeze(-1) * v
+    if write_N is not None:
+        own_v = own * (g.abs() * write_N).unsqueeze(-1) * v
+        p, v = written(k_NK, v, p, write_N * keep_N)
+    read = (_scores(q_NK, k_NK, p) * keep_N) @ v
     r, out = torch.zeros_like(read[0]), []
     for t, kept in enumerate(keep_N.tolist()):
         r = read[t] if kept else fill * fade[t] * r
-        out.append(r if kept else r + own * part[t] * v_NV[t].double())
+        out.append(r if kept else r + own_v[t])
     return torch.stack(out)

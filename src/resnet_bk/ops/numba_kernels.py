@@ -14,12 +14,15 @@ from numba import prange
 from torch import Tensor
 
 from resnet_bk.ops.chunked import SCAN_CHUNK
+from resnet_bk.ops.numba_delta import delta_scan_backward, delta_scan_forward
 from resnet_bk.ops.numba_jit import arrays, jit
 from resnet_bk.ops.numba_sparse import sparse_scan_backward, sparse_scan_forward
 
 __all__ = [
     "conv_backward",
     "conv_forward",
+    "delta_scan_backward",
+    "delta_scan_forward",
     "green_backward",
     "green_forward",
     "scan_backward",

@@ -1,6 +1,6 @@
 """The sparse scan compiled by numba. A site left out costs O(V) instead of O(K V), and v and y are not packed.
 
-:mod:`resnet_bk.ops.sparse` has the recurrence, README.md, section 4, derives its gradients.
+:mod:`resnet_bk.ops.sparse` has the recurrence, README.md, section 5, derives its gradients.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK kept sites.
 """

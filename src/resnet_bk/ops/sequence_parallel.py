@@ -1,13 +1,15 @@
 """Sequence parallelism: each process holds one piece of a long sequence and computes what enters it from earlier ones.
 
 Three things pass from a piece to the next: g of its last site, the state S, and the last inputs of the short
-convolution. A piece changes g by a Möbius map, and S by a decay and a sum; these maps do not grow with its length. So
-each process computes the map of its own piece, all maps are gathered, and each process composes the maps of the pieces
-before its own. No process waits until another one has computed its piece (README, section 7).
+convolution. A piece changes g by a Möbius map, and S by a decay (a matrix with the delta rule) and a sum; these maps do
+not grow with its length. So each process computes the map of its own piece, all maps are gathered, and each process
+composes the maps of the pieces before its own. No process waits until another one has computed its piece (README,
+section 8).
 
 Dimensions: B batch, N sites of this process's piece, H chains, K key width, V value width, P processes.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from resnet_bk.ops.chain import Chain, PropagatorState, check_chain
+from resnet_bk.ops.chain import Chain, PropagatorState, check_chain, check_qkv
+from resnet_bk.ops.core import left
+from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.kernels import green
 
 
@@ -72,23 +77,33 @@ class Pieces:
         passed = (wg * g).cumprod(1)
         response = (torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], dim=1) * wg).sum(1)
         entering = [chain.g]
-        for r, t, left in self._gather(torch.stack([g[:, -1], passed[:, -1], response]))[:-1]:
-            entering.append(r + entering[-1] * t / (1 - entering[-1] * left))
+        for r, t, back in self._gather(torch.stack([g[:, -1], passed[:, -1], response]))[:-1]:
+            entering.append(r + entering[-1] * t / (1 - entering[-1] * back))
         return self._mine(entering)
 
-    def state(self, k: Tensor, v: Tensor, a: Tensor, z: Tensor | complex, hop: Tensor | None = None) -> PropagatorState:
+    def state(
+        self,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor | None,
+        z: Tensor | complex,
+        hop: Tensor | None = None,
+        *,
+        write: Tensor | None = None,
+    ) -> PropagatorState:
         """Return the state that enters this piece. Arguments as in :func:`resnet_bk.ops.propagate`, without padding."""
         chain = check_chain(a, z, hop)
-        g0 = self._green(chain)
-        g = green(chain.d, chain.w, g0, None)
-        alpha = -g if hop is None else -hop * g
-        until = alpha.flip(1).cumprod(1).flip(1)  # prod_{j>=t} alpha_j
-        after = torch.cat([until[:, 1:], torch.ones_like(until[:, :1])], dim=1)
-        s = torch.einsum("bnhk,bnhv->bhkv", _times(k, after * g), v)
-        decays, states = self._gather(until[:, 0]), self._gather(s)
-        entering = [torch.zeros_like(s)]
-        for decay, s in zip(decays[:-1], states[:-1], strict=True):
-            entering.append(_times(entering[-1].mT, decay.unsqueeze(-1)).mT + s)
+        check_qkv(chain, k, k, v, write, None, causal=True)
+        g0 = chain.g if chain.at_edge else self._green(chain)
+        g = left(dataclasses.replace(chain, g=g0))
+        alpha = -chain.links * g
+        own = _decay_and_sum(k, v, alpha, g) if write is None else _matrix_and_sum(k, v, alpha, g.abs() * write)
+        decays, sums = (self._gather(x) for x in own)
+        entering = [torch.zeros_like(sums[0])]
+        for decay, added in zip(decays[:-1], sums[:-1], strict=True):
+            old = entering[-1]
+            kept = _times(old.mT, decay.unsqueeze(-1)).mT if write is None else decay @ old
+            entering.append(kept + added)
         return PropagatorState(g0, self._mine(entering))
 
     def _gather(self, x: Tensor) -> Tensor:
@@ -104,6 +119,26 @@ class Pieces:
         over all processes, so each must take part.
         """
         return torch.stack(entering)[dist.get_rank(self.group)]
+
+
+def _decay_and_sum(k: Tensor, v: Tensor, alpha: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the decay of S over a piece, (B, H), and what its sites add to S, (B, H, K, V)."""
+    until = alpha.flip(1).cumprod(1).flip(1)  # prod_{j>=t} alpha_j
+    after = torch.cat([until[:, 1:], torch.ones_like(until[:, :1])], dim=1)
+    return until[:, 0], torch.einsum("bnhk,bnhv->bhkv", _times(k, after * weight), v)
+
+
+def _matrix_and_sum(k: Tensor, v: Tensor, alpha: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same of a piece with the delta rule, which multiplies S by a matrix, (B, H, K, K).
+
+    One scan gives both: S enters as ``[1 0]``, K + V columns, and values are ``[0 v]``.
+    """
+    keys = k.shape[-1]
+    identity = torch.eye(keys, dtype=v.dtype, device=v.device).expand(v.shape[0], v.shape[2], keys, keys)
+    entering = F.pad(identity, (0, v.shape[-1]))
+    _, leaving, _ = delta_scan(k, k, F.pad(v, (keys, 0)), alpha, weight, entering)
+    matrix, s = leaving.split([keys, v.shape[-1]], dim=-1)
+    return matrix, s
 
 
 def _times(x: Tensor, c: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from resnet_bk.ops import chunked
-from resnet_bk.ops.chunked import SCAN_CHUNK
+from resnet_bk.ops.chunked import SCAN_CHUNK, chunks
+from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.flops import FILL, FILL_BACKWARD, SCAN, SCAN_BACKWARD
 from resnet_bk.ops.kernels import backend_for, differentiable_vjp, load_backend, preferred_backend, scan
 from resnet_bk.ops.packing import Packing
@@ -28,6 +28,8 @@ def sparse_scan(
     gate: Tensor,
     s0: Tensor,
     r0: Tensor,
+    *,
+    delta: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the scan with gates m (`gate`).
 
@@ -53,6 +55,7 @@ def sparse_scan(
         gate: (B, N), exactly 1 at kept sites, else 0.
         s0: (B, H, K, V), S before the first site.
         r0: (B, H, V), r before the first site.
+        delta: kept sites write ``v_t - alpha_t k_t S_{t-1}`` in place of v_t, and read it of themselves.
 
     Returns:
         y (B, N, H, V), and S (B, H, K, V) and r (B, H, V) after the last site.
@@ -63,14 +66,16 @@ def sparse_scan(
     """
     inputs = (q, k, v, alpha, beta, fade, own, gate, s0, r0)
     if v.shape[1] == 1:
-        return _by_steps(*inputs)
+        return _by_steps(*inputs, delta=delta)
     if q.shape != k.shape:
         raise ValueError(f"k: expected the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
     # On a GPU, reading the gates is a host-device sync.
     can_read_gates = v.device.type == "cpu" and not torch.compiler.is_compiling()
     if can_read_gates and q.shape[1] < (most := max(1, int((gate != 0).sum(1).max()))):  # or a kernel reads beyond them
         raise ValueError(f"q and k: expected at least {most} sites (1, or those of the fullest row), got {q.shape[1]}")
-    return sparse_scan_op(*inputs)[:3] if _has_sparse_kernel(v.device.type) else _on_packed_sites(*inputs)
+    if delta or not _has_sparse_kernel(v.device.type):
+        return _on_packed_sites(*inputs, delta=delta)
+    return sparse_scan_op(*inputs)[:3]
 
 
 @torch.compiler.assume_constant_result
@@ -79,7 +84,7 @@ def _has_sparse_kernel(device_type: str) -> bool:
     return hasattr(load_backend(preferred_backend(device_type)), "sparse_scan_forward")
 
 
-def _by_steps(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_steps(*inputs: Tensor, delta: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence under autograd, for single steps and for second derivatives."""
     q, k, v, alpha, beta, fade, own, gate, s0, r0 = inputs
     keep = gate > 0
@@ -88,8 +93,9 @@ def _by_steps(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s, r, out = s0, r0, []
     for t in range(v.shape[1]):
         q_t, k_t = (torch.where(keep[:, t, None, None], x[row, index[:, t]], 0) for x in (q, k))
-        new = beta[:, t].unsqueeze(-1) * v[:, t]
         s = alpha[:, t, :, None, None] * s
+        error = v[:, t] - (k_t.unsqueeze(-2) @ s).squeeze(-2) if delta else v[:, t]
+        new = beta[:, t].unsqueeze(-1) * error
         read = (q_t.unsqueeze(-2) @ s).squeeze(-2) + (q_t * k_t).sum(-1, keepdim=True) * new
         s = s + k_t.unsqueeze(-1) * (m[:, t] * new).unsqueeze(-2)
         r = (1 - m[:, t]) * fade[:, t].unsqueeze(-1) * r + m[:, t] * read
@@ -97,8 +103,8 @@ def _by_steps(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(out, dim=1), s, r
 
 
-def _on_packed_sites(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the dense scan on the kept sites, packed, for backends without a sparse kernel."""
+def _on_packed_sites(*inputs: Tensor, delta: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the dense scan on the kept sites, packed: with the delta rule, and for backends without a sparse kernel."""
     q, k, v, alpha, beta, fade, own, gate, s0, r0 = inputs
     keep = gate > 0
     packing = Packing(keep, bound=q.shape[1])
@@ -112,48 +118,36 @@ def _on_packed_sites(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     trailing = decay[torch.arange(len(alpha), device=alpha.device), packing.counts]
     m = packing.pack(gate).unsqueeze(-1)
     beta_ = torch.where(site, packing.pack(beta), 0)
-    read, s = scan(q, k, v_, torch.where(site, decay[:, :-1], 1), m * beta_, s0)
+    decay = torch.where(site, decay[:, :-1], 1)
+    read, s, *error = (delta_scan if delta else scan)(q, k, v_, decay, m * beta_, s0)
     # The scan has read m beta <q, k> v, the formula has beta <q, k> v. At m = 1 the difference is 0 but has a gradient.
-    read = read + ((1 - m) * beta_ * (q * k).sum(-1)).unsqueeze(-1) * v_
+    read = read + ((1 - m) * beta_ * (q * k).sum(-1)).unsqueeze(-1) * (error[0] if delta else v_)
     rest = (1 - torch.where(keep, gate, 0)).unsqueeze(-1)  # gates of 0 get no gradient
-    r = _Carry.apply((rest * fade).unsqueeze(-1), packing.merge(m.unsqueeze(-1) * read), r0)
+    r = _carry((rest * fade).unsqueeze(-1), packing.merge(m.unsqueeze(-1) * read), r0)
     return r + (rest * own).unsqueeze(-1) * v, s * trailing[..., None, None], r[:, -1]
 
 
-class _Carry(torch.autograd.Function):
-    """Compute ``r_t = fade_t r_{t-1} + new_t`` along dimension 1.
+def _carry(fade: Tensor, new: Tensor, r0: Tensor) -> Tensor:
+    """Compute ``r_t = fade_t r_{t-1} + new_t`` along dimension 1, (B, N, H, V).
 
-    It uses products and sums only. Here fade stands for (1 - m) fade, which is exactly 0 at kept sites, and the dense
-    scan would take its logarithm.
+    Only products and sums are used: fade stands for (1 - m) fade, which is exactly 0 at kept sites, and the dense scan
+    would take its logarithm. Chunks are counted from the first site, so the rounding of a site does not depend on N.
 
-    fade: (B, N, H, 1), new: (B, N, H, V), r0: (B, H, V).
+    Args:
+        fade: (B, N, H, 1).
+        new: (B, N, H, V).
+        r0: (B, H, V), r before the first site.
     """
-
-    @staticmethod
-    def forward(ctx, fade: Tensor, new: Tensor, r0: Tensor) -> Tensor:
-        first = torch.cat([new[:, :1] + fade[:, :1] * r0.unsqueeze(1), new[:, 1:]], dim=1)
-        # adjoint_recurrence computes y_t = x_t + u_{t+1} y_{t+1} from the last site to the first, so all is flipped.
-        later = torch.cat([torch.zeros_like(fade[:, :1]), fade.flip(1)[:, :-1]], dim=1)
-        r = chunked.adjoint_recurrence(first.flip(1), later.expand(new.shape)).flip(1)
-        ctx.save_for_backward(fade, new, r0, r)
-        return r
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        fade, new, r0, r = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return differentiable_vjp(_carry_by_steps, (fade, new, r0), (grad,))
-        dnew = chunked.adjoint_recurrence(grad, fade.expand(new.shape))
-        before = torch.cat([r0.unsqueeze(1), r[:, :-1]], dim=1)
-        return (dnew * before).sum(-1, keepdim=True), dnew, fade[:, 0] * dnew[:, 0]
-
-
-def _carry_by_steps(fade: Tensor, new: Tensor, r0: Tensor) -> tuple[Tensor]:
-    r, out = r0, []
-    for t in range(new.shape[1]):
-        r = fade[:, t] * r + new[:, t]
-        out.append(r)
-    return (torch.stack(out, dim=1),)
+    fades, news = (chunks(x, SCAN_CHUNK).unbind(2) for x in (fade, new))  # SCAN_CHUNK tensors (B, chunks, H, ...)
+    parts, products = [news[0]], [fades[0]]
+    for here, added in zip(fades[1:], news[1:], strict=True):
+        parts.append(here * parts[-1] + added)
+        products.append(here * products[-1])
+    entering = [r0]
+    for part, product in zip(parts[-1].unbind(1)[:-1], products[-1].unbind(1)[:-1], strict=True):
+        entering.append(product * entering[-1] + part)
+    before = torch.stack(entering, 1).unsqueeze(2)
+    return (torch.stack(products, 2) * before + torch.stack(parts, 2)).flatten(1, 2)[:, : new.shape[1]]
 
 
 @torch.library.custom_op("resnet_bk::sparse_scan", mutates_args=())

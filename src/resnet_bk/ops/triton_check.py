@@ -57,6 +57,10 @@ def _outputs(kernels: ModuleType, dtype: torch.dtype, device: torch.device) -> d
         found[name] = (g, *kernels.green_backward(g, g, w, d[:, 0], mask))
     y, last, states = kernels.scan_forward(q, k, v, alpha, beta, s0)
     found["scan"] = (y, last, *kernels.scan_backward(y, last, q, k, v, alpha, beta, states))
+    k = torch.nn.functional.normalize(k, dim=-1)  # or the delta rule is not stable
+    y, last, states, error = kernels.delta_scan_forward(q, k, v, alpha, beta, s0)
+    gradients = kernels.delta_scan_backward(y, last, q, k, alpha, beta, states, error)
+    found["delta_scan"] = (y, last, error, *gradients)
     y = kernels.conv_forward(x, taps)
     found["convolution"] = (y, *kernels.conv_backward(y, x, taps))
     return found

@@ -1,4 +1,4 @@
-"""The Green's function in Triton, in chunks of about sqrt(N) sites, one lane for each chunk (README, sections 2 and 6).
+"""The Green's function in Triton, in chunks of about sqrt(N) sites, one lane for each chunk (README, sections 2 and 7).
 
 A complex number is a pair in memory and two tensors in a kernel. With real numbers the second tensor is unused, and the
 compiler removes it.

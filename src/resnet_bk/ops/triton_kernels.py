@@ -16,10 +16,20 @@ from pathlib import Path
 from triton import knobs
 
 from resnet_bk.ops.triton_conv import conv_backward, conv_forward
+from resnet_bk.ops.triton_delta import delta_scan_backward, delta_scan_forward
 from resnet_bk.ops.triton_green import green_backward, green_forward
 from resnet_bk.ops.triton_scan import scan_backward, scan_forward
 
-__all__ = ["conv_backward", "conv_forward", "green_backward", "green_forward", "scan_backward", "scan_forward"]
+__all__ = [
+    "conv_backward",
+    "conv_forward",
+    "delta_scan_backward",
+    "delta_scan_forward",
+    "green_backward",
+    "green_forward",
+    "scan_backward",
+    "scan_forward",
+]
 
 
 def _is_writable(folder: Path) -> bool:

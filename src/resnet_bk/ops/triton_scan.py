@@ -1,4 +1,4 @@
-"""The gated scan in Triton, in chunks of SCAN_CHUNK sites as products on tensor cores (README, sections 3 and 6).
+"""The gated scan in Triton, in chunks of SCAN_CHUNK sites as products on tensor cores (README, sections 3 and 7).
 
 One kernel carries a block of the state from chunk to chunk and stores the state that enters each chunk. Another one
 computes outputs or gradients from these states, all chunks in parallel. Too few chains to fill a GPU are cut into
@@ -35,6 +35,7 @@ from resnet_bk.ops.triton_tiles import (
     first_of,
     in_state,
     per_site,
+    piece_of_program,
     state_block,
     store_tile,
     through_sites,
@@ -44,14 +45,6 @@ from resnet_bk.ops.triton_tiles import (
 PROGRAMS = 512  # chains are cut into segments to get so many programs: about four for each of an H100's 132 processors
 STAGES = 3  # chunks loaded ahead of the one that is added to the state
 BLOCK = 32  # of K and V in a product: with three products of TF32, both halves of its operands must fit in registers
-
-
-@triton.jit
-def _piece_of_program(heads, pieces):
-    """Return row, head, piece (chunk or segment) and chain of this program. Heads vary fastest, as in memory."""
-    program = tl.program_id(0)
-    row, head = (program // (heads * pieces)).to(tl.int64), program % heads
-    return row, head, program // heads % pieces, row * heads + head
 
 
 @triton.jit
@@ -93,7 +86,7 @@ def _carry_state(
     last state are written. Without, it starts from 0; the state after the segment is written to entering, the decay of
     the segment to decays (B, H, G), and the segment that runs last is left out.
     """
-    row, head, segment, chain = _piece_of_program(heads, segments if KEEP else segments - 1)
+    row, head, segment, chain = piece_of_program(heads, segments if KEEP else segments - 1)
     if REVERSE and not KEEP:
         segment += 1
     row_k, row_v = tl.program_id(1) * BLOCK_K, tl.program_id(2) * BLOCK_V
@@ -181,7 +174,7 @@ def _outputs(
     PRECISION: tl.constexpr,
 ):
     """Compute BLOCK values of y in one chunk."""
-    row, head, m, chain = _piece_of_program(heads, chunks)
+    row, head, m, chain = piece_of_program(heads, chunks)
     column = tl.program_id(1) * BLOCK
     start = m.to(tl.int64) * C
     count = length - m * C
@@ -235,13 +228,17 @@ def _gradients(
     chunks,
     K: tl.constexpr,
     V: tl.constexpr,
+    STRICT: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute all gradients of one chunk, from the entering states and the gradients (adjoints) of the leaving ones."""
-    row, head, m, chain = _piece_of_program(heads, chunks)
+    """Compute all gradients of one chunk, from the entering states and the gradients (adjoints) of the leaving ones.
+
+    With STRICT, q reads the state before its own site writes.
+    """
+    row, head, m, chain = piece_of_program(heads, chunks)
     start = m.to(tl.int64) * C
     count = length - m * C
     gates = (row * length + start) * heads + head
@@ -266,8 +263,9 @@ def _gradients(
     # state. The products before and after it are known, so nothing is divided by it. First the paths between sites:
     read = dot(scores * dscores, tl.trans(between), ACC, PRECISION)
     flow = tl.sum(through * read, 0)
-    scores *= through
-    dscores *= through
+    reached = between * a[:, None] if STRICT else through
+    scores *= reached
+    dscores *= reached
     written = tl.zeros([C], ACC)
     for j in tl.range(0, V, BLOCK):
         du = tl.zeros([C, BLOCK], ACC)
@@ -302,7 +300,7 @@ def _gradients(
     tl.store(dbeta + gates + i * heads, written.to(dbeta.dtype.element_ty), mask=i < count)
 
 
-class _Launch:
+class Launch:
     """Sizes and options of the kernels of one call."""
 
     def __init__(self, q: Tensor, v: Tensor):
@@ -336,7 +334,7 @@ class _Launch:
             exact = torch.promote_types(start.dtype, torch.float32)
             entering = start.new_empty(chains, segments, width, values, dtype=exact)
             decays = entering.new_empty(chains, segments)
-        sequence = (*_strided(x), *_strided(y), alpha, beta, entering, decays, states, last)
+        sequence = (*strided(x), *strided(y), alpha, beta, entering, decays, states, last)
         options = {"BLOCK_K": block_k, "BLOCK_V": block_v, "REVERSE": reverse, "STAGES": STAGES, **self.options}
         sizes = (self.length, self.heads, segments, chunks)
         if segments > 1:
@@ -351,8 +349,33 @@ class _Launch:
         _carry_state[chains * segments, *blocks](*sequence, *sizes, KEEP=True, **options)
         return states, last
 
+    def outputs(self, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, states: Tensor) -> Tensor:
+        """Return y, (B, N, H, V)."""
+        y = v.new_empty(v.shape)
+        inputs = (*strided(q), *strided(k), *strided(v), alpha, beta, states)
+        _outputs[self.grid, triton.cdiv(v.shape[3], BLOCK)](*inputs, y, *self.all_chunks, BLOCK=BLOCK, **self.options)
+        return y
 
-def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
+    def gradients(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grad: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        states: Tensor,
+        adjoints: Tensor,
+        strict: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k, v, alpha and beta."""
+        found = tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta))
+        inputs = (*strided(q), *strided(k), *strided(v), *strided(grad), alpha, beta, states, adjoints)
+        _gradients[self.grid,](*inputs, *found, *self.all_chunks, STRICT=strict, BLOCK=BLOCK, **self.options)
+        return found  # type: ignore[return-value]
+
+
+def strided(x: Tensor) -> tuple[Tensor, int, int, int]:
     """Return x (B, N, H, width), copied if its last axis is not contiguous, and its first three strides."""
     x = x if x.stride(3) == 1 else x.contiguous()
     return x, x.stride(0), x.stride(1), x.stride(2)
@@ -362,26 +385,19 @@ def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same as :func:`resnet_bk.ops.chunked.scan_forward`."""
-    launch = _Launch(q, v)
+    launch = Launch(q, v)
     alpha, beta, s0 = alpha.contiguous(), beta.contiguous(), s0.contiguous()
-    y = v.new_empty(v.shape)
     with torch.cuda.device_of(q):
         states, last = launch.states(s0, k, v, alpha, beta, reverse=False)
-        inputs = (*_strided(q), *_strided(k), *_strided(v), alpha, beta, states)
-        grid = launch.grid, triton.cdiv(v.shape[3], BLOCK)
-        _outputs[grid](*inputs, y, *launch.all_chunks, BLOCK=BLOCK, **launch.options)
-    return y, last, states
+        return launch.outputs(q, k, v, alpha, beta, states), last, states
 
 
 def scan_backward(
     grad_y: Tensor, grad_last: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same as :func:`resnet_bk.ops.chunked.scan_backward`."""
-    launch = _Launch(q, v)
+    launch = Launch(q, v)
     alpha, beta, states, grad_last = (x.contiguous() for x in (alpha, beta, states, grad_last))
-    found = tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta))
     with torch.cuda.device_of(q):
         adjoints, grad_s0 = launch.states(grad_last, q, grad_y, alpha, beta, reverse=True)
-        inputs = (*_strided(q), *_strided(k), *_strided(v), *_strided(grad_y), alpha, beta, states, adjoints)
-        _gradients[launch.grid,](*inputs, *found, *launch.all_chunks, BLOCK=BLOCK, **launch.options)
-    return *found, grad_s0  # type: ignore[return-value]
+        return *launch.gradients(q, k, v, grad_y, alpha, beta, states, adjoints), grad_s0

@@ -1,10 +1,18 @@
-"""Helpers of the scan's Triton kernels: loads and stores of blocks, and the decays within a chunk.
+"""Helpers of the scans' Triton kernels: loads and stores of blocks, and the decays within a chunk.
 
 Dimensions: K key width, V value width, C sites in a chunk. ACC is the dtype that a kernel computes in.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def piece_of_program(heads, pieces):
+    """Return row, head, piece (chunk or segment) and chain of this program. Heads vary fastest, as in memory."""
+    program = tl.program_id(0)
+    row, head = (program // (heads * pieces)).to(tl.int64), program % heads
+    return row, head, program // heads % pieces, row * heads + head
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from resnet_bk.adaptive.flops import expert_flops, own_flops, sweeps
+from resnet_bk.adaptive.flops import expert_flops, flops_per_position, own_flops, scan_flops, sweeps
 from resnet_bk.adaptive.multiscale import ChunkRecord, MultiScale
 from resnet_bk.config import TECHNIQUES, ModelConfig
 from resnet_bk.layers.block import AdaptiveLayer, Block, Tokens
@@ -92,10 +92,10 @@ class Ledger:
                 self._hook(module, self._enter_layer(name), self._leave_layer)
             elif name.endswith(".qk_proj"):
                 continue  # counted per kept site, with the sparse core
-            elif flops := own_flops(module):
+            elif own_flops(module):
                 layer = next((n for n in reversed(layers) if name.startswith(f"{n}.")), "")
                 part = name.removeprefix(layer).strip(".").split(".")[0]
-                self._hook(module, None, self._counter(flops, part))
+                self._hook(module, None, self._counter(part))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -149,8 +149,8 @@ class Ledger:
                 self._add(float(SCAN) * int(record.closes.sum()) * module.up.expand.out_features, "smoothing")
         self._settle(self._frames.pop())
 
-    def _counter(self, flops: float, part: str) -> Callable[..., None]:
-        """Return a hook that books a module's FLOPs. flops: per position."""
+    def _counter(self, part: str) -> Callable[..., None]:
+        """Return a hook that books a module's FLOPs."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if torch._C._current_graph_task_id() >= 0:  # activation checkpointing: a backward pass recomputes a block
@@ -158,7 +158,7 @@ class Ledger:
             rows = (output[0] if isinstance(output, tuple) else output).shape[:-1]
             if isinstance(module, ShortConv) and rows[1] == 1:  # one position: an element-wise product, not counted
                 return
-            self._add(flops * rows.numel(), part, rows)
+            self._add(own_flops(module, rows[-1]) * rows.numel(), part, rows)
 
         return hook
 
@@ -204,14 +204,16 @@ class Ledger:
     def _sparse_core(self, mixer: PropagatorMixer, record: SparsityRecord) -> None:
         """Book what depends on the kept sites: the scan, and the projection to queries and keys."""
         assert mixer.qk_proj is not None
-        chains = sweeps(mixer) * mixer.heads
-        scan, fill = float(SCAN) * mixer.width**2 * chains, float(FILL) * mixer.width * chains
+        scan, fill = sweeps(mixer) * scan_flops(mixer), float(sweeps(mixer) * FILL) * mixer.heads * mixer.width
         reads = own_flops(mixer.qk_proj)
         kept, (batch, length) = record.kept.double(), record.kept.shape
         left_out, tile = (fill, TILE) if length > 1 else (scan, 1)  # a single step scans every site
         self._add_each(kept * (reads + scan - left_out) + left_out, "mixer")
         counts, bound = record.kept.sum(1), capacity(mixer.sparse.settings.bound, length)  # type: ignore[union-attr]
-        self._add_filling(reads * (batch * packed_width(counts, tile, bound) - int(counts.sum())), "mixer")
+        width, total = packed_width(counts, tile, bound), int(counts.sum())
+        self._add_filling(reads * (batch * width - total), "mixer")
+        if mixer.delta and length > 1:  # its scan runs on the packed sites
+            self._add_filling(scan * (batch * min(width, length) - total), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
         """Book the experts that each token used, and the rows that fill up their tiles.
@@ -241,7 +243,4 @@ def plain_flops(config: ModelConfig) -> float:
     plain = config.without(*TECHNIQUES)
     plain = dataclasses.replace(plain, num_experts=1, top_k=1, d_ff=config.num_experts * config.d_hidden)
     with torch.device("meta"):
-        model = LanguageModel.from_config(plain)
-        with Ledger(model) as ledger, torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.int64))  # two tokens: with one, the convolution would not count
-    return ledger.total / 2
+        return flops_per_position(LanguageModel.from_config(plain))
