@@ -41,12 +41,13 @@ def _by_steps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence under autograd, for single steps and for second derivatives."""
     s, out, errors = s0, [], []
-    for t in range(q.shape[1]):
-        s = alpha[:, t, :, None, None] * s
-        error = v[:, t] - (k[:, t].unsqueeze(-2) @ s).squeeze(-2)
-        s = s + k[:, t].unsqueeze(-1) * (beta[:, t].unsqueeze(-1) * error).unsqueeze(-2)
-        out.append((q[:, t].unsqueeze(-2) @ s).squeeze(-2))
-        errors.append(error.detach())
+    with torch.autocast(q.device.type, enabled=False):  # as in the operator
+        for t in range(q.shape[1]):
+            s = alpha[:, t, :, None, None] * s
+            error = v[:, t] - (k[:, t].unsqueeze(-2) @ s).squeeze(-2)
+            s = s + k[:, t].unsqueeze(-1) * (beta[:, t].unsqueeze(-1) * error).unsqueeze(-2)
+            out.append((q[:, t].unsqueeze(-2) @ s).squeeze(-2))
+            errors.append(error.detach())
     return torch.stack(out, dim=1), s, torch.stack(errors, dim=1)
 
 
@@ -80,7 +81,7 @@ def _(grad_y, grad_last, q, k, alpha, beta, states, error):
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # zeros for the states and e would cost a tenth of the backward pass
+    ctx.set_materialize_grads(False)  # no zeros for the states and e: 6% of forward and backward
     ctx.save_for_backward(*inputs, *output[2:])
 
 

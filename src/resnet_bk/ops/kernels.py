@@ -250,10 +250,11 @@ def _(grad_y, grad_last, q, k, v, alpha, beta, states):
 def _scan_by_steps(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
     """Run the recurrence under autograd, for single steps and for second derivatives."""
     s, out = s0, []
-    for t in range(q.shape[1]):
-        u = beta[:, t, :, None] * v[:, t]
-        s = alpha[:, t, :, None, None] * s + k[:, t].unsqueeze(-1) * u.unsqueeze(-2)
-        out.append((q[:, t].unsqueeze(-2) @ s).squeeze(-2))
+    with torch.autocast(q.device.type, enabled=False):  # as in the operator
+        for t in range(q.shape[1]):
+            u = beta[:, t, :, None] * v[:, t]
+            s = alpha[:, t, :, None, None] * s + k[:, t].unsqueeze(-1) * u.unsqueeze(-2)
+            out.append((q[:, t].unsqueeze(-2) @ s).squeeze(-2))
     return torch.stack(out, dim=1), s
 
 
@@ -263,7 +264,7 @@ def given(grad: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _scan_setup(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # zeros for the states would cost a tenth of the backward pass
+    ctx.set_materialize_grads(False)  # no zeros for the states, which nothing differentiates
     ctx.save_for_backward(*inputs, output[2])
 
 

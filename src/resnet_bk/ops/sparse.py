@@ -91,15 +91,16 @@ def _by_steps(*inputs: Tensor, delta: bool = False) -> tuple[Tensor, Tensor, Ten
     m = torch.where(keep, gate, 0)[..., None, None]  # gates of 0 get no gradient
     row, index = torch.arange(len(q), device=q.device), (keep.cumsum(1) - 1).clamp(min=0)
     s, r, out = s0, r0, []
-    for t in range(v.shape[1]):
-        q_t, k_t = (torch.where(keep[:, t, None, None], x[row, index[:, t]], 0) for x in (q, k))
-        s = alpha[:, t, :, None, None] * s
-        error = v[:, t] - (k_t.unsqueeze(-2) @ s).squeeze(-2) if delta else v[:, t]
-        new = beta[:, t].unsqueeze(-1) * error
-        read = (q_t.unsqueeze(-2) @ s).squeeze(-2) + (q_t * k_t).sum(-1, keepdim=True) * new
-        s = s + k_t.unsqueeze(-1) * (m[:, t] * new).unsqueeze(-2)
-        r = (1 - m[:, t]) * fade[:, t].unsqueeze(-1) * r + m[:, t] * read
-        out.append(r + (1 - m[:, t]) * own[:, t].unsqueeze(-1) * v[:, t])
+    with torch.autocast(q.device.type, enabled=False):  # as in the operator
+        for t in range(v.shape[1]):
+            q_t, k_t = (torch.where(keep[:, t, None, None], x[row, index[:, t]], 0) for x in (q, k))
+            s = alpha[:, t, :, None, None] * s
+            error = v[:, t] - (k_t.unsqueeze(-2) @ s).squeeze(-2) if delta else v[:, t]
+            new = beta[:, t].unsqueeze(-1) * error
+            read = (q_t.unsqueeze(-2) @ s).squeeze(-2) + (q_t * k_t).sum(-1, keepdim=True) * new
+            s = s + k_t.unsqueeze(-1) * (m[:, t] * new).unsqueeze(-2)
+            r = (1 - m[:, t]) * fade[:, t].unsqueeze(-1) * r + m[:, t] * read
+            out.append(r + (1 - m[:, t]) * own[:, t].unsqueeze(-1) * v[:, t])
     return torch.stack(out, dim=1), s, r
 
 
