@@ -217,6 +217,7 @@ def test_chains_are_given_by_bonds_where_that_is_possible():
     for fields in ({"causal": False}, {"readout": "diagonal"}, {"d_model": 8, "n_heads": 8}):
         assert ModelConfig(**fields).chains == "real"
         assert "allowed in causal models with the propagator" in refusal(MODEL, energy="bonds", **fields)
+        assert "model.longest_memory: got 30" in refusal(MODEL, longest_memory=30.0, **fields)
     assert "model.energy: got 'imaginary', allowed 'bonds', 'real', 'complex'" in refusal(MODEL, energy="imaginary")
 
 

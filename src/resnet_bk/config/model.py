@@ -122,6 +122,13 @@ class ModelConfig:
                 f"model.energy: got 'bonds' with readout = {self.readout!r}, causal = {self.causal} and "
                 f"{self.heads} heads, allowed in causal models with the propagator, whose heads have 2 channels or more"
             )
+        if self.chains != "bonds":
+            for name in ("shortest_memory", "longest_memory"):
+                if getattr(self, name) != getattr(ModelConfig, name):
+                    raise ConfigError(
+                        f"model.{name}: got {getattr(self, name)} with model.energy = {self.chains!r}, allowed with "
+                        "'bonds'; leave it out"
+                    )
         if self.attention.every:
             self._check_attention()
         self._check_multiscale()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.mixer import Mixer
+from resnet_bk.layers.mixer import Mixer, last_positions
 from resnet_bk.record import Record
 
 LONGEST_FOLD = 64  # positions; longer folds compute more scores outside the window, shorter ones copy keys more often
@@ -82,7 +82,7 @@ class Attention(Mixer):
         else:
             past = self._start(new) if state is None else state.past.to(new.dtype)
         read = torch.cat([past, new], dim=1)
-        after = AttentionState(_last(read, self.window - 1, mask))
+        after = AttentionState(last_positions(read, self.window - 1, mask))
         return self.out_proj(self._attend(q.unflatten(-1, (self.heads, self.width)), read).to(x.dtype)), after, []
 
     def _start(self, x: Tensor) -> Tensor:
@@ -129,20 +129,6 @@ def _rotate(x: Tensor, turn: Tensor) -> Tensor:
     exact = torch.promote_types(x.dtype, torch.float32)
     pairs = torch.view_as_complex(x.to(exact).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-
-
-def _last(x: Tensor, count: int, mask: Tensor | None) -> Tensor:
-    """Return the last `count` positions of x that are not padding.
-
-    Args:
-        x: (B, count + N, ...), `count` positions of the past, and N new ones.
-        count: number of positions.
-        mask: (B, N) bool, False for padding, which comes last in each row; None without padding.
-    """
-    if mask is None:
-        return x[:, x.shape[1] - count :]
-    index = mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 def _tables(fold: int, window: int, width: int, dtype: torch.dtype, device: torch.device) -> Tables:

@@ -67,16 +67,25 @@ class ShortConv(nn.Module):
             ahead = self.width // 2
             return self._convolve(F.pad(x, (0, 0, self.width - 1 - ahead, ahead))), past
         window = torch.cat([past, x], dim=1)
-        if mask is None:
-            past = window[:, x.shape[1] :]
-        else:
-            last = mask.sum(1, keepdim=True) + torch.arange(self.width - 1, device=x.device)
-            past = window.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-        return self._convolve(window), past
+        return self._convolve(window), last_positions(window, self.width - 1, mask)
 
     def _convolve(self, window: Tensor) -> Tensor:
         exact = torch.promote_types(window.dtype, torch.float32)
         return short_conv(window.to(exact), self.weight.to(exact)).to(window.dtype)
+
+
+def last_positions(x: Tensor, count: int, mask: Tensor | None) -> Tensor:
+    """Return the last `count` positions of x that are not padding.
+
+    Args:
+        x: (B, count + N, ...), `count` positions of the past, and N new ones.
+        count: number of positions.
+        mask: (B, N) bool, False for padding, which comes last in each row; None without padding.
+    """
+    if mask is None:
+        return x[:, x.shape[1] - count :]
+    index = mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 class Energies(nn.Module):
