@@ -605,8 +605,8 @@ def whole_fold_is_read(model: LanguageModel, monkeypatch) -> None:
 
 
 def window_state(monkeypatch, change) -> None:
-    last = attention._last
-    monkeypatch.setattr(attention, "_last", lambda *arguments: change(last, *arguments))
+    last = attention.last_positions
+    monkeypatch.setattr(attention, "last_positions", lambda *arguments: change(last, *arguments))
 
 
 def padding_is_in_the_window(model: LanguageModel, monkeypatch) -> None:

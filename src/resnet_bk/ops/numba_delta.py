@@ -19,6 +19,7 @@ from resnet_bk.ops.numba_jit import arrays, jit
 def _forward(q, k, v, alpha, beta, s0, y, last, states, error):
     batch, length, heads, width = k.shape
     values = v.shape[3]
+    zero = alpha.dtype.type(0)
     for task in prange(batch * heads):
         b, h = task // heads, task % heads
         s = s0[b, h].copy()
@@ -32,7 +33,7 @@ def _forward(q, k, v, alpha, beta, s0, y, last, states, error):
             for j in range(values):
                 read[j] = 0
                 known[j] = 0
-            qk = a * 0
+            qk = zero
             for i in range(width):
                 ki, qi, before = k[b, t, h, i], q[b, t, h, i], k_before[i]
                 k_before[i] = ki
@@ -59,6 +60,7 @@ def _forward(q, k, v, alpha, beta, s0, y, last, states, error):
 def _backward(grad_y, grad_last, q, k, alpha, beta, states, error, dq, dk, dv, dalpha, dbeta, ds0):
     batch, length, heads, width = k.shape
     values = error.shape[3]
+    zero = alpha.dtype.type(0)  # "a * 0" would be a float64, and sums of float64 are not vectorised
     for task in prange(batch * heads):
         b, h = task // heads, task % heads
         r = grad_last[b, h].copy()  # gradient of S at the site after t; its part through that site's decay is pending
@@ -90,7 +92,7 @@ def _backward(grad_y, grad_last, q, k, alpha, beta, states, error, dq, dk, dv, d
                 for i in range(width):
                     ki, qi, after = k[b, t, h, i], q[b, t, h, i], k_after[i]
                     k_after[i] = ki
-                    read = written = known = a_after * 0
+                    read = written = known = zero
                     for j in range(values):
                         known += de[j] * here[i, j]
                         read += dy[j] * here[i, j]
@@ -106,16 +108,16 @@ def _backward(grad_y, grad_last, q, k, alpha, beta, states, error, dq, dk, dv, d
                         dk[b, t + 1, h, i] -= a_after * known
                 if t + 1 < length:
                     dalpha[b, t + 1, h] = flows.sum()
-                total = a_after * 0
+                total = zero
                 for j in range(values):
                     total += du[j] * error[b, t, h, j]
                     de[j] = beta[b, t, h] * du[j]
                     dv[b, t, h, j] = de[j]
                 dbeta[b, t, h] = total
                 a_after = alpha[b, t, h]
-        flow = a_after * 0
+        flow = zero
         for i in range(width):
-            known = a_after * 0
+            known = zero
             for j in range(values):
                 known += de[j] * states[b, h, 0, i, j]
                 x = r[i, j] - k_after[i] * de[j]

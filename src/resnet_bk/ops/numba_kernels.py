@@ -164,6 +164,7 @@ def _scan_forward(q, k, v, alpha, beta, s0, y, last, states):
 def _scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states, dq, dk, dv, dalpha, dbeta, ds0):
     batch, length, heads, width = k.shape
     values = v.shape[3]
+    zero = alpha.dtype.type(0)  # "a * 0" would be a float64, and sums of float64 are not vectorised
     for task in prange(batch * heads):
         b, h = task // heads, task % heads
         r = grad_last[b, h].copy()
@@ -189,10 +190,10 @@ def _scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states, dq, dk, dv, 
                 for j in range(values):
                     u[j] = beta[b, t, h] * v[b, t, h, j]
                     du[j] = 0
-                flow = a * 0
+                flow = zero
                 for i in range(width):
                     ki, qi = k[b, t, h, i], q[b, t, h, i]
-                    total = read = a * 0
+                    total = read = zero
                     for j in range(values):
                         read += here[i, j] * dy[j]
                         x = r[i, j] + qi * dy[j]
@@ -202,7 +203,7 @@ def _scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states, dq, dk, dv, 
                         r[i, j] = a * x
                     dq[b, t, h, i] = read
                     dk[b, t, h, i] = total
-                total = a * 0
+                total = zero
                 for j in range(values):
                     total += du[j] * v[b, t, h, j]
                     dv[b, t, h, j] = beta[b, t, h] * du[j]
