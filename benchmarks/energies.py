@@ -1,4 +1,4 @@
-"""Bonds, which decide the memory of a chain, beside real energies: bits per byte at equal time, and time.
+"""Bits per byte and speed: chains whose hopping the data decide (bonds), beside chains with real energies.
 
 ``python benchmarks/energies.py --out benchmarks/results/...`` runs every training cell that is not in the log yet, then
 times pairs on the quiet machine. ``--hours 1`` adds trainings of an hour of a core each, in windows of 4,096 bytes.
@@ -8,6 +8,7 @@ Dimensions: B sequences, N tokens.
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,7 @@ def main() -> None:
     cells = [{"energy": kind, **dict(zip(names, budget, strict=True))} for budget in short + long for kind in KINDS]
     results = run_cells(__file__, cells, workers=2, log=options.log)
     torch.set_num_threads(1)
-    text = "# Bonds and real energies\n\n" + conditions("python benchmarks/energies.py")
+    text = "# Bonds and real energies\n\n" + conditions(" ".join(["python benchmarks/energies.py", *sys.argv[1:]]))
     text += (
         f"\nThe preset `fast`, {TOKENS:,} bytes a step (one window where windows are longer), AdamW {RATE} cosine, one "
         f"thread a run, two runs at a time. Bits per byte on {SCORED // 1024} KiB of held-out text in windows of the "

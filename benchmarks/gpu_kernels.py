@@ -12,13 +12,16 @@ from common import table, table_row
 from gpu_page import Machine
 from peer_mixers import SoftmaxAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.mixer import PropagatorMixer
 from resnet_bk.ops import naive, propagate, use_backend
+from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.kernels import green, scan
 
 SHIFTS = {"real": 0.1, "complex": 0.3 + 0.2j}
+REGIMES = (*SHIFTS, "bonds")
 # Largest relative error allowed for an output or a gradient, by the precision of the inputs.
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -34,15 +37,20 @@ def copy_bandwidth(machine: Machine) -> float:
 
 
 def chain(regime: str, batch: int, n: int, heads: int, width: int) -> list[Tensor]:
-    """Return random q, k, v (B, N, H, K), energies and hoppings (B, N, H), float64."""
+    """Return random q, k, v (B, N, H, K), energies and hoppings (B, N, H), float64.
+
+    Bonds have keys of length 1, and strengths of the delta rule in place of energies.
+    """
     generator = torch.Generator().manual_seed(n)
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(batch, n, heads, generator=generator, dtype=torch.float64)
 
-    qkv = torch.randn(3, batch, n, heads, width, generator=generator, dtype=torch.float64)
+    q, k, v = torch.randn(3, batch, n, heads, width, generator=generator, dtype=torch.float64)
+    if regime == "bonds":
+        return [q, F.normalize(k, dim=-1), v, uniform(0, 1), uniform(0.2, 1)]
     energies, hoppings = ((-3, -2), (0.2, 1)) if regime == "real" else ((-3, 3), (0, 2))
-    return [*qkv, uniform(*energies), uniform(*hoppings)]
+    return [q, k, v, uniform(*energies), uniform(*hoppings)]
 
 
 def with_gradients(propagator: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -53,22 +61,28 @@ def with_gradients(propagator: Callable[..., Tensor], inputs: list[Tensor]) -> l
     return [y.detach(), *torch.autograd.grad(y, inputs, weight)]
 
 
-def dense(shift: complex) -> Callable[..., Tensor]:
+def dense(regime: str) -> Callable[..., Tensor]:
     """Return the dense definition, computed for one sequence, chain by chain."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, a: Tensor, hop: Tensor) -> Tensor:
-        rows = [naive.propagate(*(x[0, :, h] for x in (q, k, v, a)), shift, hop[0, :, h]) for h in range(a.shape[2])]
-        return torch.stack(rows, dim=1).unsqueeze(0)
+    def one(q: Tensor, k: Tensor, v: Tensor, a: Tensor, hop: Tensor) -> Tensor:
+        if regime == "bonds":
+            return naive.propagate(q, k, v, naive.edge_energies(hop), 0, hop, write_N=a)
+        return naive.propagate(q, k, v, a, SHIFTS[regime], hop)
+
+    def run(*inputs: Tensor) -> Tensor:
+        return torch.stack([one(*(x[0, :, h] for x in inputs)) for h in range(inputs[0].shape[2])], dim=1).unsqueeze(0)
 
     return run
 
 
-def fast(shift: complex, backend: str) -> Callable[..., Tensor]:
+def fast(regime: str, backend: str) -> Callable[..., Tensor]:
     """Return the propagator on one backend."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, a: Tensor, hop: Tensor) -> Tensor:
         with use_backend(backend):
-            return propagate(q, k, v, a, shift, hop)[0]
+            if regime == "bonds":
+                return propagate(q, k, v, None, 0, hop, write=a)[0]
+            return propagate(q, k, v, a, SHIFTS[regime], hop)[0]
 
     return run
 
@@ -95,17 +109,17 @@ def checked(machine: Machine, backend: str) -> Iterator[str]:
     short, long = (2, 33) if machine.quick else (2, 33, 130), 100 if machine.quick else 4097
     wrong = []
     yield table(["regime", "N", "against", *(f"{kind}: relative error" for kind in ("float64", "float32"))], [])
-    for regime, shift in SHIFTS.items():
+    for regime in REGIMES:
         cases: list[tuple[int, str, list[Tensor], list[Tensor]]] = []
         for n in short:
             inputs = chain(regime, 1, n, 2, 16)
-            cases.append((n, "the definition", inputs, with_gradients(dense(shift), inputs)))
+            cases.append((n, "the definition", inputs, with_gradients(dense(regime), inputs)))
         inputs = [x.to(machine.device) for x in chain(regime, 2, long, 4, 64)]
-        cases.append((long, "chunked, float64", inputs, with_gradients(fast(shift, "chunked"), inputs)))
+        cases.append((long, "chunked, float64", inputs, with_gradients(fast(regime, "chunked"), inputs)))
         for n, against, inputs, expected in cases:
             errors = {}
             for dtype, allowed in ALLOWED.items():
-                got = with_gradients(fast(shift, backend), [x.to(machine.device, dtype) for x in inputs])
+                got = with_gradients(fast(regime, backend), [x.to(machine.device, dtype) for x in inputs])
                 errors[dtype] = worst(got, expected)
                 if not errors[dtype] <= allowed:
                     wrong.append(f"{regime}, N = {n}, {dtype}: {errors[dtype]:.1e} where {allowed:.0e} is allowed")
@@ -128,8 +142,9 @@ def kernels(machine: Machine, backend: str, bandwidth: float) -> Iterator[str]:
             ("green, real", lambda d, w, g: green(d, w, g, None), _green_inputs(machine, sites, torch.float32)),
             ("green, complex", lambda d, w, g: green(d, w, g, None), _green_inputs(machine, sites, torch.complex64)),
             ("scan", lambda *x: scan(*x)[0], _scan_inputs(machine, sites, width)),
+            ("scan, delta rule", lambda *x: delta_scan(*x)[0], _scan_inputs(machine, sites, width)),
         ):
-            shape = f"{sites[0]} x {n:,} x {heads}" + (f" x {width}" if name == "scan" else "")
+            shape = f"{sites[0]} x {n:,} x {heads}" + (f" x {width}" if name.startswith("scan") else "")
             if machine.late:
                 yield table_row([name, shape, "left out: out of time", "", "", ""])
                 continue
@@ -166,6 +181,7 @@ def _green_inputs(machine: Machine, sites: tuple[int, int, int], dtype: torch.dt
 
 def _scan_inputs(machine: Machine, sites: tuple[int, int, int], width: int) -> list[Tensor]:
     q, k, v = torch.randn(3, *sites, width, device=machine.device).unbind()
+    k = F.normalize(k, dim=-1)  # or the delta rule's state would grow
     alpha, beta = torch.rand(2, *sites, device=machine.device).unbind()
     state = q.new_zeros(sites[0], sites[2], width, width)
     return [x.detach().requires_grad_() for x in (q, k, v, alpha, beta, state)]

@@ -29,6 +29,7 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.model import LanguageModel
 
 OURS = {
+    "propagator, bonds": {"readout": "propagator", "energy": "bonds"},
     "propagator, real": {"readout": "propagator", "energy": "real"},
     "propagator, complex": {"readout": "propagator", "energy": "complex"},
     "diagonal, real": {"readout": "diagonal", "energy": "real"},
@@ -57,7 +58,7 @@ def parameters(model: LanguageModel) -> int:
 
 def equal(name: str) -> LanguageModel:
     """Return a model with the mixer; its feed-forward width makes the number of parameters equal for all mixers."""
-    target, plain = parameters(build("propagator, real")), parameters(build(name))
+    target, plain = parameters(build("propagator, bonds")), parameters(build(name))
     width = ModelConfig(**SHAPE).d_hidden + round((target - plain) / (3 * SHAPE["d_model"] * SHAPE["n_layers"]))
     return build(name, d_ff=width)
 
@@ -101,7 +102,7 @@ def main() -> None:
     names = [*OURS, *PEERS]
     # Also at the training length: the peers do not extrapolate, and ours is their reference there.
     plan = [(name, "tokens", 1024) for name in names] + [(name, "time", 1024) for name in OURS]
-    plan += [(name, "tokens", SHAPE["n_seq"]) for name in ("propagator, real", *PEERS)]
+    plan += [(name, "tokens", SHAPE["n_seq"]) for name in ("propagator, bonds", *PEERS)]
     cells = [{"mixer": n, "budget": b, "window": w, "seed": seed} for seed in SEEDS for n, b, w in plan]
     results = run_cells(__file__, cells, workers=2, log=options.log)
     text = "# Token mixers\n\n" + conditions("python benchmarks/mixers.py")
@@ -122,7 +123,10 @@ def main() -> None:
         header = ["mixer", "parameters", "window", "held-out bits per byte", "steps", "seconds", "first gradient norm"]
         text += f"\n## {title}\n\n" + table(header, rows)
     torch.manual_seed(0)
-    rows = [[name, *(spread(throughput(name, n), 1) for n in LENGTHS)] for name in ("propagator, real", *PEERS)]
+    rows = [
+        [name, *(spread(throughput(name, n), 1) for n in LENGTHS)]
+        for name in ("propagator, bonds", "propagator, real", *PEERS)
+    ]
     text += f"\n## Throughput, forward + backward, {TOKENS_A_STEP:,} tokens a step: thousand tokens per second\n\n"
     text += table(["mixer", *(f"N = {n:,}" for n in LENGTHS)], rows)
     publish(text, options.out)

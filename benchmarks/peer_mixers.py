@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.mixer import MixerState, ShortConv
+from resnet_bk.layers.mixer import ChainState, ShortConv
 from resnet_bk.layers.norm import Norm
+from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.kernels import scan
 from resnet_bk.record import Record
 
@@ -59,7 +60,7 @@ class SigmoidGatedAttention(nn.Module):
         self.norm = Norm(self.width)
         self.out_proj = nn.Linear(d, d, bias=False)
 
-    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, None, list[Record]]:
+    def forward(self, x: Tensor, state: ChainState | None, mask: Tensor | None) -> tuple[Tensor, None, list[Record]]:
         alpha = self.decay(x).sigmoid()
         qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
         qkv, _ = self.conv(qkv, None, mask)
@@ -99,28 +100,35 @@ class GatedLinear(nn.Module):
 
 
 class GatedDeltaNet(GatedLinear):
-    """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464): :func:`gated_delta_rule` with q and k of norm 1."""
+    """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464), by the kernel of our mixer, with q and k of norm 1.
+
+    ``S_t = alpha_t (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T`` and ``y_t = q_t S_t``.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.decay = MambaDecay(config.d_model, self.heads)
+        self.decay = MambaDecay(config.d_model, self.heads, least=0)
         self.strength = nn.Linear(config.d_model, self.heads, bias=False)
 
     def rule(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = (u * torch.rsqrt(u.square().sum(-1, keepdim=True) + 1e-6) for u in (q, k))
         log_alpha, _ = self.decay(x)
-        return gated_delta_rule(q / math.sqrt(self.width), k, v, log_alpha, self.strength(x).sigmoid())
+        start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
+        return delta_scan(q / math.sqrt(self.width), k, v, log_alpha.exp(), self.strength(x).sigmoid(), start)[0]
 
 
 class MambaDecay(nn.Module):
-    """Mamba-2's decay per head: ``log alpha = -exp(A_log) dt``, with the time step ``dt = softplus(w x + dt_bias)``."""
+    """Mamba-2's decay per head: ``log alpha = -exp(A_log) dt``, with the time step ``dt = softplus(w x + dt_bias)``.
 
-    def __init__(self, d_model: int, heads: int):
+    least: exp(A_log) starts uniform between it and 16: 1 in Mamba-2, 0 in Gated DeltaNet.
+    """
+
+    def __init__(self, d_model: int, heads: int, least: float = 1):
         super().__init__()
         self.step = nn.Linear(d_model, heads, bias=False)
         dt = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(least, 16).log())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return log alpha and dt, (B, N, H) each, of x (B, N, D)."""
@@ -134,38 +142,6 @@ def chunks(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, size)).movedim(3, 1)
 
 
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, size: int = 32) -> Tensor:
-    """Compute ``S_t = alpha_t (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T``, ``y_t = q_t S_t``, in chunks.
-
-    Within a chunk, what is written, ``u_t = beta_t (v_t - alpha_t k_t S_{t-1})``, solves a triangular system.
-
-    Args:
-        q, k, v: (B, N, H, K), k of norm 1 or less.
-        log_alpha, beta: (B, N, H).
-        size: positions per chunk.
-    """
-    length = q.shape[1]
-    q, k, v, log_alpha, beta = (chunks(x, size) for x in (q, k, v, log_alpha, beta.unsqueeze(-1)))
-    total = log_alpha.cumsum(-1).unsqueeze(-1)  # (B, H, M, C, 1)
-    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    decay = (total - total.mT).masked_fill(later, -torch.inf).exp()
-    since = total.exp()
-    keys, scores = torch.cat([k * beta, q], dim=-2).matmul(k.mT).split(size, dim=-2)
-    written = torch.cat([v * beta, k * (beta * since)], dim=-1)
-    u, w = torch.linalg.solve_triangular(keys * decay, written, upper=False, unitriangular=True).split(
-        [v.shape[-1], k.shape[-1]], dim=-1
-    )
-    scores, q = scores * decay, q * since
-    k = (k * decay[..., -1, :, None]).mT
-    end = since[..., -1:, :]
-    state, ys = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
-    for m in range(q.shape[2]):
-        new = u[:, :, m] - w[:, :, m] @ state
-        ys.append(q[:, :, m] @ state + scores[:, :, m] @ new)
-        state = end[:, :, m] * state + k[:, :, m] @ new
-    return torch.stack(ys, 2).flatten(2, 3).transpose(1, 2)[:, :length]
-
-
 class Mamba2(GatedLinear):
     """Mamba-2 (Dao and Gu 2024, arXiv:2405.21060) of inner width D. Every head has its own q and k (C and B there).
 
@@ -176,7 +152,7 @@ class Mamba2(GatedLinear):
         super().__init__(config)
         self.decay = MambaDecay(config.d_model, self.heads)
         self.conv_bias = nn.Parameter(torch.zeros(self.conv.channels))
-        self.skip = nn.Parameter(torch.ones(self.heads, 1))
+        self.skip = nn.Parameter(torch.ones(self.heads))  # a vector: AdamW does not decay it
 
     def forward(self, x: Tensor, state: None, mask: None) -> tuple[Tensor, None, list[Record]]:
         qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
@@ -184,7 +160,7 @@ class Mamba2(GatedLinear):
         q, k, v = F.silu(u).unflatten(-1, (3, self.heads, self.width)).unbind(2)
         log_alpha, dt = self.decay(x)
         start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
-        y = scan(q, k, v, log_alpha.exp(), dt, start)[0] + self.skip * v
+        y = scan(q, k, v, log_alpha.exp(), dt, start)[0] + self.skip.unsqueeze(-1) * v
         y = y * F.silu(gate).unflatten(-1, (self.heads, self.width))
         return self.out_proj(self.norm(y).flatten(-2)), None, []
 

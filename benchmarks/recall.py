@@ -2,8 +2,9 @@
 
 ``python benchmarks/recall.py --out benchmarks/results/...`` first chooses a learning rate for each mixer, by recall of
 8 pairs, then runs every training cell that is not in the log yet. ``--tasks recall --sizes 8 --mixers ours --seeds 0
---rate 3e-3 --set energy=complex`` runs one cell with another setting of our mixer. ``--estimate`` prints the time that
-the cells need. The model around the mixer is the same; its feed-forward width makes parameters equal.
+--rate 3e-3 --set energy=complex`` runs one cell with another setting of our mixer. ``--estimate`` prints the time of
+the training, without the choice of rates and the scores. The model around the mixer is the same; its feed-forward width
+makes parameters equal.
 
 Keys are the ids 0 to 127, values are the ids 128 to 255, then come a filler and a mark. Only targets are trained and
 scored. Each sequence has, for a task of some `size`:
@@ -16,10 +17,10 @@ scored. Each sequence has, for a task of some `size`:
 - selective copying (Gu and Dao 2023, arXiv:2312.00752): `size` random symbols of 16 in random places among 16 size
   fillers, then `size` marks. Targets: the symbols in their order, at the marks.
 - needle: a key and a value at a random place among random values, then the key again; `size` tokens. Target: the value,
-  at the end. Scored with the pair at the beginning, so that the distance is `size`.
+  at the end. Scored with the pair at the beginning.
 
-The task bytes trains on a corpus for --seconds, in windows of --window bytes. It scores long held-out documents from
-their first byte on, and reports bits per byte by position.
+The task bytes trains on a corpus for --seconds, in windows of --window bytes. It scores pieces of long held-out
+documents, from the first byte of a piece on, and reports bits per byte by position in the piece.
 
 Dimensions: B sequences, N tokens.
 """
@@ -27,7 +28,6 @@ Dimensions: B sequences, N tokens.
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,12 +38,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import CORPORA, arguments, batches, conditions, publish, run_cells, table, train
+from common import CORPORA, arguments, batches, conditions, publish, run_cells, spread, table, train
 from peer_mixers import GatedDeltaNet, GatedLinear, GatedLinearAttention, Mamba2, SoftmaxAttention
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from resnet_bk.config import BYTE_VOCABULARY, END_OF_DOCUMENT, ModelConfig
+from resnet_bk.layers.attention import AttentionState
 from resnet_bk.model import LanguageModel
 
 KEYS, VALUES, FILLER, MARK = 128, 128, 256, 257
@@ -175,13 +176,21 @@ def equal(mixer: str, fields: dict[str, Any], seed: int) -> LanguageModel:
 
 
 def state_floats(model: LanguageModel) -> int | str:
-    """Return the floats of one block's recurrent state, without those of the short convolution."""
-    mixer = model.blocks[0].mixer
-    if isinstance(mixer, SoftmaxAttention):
-        return "2 D N"
-    if isinstance(mixer, GatedLinear):
-        return mixer.state_floats
-    return sum(part.numel() for part in mixer.layout(torch.empty(1, 1, SHAPE["d_model"])).core)
+    """Return the floats of the recurrent state of all blocks, without those of short convolutions.
+
+    With bonds, g of the last site does not count: it is -1.
+    """
+    total = 0
+    for block in model.blocks:
+        if isinstance(block.mixer, SoftmaxAttention):
+            return "2 D N a block"
+        if isinstance(block.mixer, GatedLinear):
+            total += block.mixer.state_floats
+            continue
+        state = block.mixer.layout(torch.empty(1, 1, SHAPE["d_model"]))
+        parts = state._asdict() if isinstance(state, AttentionState) else state.core._asdict()
+        total += sum(part.numel() for name, part in parts.items() if name != "g")
+    return total
 
 
 def read(model: LanguageModel, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +244,7 @@ def answer(spec: dict[str, Any], model: LanguageModel) -> dict[str, Any]:
     sizes = [factor * spec["size"] for factor in task.beyond if rows]
     if spec["mixer"] == SOFTMAX:
         sizes = [size for size in sizes if size <= SOFTMAX_REACH]
-    scores = {size: score(model, task.far or task.draw, size, rows) for size in sizes}
+    scores = {size: score(model.eval(), task.far or task.draw, size, rows) for size in sizes}
     return {
         "accuracy": {size: round(found[0], 4) for size, found in scores.items()},
         "nats": {size: round(found[1], 5) for size, found in scores.items()},
@@ -311,8 +320,8 @@ def choose(options: argparse.Namespace) -> dict[str, float]:
         return dict.fromkeys(options.mixers, options.rate)
     grid = [describe(options, "recall", 8, mixer, SEEDS[0]) | {"rate": r} for mixer in options.mixers for r in RATES]
     results = run_cells(__file__, grid, options.workers, options.log)
-    best = sorted(results, key=lambda r: -r["nats"]["8"])  # the last of each mixer is the best
-    return {r["cell"]["mixer"]: r["cell"]["rate"] for r in best}
+    results.sort(key=lambda r: -float(r["nats"]["8"]) if math.isfinite(r["nats"]["8"]) else -math.inf)
+    return {r["cell"]["mixer"]: r["cell"]["rate"] for r in results}  # the last of each mixer is the best
 
 
 def estimate(cells: Sequence[dict[str, Any]]) -> str:
@@ -333,12 +342,6 @@ def estimate(cells: Sequence[dict[str, Any]]) -> str:
     return table(["task", "size", "mixer", "ms a step"], rows) + total
 
 
-def mean(values: Sequence[float], digits: int = 3) -> str:
-    """Return the mean in words, with the least and the greatest value where the digits shown differ."""
-    middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.mean, min, max))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
 def label(cell: dict[str, Any]) -> str:
     return " ".join([cell["mixer"], *(f"{name}={value}" for name, value in cell["fields"].items())])
 
@@ -351,10 +354,10 @@ def results_of(task: str, runs: Sequence[dict[str, Any]]) -> str:
     for name in dict.fromkeys(label(r["cell"]) for r in runs):
         own = [r for r in runs if label(r["cell"]) == name]
         row = [name, f"{own[0]['parameters']:,}", own[0]["state"], own[0]["cell"]["rate"]]
-        row.append(mean([1000 * r["seconds"] / r["steps"] for r in own], 0))
+        row.append(spread([1000 * r["seconds"] / r["steps"] for r in own], 0))
         for column in columns:
             values = [r[what][column] for r in own if column in r[what]]
-            row.append(mean(values) if values else "-")
+            row.append(spread(values) if values else "-")
         rows.append(row)
     header = ["mixer", "parameters", "floats of state", "learning rate", "ms a step"]
     return table([*header, *(f"{int(column):,}" for column in columns)], rows)
@@ -367,8 +370,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         f"\n{SHAPE['n_layers']} blocks, D = {SHAPE['d_model']}, {SHAPE['n_heads']} heads of {width}, "
         f"feed-forwards about {SHAPE['d_ff']} wide, {BATCH} sequences a step, AdamW, cosine, one thread a run. "
         f"Learning rates: the best of {', '.join(map(str, RATES))} at recall of 8 pairs, or that of --rate. Each "
-        "linear mixer has a convolution of width 4. Floats of state: the recurrent state of one block, without the "
-        f"convolution's. Mean (least to greatest) of {seeds} seeds. benchmarks/recall.py defines the tasks.\n"
+        "linear mixer has a convolution of width 4. Floats of state: the recurrent state of all blocks, without the "
+        f"convolutions'. Median (least to greatest) of {seeds} seeds. benchmarks/recall.py defines the tasks.\n"
         f"\nThe state of a head has room for {width} values under orthogonal keys, that of a block for "
         f"{SHAPE['n_heads'] * width}. More writes disturb what is stored. Recall of 64 pairs takes all of that room. A "
         "needle takes room for one value, if the mixer does not write the text around it.\n"

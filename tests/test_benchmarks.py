@@ -13,7 +13,7 @@ import pytest
 import recall
 import torch
 from gpu_page import Machine, Page
-from peer_mixers import Mamba2, gated_delta_rule, gated_linear_attention
+from peer_mixers import Mamba2, gated_linear_attention
 
 from resnet_bk.config import ModelConfig
 
@@ -38,8 +38,8 @@ def test_all_of_it_runs_in_miniature(tmp_path):
 def test_no_speed_is_measured_of_a_kernel_with_wrong_numbers(wrong, monkeypatch):
     fast = gpu_kernels.fast
 
-    def off(shift, backend):
-        run = fast(shift, backend)
+    def off(regime, backend):
+        run = fast(regime, backend)
         return lambda *inputs: run(*inputs) * (1.001 if inputs[0].shape[1] == 33 else 1)
 
     monkeypatch.setattr(gpu_kernels, "fast", off if wrong else fast)
@@ -70,16 +70,6 @@ def test_a_part_that_fails_is_written_down_and_the_page_goes_on(tmp_path):
     )
 
 
-def gated_delta_steps(q, k, v, log_alpha, beta):
-    state, ys = q.new_zeros(*q.shape[::2], q.shape[3], v.shape[3]), []
-    for t in range(q.shape[1]):
-        key, decayed = k[:, t].unsqueeze(-1), log_alpha[:, t].exp()[..., None, None] * state
-        new = beta[:, t, :, None, None] * (v[:, t].unsqueeze(-2) - key.mT @ decayed)
-        state = decayed + key @ new
-        ys.append((q[:, t].unsqueeze(-2) @ state).squeeze(-2))
-    return torch.stack(ys, 1)
-
-
 def gated_linear_steps(q, k, v, log_alpha):
     state, ys = q.new_zeros(*q.shape[::2], q.shape[3], v.shape[3]), []
     for t in range(q.shape[1]):
@@ -89,17 +79,12 @@ def gated_linear_steps(q, k, v, log_alpha):
 
 
 @pytest.mark.parametrize("length", [1, 16, 77])
-@pytest.mark.parametrize("rule", ["delta", "linear"])
-def test_peers_in_chunks_are_their_recurrences(rule, length):
+def test_gated_linear_attention_in_chunks_is_its_recurrence(length):
     torch.manual_seed(0)
     q, k, v, x = torch.randn(4, 2, length, 2, 8, dtype=torch.float64)
-    if rule == "delta":
-        inputs = q, k / k.norm(dim=-1, keepdim=True), v, -x[..., 0].exp(), x[..., 1].sigmoid()
-        chunked, steps = gated_delta_rule, gated_delta_steps
-    else:
-        inputs, chunked, steps = (q, k, v, -x.sigmoid()), gated_linear_attention, gated_linear_steps
-    found, gradients = torch.func.vjp(chunked, *inputs)
-    wanted, right = torch.func.vjp(steps, *inputs)
+    inputs = q, k, v, -x.sigmoid()
+    found, gradients = torch.func.vjp(gated_linear_attention, *inputs)
+    wanted, right = torch.func.vjp(gated_linear_steps, *inputs)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
     for a, b in zip(gradients(v), right(v), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
@@ -123,7 +108,7 @@ def test_mamba2_is_that_of_transformers():
         theirs.conv1d.bias.copy_(ours.conv_bias[order])
         theirs.dt_bias.copy_(ours.decay.dt_bias)
         theirs.A_log.copy_(ours.decay.A_log)
-        theirs.D.copy_(ours.skip.flatten())
+        theirs.D.copy_(ours.skip)
         theirs.norm.weight.copy_(ours.norm.weight.repeat(2))
         theirs.out_proj.weight.copy_(ours.out_proj.weight)
         x = torch.randn(2, 40, 16)

@@ -78,8 +78,8 @@ REALS = [
     (TRAIN, "weight_decay", "train", 0, 10),
     (TRAIN, "max_grad_norm", "train", 1e-6, 1e6),
     (TRAIN, "max_seconds", "train", 1, 10**8),
-    (MODEL, "shortest_memory", "model", 0.1, 10**9),
-    (MODEL, "longest_memory", "model", 0.1, 10**9),
+    ((ModelConfig, {"longest_memory": 10**6}), "shortest_memory", "model", 0.1, 10**6),
+    ((ModelConfig, {"shortest_memory": 0.1}), "longest_memory", "model", 0.1, 10**6),
     (GENERATE, "temperature", "generate", 0, 100),
     (GENERATE, "top_p", "generate", 1e-6, 1),
     (TUNE, "max_loss", "tune", 0, 1_000),
@@ -212,13 +212,46 @@ def test_default_number_of_heads(readout, d_model, heads):
 
 
 def test_chains_are_given_by_bonds_where_that_is_possible():
-    assert ModelConfig().chains == "bonds"
-    assert ModelConfig(energy="real").chains == "real"
+    assert ModelConfig().energy_kind == "bonds"
+    assert ModelConfig(energy="real").energy_kind == "real"
     for fields in ({"causal": False}, {"readout": "diagonal"}, {"d_model": 8, "n_heads": 8}):
-        assert ModelConfig(**fields).chains == "real"
+        assert ModelConfig(**fields).energy_kind == "real"
         assert "allowed in causal models with the propagator" in refusal(MODEL, energy="bonds", **fields)
         assert "model.longest_memory: got 30" in refusal(MODEL, longest_memory=30.0, **fields)
     assert "model.energy: got 'imaginary', allowed 'bonds', 'real', 'complex'" in refusal(MODEL, energy="imaginary")
+    assert refusal(MODEL, shortest_memory=8.0).startswith("model.longest_memory: got 7.0, allowed 8.0 to ")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"d_model": 16, "n_heads": 16, "multiscale": MultiScaleConfig(factors=[2], widths=[32])},
+        {"d_model": 64, "multiscale": MultiScaleConfig(factors=[2, 2], widths=[32, 16])},
+    ],
+)
+def test_all_levels_have_the_same_kind_of_energies(fields):
+    config = ModelConfig(n_layers=5, **fields)
+    assert config.inside.energy_kind == config.energy_kind
+    assert ModelConfig.from_dict(config.to_dict() | {"energy": config.energy_kind}).inside == config.inside
+
+
+def test_a_level_that_bonds_do_not_fit_is_refused():
+    message = refusal(MODEL, d_model=8, n_heads=4, multiscale=MultiScaleConfig(factors=[2], widths=[4]))
+    assert "an inner level cannot be built: model.energy: got 'bonds'" in message
+
+
+def test_attention_that_has_no_block_is_refused():
+    assert "allowed 0 to 4" in refusal(MODEL, attention=AttentionConfig(every=5))
+    assert "model.attention.window: got 9 with model.attention.every = 0" in refusal(
+        MODEL, attention=AttentionConfig(window=9)
+    )
+    scales = MultiScaleConfig(factors=[2], layers=[1, 3, 1])
+    assert ModelConfig(attention=AttentionConfig(every=3), multiscale=scales).stacks == [2, 3]
+    assert (
+        ModelConfig(attention=AttentionConfig(every=2), multiscale=MultiScaleConfig([2], [1, 1, 1])).inside.attention
+        == AttentionConfig()
+    )
+    assert "stacks of at most 3 blocks" in refusal(MODEL, attention=AttentionConfig(every=4), multiscale=scales)
 
 
 @pytest.mark.parametrize("energy", ["real", "complex"])

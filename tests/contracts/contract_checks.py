@@ -188,7 +188,7 @@ def what_is_left_out_is_not_computed(model: LanguageModel) -> None:
         kept = sum(int(r.kept.sum()) for r in sparse)
         sites = sum(int(r.sites) for r in sparse)
         assert 0.2 < kept / sites < 0.8
-        if model.config.chains == "bonds":  # the scan runs on the packed sites
+        if model.config.energy_kind == "bonds":  # the scan runs on the packed sites
             packed = sum(len(r.kept) * min(packed_width(r.kept.sum(1), TILE), r.kept.shape[1]) for r in sparse)
             assert kept <= packed < sites
             name, expected = "resnet_bk.delta_scan", 7 * heads * width**2 * packed

@@ -140,7 +140,7 @@ ATTENTION = {"attention": {"every": 2, "window": 7}}
 TECHNIQUES |= {
     "attention": {"attention": {"every": 2, "window": 23}},
     "attention-in-every-block": {"attention": {"every": 1, "window": 5}},
-    "attention-over-several-folds": {"attention": {"every": 2, "window": attention.LONGEST_FOLD + 37}},
+    "attention-over-several-folds": {"attention": {"every": 2, "window": attention.LEAST_FOLD + 37}},
     "attention-diagonal": {"attention": {"every": 2, "window": 2}, "readout": "diagonal", "energy": "complex"},
     **{f"attention+{name}": ATTENTION | part for name, part in PARTS.items()},
     "attention+exit": ATTENTION | TECHNIQUES["exit"],

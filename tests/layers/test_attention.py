@@ -14,7 +14,7 @@ from resnet_bk.adaptive.flops import flops_per_position
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers import attention
-from resnet_bk.layers.attention import LONGEST_FOLD, Attention, AttentionState
+from resnet_bk.layers.attention import LEAST_FOLD, Attention, AttentionState
 from resnet_bk.layers.mixer import PropagatorMixer
 
 
@@ -50,7 +50,7 @@ def outputs_and_gradients(run, layer, length):
     return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, LONGEST_FOLD, LONGEST_FOLD + 9])
+@pytest.mark.parametrize("window", [1, 2, 5, LEAST_FOLD, LEAST_FOLD + 9])
 @pytest.mark.parametrize("length", [1, 2, 5, 67, 150])
 def test_it_is_its_definition(window, length):
     layer = make(window)
@@ -111,6 +111,16 @@ def test_a_state_of_another_precision_continues():
         assert y.dtype == after.past.dtype == torch.bfloat16
 
 
+def test_not_a_number_at_padding_reaches_no_position():
+    layer, x, mask = make(8), torch.randn(2, 6, 16, dtype=torch.float64), torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    clean = layer(x, None, mask)
+    x[1, 4:] = torch.nan
+    y, state, _ = layer(x, None, mask)
+    assert torch.equal(y[mask], clean[0][mask])
+    assert torch.equal(state.past, clean[1].past)
+
+
 def test_tables_that_inference_has_made_serve_training():
     layer, x = make(11), torch.randn(1, 30, 16, dtype=torch.float64)
     attention._kept_tables.cache_clear()
@@ -133,24 +143,15 @@ def kinds(stack):
 @pytest.mark.parametrize(
     ("every", "fields", "expected"),
     [
-        (0, {"n_layers": 3}, "CCC"),
         (1, {"n_layers": 3}, "AAA"),
         (2, {"n_layers": 5}, "CACAC"),
-        (4, {"n_layers": 3}, "CCC"),
+        (3, {"n_layers": 3}, "CCA"),
         (2, {"multiscale": {"factors": [2, 2], "layers": [1, 2, 4, 0, 2]}}, "C(CA(CACA))AC"),
     ],
 )
 def test_every_kth_block_of_each_stack_has_attention(every, fields, expected):
     model = LanguageModel(20, d_model=16, attention={"every": every, "window": 4}, **fields)
     assert kinds(model.blocks) == expected
-
-
-def test_without_attention_nothing_is_drawn_differently():
-    models = []
-    for fields in ({}, {"attention": {"every": 0, "window": 3}}):
-        torch.manual_seed(0)
-        models.append(LanguageModel(20, d_model=16, **fields))
-    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
 def test_first_gradients_are_of_ordinary_size():

@@ -49,6 +49,15 @@ def test_initial_memories_run_from_the_shortest_to_the_longest(longest):
     assert memory.max().item() == pytest.approx(longest, rel=1e-3)
 
 
+def test_a_single_head_has_the_shortest_memory_and_its_bias_counts_eight_times():
+    energies = Energies(ModelConfig(d_model=16, shortest_memory=2.0, longest_memory=32.0))
+    v = torch.nn.functional.softplus(8 * energies.potential.bias)
+    torch.testing.assert_close(1 / v, torch.tensor([2.0]))
+    hop = energies(torch.zeros(1, 1, 16))[2]
+    (slope,) = torch.autograd.grad(torch.logit(hop).sum(), energies.potential.bias)
+    torch.testing.assert_close(slope, torch.tensor([-8.0]), rtol=1e-4, atol=0)
+
+
 def test_initial_memories_of_real_energies_run_from_one_to_seven_positions():
     a, _, _ = Energies(of_kind("real"))(torch.zeros(1, 1, 16))
     margin = (a[0, 0] + 2).abs()

@@ -11,7 +11,17 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_bk.ops import Sparsity, available_backends, chunked, naive, propagate, use_backend
+from resnet_bk.ops import (
+    PropagatorState,
+    Sparsity,
+    available_backends,
+    chunked,
+    left_green,
+    naive,
+    propagate,
+    resolvent_diagonal,
+    use_backend,
+)
 from resnet_bk.ops.delta import _by_steps, delta_scan, delta_scan_op
 from resnet_bk.ops.sparse import _by_steps as _sparse_by_steps
 from resnet_bk.ops.sparse import sparse_scan
@@ -99,10 +109,8 @@ def test_a_chain_given_by_its_hopping_equals_its_dense_definition(backend, n):
     q, k, v, _, hop, write = (x.requires_grad_() for x in chain(n, batch=1, heads=1))
 
     def dense(q, k, v, hop, write):
-        one = [x[0, :, 0] for x in (q, k, v, hop, write)]
-        a = -1 - one[3] ** 2
-        a = torch.cat([a[:1] + one[3][:1] ** 2, a[1:]])
-        return (naive.propagate(*one[:3], a, 0.0, one[3], write_N=one[4]).view(1, n, 1, -1),)
+        *qkv, hop, write = (x[0, :, 0] for x in (q, k, v, hop, write))
+        return (naive.propagate(*qkv, naive.edge_energies(hop), 0.0, hop, write_N=write).view(1, n, 1, -1),)
 
     def fast(q, k, v, hop, write):
         return propagate(q, k, v, None, 0.0, hop, write=write)[:1]
@@ -137,6 +145,25 @@ def test_a_chain_without_energies_needs_its_hopping_and_is_causal():
         propagate(q, k, v, None, 0.0)
     with pytest.raises(ValueError, match="bidirectional"):
         propagate(q, k, v, None, 0.0, hop, causal=False)
+    with pytest.raises(ValueError, match=r"state\.g: got 0\.5"):
+        propagate(
+            q, k, v, None, 0.0, hop, state=PropagatorState(torch.full((2, 2), 0.5).double(), q.new_zeros(2, 2, 4, 3))
+        )
+    for function in (left_green, resolvent_diagonal):
+        with pytest.raises(ValueError, match="a: got None"):
+            function(None, 0.0, hop)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_state_of_another_precision_continues(backend, delta):
+    q, k, v, _, hop, write = (x.float() for x in chain(5))
+    _, state = propagate(q, k, v, None, 0.0, hop, write=write if delta else None)
+    rounded = state._replace(s=state.s.bfloat16())
+    got = propagate(q, k, v, None, 0.0, hop, write=write if delta else None, state=rounded)
+    expected = propagate(
+        q, k, v, None, 0.0, hop, write=write if delta else None, state=rounded._replace(s=rounded.s.float())
+    )
+    assert torch.equal(got[0], expected[0])
 
 
 def test_in_the_models_regime_weights_are_magnitudes_of_the_propagator():

@@ -7,11 +7,12 @@ import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of the command line; it refuses a little more
+_UNIONS = (types.UnionType, Union)  # of int | None, and of Literal[...] | None
 _LARGEST_YAML, _DEEPEST_YAML = 1 << 16, 10  # bytes, levels
 
 # Control characters and overrides of the text direction, which a terminal obeys; surrogates, which UTF-8 cannot encode.
@@ -274,7 +275,7 @@ def in_words(kind: Any) -> str:
         return f"a list, each {in_words(*get_args(kind))}"
     if get_origin(kind) is dict:
         return "a mapping of settings to [low, high], such as {learning_rate: [0.001, 0.01]}"
-    if isinstance(kind, types.UnionType):
+    if get_origin(kind) in _UNIONS:
         return " or ".join(map(in_words, get_args(kind)))
     named = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return named.get(kind, "a mapping of its fields")
@@ -282,5 +283,5 @@ def in_words(kind: Any) -> str:
 
 def number_kind(kind: Any) -> type | None:
     """Return int or float if a setting of this type is a number (or null), else None."""
-    kinds = set(get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) - {type(None)}
+    kinds = set(get_args(kind) if get_origin(kind) in _UNIONS else (kind,)) - {type(None)}
     return float if kinds == {float} else int if kinds == {int} else None

@@ -70,10 +70,11 @@ class ModelConfig:
     energies, outside the spectrum (decay). 'complex': z is complex (decay and rotation). Default: 'bonds' where they
     are allowed (causal models with the propagator, heads of 2 channels or more), else 'real'."""
     shortest_memory: float = 1.0
-    """Memory, in positions, of the first head's chain at the start of training, with bonds. Training changes it."""
+    """Initial memory of the first head's chain with bonds, in positions. Training changes memories."""
     longest_memory: float = 7.0
-    """The same of the last head's chain. The heads between them lie between. Short memories learn faster at first; text
-    in which what was read must be recalled needs longer ones."""
+    """Initial memory of the last head's chain with bonds, in positions. Memories of the other heads are spaced evenly
+    in log scale between the two; a single head has shortest_memory. Short memories learn faster at first; text in which
+    what was read must be recalled needs longer ones."""
     n_heads: int | None = None
     """Number of chains per mixer. Default: for the propagator, a divisor of d_model of at most d_model / 32; for the
     diagonal, d_model / 2; at least 1."""
@@ -104,7 +105,8 @@ class ModelConfig:
         check_integer(where, 1, self.num_experts, top_k=self.top_k)
         check_integer(where, 1, 64, conv_width=self.conv_width)
         check_range(where, 0, 1_000, balance_weight=self.balance_weight)
-        check_range(where, 0.1, 1e9, shortest_memory=self.shortest_memory, longest_memory=self.longest_memory)
+        check_range(where, 0.1, 1e6, shortest_memory=self.shortest_memory)
+        check_range(where, self.shortest_memory, 1e6, longest_memory=self.longest_memory)
         if self.d_ff is not None:
             check_integer(where, 1, 1_048_576, d_ff=self.d_ff)
         if self.n_heads is not None:
@@ -122,16 +124,26 @@ class ModelConfig:
                 f"model.energy: got 'bonds' with readout = {self.readout!r}, causal = {self.causal} and "
                 f"{self.heads} heads, allowed in causal models with the propagator, whose heads have 2 channels or more"
             )
-        if self.chains != "bonds":
+        if self.energy_kind != "bonds":
             for name in ("shortest_memory", "longest_memory"):
                 if getattr(self, name) != getattr(ModelConfig, name):
                     raise ConfigError(
-                        f"model.{name}: got {getattr(self, name)} with model.energy = {self.chains!r}, allowed with "
-                        "'bonds'; leave it out"
+                        f"model.{name}: got {getattr(self, name)} with model.energy = {self.energy_kind!r}, allowed "
+                        "with 'bonds'; leave it out"
                     )
         if self.attention.every:
             self._check_attention()
+        elif self.attention != AttentionConfig():
+            raise ConfigError(
+                f"model.attention.window: got {self.attention.window} with model.attention.every = 0, allowed with "
+                "attention; leave it out"
+            )
         self._check_multiscale()
+        if self.attention.every > max(self.stacks):
+            raise ConfigError(
+                f"model.attention.every: got {self.attention.every} with stacks of at most {max(self.stacks)} blocks, "
+                f"allowed 0 to {max(self.stacks)}"
+            )
         if self.length.bins:
             self._check_length()
         if self.depth.policy != "none":
@@ -283,8 +295,8 @@ class ModelConfig:
         return next((h for h in range(max(1, self.d_model // 32), 0, -1) if self.d_model % (multiple * h) == 0), 1)
 
     @property
-    def chains(self) -> Literal["bonds", "real", "complex"]:
-        """energy, or its default."""
+    def energy_kind(self) -> Literal["bonds", "real", "complex"]:
+        """energy, or its default; the same at all levels."""
         return self.energy or ("bonds" if self._allows_bonds else "real")
 
     @property
@@ -310,6 +322,13 @@ class ModelConfig:
         return (layers[0], layers[-1]) if layers else (1, 1)
 
     @property
+    def stacks(self) -> list[int]:
+        """Number of blocks at each level, from the finest to the coarsest."""
+        levels = len(self.multiscale.factors)
+        layers = self.multiscale.layers or (1,) * levels + (self.blocks - 2 * levels,) + (1,) * levels
+        return [*(layers[i] + layers[-1 - i] for i in range(levels)), layers[levels]]
+
+    @property
     def inside(self) -> "ModelConfig":
         """Settings of the stack at the next coarser level."""
         scales = self.multiscale
@@ -325,7 +344,14 @@ class ModelConfig:
         hidden = scales.hidden[0] if scales.hidden else hidden
         blocks = self.blocks - sum(self.around)
         return dataclasses.replace(
-            self, d_model=width, d_ff=hidden, n_layers=blocks, multiscale=levels, length=LengthConfig()
+            self,
+            d_model=width,
+            d_ff=hidden,
+            n_layers=blocks,
+            energy=self.energy_kind,
+            attention=self.attention if self.attention.every <= max(self.stacks[1:]) else AttentionConfig(),
+            multiscale=levels,
+            length=LengthConfig(),
         )
 
     @property

@@ -73,7 +73,7 @@ class ResNetBKConfig(PreTrainedConfig):
         super().__init__(**special, **others)  # type: ignore[arg-type]
         for name, value in config.to_dict().items():
             setattr(self, _NAMES[name], value)
-        self.n_layers, self.energy = config.blocks, config.chains
+        self.n_layers, self.energy = config.blocks, config.energy_kind
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]

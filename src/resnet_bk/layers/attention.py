@@ -23,9 +23,9 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers.mixer import Mixer, last_positions
 from resnet_bk.record import Record
 
-LONGEST_FOLD = 64  # positions; longer folds compute more scores outside the window, shorter ones copy keys more often
+LEAST_FOLD = 64  # positions; longer folds compute more scores outside the window, shorter ones copy keys more often
 ROPE_BASE = 10_000.0
-FLAGS = 2  # ones of each position in the state; two, because the rows of complex numbers need an even width
+FLAGS = 2  # a flag of each position in the state, twice: view_as_complex needs rows of even width
 
 # torch's counter has formulas for the kernels of GPUs only. All kernels have the same first arguments.
 for _direction in ("", "_backward"):
@@ -63,11 +63,11 @@ class Attention(Mixer):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, self.heads, self.window = config.d_model, config.attention_heads, config.attention.window
-        self.width, self.fold = d // self.heads, min(self.window, LONGEST_FOLD)
+        self.width, self.fold = d // self.heads, min(self.window, max(LEAST_FOLD, self.window // 4))
         self.in_proj = nn.Linear(d, 3 * d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
 
-    def layout(self, x: Tensor) -> AttentionState:  # type: ignore[override]
+    def layout(self, x: Tensor) -> AttentionState:
         return AttentionState(self._start(x))
 
     def forward(
@@ -76,6 +76,8 @@ class Attention(Mixer):
         self._check_split(state, mask)
         d = x.shape[-1]
         q, kv = self.in_proj(x).split([d, 2 * d], dim=-1)
+        if mask is not None:  # queries before padding give it weight 0, and 0 times a NaN would be NaN
+            kv = kv.masked_fill(~mask.unsqueeze(-1), 0)
         new = torch.cat([kv, kv.new_ones(*x.shape[:2], FLAGS)], dim=-1)
         if self.pieces is not None:
             past = self.pieces.inputs(new, self.window - 1)
@@ -115,7 +117,8 @@ class Attention(Mixer):
         return y.transpose(1, 2).flatten(-2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :length]
 
     def _tables(self, fold: int, x: Tensor) -> Tables:
-        make = _tables if torch.compiler.is_compiling() else _kept_tables
+        traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode([x]) is not None
+        make = _tables if traced else _kept_tables
         return make(fold, self.window, self.width, x.dtype, x.device)
 
     def scores(self, length: int) -> int:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.attention import Attention, AttentionState
 from resnet_bk.layers.feedforward import feed_forward
-from resnet_bk.layers.mixer import MIXERS, MixerState
+from resnet_bk.layers.mixer import MIXERS, ChainState
 from resnet_bk.layers.norm import Norm
 from resnet_bk.record import Record
 
@@ -50,7 +50,7 @@ class AdaptiveLayer(nn.Module):
     """Base of the layers that implement a technique around others; the ledger has entries for each, as for blocks."""
 
 
-MixState = MixerState | AttentionState  # of a chain, or of an attention
+MixerState = ChainState | AttentionState  # of a chain, or of an attention
 
 
 class Block(nn.Module):
@@ -65,17 +65,17 @@ class Block(nn.Module):
         self.mixer = Attention(config) if attends else MIXERS[config.readout](config)
         self.ff_norm, self.feed_forward = Norm(config.d_model), feed_forward(config)
 
-    def layout(self, x: Tensor) -> MixState:
+    def layout(self, x: Tensor) -> MixerState:
         return self.mixer.layout(x)
 
     def forward(
-        self, x: Tensor, tokens: Tokens | None, state: MixState | None, mask: Tensor | None
-    ) -> tuple[Tensor, MixState, list[Record]]:
+        self, x: Tensor, tokens: Tokens | None, state: MixerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, MixerState, list[Record]]:
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self._run, x, state, mask, use_reentrant=False)
         return self._run(x, state, mask)
 
-    def _run(self, x: Tensor, state: MixState | None, mask: Tensor | None) -> tuple[Tensor, MixState, list[Record]]:
+    def _run(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> tuple[Tensor, MixerState, list[Record]]:
         y, state, records = self.mixer(self.mixer_norm(x), state, mask)
         x = x + y
         y, more = self.feed_forward(self.ff_norm(x), mask)

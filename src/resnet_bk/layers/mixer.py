@@ -19,11 +19,11 @@ from resnet_bk.ops.conv import short_conv
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
-PACE = 8  # AdamW moves every parameter at one pace; the bias of bonds, which sets the memory of a head, has far to go
+PACE = 8  # factor of the bias of bonds: AdamW steps all parameters equally far, and memories have far to go
 
 
-class MixerState(NamedTuple):
-    """State of a mixer. Its size does not depend on the length of the past.
+class ChainState(NamedTuple):
+    """State of a mixer on a chain. Its size does not depend on the length of the past.
 
     In bidirectional models it has no meaning.
 
@@ -100,7 +100,7 @@ class Energies(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d_model, heads, kind = config.d_model, config.heads, config.chains
+        d_model, heads, kind = config.d_model, config.heads, config.energy_kind
         self.kind = kind
         self.potential = nn.Linear(d_model, heads)
         # The complex potential starts near zero, because |dg/da| reaches 1 / eta^2. In a chain that starts disordered,
@@ -148,18 +148,6 @@ class Mixer(nn.Module):
     """
 
     pieces: Pieces | None = None
-    conv: ShortConv
-    energies: Energies
-
-    def layout(self, x: Tensor) -> MixerState:
-        """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
-        return MixerState(x.new_empty(len(x), self.conv.width - 1, self.conv.channels), self._core_layout(x))
-
-    def _core_layout(self, x: Tensor) -> Any:
-        """Return g of the last site, (B, H)."""
-        real = torch.promote_types(x.dtype, torch.float32)
-        g = x.new_empty(len(x), self.energies.potential.out_features, dtype=real)
-        return torch.complex(g, g) if self.energies.kind == "complex" else g
 
     def _check_split(self, state: Any, mask: Tensor | None) -> None:
         """Raise ValueError if a sequence that is split over processes has a state or padding."""
@@ -169,12 +157,29 @@ class Mixer(nn.Module):
                 "None: a split sequence starts at its first token and has no padding"
             )
 
-    def _past(self, state: MixerState | None, mask: Tensor | None) -> MixerState:
+
+class ChainMixer(Mixer):
+    """Base of the mixers on a chain."""
+
+    conv: ShortConv
+    energies: Energies
+
+    def layout(self, x: Tensor) -> ChainState:
+        """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
+        return ChainState(x.new_empty(len(x), self.conv.width - 1, self.conv.channels), self._core_layout(x))
+
+    def _core_layout(self, x: Tensor) -> Any:
+        """Return g of the last site, (B, H)."""
+        real = torch.promote_types(x.dtype, torch.float32)
+        g = x.new_empty(len(x), self.energies.potential.out_features, dtype=real)
+        return torch.complex(g, g) if self.energies.kind == "complex" else g
+
+    def _past(self, state: ChainState | None, mask: Tensor | None) -> ChainState:
         self._check_split(state, mask)
-        return state or MixerState(None, None)  # type: ignore[arg-type]
+        return state or ChainState(None, None)  # type: ignore[arg-type]
 
 
-class PropagatorMixer(Mixer):
+class PropagatorMixer(ChainMixer):
     """Linear attention weighted by the chain's propagator P: ``y = ((Q K^T) o P) V``, (B, N, D) -> (B, N, D).
 
     With the delta rule, a site writes what the chain does not return for its key yet, see
@@ -185,7 +190,7 @@ class PropagatorMixer(Mixer):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, self.heads, self.causal = config.d_model, config.heads, config.causal
-        self.delta = config.chains == "bonds"
+        self.delta = config.energy_kind == "bonds"
         self.width = d // self.heads
         self.energies = Energies(config)
         dense = not config.sparsity.target
@@ -203,8 +208,8 @@ class PropagatorMixer(Mixer):
         return PropagatorState(g, s) if self.sparse is None else SparseState(g, s, r)
 
     def forward(
-        self, x: Tensor, state: MixerState | None, mask: Tensor | None
-    ) -> tuple[Tensor, MixerState, list[Record]]:
+        self, x: Tensor, state: ChainState | None, mask: Tensor | None
+    ) -> tuple[Tensor, ChainState, list[Record]]:
         past = self._past(state, mask)
         sparsity, records = _decide(self.sparse, x, mask)
         chain, exact = self.energies(x), torch.promote_types(x.dtype, torch.float32)
@@ -231,7 +236,7 @@ class PropagatorMixer(Mixer):
             sparsity=sparsity,
         )
         y = self.norm(y.to(x.dtype)).flatten(-2) * F.silu(gate)
-        return self.out_proj(y), MixerState(conv, core), records
+        return self.out_proj(y), ChainState(conv, core), records
 
     def _read_and_write(self, qk: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return q and k (B, N, H, K), and with the delta rule the strengths (B, N, H) at which sites write."""
@@ -243,7 +248,7 @@ class PropagatorMixer(Mixer):
         return q, F.layer_norm(k, (self.width,)), strength.sigmoid() / self.width
 
 
-class DiagonalMixer(Mixer):
+class DiagonalMixer(ChainMixer):
     """Green's functions of many chains as features: g, or [Re g, Im g] with complex energies. (B, N, D) -> (B, N, D).
 
     Causal models read the left Green's function, bidirectional models the diagonal of the resolvent.
@@ -253,7 +258,7 @@ class DiagonalMixer(Mixer):
         super().__init__()
         d, heads, self.causal = config.d_model, config.heads, config.causal
         self.energies = Energies(config)
-        features = heads * (2 if config.chains == "complex" else 1)
+        features = heads * (2 if config.energy_kind == "complex" else 1)
         self.in_proj = nn.Linear(d, 2 * d, bias=False)
         self.conv = ShortConv(d, config.conv_width, config.causal)
         self.norm = Norm(features)
@@ -262,8 +267,8 @@ class DiagonalMixer(Mixer):
         self.sparse = SparseBKCore(config, heads) if config.sparsity.target else None
 
     def forward(
-        self, x: Tensor, state: MixerState | None, mask: Tensor | None
-    ) -> tuple[Tensor, MixerState, list[Record]]:
+        self, x: Tensor, state: ChainState | None, mask: Tensor | None
+    ) -> tuple[Tensor, ChainState, list[Record]]:
         past = self._past(state, mask)
         sparsity, records = _decide(self.sparse, x, mask)
         u, gate = self.in_proj(x).chunk(2, dim=-1)
@@ -280,7 +285,7 @@ class DiagonalMixer(Mixer):
             core = g[:, -1]
         features = torch.view_as_real(g).flatten(-2) if g.is_complex() else g
         y = self.read(self.norm(features.to(x.dtype))) + u
-        return self.out_proj(y * F.silu(gate)), MixerState(conv, core), records
+        return self.out_proj(y * F.silu(gate)), ChainState(conv, core), records
 
 
 def _decide(sparse: SparseBKCore | None, x: Tensor, mask: Tensor | None) -> tuple[Sparsity | None, list[Record]]:

@@ -152,6 +152,11 @@ def check_chain(
         g = d.new_full((d.shape[0], d.shape[2]), -1.0 if at_edge else 0.0)
     else:
         _expect("state", g, (d.shape[0], d.shape[2]), d)
+        if at_edge and can_read_values(g) and (g != -1).any():
+            raise ValueError(
+                f"state.g: got {g[g != -1][0].item():g} in a chain given by its hopping, expected -1; a chain with "
+                "energies has another state"
+            )
     links = torch.ones_like(a) if hop is None else hop
     return Chain(d, links, links if hop is None else hop * hop, g, mask, sparsity, at_edge)
 
@@ -209,9 +214,14 @@ def _expect(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dtype: t
         raise TypeError(f"{name}: expected {dtype} on {like.device}, got {x.dtype} on {x.device}")
 
 
+def can_read_values(x: Tensor) -> bool:
+    """Return True if reading values of x is cheap: on a GPU it is a host-device sync."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_gate(gate: Tensor, mask: Tensor | None) -> None:
-    if gate.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # on a GPU, reading values would be a host-device sync
+    if not can_read_values(gate):
+        return
     invalid = (gate != 0) & (gate != 1)
     if invalid.any():
         raise ValueError(f"sparsity.gate: expected 0 or 1 everywhere, got {gate[invalid][0].item():g}")

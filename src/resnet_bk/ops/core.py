@@ -6,6 +6,7 @@ Dimensions: B batch, N sites, M packed length, H chains (heads), K key width, V 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def left_green(
         ValueError: a shape does not fit. Raised before the recurrence runs.
         TypeError: a dtype or a device does not fit. Raised before the recurrence runs.
     """
-    chain = check_chain(a, z, hop, state, mask, sparsity)
+    chain = _with_energies(a, z, hop, state, mask, sparsity)
     g = green(chain.d, chain.w, chain.g, chain.kept)
     if sparsity is None:
         return g, g[:, -1]
@@ -64,7 +65,7 @@ def resolvent_diagonal(
 
     Arguments and errors are those of :func:`left_green`. The value at padding is finite and has no meaning.
     """
-    chain = check_chain(a, z, hop, None, mask, sparsity)
+    chain = _with_energies(a, z, hop, None, mask, sparsity)
     from_left, from_right = _self_energies(chain, chain.kept)
     diagonal = 1 / (chain.d - from_left - from_right)
     if sparsity is None:
@@ -119,11 +120,18 @@ def propagate(
     """
     chain = check_chain(a, z, hop, None if state is None else state.g, mask, sparsity)
     check_qkv(chain, q, k, v, write, state, causal)
-    before = _no_past(q, v, sparsity) if state is None else tuple(state[1:])
+    before = _no_past(q, v, sparsity) if state is None else tuple(x.to(v.dtype) for x in state[1:])
     y, after = _causal(q, k, v, write, chain, before) if causal else _bidirectional(q, k, v, chain, before)
     if mask is not None:
         y = y.masked_fill(~mask[:, :, None, None], 0)
     return y, after
+
+
+def _with_energies(a: Tensor, *others: Any) -> Chain:
+    """Return the chain with energies a, or raise as :func:`check_chain` does."""
+    if a is None:
+        raise ValueError("a: got None, expected shape (B, N, H); only propagate takes a chain given by its hopping")
+    return check_chain(a, *others)
 
 
 def _no_past(q: Tensor, v: Tensor, sparsity: Sparsity | None) -> tuple[Tensor, ...]:
@@ -141,12 +149,17 @@ def left(chain: Chain) -> Tensor:
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, write: Tensor | None, chain: Chain, before: tuple[Tensor, ...]
 ) -> tuple[Tensor, PropagatorState | SparseState]:
-    g = left(chain)
-    # What the chain returns for a key is subtracted from v, so the weight of a site's own key must be positive.
-    weight = g if write is None else g.abs() * write
-    matrix = _Semiseparable(-chain.links * g, weight, None, chain.mask, chain.sparsity, delta=write is not None)
+    if chain.at_edge:
+        last, alpha = chain.g, chain.links
+        weight = -torch.ones_like(alpha) if write is None else write
+    else:
+        g = left(chain)
+        last, alpha = g[:, -1], -chain.links * g
+        # What the chain returns for a key is subtracted from v, so the weight of a site's own key must be positive.
+        weight = g if write is None else g.abs() * write
+    matrix = _Semiseparable(alpha, weight, None, chain.mask, chain.sparsity, delta=write is not None)
     y, after = matrix.apply(q, k, v, before)
-    return y, PropagatorState(g[:, -1], *after) if chain.sparsity is None else SparseState(g[:, -1], *after)
+    return y, PropagatorState(last, *after) if chain.sparsity is None else SparseState(last, *after)
 
 
 def _bidirectional(

@@ -19,7 +19,6 @@ from resnet_bk.ops.numba_jit import arrays, jit
 def _forward(q, k, v, alpha, beta, s0, y, last, states, error):
     batch, length, heads, width = k.shape
     values = v.shape[3]
-    zero = alpha.dtype.type(0)
     for task in prange(batch * heads):
         b, h = task // heads, task % heads
         s = s0[b, h].copy()
@@ -33,7 +32,7 @@ def _forward(q, k, v, alpha, beta, s0, y, last, states, error):
             for j in range(values):
                 read[j] = 0
                 known[j] = 0
-            qk = zero
+            qk = 0.0  # a float64, at no cost: y depends on it most
             for i in range(width):
                 ki, qi, before = k[b, t, h, i], q[b, t, h, i], k_before[i]
                 k_before[i] = ki

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from resnet_bk.ops.chain import can_read_values
 from resnet_bk.ops.chunked import SCAN_CHUNK, chunks
 from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.flops import FILL, FILL_BACKWARD, SCAN, SCAN_BACKWARD
@@ -69,9 +70,9 @@ def sparse_scan(
         return _by_steps(*inputs, delta=delta)
     if q.shape != k.shape:
         raise ValueError(f"k: expected the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
-    # On a GPU, reading the gates is a host-device sync.
-    can_read_gates = v.device.type == "cpu" and not torch.compiler.is_compiling()
-    if can_read_gates and q.shape[1] < (most := max(1, int((gate != 0).sum(1).max()))):  # or a kernel reads beyond them
+    if can_read_values(gate) and q.shape[1] < (
+        most := max(1, int((gate != 0).sum(1).max()))
+    ):  # or a kernel reads beyond them
         raise ValueError(f"q and k: expected at least {most} sites (1, or those of the fullest row), got {q.shape[1]}")
     if delta or not _has_sparse_kernel(v.device.type):
         return _on_packed_sites(*inputs, delta=delta)

@@ -25,7 +25,7 @@ from resnet_bk.report.terminal import say
 from resnet_bk.study import run
 from resnet_bk.study.finished import check_one_text, results_of, text_of
 from resnet_bk.study.versions import version_lines
-from resnet_bk.training.run import StoppedError, with_vocabulary
+from resnet_bk.training.run import StoppedError, resolved
 
 LEAST_FOR_HALF = 4  # techniques: with fewer, half a plan cannot separate main effects from interactions
 TABLE, DATA = "ablation.md", "ablation.json"
@@ -127,7 +127,7 @@ def ablate(config: AblateConfig, recipe: TrainConfig, console: Console) -> dict[
             f"ablate.plan: got 'half' for {len(techniques)} techniques, allowed for {LEAST_FOR_HALF} or more, since "
             "with fewer it cannot separate main effects from interactions; use 'full'"
         )
-    recipe = with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))
+    recipe = resolved(recipe, len(load_tokenizer(recipe.data.tokenizer)))
     models = {}
     # Build the settings of all cells before the first run, because a combination may be impossible.
     for on in plan(techniques, config.plan):

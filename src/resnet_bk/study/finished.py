@@ -200,10 +200,7 @@ def named(path: Path, hint: str = "") -> Iterator[None]:
 def _settings(values: Any) -> TrainConfig:
     """Check the content of config.yaml."""
     check_fields("train", TrainConfig, values)
-    sections = {
-        "model": ModelConfig.from_dict(values["model"]),
-        "data": DataConfig(**values["data"]),
-    }
+    sections = {"model": ModelConfig.from_dict(values["model"]), "data": DataConfig(**values["data"])}
     return TrainConfig(**(values | sections))
 
 

@@ -54,7 +54,7 @@ from resnet_bk.study.search import (
     with_settings,
 )
 from resnet_bk.training.recorder import ProgressCallback
-from resnet_bk.training.run import StoppedError, with_vocabulary
+from resnet_bk.training.run import StoppedError, resolved
 from resnet_bk.training.trainer import NonFiniteError
 
 STUDY, TABLE, FIGURE, CHOSEN = "study.db", "pareto.md", "pareto.svg", "chosen.yaml"
@@ -251,7 +251,7 @@ def tune(config: TuneConfig, recipe: TrainConfig, console: Console) -> Point | N
         StoppedError: a signal stopped the training of a trial.
     """
     space = config.space or default_space(recipe)
-    full = with_vocabulary(recipe, len(load_tokenizer(recipe.data.tokenizer)))  # as the runs save it
+    full = resolved(recipe, len(load_tokenizer(recipe.data.tokenizer)))  # as the runs save it
     with lock(Path(config.output_dir), "tune.output_dir"), _opened(config, recipe, space) as study:
         while (done := len(_finished(study))) < config.trials:
             study.sampler = _sampler(config.seed, done)

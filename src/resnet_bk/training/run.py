@@ -226,7 +226,7 @@ def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data
     """
     folder = Path(config.output_dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    config = with_vocabulary(config, len(tokenizer))
+    config = resolved(config, len(tokenizer))
     check_same_run(config, folder)
     if not tokenizer(config.sample)["input_ids"]:
         raise ConfigError(f"train.sample: {shown(config.sample)} has no tokens; give another text")
@@ -254,8 +254,11 @@ def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
         )
 
 
-def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
-    """Set the vocabulary size to that of the tokenizer if it is the default, 259; keep a larger one.
+def resolved(config: TrainConfig, size: int) -> TrainConfig:
+    """Return the settings as a run saves them, for a tokenizer with `size` ids.
+
+    The kind of energies is that of the model. The vocabulary size is that of the tokenizer if it was the default, 259;
+    a larger one is kept.
 
     Raises:
         ConfigError: it is neither the default nor large enough for the tokenizer.
@@ -267,7 +270,8 @@ def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
             "leave it out or raise it"
         )
     vocab_size = size if asked == tokens.BYTE_VOCABULARY else asked
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    model = dataclasses.replace(config.model, vocab_size=vocab_size, energy=config.model.energy_kind)
+    return dataclasses.replace(config, model=model)
 
 
 def _print_sizes(console: Console, data: _Data, model: ResNetBKForCausalLM, ranks: Ranks) -> None:
