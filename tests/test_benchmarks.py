@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import energies
 import gpu_kernels
 import pytest
 import recall
@@ -137,3 +138,16 @@ def test_reading_in_pieces_changes_nothing(monkeypatch):
     whole = recall.score(model, recall.recall, 16, 16)
     monkeypatch.setattr(recall, "PIECE", 40)
     assert recall.score(model, recall.recall, 16, 16) == pytest.approx(whole, rel=1e-5)
+
+
+def test_energies_trains_compares_and_times(monkeypatch):
+    monkeypatch.setattr(energies, "SCORED", 2048)
+    monkeypatch.setattr(energies, "REPEATS", 1)
+    results = []
+    for kind, bits in (("real", 2.5), ("bonds", 2.25)):
+        cell = {"energy": kind, "corpus": "stdlib", "seconds": 0.1, "window": 256, "seed": 0}
+        found = energies.cell(cell)
+        assert 0 < found["bits_per_byte"] < 10
+        results.append({"cell": cell, **found, "bits_per_byte": bits})
+    assert "| 2.5000 | 2.2500 | -0.2500 |" in energies.quality(results)
+    assert energies.speed().count("\n") == 2 + len(energies.SHAPES)

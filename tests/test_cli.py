@@ -158,6 +158,7 @@ def test_an_unknown_option_like_no_other_points_to_the_help(refused):
         ("--resume", "maybe", "train.resume: got 'maybe', allowed true or false"),
         ("--dtype", "float16", "train.dtype: got 'float16', allowed 'float32' or 'bfloat16'"),
         ("--model.readout", "foo", "model.readout: got 'foo', allowed 'propagator' or 'diagonal'"),
+        ("--model.energy", "foo", "model.energy: got 'foo', allowed 'bonds' or 'real' or 'complex' or null"),
         ("--model.d_model", "abc", "model.d_model: got 'abc', allowed an integer"),
         ("--model.d_model", "1\n2\n3", "model.d_model: got '1 2 3', allowed an integer"),
         ("--model.d_model", "65537", "model.d_model: got 65537, allowed an integer from 1 to 65536"),

@@ -86,6 +86,7 @@ REALS = [
 ]
 CHOICES = [
     (MODEL, "readout", "model"),
+    (MODEL, "energy", "model"),
     (LENGTHS, "mode", "model.length"),
     (LENGTHS, "placement", "model.length"),
     (LENGTHS, "pooling", "model.length"),
@@ -158,6 +159,9 @@ def test_only_finite_numbers_in_range_are_numbers(case, value):
 @pytest.mark.parametrize("case", CHOICES, ids=name)
 def test_choices_name_what_is_allowed(case, value):
     kind, field, where = case
+    if field == "energy" and value is None:
+        assert kind[0](**kind[1], energy=None).energy is None  # the default
+        return
     message = refusal(kind, **{field: value})
     assert message.startswith(f"{where}.{field}: got {value!r}, allowed '")
 

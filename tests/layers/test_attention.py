@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk import LanguageModel
@@ -128,6 +129,16 @@ def test_tables_that_inference_has_made_serve_training():
         layer(x, None, None)
     layer(x, None, None)[0].sum().backward()
     assert layer.in_proj.weight.grad.abs().max() > 0
+
+
+def test_tables_of_fake_tensors_are_not_kept():
+    layer, x = make(11), torch.randn(1, 30, 16, dtype=torch.float64)
+    attention._kept_tables.cache_clear()
+    expected = layer(x, None, None)[0]
+    attention._kept_tables.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(torch.empty(1, 30, 16, dtype=torch.float64), None, None)
+    assert torch.equal(layer(x, None, None)[0], expected)
 
 
 def kinds(stack):
