@@ -206,7 +206,8 @@ def test_backends_agree_on_outputs_and_gradients(n):
 
 @pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")
 def test_the_operator_passes_opcheck():
-    opcheck(sparse_scan_op, scan_inputs())
+    for delta in (False, True):
+        opcheck(sparse_scan_op, (*scan_inputs(), delta))
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -244,14 +245,15 @@ def test_state_and_padding(every_backend, regime, readout):
 
 
 @pytest.mark.skipif("numba" not in available_backends(), reason="needs the extra cpu-fast")
-def test_flops_count_kept_sites():
+@pytest.mark.parametrize(("delta", "each"), [(False, 19), (True, 25)])
+def test_flops_count_kept_sites(delta, each):
     inputs = scan_inputs(n=10)
     kept = int((inputs[7] > 0).sum())
     with FlopCounterMode(display=False) as counter:
-        y, _, _ = sparse_scan_op(*inputs)[:3]
+        y, _, _ = sparse_scan(*inputs, delta=delta)
         y.sum().backward()
     heads, keys, values = 3, 3, 5
-    assert counter.get_total_flops() == heads * (19 * keys * values * kept + 11 * values * (20 - kept))
+    assert counter.get_total_flops() == heads * (each * keys * values * kept + 11 * values * (20 - kept))
 
 
 def test_invalid_input_is_refused():

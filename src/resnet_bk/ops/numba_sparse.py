@@ -14,7 +14,7 @@ from resnet_bk.ops.numba_jit import arrays, jit
 
 
 @jit
-def _forward(q, k, v, alpha, beta, fade, own, gate, s0, r0, y, last_s, last_r, states):
+def _forward(q, k, v, alpha, beta, fade, own, gate, s0, r0, delta, y, last_s, last_r, states, error):
     batch, length, heads, values = v.shape
     width = k.shape[3]
     for task in prange(batch * heads):
@@ -38,8 +38,16 @@ def _forward(q, k, v, alpha, beta, fade, own, gate, s0, r0, y, last_s, last_r, s
             a = alpha[b, t, h] * pending
             pending = alpha.dtype.type(1)
             for j in range(values):
-                u[j] = beta[b, t, h] * v[b, t, h, j]
+                u[j] = v[b, t, h, j]
                 r[j] = 0
+            if delta:
+                for i in range(width):
+                    known = a * k[b, site, h, i]
+                    for j in range(values):
+                        u[j] -= known * s[i, j]
+                error[b, site, h] = u
+            for j in range(values):
+                u[j] *= beta[b, t, h]
             for i in range(width):
                 ki, qi = k[b, site, h, i], q[b, site, h, i]
                 for j in range(values):
@@ -68,6 +76,8 @@ def _backward(
     r0,
     y,
     states,
+    error,
+    delta,
     dq,
     dk,
     dv,
@@ -81,12 +91,14 @@ def _backward(
 ):
     batch, length, heads, values = v.shape
     width = k.shape[3]
+    zero = alpha.dtype.type(0)
     for task in prange(batch * heads):
         b, h = task // heads, task % heads
         x = grad_s[b, h].copy()  # gradient of the state
         dr = grad_r[b, h].copy()  # gradient of the r that later sites left out read
         s = np.empty((SCAN_CHUNK + 1, width, values), v.dtype)  # S after each kept site of the chunk
         r = np.empty(values, v.dtype)  # r before a site
+        e = np.empty(values, v.dtype)  # what the site writes, but for beta: v, or the error
         u = np.empty(values, v.dtype)
         du = np.empty(values, v.dtype)
         dread = np.empty(values, v.dtype)
@@ -112,16 +124,15 @@ def _backward(
                 a = alpha[b, t, h] * pending
                 pending = alpha.dtype.type(1)
                 earlier, here = s[kept], s[kept + 1]
+                e[:] = error[b, site + kept, h] if delta else v[b, t, h]
                 for j in range(values):
-                    u[j] = beta[b, t, h] * v[b, t, h, j]
+                    u[j] = beta[b, t, h] * e[j]
                 for i in range(width):
                     ki = k[b, site + kept, h, i]
                     for j in range(values):
                         here[i, j] = a * earlier[i, j] + ki * u[j]
                 kept += 1
-            flow = alpha.dtype.type(
-                0
-            )  # gradient of the decay from the last kept site to the next one, or to the chunk's end
+            flow = zero  # gradient of the decay from the last kept site to the next one, or to the chunk's end
             if gate[b, stop - 1] == 0:
                 for i in range(width):
                     for j in range(values):
@@ -137,8 +148,8 @@ def _backward(
                         r[j] = y[b, t - 1, h, j] - own[b, t - 1, h] * v[b, t - 1, h, j]
                 else:
                     r[:] = y[b, t - 1, h]
-                vy = alpha.dtype.type(0)
-                faded = alpha.dtype.type(0)
+                vy = zero
+                faded = zero
                 if gate[b, t] == 0:
                     for j in range(values):
                         dy = grad_y[b, t, h, j]
@@ -155,46 +166,57 @@ def _backward(
                     continue
                 a = alpha[b, t, h] * before
                 after = alpha[b, t, h]
-                flow = alpha.dtype.type(0)
-                qk = alpha.dtype.type(0)
-                read = alpha.dtype.type(0)
-                self_read = alpha.dtype.type(0)
-                vu = alpha.dtype.type(0)
+                flow = zero
+                qk = zero
+                read = zero
+                self_read = zero
+                eu = zero
+                earlier, here = s[kept - 1], s[kept]
+                kept -= 1
+                e[:] = error[b, site + kept, h] if delta else v[b, t, h]
                 for j in range(values):
                     dy = grad_y[b, t, h, j]
                     dread[j] = dr[j] + dy
-                    u[j] = beta[b, t, h] * v[b, t, h, j]
+                    u[j] = beta[b, t, h] * e[j]
                     du[j] = 0
                     vy += dy * v[b, t, h, j]
                     faded += dread[j] * r[j]
                     self_read += dread[j] * u[j]
                     dr[j] = 0
-                earlier, here = s[kept - 1], s[kept]
-                kept -= 1
                 for i in range(width):
                     ki, qi = k[b, site + kept, h, i], q[b, site + kept, h, i]
-                    dqi = alpha.dtype.type(0)
-                    dki = alpha.dtype.type(0)
+                    dqi = zero
+                    dki = zero
                     for j in range(values):
                         dqi += dread[j] * here[i, j]
                         grad = x[i, j] + qi * dread[j]
                         dki += grad * u[j]
                         du[j] += ki * grad
-                        flow += grad * earlier[i, j]
-                        x[i, j] = a * grad
+                        x[i, j] = grad
                     qk += qi * ki
                     read += qi * dqi
                     dq[b, site + kept, h, i] = dqi
                     dk[b, site + kept, h, i] = dki
-                dalpha[b, t, h] = flow * before
                 for j in range(values):
-                    vu += du[j] * v[b, t, h, j]
+                    eu += du[j] * e[j]
                     dv[b, t, h, j] = beta[b, t, h] * du[j]
-                dbeta[b, t, h] = vu
+                for i in range(width):
+                    # the error falls by what the state returns for the key
+                    ki = k[b, site + kept, h, i] if delta else zero
+                    known = zero
+                    for j in range(values):
+                        known += dv[b, t, h, j] * earlier[i, j]
+                        grad = x[i, j] - ki * dv[b, t, h, j]
+                        flow += grad * earlier[i, j]
+                        x[i, j] = a * grad
+                    if delta:
+                        dk[b, site + kept, h, i] -= a * known
+                dalpha[b, t, h] = flow * before
+                dbeta[b, t, h] = eu
                 dfade[b, t, h] = 0
                 d_own[b, t, h] = 0
                 # what the site reads and what later sites read of it, minus its output if it were left out
-                written = beta[b, t, h] * vu - qk * self_read
+                written = beta[b, t, h] * eu - qk * self_read
                 dgate[b, t, h] = read + written - fade[b, t, h] * faded - own[b, t, h] * vy
             stop = start
         ds0[b, h] = x
@@ -212,21 +234,25 @@ def sparse_scan_forward(
     gate: Tensor,
     s0: Tensor,
     r0: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    delta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     chunks = -(-q.shape[1] // SCAN_CHUNK)
     out = (v.new_empty(v.shape), s0.new_empty(s0.shape), r0.new_empty(r0.shape))
     states = s0.new_empty(*s0.shape[:2], chunks, *s0.shape[2:])
-    _forward(*arrays(q, k, v, alpha, beta, fade, own, gate, s0, r0, *out, states))
-    return *out, states
+    error = v.new_empty(*q.shape[:3], v.shape[3] if delta else 0)
+    _forward(*arrays(q, k, v, alpha, beta, fade, own, gate, s0, r0), delta, *arrays(*out, states, error))
+    return *out, states, error
 
 
-def sparse_scan_backward(grad_y: Tensor, grad_s: Tensor, grad_r: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+def sparse_scan_backward(
+    grad_y: Tensor, grad_s: Tensor, grad_r: Tensor, *saved: Tensor, delta: bool
+) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, alpha, beta, fade, own, gate, s0 and r0.
 
-    saved: q, k, v, alpha, beta, fade, own, gate, r0, y, states.
+    saved: q, k, v, alpha, beta, fade, own, gate, r0, y, states, error.
     """
     q, k, v, alpha, beta, fade, own = saved[:7]
     found = [x.new_empty(x.shape) for x in (q, k, v, alpha, beta, fade, own, own, grad_s, grad_r)]
-    _backward(*arrays(grad_y, grad_s, grad_r, *saved, *found))
+    _backward(*arrays(grad_y, grad_s, grad_r, *saved), delta, *arrays(*found))
     *edges, dgate, ds0, dr0 = found
     return *edges, dgate.sum(-1), ds0, dr0

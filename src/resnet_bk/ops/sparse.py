@@ -6,6 +6,8 @@ other site. The output of the site is that of the last kept site, faded, plus a 
 Dimensions: B batch, N sites, M packed length, H chains, K key width, V value width.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -13,8 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 from resnet_bk.ops.chain import can_read_values
 from resnet_bk.ops.chunked import SCAN_CHUNK, chunks
 from resnet_bk.ops.delta import delta_scan
-from resnet_bk.ops.flops import FILL, FILL_BACKWARD, SCAN, SCAN_BACKWARD
-from resnet_bk.ops.kernels import backend_for, differentiable_vjp, load_backend, preferred_backend, scan
+from resnet_bk.ops.flops import DELTA, DELTA_BACKWARD, FILL, FILL_BACKWARD, SCAN, SCAN_BACKWARD
+from resnet_bk.ops.kernels import backend_for, differentiable_vjp, given, load_backend, preferred_backend, scan
 from resnet_bk.ops.packing import Packing
 
 
@@ -74,9 +76,9 @@ def sparse_scan(
         most := max(1, int((gate != 0).sum(1).max()))
     ):  # or a kernel reads beyond them
         raise ValueError(f"q and k: expected at least {most} sites (1, or those of the fullest row), got {q.shape[1]}")
-    if delta or not _has_sparse_kernel(v.device.type):
+    if not _has_sparse_kernel(v.device.type):
         return _on_packed_sites(*inputs, delta=delta)
-    return sparse_scan_op(*inputs)[:3]
+    return sparse_scan_op(*inputs, delta)[:3]
 
 
 @torch.compiler.assume_constant_result
@@ -106,7 +108,7 @@ def _by_steps(*inputs: Tensor, delta: bool = False) -> tuple[Tensor, Tensor, Ten
 
 
 def _on_packed_sites(*inputs: Tensor, delta: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the dense scan on the kept sites, packed: with the delta rule, and for backends without a sparse kernel."""
+    """Run the dense scan on the kept sites, packed: for backends without a sparse kernel."""
     q, k, v, alpha, beta, fade, own, gate, s0, r0 = inputs
     keep = gate > 0
     packing = Packing(keep, bound=q.shape[1])
@@ -164,12 +166,15 @@ def sparse_scan_op(
     gate: Tensor,
     s0: Tensor,
     r0: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run :func:`sparse_scan`. Also return S at the start of each chunk of SCAN_CHUNK kept sites, (B, H, chunks, K, V).
+    delta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run :func:`sparse_scan` and return also the states that enter each chunk, and the errors.
 
-    The S of the first chunk is s0.
+    Returns:
+        y, S, r; the S before each SCAN_CHUNK kept sites, (B, H, chunks, K, V), of which the first is s0; the errors of
+        kept sites (B, M, H, V), with V = 0 without the delta rule.
     """
-    return backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fade, own, gate, s0, r0)
+    return backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fade, own, gate, s0, r0, delta)
 
 
 @torch.library.custom_op("resnet_bk::sparse_scan_backward", mutates_args=())
@@ -188,32 +193,40 @@ def sparse_scan_backward(
     r0: Tensor,
     y: Tensor,
     states: Tensor,
+    error: Tensor,
+    delta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend = backend_for(q)
-    return backend.sparse_scan_backward(grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, r0, y, states)
+    saved = (q, k, v, alpha, beta, fade, own, gate, r0, y, states, error)
+    return backend_for(q).sparse_scan_backward(grad_y, grad_s, grad_r, *saved, delta=delta)
 
 
 @sparse_scan_op.register_fake
-def _(q, k, v, alpha, beta, fade, own, gate, s0, r0):
+def _(q, k, v, alpha, beta, fade, own, gate, s0, r0, delta):
     chunks = (q.shape[1] + SCAN_CHUNK - 1) // SCAN_CHUNK
     states = s0.new_empty(s0.shape[0], s0.shape[1], chunks, s0.shape[2], s0.shape[3])
-    return v.new_empty(v.shape), s0.new_empty(s0.shape), r0.new_empty(r0.shape), states
+    error = v.new_empty(*q.shape[:3], v.shape[3] if delta else 0)
+    return v.new_empty(v.shape), s0.new_empty(s0.shape), r0.new_empty(r0.shape), states, error
 
 
 @sparse_scan_backward.register_fake
-def _(grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, r0, y, states):
+def _(grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, *others):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, alpha, beta, fade, own, gate, grad_s, grad_r))
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[0], output[3])
+    *tensors, ctx.delta = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the states and errors, which nothing differentiates
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _autograd(ctx, grad_y: Tensor, grad_s: Tensor, grad_r: Tensor, grad_states: Tensor):
-    *inputs, y, states = ctx.saved_tensors  # inputs[8] is s0, which is also the first of `states`; inputs[9] is r0
+def _autograd(ctx, *grads: Tensor | None):
+    *inputs, y, s, r, states, error = ctx.saved_tensors  # inputs[8] is s0, also the first of `states`; inputs[9] is r0
+    grad_y, grad_s, grad_r = (given(grad, x) for grad, x in zip(grads[:3], (y, s, r), strict=True))
     if torch.is_grad_enabled():
-        return differentiable_vjp(_by_steps, tuple(inputs), (grad_y, grad_s, grad_r))
-    return sparse_scan_backward(grad_y, grad_s, grad_r, *inputs[:8], inputs[9], y, states)
+        run = functools.partial(_by_steps, delta=ctx.delta)
+        return *differentiable_vjp(run, tuple(inputs), (grad_y, grad_s, grad_r)), None
+    saved = (*inputs[:8], inputs[9], y, states, error)
+    return *sparse_scan_backward(grad_y, grad_s, grad_r, *saved, ctx.delta), None
 
 
 sparse_scan_op.register_autograd(_autograd, setup_context=_setup)
@@ -223,14 +236,18 @@ sparse_scan_op.register_autograd(_autograd, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.resnet_bk.sparse_scan, get_raw=True)
-def _flops(q, k, v, alpha, beta, fade, own, gate, *args, out_val=None, **kwargs) -> int:
-    heads, keys, values, kept = k.shape[-2], k.shape[-1], v.shape[-1], int((gate > 0).sum())
-    return heads * (SCAN * keys * values * kept + FILL * values * (gate.numel() - kept))
+def _flops(q, k, v, alpha, beta, fade, own, gate, s0, r0, delta, *args, out_val=None, **kwargs) -> int:
+    return _count(k, v, gate, DELTA if delta else SCAN, FILL)
 
 
 @register_flop_formula(torch.ops.resnet_bk.sparse_scan_backward, get_raw=True)
 def _backward_flops(
-    grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, *args, out_val=None, **kwargs
+    grad_y, grad_s, grad_r, q, k, v, alpha, beta, fade, own, gate, r0, y, states, error, delta, *args, **kwargs
 ) -> int:
+    return _count(k, v, gate, DELTA_BACKWARD if delta else SCAN_BACKWARD, FILL_BACKWARD)
+
+
+def _count(k: Tensor, v: Tensor, gate: Tensor, each: int, fill: int) -> int:
+    """Return the FLOPs of all chains: `each` for an entry of the state at a kept site, `fill` for a value elsewhere."""
     heads, keys, values, kept = k.shape[-2], k.shape[-1], v.shape[-1], int((gate > 0).sum())
-    return heads * (SCAN_BACKWARD * keys * values * kept + FILL_BACKWARD * values * (gate.numel() - kept))
+    return heads * (each * keys * values * kept + fill * values * (gate.numel() - kept))

@@ -212,8 +212,6 @@ class Ledger:
         counts, bound = record.kept.sum(1), capacity(mixer.sparse.settings.bound, length)  # type: ignore[union-attr]
         width, total = packed_width(counts, tile, bound), int(counts.sum())
         self._add_filling(reads * (batch * width - total), "mixer")
-        if mixer.delta and length > 1:  # its scan runs on the packed sites
-            self._add_filling(scan * (batch * min(width, length) - total), "mixer")
 
     def _experts(self, experts: Experts, record: ExpertsRecord) -> None:
         """Book the experts that each token used, and the rows that fill up their tiles.
