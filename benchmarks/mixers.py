@@ -23,9 +23,8 @@ from common import (
     table,
     train,
 )
-from peer_mixers import SigmoidGatedAttention, SoftmaxAttention
+from peer_mixers import SigmoidGatedAttention, SoftmaxAttention, equal, parameters
 
-from resnet_bk.config import ModelConfig
 from resnet_bk.model import LanguageModel
 
 OURS = {
@@ -42,33 +41,17 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 TOKENS_A_STEP = 16384  # tokens per step of the throughput sweep
 
 
-def build(name: str, d_ff: int | None = None) -> LanguageModel:
-    """Return a model with the mixer of this name in every block."""
-    config = ModelConfig(**SHAPE, d_ff=d_ff, **OURS.get(name, {}))  # type: ignore[arg-type]
-    model = LanguageModel.from_config(config)
-    if name in PEERS:
-        for block in model.blocks:
-            block.mixer = PEERS[name](config)
-    return model
-
-
-def parameters(model: LanguageModel) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def equal(name: str) -> LanguageModel:
-    """Return a model with the mixer; its feed-forward width makes the number of parameters equal for all mixers."""
-    target, plain = parameters(build("propagator, bonds")), parameters(build(name))
-    width = ModelConfig(**SHAPE).d_hidden + round((target - plain) / (3 * SHAPE["d_model"] * SHAPE["n_layers"]))
-    return build(name, d_ff=width)
+def model_of(name: str, seed: int) -> LanguageModel:
+    """Return a model with the mixer of this name, as large as ours."""
+    reference, fields = ({**SHAPE, **OURS.get(which, {})} for which in ("propagator, bonds", name))
+    return equal(reference, seed, fields, PEERS.get(name))
 
 
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
     """Train one model and score it."""
     torch.set_num_threads(1)
-    torch.manual_seed(spec["seed"])
     train_ids, val_ids = stdlib_ids()
-    model = equal(spec["mixer"])
+    model = model_of(spec["mixer"], spec["seed"])
 
     def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x, targets=y, logits=False).loss
@@ -81,7 +64,7 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 
 def throughput(name: str, length: int) -> list[float]:
     """Return thousand tokens per second of forward and backward, one value per run."""
-    model = equal(name)
+    model = model_of(name, 0)
     ids = torch.randint(SHAPE["d_model"], (TOKENS_A_STEP // length, length + 1))
 
     def step() -> None:
@@ -122,7 +105,6 @@ def main() -> None:
             rows.append([name, f"{chosen[0]['parameters']:,}", window, *spreads])
         header = ["mixer", "parameters", "window", "held-out bits per byte", "steps", "seconds", "first gradient norm"]
         text += f"\n## {title}\n\n" + table(header, rows)
-    torch.manual_seed(0)
     rows = [
         [name, *(spread(throughput(name, n), 1) for n in LENGTHS)]
         for name in ("propagator, bonds", "propagator, real", *PEERS)

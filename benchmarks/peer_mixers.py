@@ -4,6 +4,8 @@ Dimensions: B batch, N positions, D width, H heads.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,37 @@ from torch.nn import functional as F
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.mixer import ChainState, ShortConv
 from resnet_bk.layers.norm import Norm
+from resnet_bk.model import LanguageModel
 from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.kernels import scan
 from resnet_bk.record import Record
+
+Peer = Callable[[ModelConfig], nn.Module]
+
+
+def build(fields: Mapping[str, Any], peer: Peer | None = None) -> LanguageModel:
+    """Return a model of these fields of ModelConfig, with this mixer in every block in place of ours."""
+    config = ModelConfig.from_dict(dict(fields))
+    model = LanguageModel.from_config(config)
+    if peer is not None:
+        for block in model.blocks:
+            block.mixer = peer(config)
+    return model
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def equal(
+    reference: Mapping[str, Any], seed: int, fields: Mapping[str, Any], peer: Peer | None = None
+) -> LanguageModel:
+    """Return a model as :func:`build` does. Its feed-forward width makes it as large as that of `reference`."""
+    model = build(fields, peer)
+    spare, config = parameters(build(reference)) - parameters(model), model.config
+    width = config.d_hidden + round(spare / (3 * config.d_model * len(model.blocks)))
+    torch.manual_seed(seed)
+    return build({**fields, "d_ff": width}, peer)
 
 
 class SoftmaxAttention(nn.Module):

@@ -39,11 +39,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import CORPORA, arguments, batches, conditions, publish, run_cells, spread, table, train
-from peer_mixers import GatedDeltaNet, GatedLinear, GatedLinearAttention, Mamba2, SoftmaxAttention
+from peer_mixers import (
+    GatedDeltaNet,
+    GatedLinear,
+    GatedLinearAttention,
+    Mamba2,
+    SoftmaxAttention,
+    equal,
+    parameters,
+)
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from resnet_bk.config import BYTE_VOCABULARY, END_OF_DOCUMENT, ModelConfig
+from resnet_bk.config import BYTE_VOCABULARY, END_OF_DOCUMENT
 from resnet_bk.layers.attention import AttentionState
 from resnet_bk.model import LanguageModel
 
@@ -153,26 +161,9 @@ TASKS = {
 # ------------------------------------------------------------------------------------------------------- models
 
 
-def build(mixer: str, fields: dict[str, Any], d_ff: int | None = None) -> LanguageModel:
-    """Return a model with this mixer in every block. fields: of ModelConfig, beyond SHAPE."""
-    config = ModelConfig.from_dict({**SHAPE, **fields, **({} if d_ff is None else {"d_ff": d_ff})})
-    model = LanguageModel.from_config(config)
-    if mixer != OURS:
-        for block in model.blocks:
-            block.mixer = PEERS[mixer](config)
-    return model
-
-
-def parameters(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def equal(mixer: str, fields: dict[str, Any], seed: int) -> LanguageModel:
-    """Return a model as large as ours with default settings, by its feed-forward width."""
-    spare = parameters(build(OURS, {})) - parameters(build(mixer, fields))
-    width = SHAPE["d_ff"] + round(spare / (3 * SHAPE["d_model"] * SHAPE["n_layers"]))
-    torch.manual_seed(seed)
-    return build(mixer, fields, width)
+def model_of(spec: dict[str, Any]) -> LanguageModel:
+    """Return the model of a cell, as large as ours with default settings."""
+    return equal(SHAPE, spec["seed"], {**SHAPE, **spec["fields"]}, PEERS.get(spec["mixer"]))
 
 
 def state_floats(model: LanguageModel) -> int | str:
@@ -284,7 +275,7 @@ def read_bytes(spec: dict[str, Any], model: LanguageModel) -> dict[str, Any]:
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
     """Train one model and score it."""
     torch.set_num_threads(1)
-    model = equal(spec["mixer"], spec["fields"], spec["seed"])
+    model = model_of(spec)
     found = (read_bytes if spec["task"] == BYTES else answer)(spec, model)
     return {**found, "parameters": parameters(model), "state": state_floats(model)}
 
@@ -331,7 +322,7 @@ def estimate(cells: Sequence[dict[str, Any]]) -> str:
     for spec in cells:
         kind = spec["task"], spec["size"], spec["mixer"]
         if "steps" in spec and kind not in found:
-            record = answer(spec | {"steps": 6, "rate": RATES[0], "rows": 0}, equal(kind[2], spec["fields"], 0))
+            record = answer(spec | {"steps": 6, "rate": RATES[0], "rows": 0}, model_of(spec))
             found[kind] = record["seconds"] / record["steps"]
     seconds = sum(
         found[spec["task"], spec["size"], spec["mixer"]] * spec["steps"] if "steps" in spec else spec["seconds"]

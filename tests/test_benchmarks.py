@@ -134,7 +134,7 @@ def test_tasks_have_the_answers_that_they_define(name):
 
 
 def test_reading_in_pieces_changes_nothing(monkeypatch):
-    model = recall.equal("ours", {}, 0)
+    model = recall.model_of({"mixer": "ours", "fields": {}, "seed": 0})
     whole = recall.score(model, recall.recall, 16, 16)
     monkeypatch.setattr(recall, "PIECE", 40)
     assert recall.score(model, recall.recall, 16, 16) == pytest.approx(whole, rel=1e-5)
