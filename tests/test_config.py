@@ -239,9 +239,10 @@ def test_all_levels_have_the_same_kind_of_energies(fields):
     assert ModelConfig.from_dict(config.to_dict() | {"energy": config.energy_kind}).inside == config.inside
 
 
-def test_a_level_that_bonds_do_not_fit_is_refused():
-    message = refusal(MODEL, d_model=8, n_heads=4, multiscale=MultiScaleConfig(factors=[2], widths=[4]))
-    assert "an inner level cannot be built: model.energy: got 'bonds'" in message
+def test_bonds_need_heads_of_two_channels_at_every_level():
+    fields = {"d_model": 8, "n_heads": 4, "multiscale": MultiScaleConfig(factors=[2], widths=[4])}
+    assert ModelConfig(**fields).energy_kind == "real"
+    assert "whose heads have 2 channels or more at every level" in refusal(MODEL, energy="bonds", **fields)
 
 
 def test_attention_that_has_no_block_is_refused():

@@ -69,6 +69,23 @@ def test_rows_in_groups_are_rows_together(first):
     torch.testing.assert_close(groups[2][0].losses["mean"].value, together[2][0].losses["mean"].value)
 
 
+def test_groups_that_report_less_are_left_out_of_the_losses():
+    """In one group no chunk closes, so its stack on chunks does not run and reports nothing."""
+
+    def layer(x, tokens, state, mask):
+        records = [Record(losses={"outer": Loss(x.mean(), 1.0)}), Record(losses={"inner": Loss(x.mean(), 1.0)})]
+        return x, x[:, 0], records[: 2 if x.shape[1] > 16 else 1]
+
+    packing = Packing(torch.arange(40) < torch.tensor([[3], [33]]), tile=16)
+    x, ids = torch.ones(2, 40, 1) * torch.tensor([[[5.0]], [[2.0]]]), torch.zeros(2, 40, dtype=torch.int64)
+    arguments = (layer, packing.pack(x), Tokens(packing.pack(ids)), torch.zeros(2, 1), packing)
+    records = run_rows(*arguments, [torch.tensor([0]), torch.tensor([1])])[2]
+    assert [{name: loss.value.item() for name, loss in r.losses.items()} for r in records] == [
+        {"outer": 2},
+        {"inner": 2},
+    ]
+
+
 def test_rows_in_no_group_keep_their_state():
     packing = Packing(torch.tensor([[True, True], [False, False], [True, False]]))
     state = torch.tensor([[1.0], [2.0], [3.0]])

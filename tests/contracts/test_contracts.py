@@ -143,6 +143,13 @@ TECHNIQUES |= {
     "attention-over-several-folds": {"attention": {"every": 2, "window": attention.LEAST_FOLD + 37}},
     "attention-diagonal": {"attention": {"every": 2, "window": 2}, "readout": "diagonal", "energy": "complex"},
     **{f"attention+{name}": ATTENTION | part for name, part in PARTS.items()},
+    # heads of 12 channels: in a strided tensor torch multiplies the last pairs of each by other code
+    "attention-odd-heads": {
+        "d_model": 12,
+        "n_heads": 1,
+        "attention": {"every": 2, "window": 100},
+        "length": {"bins": 2, "max_length": 33, "trunk": 1, "mode": "truncate"},
+    },
     "attention+exit": ATTENTION | TECHNIQUES["exit"],
     "attention+all": ATTENTION | TECHNIQUES["+".join(PARTS)],
 }

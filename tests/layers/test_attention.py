@@ -15,7 +15,7 @@ from resnet_bk.adaptive.flops import flops_per_position
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers import attention
-from resnet_bk.layers.attention import LEAST_FOLD, Attention, AttentionState
+from resnet_bk.layers.attention import LEAST_FOLD, MOST_FOLD, Attention, AttentionState
 from resnet_bk.layers.mixer import PropagatorMixer
 
 
@@ -120,6 +120,13 @@ def test_not_a_number_at_padding_reaches_no_position():
     y, state, _ = layer(x, None, mask)
     assert torch.equal(y[mask], clean[0][mask])
     assert torch.equal(state.past, clean[1].past)
+
+
+@torch.no_grad()
+def test_a_long_window_is_read_in_folds_of_limited_length():
+    assert make(8192).fold == MOST_FOLD
+    y = make(8192)(torch.randn(1, 3, 16, dtype=torch.float64), None, None)[0]
+    assert y.shape == (1, 3, 16)
 
 
 def test_tables_that_inference_has_made_serve_training():

@@ -114,8 +114,9 @@ def test_padding_anywhere_changes_nothing(every_backend, regime, causal):
     keep = torch.rand(2, 40) < 0.7
     keep[0, :5], keep[1, -9:] = False, False
     # values at padding must not matter, not even NaN
-    dirty = [torch.where(keep.view(2, 40, *[1] * (x.dim() - 2)), x, torch.nan) for x in (q, k, v)]
+    dirty = [torch.where(keep.view(2, 40, *[1] * (x.dim() - 2)), x, torch.nan).requires_grad_() for x in (q, k, v)]
     y, state = propagate(*dirty, a, z, hop, mask=keep, causal=causal)
+    assert all((g[~keep] == 0).all() and g.isfinite().all() for g in torch.autograd.grad(y.sum(), dirty))
     g, last = left_green(a, z, hop, mask=keep)
     diagonal = resolvent_diagonal(a, z, hop, mask=keep)
     assert (y[~keep] == 0).all()

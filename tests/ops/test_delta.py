@@ -285,9 +285,12 @@ def test_padding_anywhere_changes_nothing(every_backend):
     keep = torch.rand(2, 40) < 0.7
     keep[0, :5], keep[1, -9:] = False, False
     # values at padding must not matter, not even NaN
-    dirty = [torch.where(keep.view(2, 40, *[1] * (x.dim() - 2)), x, torch.nan) for x in (q, k, v)]
-    y, state = propagate(*dirty, a, 0.1, hop, write=write, mask=keep)
+    dirty = [
+        torch.where(keep.view(2, 40, *[1] * (x.dim() - 2)), x, torch.nan).requires_grad_() for x in (q, k, v, write)
+    ]
+    y, state = propagate(*dirty[:3], a, 0.1, hop, write=dirty[3], mask=keep)
     assert (y[~keep] == 0).all()
+    assert all((g[~keep] == 0).all() and g.isfinite().all() for g in torch.autograd.grad(y.sum(), dirty))
     for b in range(2):
         at = keep[b]
         qb, kb, vb, ab, hb, wb = (x[b : b + 1, at] for x in (q, k, v, a, hop, write))
@@ -390,6 +393,24 @@ def test_gradients_of_sparse_chains_equal_the_recurrence(backend, kept):
     got = with_gradients(lambda *x: sparse_scan(*x, delta=True), inputs)
     assert_equal(got, with_gradients(lambda *x: _sparse_by_steps(*x, delta=True), inputs), 1e-9)
     assert (got[-3][gate == 0] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", [[1, 1], [1, 0, 1, 1], [0, 0, 1], [0, 0]])
+def test_second_derivatives_of_sparse_chains_equal_those_of_the_recurrence(backend, pattern):
+    gate = torch.tensor([pattern], dtype=torch.float64)
+    n, kept = len(pattern), max(1, sum(pattern))
+    q, k = torch.randn(2, 1, kept, 1, 2, dtype=torch.float64)
+    alpha, beta, fade, own = torch.rand(4, 1, n, 1, dtype=torch.float64)
+    states = torch.randn(1, 1, 2, 2, dtype=torch.float64), torch.randn(1, 1, 2, dtype=torch.float64)
+    v = torch.randn(1, n, 1, 2, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v, alpha, beta, fade, own, gate, *states)]
+
+    def twice(scanned):
+        loss = sum(x.square().sum() for x in scanned(*inputs, delta=True))
+        first = torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), inputs, materialize_grads=True)
+
+    assert_equal(twice(sparse_scan), twice(_sparse_by_steps), 1e-9)
 
 
 # ------------------------------------------------------------------------------------------------- extremes

@@ -168,10 +168,15 @@ def _rows(x: Tensor, rows: Tensor, width: int | None = None) -> Tensor:
 def _average(reports: Sequence[list[Record]], sizes: Tensor) -> list[Record]:
     """Average the losses of several groups, weighted by their numbers of positions; one record per part of the layer.
 
+    A group in which no chunk closed has no records of the stack on chunks. Then it is left out.
+
     Args:
         reports: the records of each group.
         sizes: (groups,) int64, number of positions of each group.
     """
+    most = max(map(len, reports))
+    complete = [i for i, group in enumerate(reports) if len(group) == most]
+    reports, sizes = [reports[i] for i in complete], sizes[complete]
     shares = (sizes / sizes.sum().clamp(min=1)).unbind()
     return [
         Record(

@@ -122,7 +122,8 @@ class ModelConfig:
         if self.energy == "bonds" and not self._allows_bonds:
             raise ConfigError(
                 f"model.energy: got 'bonds' with readout = {self.readout!r}, causal = {self.causal} and "
-                f"{self.heads} heads, allowed in causal models with the propagator, whose heads have 2 channels or more"
+                f"{self.heads} heads, allowed in causal models with the propagator, whose heads have 2 channels or "
+                "more at every level"
             )
         if self.energy_kind != "bonds":
             for name in ("shortest_memory", "longest_memory"):
@@ -280,19 +281,18 @@ class ModelConfig:
         """n_heads, or its default."""
         if self.n_heads is not None:
             return self.n_heads
-        return max(1, self.d_model // 2) if self.readout == "diagonal" else self._wide_heads
+        return max(1, self.d_model // 2) if self.readout == "diagonal" else self._wide_heads(self.d_model)
 
     @property
     def attention_heads(self) -> int:
         """Number of heads of attention: as many as the propagator has chains, or would have by default."""
-        return self.heads if self.readout == "propagator" else self._wide_heads
+        return self.heads if self.readout == "propagator" else self._wide_heads(self.d_model)
 
-    @property
-    def _wide_heads(self) -> int:
-        """The most heads of 32 channels or more that divide d_model; at least 1."""
+    def _wide_heads(self, width: int) -> int:
+        """Return the most heads of 32 channels or more that divide a width; at least 1."""
         # The channels of a head are a multiple of it: complex energies and rotations of attention pair channels.
         multiple = 2 if self.energy == "complex" or self.attention.every else 1
-        return next((h for h in range(max(1, self.d_model // 32), 0, -1) if self.d_model % (multiple * h) == 0), 1)
+        return next((h for h in range(max(1, width // 32), 0, -1) if width % (multiple * h) == 0), 1)
 
     @property
     def energy_kind(self) -> Literal["bonds", "real", "complex"]:
@@ -301,7 +301,9 @@ class ModelConfig:
 
     @property
     def _allows_bonds(self) -> bool:
-        return self.readout == "propagator" and self.causal and self.d_model // self.heads > 1
+        levels = (self.d_model, *self.multiscale.widths)
+        two_channels = all(width // (self.n_heads or self._wide_heads(width)) > 1 for width in levels)
+        return self.readout == "propagator" and self.causal and two_channels
 
     @property
     def d_hidden(self) -> int:

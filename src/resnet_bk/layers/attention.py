@@ -23,7 +23,9 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers.mixer import Mixer, last_positions
 from resnet_bk.record import Record
 
-LEAST_FOLD = 64  # positions; longer folds compute more scores outside the window, shorter ones copy keys more often
+# Positions of a fold. Longer folds compute more scores outside the window, and texts are filled up to whole folds;
+# shorter ones copy keys more often.
+LEAST_FOLD, MOST_FOLD = 64, 512
 ROPE_BASE = 10_000.0
 FLAGS = 2  # a flag of each position in the state, twice: view_as_complex needs rows of even width
 
@@ -63,7 +65,7 @@ class Attention(Mixer):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, self.heads, self.window = config.d_model, config.attention_heads, config.attention.window
-        self.width, self.fold = d // self.heads, min(self.window, max(LEAST_FOLD, self.window // 4))
+        self.width, self.fold = d // self.heads, min(self.window, MOST_FOLD, max(LEAST_FOLD, self.window // 4))
         self.in_proj = nn.Linear(d, 3 * d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
 
@@ -75,9 +77,9 @@ class Attention(Mixer):
     ) -> tuple[Tensor, AttentionState, list[Record]]:
         self._check_split(state, mask)
         d = x.shape[-1]
-        q, kv = self.in_proj(x).split([d, 2 * d], dim=-1)
         if mask is not None:  # queries before padding give it weight 0, and 0 times a NaN would be NaN
-            kv = kv.masked_fill(~mask.unsqueeze(-1), 0)
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        q, kv = self.in_proj(x).split([d, 2 * d], dim=-1)
         new = torch.cat([kv, kv.new_ones(*x.shape[:2], FLAGS)], dim=-1)
         if self.pieces is not None:
             past = self.pieces.inputs(new, self.window - 1)
@@ -130,7 +132,8 @@ class Attention(Mixer):
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Multiply the pairs of channels of x (..., H, K) by complex factors."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    pairs = torch.view_as_complex(x.to(exact).unflatten(-1, (-1, 2)))
+    # contiguous: torch rounds the products of a strided tensor differently, and strides depend on N
+    pairs = torch.view_as_complex(x.to(exact).contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 

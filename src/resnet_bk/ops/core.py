@@ -121,9 +121,14 @@ def propagate(
     chain = check_chain(a, z, hop, None if state is None else state.g, mask, sparsity)
     check_qkv(chain, q, k, v, write, state, causal)
     before = _no_past(q, v, sparsity) if state is None else tuple(x.to(v.dtype) for x in state[1:])
+    if mask is not None:  # 0 times a NaN in padding would be NaN
+        site = mask[:, :, None, None]
+        v = torch.where(site, v, 0.0)
+        if sparsity is None:
+            q, k = torch.where(site, q, 0.0), torch.where(site, k, 0.0)
     y, after = _causal(q, k, v, write, chain, before) if causal else _bidirectional(q, k, v, chain, before)
     if mask is not None:
-        y = y.masked_fill(~mask[:, :, None, None], 0)
+        y = y.masked_fill(~site, 0)
     return y, after
 
 
@@ -264,9 +269,6 @@ class _Semiseparable:
         if self.mask is not None:
             site = self.mask.unsqueeze(-1)
             alpha, beta = torch.where(site, alpha, 1.0), torch.where(site, beta, 0.0)
-            v = torch.where(site.unsqueeze(-1), v, 0.0)  # 0 times a NaN in padding would be NaN
-            if self.sparsity is None:
-                k = torch.where(site.unsqueeze(-1), k, 0.0)
         if alpha.is_complex():
             alpha, decay = _without_zeros(alpha)
             theta = torch.remainder(alpha.angle().double().cumsum(1), 2 * torch.pi).to(q.dtype)

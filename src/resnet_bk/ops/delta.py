@@ -28,12 +28,12 @@ def delta_scan(
     :func:`resnet_bk.ops.kernels.scan`.
 
     Returns:
-        y (B, N, H, V), the last state (B, H, K, V), and e (B, N, H, V). Gradients do not flow through e.
+        y (B, N, H, V), the last state (B, H, K, V), and e (B, N, H, V), whose gradient is computed step by step.
     """
     if q.shape[1] == 1:
         return _by_steps(q, k, v, alpha, beta, s0)
     y, last, _, error = delta_scan_op(q, k, v, alpha, beta, s0)
-    return y, last, error.detach()
+    return y, last, error
 
 
 def _by_steps(
@@ -47,7 +47,7 @@ def _by_steps(
             error = v[:, t] - (k[:, t].unsqueeze(-2) @ s).squeeze(-2)
             s = s + k[:, t].unsqueeze(-1) * (beta[:, t].unsqueeze(-1) * error).unsqueeze(-2)
             out.append((q[:, t].unsqueeze(-2) @ s).squeeze(-2))
-            errors.append(error.detach())
+            errors.append(error)
     return torch.stack(out, dim=1), s, torch.stack(errors, dim=1)
 
 
@@ -85,11 +85,11 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, *output[2:])
 
 
-def _autograd(ctx, grad_y: Tensor | None, grad_last: Tensor | None, grad_states: None, grad_error: None):
+def _autograd(ctx, grad_y: Tensor | None, grad_last: Tensor | None, grad_states: None, grad_error: Tensor | None):
     *inputs, states, error = ctx.saved_tensors
     grad_y, grad_last = given(grad_y, inputs[2]), given(grad_last, inputs[5])
-    if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-        return differentiable_vjp(lambda *x: _by_steps(*x)[:2], tuple(inputs), (grad_y, grad_last))
+    if torch.is_grad_enabled() or grad_error is not None:  # create_graph=True: the gradient must be differentiable
+        return differentiable_vjp(_by_steps, tuple(inputs), (grad_y, grad_last, given(grad_error, error)))
     q, k, _, alpha, beta, _ = inputs
     return delta_scan_backward(grad_y, grad_last, q, k, alpha, beta, states, error)
 

@@ -58,6 +58,7 @@ def _forward(q, k, v, alpha, beta, fade, own, gate, s0, r0, delta, y, last_s, la
         last_s[b, h] = s * pending
         last_r[b, h] = r
         states[b, h, max(1, -(-site // SCAN_CHUNK)) :] = 0
+        error[b, site:, h] = 0
 
 
 @jit

@@ -124,11 +124,34 @@ def _on_packed_sites(*inputs: Tensor, delta: bool) -> tuple[Tensor, Tensor, Tens
     beta_ = torch.where(site, packing.pack(beta), 0)
     decay = torch.where(site, decay[:, :-1], 1)
     read, s, *error = (delta_scan if delta else scan)(q, k, v_, decay, m * beta_, s0)
-    # The scan has read m beta <q, k> v, the formula has beta <q, k> v. At m = 1 the difference is 0 but has a gradient.
-    read = read + ((1 - m) * beta_ * (q * k).sum(-1)).unsqueeze(-1) * (error[0] if delta else v_)
+    read = _ReadOfItself.apply(read, m, beta_ * (q * k).sum(-1), error[0] if delta else v_)
     rest = (1 - torch.where(keep, gate, 0)).unsqueeze(-1)  # gates of 0 get no gradient
     r = _carry((rest * fade).unsqueeze(-1), packing.merge(m.unsqueeze(-1) * read), r0)
     return r + (rest * own).unsqueeze(-1) * v, s * trailing[..., None, None], r[:, -1]
+
+
+class _ReadOfItself(torch.autograd.Function):
+    """Add what is missing in the scan of packed sites, ``(1 - m) c e`` with ``c = beta <q, k>``, to its outputs.
+
+    With gates in the weights of the scan, a site reads ``m c e`` of itself in place of ``c e``. At m = 1 the difference
+    is 0, but m has a gradient. The gradients of c and e are 0 and needed for second derivatives only.
+
+    Shapes: outputs and e (B, M, H, V), m (B, M, 1), c (B, M, H).
+    """
+
+    @staticmethod
+    def forward(ctx, read, m, c, e):
+        ctx.save_for_backward(m, c, e)
+        return read.view_as(read)
+
+    @staticmethod
+    def backward(ctx, grad):
+        m, c, e = ctx.saved_tensors
+        written = (grad * e).sum(-1)
+        dm = -(c * written).sum(-1, keepdim=True)
+        if not torch.is_grad_enabled():
+            return grad, dm, None, None
+        return grad, dm, (1 - m) * written, ((1 - m) * c).unsqueeze(-1) * grad
 
 
 def _carry(fade: Tensor, new: Tensor, r0: Tensor) -> Tensor:
