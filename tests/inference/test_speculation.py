@@ -27,7 +27,7 @@ def trained() -> LanguageModel:
     net = model().train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
+    for _ in range(60):
         ids = stream(8, 33, generator)
         net(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
         optimizer.step()

@@ -20,6 +20,7 @@ from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
 PACE = 8  # factor of the bias of bonds: AdamW steps all parameters equally far, and memories have far to go
+SHORT = 0.3  # squared length at which a key of the delta rule counts half
 
 
 class ChainState(NamedTuple):
@@ -240,12 +241,12 @@ class PropagatorMixer(ChainMixer):
 
     def _read_and_write(self, qk: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return q and k (B, N, H, K), and with the delta rule the strengths (B, N, H) at which sites write."""
-        q, k = (qk if self.delta else F.silu(qk)).unflatten(-1, (2, self.heads, self.width)).unbind(-3)
+        q, k = F.silu(qk).unflatten(-1, (2, self.heads, self.width)).unbind(-3)
+        q = q / math.sqrt(self.width)
         if not self.delta:
-            return q / math.sqrt(self.width), k, None
-        # |k|^2 is the width, so with a strength of 1 / width the chain returns the new value. The length of q does not
-        # matter, because y is normalized.
-        return q, F.layer_norm(k, (self.width,)), strength.sigmoid() / self.width
+            return q, k, None
+        # At a length of 1 and a strength of 1 the chain returns the new value for the key. Shorter keys write less.
+        return q, k / (SHORT + k.square().sum(-1, keepdim=True)).sqrt(), strength.sigmoid()
 
 
 class DiagonalMixer(ChainMixer):
