@@ -5,7 +5,7 @@ import torch
 
 from resnet_bk import LanguageModel
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.mixer import MIXERS, Energies, ShortConv
+from resnet_bk.layers.mixer import MIXERS, Energies, PropagatorMixer, ShortConv
 
 VARIANTS = [("propagator", "bonds"), *((readout, energy) for readout in MIXERS for energy in ("real", "complex"))]
 
@@ -56,6 +56,16 @@ def test_a_single_head_has_the_shortest_memory_and_its_bias_counts_eight_times()
     hop = energies(torch.zeros(1, 1, 16))[2]
     (slope,) = torch.autograd.grad(torch.logit(hop).sum(), energies.potential.bias)
     torch.testing.assert_close(slope, torch.tensor([-8.0]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e6])
+def test_a_site_writes_at_most_what_its_key_lacks(size):
+    """The delta rule is stable for ``0 <= write |k|^2 <= 2``. Short keys write little."""
+    mixer = PropagatorMixer(ModelConfig(d_model=64))
+    _, k, write = mixer._read_and_write(size * torch.randn(2, 9, 128), size * torch.randn(2, 9, 2))
+    written = write.unsqueeze(-1) * k.square().sum(-1, keepdim=True)
+    assert ((written >= 0) & (written <= 1 + 1e-6)).all()
+    assert size > 1e-2 or (written < 1e-3).all()
 
 
 def test_initial_memories_of_real_energies_run_from_one_to_seven_positions():
