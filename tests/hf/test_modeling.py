@@ -331,9 +331,7 @@ def test_the_cache_does_not_grow(technique):
         assert output[CACHE].get_seq_length() == 5 + new - 1
         return sum(leaf.numel() for leaf in leaves), sum(leaf.untyped_storage().nbytes() for leaf in leaves)
 
-    (numbers, stored), (later, stored_later) = size(10), size(100)
-    assert numbers == later
-    assert stored_later <= 1.1 * stored  # a part of it may be a view of one position more
+    assert size(10) == size(100)
 
 
 def test_a_conversation_continues_from_the_cache_of_its_last_turn():

@@ -84,7 +84,7 @@ def last_positions(x: Tensor, count: int, mask: Tensor | None) -> Tensor:
         mask: (B, N) bool, False for padding, which comes last in each row; None without padding.
     """
     if mask is None:
-        return x[:, x.shape[1] - count :]
+        return x[:, x.shape[1] - count :].clone()  # not a view, which would keep all of x in memory
     index = mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 

@@ -72,9 +72,8 @@ def sparse_scan(
         return _by_steps(*inputs, delta=delta)
     if q.shape != k.shape:
         raise ValueError(f"k: expected the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
-    if can_read_values(gate) and q.shape[1] < (
-        most := max(1, int((gate != 0).sum(1).max()))
-    ):  # or a kernel reads beyond them
+    # fewer sites than the gates keep, and a kernel would read beyond them
+    if can_read_values(gate) and q.shape[1] < (most := max(1, int((gate != 0).sum(1).max()))):
         raise ValueError(f"q and k: expected at least {most} sites (1, or those of the fullest row), got {q.shape[1]}")
     if not _has_sparse_kernel(v.device.type):
         return _on_packed_sites(*inputs, delta=delta)
