@@ -2,9 +2,9 @@
 
 ``python benchmarks/recall.py --out benchmarks/results/...`` first chooses a learning rate for each mixer, by recall of
 8 pairs, then runs every training cell that is not in the log yet. ``--tasks recall --sizes 8 --mixers ours --seeds 0
---rate 3e-3 --set energy=complex`` runs one cell with another setting of our mixer. ``--estimate`` prints the time of
-the training, without the choice of rates and the scores. The model around the mixer is the same; its feed-forward width
-makes parameters equal.
+--rate 3e-3 --set --set energy=complex`` runs two cells, with the default and with another setting of our mixer.
+``--estimate`` prints the time of the training, without the choice of rates and the scores. The model around the mixer
+is the same; its feed-forward width makes parameters equal.
 
 Keys are the ids 0 to 127, values are the ids 128 to 255, then come a filler and a mark. Only targets are trained and
 scored. Each sequence has, for a task of some `size`:
@@ -283,13 +283,17 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- study
 
 
-def describe(options: argparse.Namespace, task: str, size: int, mixer: str, seed: int) -> dict[str, Any]:
-    """Return a cell without its learning rate."""
+def describe(options: argparse.Namespace, task: str, size: int, seed: int) -> list[dict[str, Any]]:
+    """Return the cells of a task, a size and a seed, one for each mixer, without their learning rates."""
     budget: dict[str, Any] = {"steps": options.steps}
     if task == BYTES:
         budget = {"corpus": options.corpus, "seconds": options.seconds}
-    fields = dict(options.set) if mixer == OURS else {}
-    return {"task": task, "size": size, "mixer": mixer, "fields": fields, **budget, "seed": seed}
+    variants = [dict(fields) for fields in options.set or [[]]]
+    return [
+        {"task": task, "size": size, "mixer": mixer, "fields": fields, **budget, "seed": seed}
+        for mixer in options.mixers
+        for fields in (variants if mixer == OURS else [{}])
+    ]
 
 
 def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -297,22 +301,23 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
     sizes = {task: options.sizes or TASKS[task].sizes for task in options.tasks if task != BYTES}
     sizes |= {task: [options.window] for task in options.tasks if task == BYTES}
     return [
-        describe(options, task, size, mixer, seed)
+        spec
         for seed in options.seeds
         for task in options.tasks
         for size in sizes[task]
-        for mixer in options.mixers
+        for spec in describe(options, task, size, seed)
     ]
 
 
 def choose(options: argparse.Namespace) -> dict[str, float]:
-    """Return the learning rate of each mixer: `--rate`, or the best of RATES at recall of 8 pairs, one seed."""
+    """Return the learning rate by label: `--rate`, or the best of RATES at recall of 8 pairs, one seed."""
+    specs = describe(options, "recall", 8, SEEDS[0])
     if options.rate is not None:
-        return dict.fromkeys(options.mixers, options.rate)
-    grid = [describe(options, "recall", 8, mixer, SEEDS[0]) | {"rate": r} for mixer in options.mixers for r in RATES]
+        return {label(spec): options.rate for spec in specs}
+    grid = [spec | {"rate": rate} for spec in specs for rate in RATES]
     results = run_cells(__file__, grid, options.workers, options.log)
     results.sort(key=lambda r: -float(r["nats"]["8"]) if math.isfinite(r["nats"]["8"]) else -math.inf)
-    return {r["cell"]["mixer"]: r["cell"]["rate"] for r in results}  # the last of each mixer is the best
+    return {label(r["cell"]): r["cell"]["rate"] for r in results}  # the last of each mixer is the best
 
 
 def estimate(cells: Sequence[dict[str, Any]]) -> str:
@@ -320,12 +325,12 @@ def estimate(cells: Sequence[dict[str, Any]]) -> str:
     torch.set_num_threads(1)
     found: dict[tuple[str, int, str], float] = {}
     for spec in cells:
-        kind = spec["task"], spec["size"], spec["mixer"]
+        kind = spec["task"], spec["size"], label(spec)
         if "steps" in spec and kind not in found:
             record = answer(spec | {"steps": 6, "rate": RATES[0], "rows": 0}, model_of(spec))
             found[kind] = record["seconds"] / record["steps"]
     seconds = sum(
-        found[spec["task"], spec["size"], spec["mixer"]] * spec["steps"] if "steps" in spec else spec["seconds"]
+        found[spec["task"], spec["size"], label(spec)] * spec["steps"] if "steps" in spec else spec["seconds"]
         for spec in cells
     )
     rows = [[*kind, f"{1000 * step:.0f}"] for kind, step in found.items()]
@@ -334,7 +339,7 @@ def estimate(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def label(cell: dict[str, Any]) -> str:
-    return " ".join([cell["mixer"], *(f"{name}={value}" for name, value in cell["fields"].items())])
+    return " ".join([cell["mixer"], *(f"{name}={json.dumps(value)}" for name, value in cell["fields"].items())])
 
 
 def results_of(task: str, runs: Sequence[dict[str, Any]]) -> str:
@@ -401,9 +406,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, help="sizes to train at; default: those of each task")
     parser.add_argument("--mixers", nargs="+", choices=(OURS, *PEERS), default=[OURS, *PEERS])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument(
-        "--set", nargs="+", type=setting, default=[], metavar="FIELD=VALUE", help="model fields of ours"
-    )
+    fields = "model fields of ours; repeated, each is one more row; without a field: the default model"
+    parser.add_argument("--set", nargs="*", type=setting, action="append", metavar="FIELD=VALUE", help=fields)
     parser.add_argument("--rate", type=float, help="learning rate of every mixer; default: each its best of three")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, default=2, help="training runs at a time")
@@ -425,7 +429,7 @@ def main() -> None:
         print(estimate(cells))
         return
     rates = choose(options)
-    cells = [spec | {"rate": rates[spec["mixer"]]} for spec in cells]
+    cells = [spec | {"rate": rates[label(spec)]} for spec in cells]
     if options.quick:
         results = [json.loads(json.dumps({"cell": spec, **cell(spec | {"rows": 1})})) for spec in cells]
     else:
