@@ -17,6 +17,7 @@ TECHNIQUES = {
     "complex": ({"energy": "complex"}, None),
     "diagonal": ({"readout": "diagonal"}, None),
     "attention": ({"attention": {"every": 2, "window": 7}}, None),
+    "memory": ({"memory": {"orders": [2, 3], "rows": 61}}, None),
     "fixed chunks": ({"multiscale": CHUNKS}, None),
     "words": ({"multiscale": {**CHUNKS, "boundaries": "whitespace"}}, "multiscale"),
     "learned chunks": ({"multiscale": {**CHUNKS, "boundaries": "learned"}}, "multiscale"),

@@ -14,6 +14,7 @@ from resnet_bk.config import (
     ExpertsConfig,
     GenerateConfig,
     LengthConfig,
+    MemoryConfig,
     ModelConfig,
     MultiScaleConfig,
     SparsityConfig,
@@ -28,6 +29,7 @@ from resnet_bk.config import (
 
 MODEL, DATA, TRAIN = (ModelConfig, {}), (DataConfig, {}), (TrainConfig, {"max_steps": 1})
 SCALES, LENGTHS, ATTENTION = (MultiScaleConfig, {}), (LengthConfig, {}), (AttentionConfig, {})
+MEMORY = (MemoryConfig, {})
 EVAL, GENERATE = (EvalConfig, {"checkpoint": "x", "stride": 1}), (GenerateConfig, {"checkpoint": "x", "prompt": "y"})
 TUNE = (TuneConfig, {"base": "x"})
 HUGE = 10**5000  # longer than Python prints
@@ -45,6 +47,8 @@ RANGES = [
     (MODEL, "d_ff", "model", 1, 1_048_576),
     (ATTENTION, "every", "model.attention", 0, 1_024),
     (ATTENTION, "window", "model.attention", 1, 65_536),
+    (MEMORY, "rows", "model.memory", 1, 2**32),
+    (MEMORY, "width", "model.memory", 1, 65_536),
     (LENGTHS, "bins", "model.length", 0, 1_024),
     (LENGTHS, "max_length", "model.length", 2, 1_048_576),
     (LENGTHS, "trunk", "model.length", 1, 1_023),

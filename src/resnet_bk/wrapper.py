@@ -68,7 +68,7 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
         self.config = dataclasses.replace(base_model.config, length=length)
         self.embed, self.norm, self.head = base_model.embed, base_model.norm, base_model.head
         self.blocks = learned_length(self.config, base_model.blocks, base_model.read)
-        for name, part in self.blocks[0].named_children():
+        for name, part in self.blocks[-1].named_children():
             if name not in ("trunk", "deep"):  # these two are the base model's
                 part.to(self.embed.weight)
         self._base = (base_model,)  # a tuple keeps its parameters from being registered a second time

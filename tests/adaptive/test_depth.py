@@ -294,7 +294,7 @@ def test_depth_follows_the_text(policy):
     for kind in ("easy", "hard"):
         torch.manual_seed(0)
         settings = {"policy": policy, "penalty": 0.05 if policy == "act" else 0.02, "target": 0.0}
-        net = LanguageModel(31, d_model=32, n_layers=4, num_experts=1, energy="real", depth=settings)
+        net = LanguageModel(31, d_model=32, n_layers=4, num_experts=1, depth=settings)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
         generator = torch.Generator().manual_seed(0)
         for _ in range(60):

@@ -16,7 +16,7 @@ from resnet_bk.adaptive.depth import AdaptiveDepth, Halting
 from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.select import Chunks
-from resnet_bk.layers import attention, feedforward, mixer
+from resnet_bk.layers import attention, embedding, feedforward, mixer
 from resnet_bk.layers.score import Score
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.model import LanguageModel
@@ -120,8 +120,9 @@ TECHNIQUES = {
     },
     "skip-in-chunks": {"multiscale": {"factors": [2], "layers": [1, 3, 1]}, "depth": {"policy": "skip"}},
 }
-# One setting of each technique, to be combined: all pairs, and all five together.
+# One setting of each technique, to be combined: all pairs, and all together.
 PARTS = {
+    "memory": {"memory": {"orders": [2, 5], "rows": 61}},  # n-grams collide
     "multiscale": {"multiscale": {"factors": [3], "layers": [1, 3, 0], "boundaries": "learned"}},
     "length": {"length": {**LENGTH, "mode": "pool", "pooling": "attention"}},
     "depth": {"n_layers": 4, "depth": {"policy": "act", "threshold": 0.6}},
@@ -131,6 +132,9 @@ PARTS = {
 for chosen in [*combinations(PARTS, 2), tuple(PARTS)]:
     TECHNIQUES["+".join(chosen)] = {name: value for technique in chosen for name, value in PARTS[technique].items()}
 TECHNIQUES["all-skip"] = {**TECHNIQUES["+".join(PARTS)], "depth": {"policy": "skip"}}
+TECHNIQUES["memory"] = PARTS["memory"]
+TECHNIQUES["memory-narrow"] = {"memory": {"orders": [1, 3], "rows": 61, "width": 6}}
+TECHNIQUES["memory+exit"] = PARTS["memory"] | TECHNIQUES["exit"]
 TECHNIQUES["exit+sparsity+experts"] = {
     **TECHNIQUES["sparsity+experts"],
     "n_layers": 4,
@@ -224,6 +228,7 @@ def test_depth_varies_in_the_models_under_contract(technique):
         "sparse",
         "experts-null",
         "attention",
+        "memory",
     ],
 )
 def test_float32_keeps_the_contracts_within_1e_5(technique, monkeypatch):
@@ -644,11 +649,34 @@ def rotated_by_the_place_in_the_fold(model: LanguageModel, monkeypatch) -> None:
     monkeypatch.setattr(attention, "_rotate", fixed)
 
 
+def grams_read_ahead(model: LanguageModel, monkeypatch) -> None:
+    """N-grams end at the next position."""
+    rows_of = embedding.NgramMemory.rows_of
+
+    def ahead(self, window):
+        return rows_of(self, torch.cat([window[:, 1:], window[:, -1:]], dim=1))
+
+    monkeypatch.setattr(embedding.NgramMemory, "rows_of", ahead)
+
+
+def grams_forgotten(model: LanguageModel, monkeypatch) -> None:
+    last = embedding.last_positions
+    monkeypatch.setattr(embedding, "last_positions", lambda *arguments: torch.zeros_like(last(*arguments)))
+
+
+def padding_is_in_the_grams(model: LanguageModel, monkeypatch) -> None:
+    last = embedding.last_positions
+    monkeypatch.setattr(embedding, "last_positions", lambda x, count, mask: last(x, count, None))
+
+
 def adaptive_layer(model: LanguageModel) -> multiscale.MultiScale:
     return next(layer for layer in model.blocks if isinstance(layer, multiscale.MultiScale))
 
 
 BUGS = [
+    (grams_read_ahead, "memory", checks.causal),
+    (grams_forgotten, "memory", checks.step_equals_forward),
+    (padding_is_in_the_grams, "memory", checks.padding_across_pieces),
     (interpolation_from_the_right, "sparse", checks.causal),
     (importance_by_rank, "sparse", checks.causal),
     (importance_by_rank, "sparse-diagonal", checks.causal),

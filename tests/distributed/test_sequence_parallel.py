@@ -131,6 +131,7 @@ def train(rank, fields):
         {"num_experts": 3},
         {"conv_width": 1},
         ATTENTION,
+        {"memory": {"orders": [2, 4], "rows": 61}},
     ],
     ids=lambda fields: "-".join(fields) or "default",
 )

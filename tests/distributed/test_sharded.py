@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from resnet_bk import LanguageModel
 from resnet_bk.checkpoint import verify
-from resnet_bk.config import DepthConfig, LengthConfig, ModelConfig, SparsityConfig
+from resnet_bk.config import DepthConfig, LengthConfig, MemoryConfig, ModelConfig, SparsityConfig
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.block import Block
 from resnet_bk.training.sharded import fsdp_units, recompute, shard
@@ -18,6 +18,7 @@ DEEP = {
     "multiscale": TECHNIQUES["multiscale"],
     "experts": TECHNIQUES["experts"],
     "depth": ModelConfig(**SHAPE | {"n_layers": 4}, depth=DepthConfig(policy="exit")),
+    "memory": ModelConfig(**SHAPE, memory=MemoryConfig(orders=(2, 3), rows=61)),
 }
 
 
@@ -64,6 +65,7 @@ def test_layers_that_run_a_variable_number_of_times_are_one_fsdp_unit():
         "blocks": ({}, ["Block"] * 6),
         "chunks": ({"multiscale": {"factors": [2], "layers": [1, 4, 1]}}, [*["Block"] * 5, "MultiScale", "Block"]),
         "depth": ({"depth": {"policy": "act"}}, ["Halting"]),
+        "memory": ({"memory": {"orders": [2]}}, ["NgramMemory", *["Block"] * 6]),
         "length": ({"length": {"bins": 4, "max_length": 32}}, ["LearnedLength"]),
     }
     for fields, expected in names.values():

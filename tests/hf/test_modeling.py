@@ -49,6 +49,7 @@ TECHNIQUES += [
 TECHNIQUES += [
     pytest.param({"attention": {"every": 2, "window": 5}}, id="attention"),
     pytest.param({"attention": {"every": 1, "window": 40}}, id="attention-wide"),
+    pytest.param({"memory": {"orders": [2, 3, 6], "rows": 61}}, id="memory"),
 ]
 V = 31
 

@@ -1,4 +1,6 @@
-"""How the techniques nest: learned length around multi-scale around adaptive depth around blocks."""
+"""How the techniques nest: learned length around multi-scale around adaptive depth around blocks.
+
+N-gram memory comes before all of them."""
 
 from collections.abc import Callable
 
@@ -10,17 +12,19 @@ from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Block, Stack
+from resnet_bk.layers.embedding import NgramMemory
 
 Read = Callable[[Tensor], Tensor]  # the model's map from features (..., D) to logits (..., V)
 
 
 def build(config: ModelConfig, read: Read) -> Stack:
     """Return all layers of a model, from the embedding to the norm before the head."""
-    return learned_length(config, build_stack(config, read), read)
+    memory = [NgramMemory(config)] if config.memory.orders else []
+    return learned_length(config, Stack([*memory, *build_stack(config, read)]), read)
 
 
 def build_stack(config: ModelConfig, read: Read) -> Stack:
-    """Return the blocks of a model without learned length.
+    """Return the blocks of a model without n-gram memory and learned length.
 
     With multi-scale this is a recursion, level by level inward: blocks before and after a stack on chunks.
     """
@@ -33,11 +37,15 @@ def build_stack(config: ModelConfig, read: Read) -> Stack:
 
 
 def learned_length(config: ModelConfig, stack: Stack, read: Read) -> Stack:
-    """Wrap the stack in learned length if it is on; adaptive depth then drives the deep blocks."""
+    """Wrap the layers after n-gram memory in learned length if it is on; adaptive depth then drives the deep blocks."""
+    first = len(stack) - config.outer_layers
+    memory, stack = stack.part(0, first), stack.part(first)
     if config.length.bins:
         deep = driven(config, stack.part(config.trunk), read)
-        return Stack([LearnedLength(config, stack.part(0, config.trunk), deep)])
-    return driven(config, stack, read)
+        stack = Stack([LearnedLength(config, stack.part(0, config.trunk), deep)])
+    else:
+        stack = driven(config, stack, read)
+    return Stack([*memory, *stack])
 
 
 def driven(config: ModelConfig, stack: Stack, read: Read) -> Stack:

@@ -40,7 +40,14 @@ from resnet_bk.config.model import (
     ModelConfig,
 )
 from resnet_bk.config.presets import PRESETS, preset, preset_file
-from resnet_bk.config.techniques import DepthConfig, ExpertsConfig, LengthConfig, MultiScaleConfig, SparsityConfig
+from resnet_bk.config.techniques import (
+    DepthConfig,
+    ExpertsConfig,
+    LengthConfig,
+    MemoryConfig,
+    MultiScaleConfig,
+    SparsityConfig,
+)
 
 __all__ = [
     "BYTE_OFFSET",
@@ -58,6 +65,7 @@ __all__ = [
     "GenerateConfig",
     "InspectConfig",
     "LengthConfig",
+    "MemoryConfig",
     "ModelConfig",
     "MultiScaleConfig",
     "ReportConfig",

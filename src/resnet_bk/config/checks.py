@@ -88,6 +88,14 @@ def check_integer(where: str, low: int, high: int, **values: int) -> None:
             raise ConfigError(f"{where}.{name}: got {shown(value)}, allowed an integer from {low} to {high}")
 
 
+def integers(where: str, name: str, values: Any, low: int, high: int) -> tuple[int, ...]:
+    """Return a list of integers from low to high as a tuple."""
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed a list of integers")
+    check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
+    return tuple(values)
+
+
 def check_choice(where: str, allowed: tuple[str, ...], **values: str) -> None:
     for name, value in values.items():
         if value not in allowed:

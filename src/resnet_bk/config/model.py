@@ -16,6 +16,7 @@ from resnet_bk.config.techniques import (
     DepthConfig,
     ExpertsConfig,
     LengthConfig,
+    MemoryConfig,
     MultiScaleConfig,
     SparsityConfig,
     Technique,
@@ -89,6 +90,7 @@ class ModelConfig:
     balance_weight: float = 0.01
     """Weight of the load-balancing loss of the experts."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     multiscale: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
@@ -352,6 +354,7 @@ class ModelConfig:
             n_layers=blocks,
             energy=self.energy_kind,
             attention=self.attention if self.attention.every <= max(self.stacks[1:]) else AttentionConfig(),
+            memory=MemoryConfig(),
             multiscale=levels,
             length=LengthConfig(),
         )

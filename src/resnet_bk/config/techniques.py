@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from resnet_bk.config.checks import ConfigError, check_choices, check_integer, check_range, shown
+from resnet_bk.config.checks import ConfigError, check_choices, check_integer, check_range, integers
 
 if TYPE_CHECKING:
     from resnet_bk.config.model import ModelConfig
@@ -46,6 +46,31 @@ def check_bound(where: str, bound: float | None) -> None:
 
 
 @dataclass(frozen=True)
+class MemoryConfig(Technique):
+    """N-gram memory: vectors of their own for the last few tokens, looked up and added to the embedding."""
+
+    orders: tuple[int, ...] = ()
+    """Lengths of the n-grams, in tokens and in ascending order. Each has a table. [2, 3, 4, 5, 6] suits bytes.
+    Empty: off."""
+    rows: int = 16_384
+    """Number of rows of each table. N-grams share rows by a hash of their tokens."""
+    width: int | None = None
+    """Number of channels of a row. Another width than d_model adds a projection. Default: d_model."""
+
+    def __post_init__(self) -> None:
+        where = "model.memory"
+        object.__setattr__(self, "orders", integers(where, "orders", self.orders, 1, 64))
+        if list(self.orders) != sorted(set(self.orders)):
+            raise ConfigError(f"{where}.orders: got {list(self.orders)}, allowed different lengths in ascending order")
+        check_integer(where, 1, 2**32, rows=self.rows)
+        if self.width is not None:
+            check_integer(where, 1, 65_536, width=self.width)
+
+    def is_on(self, model: "ModelConfig") -> bool:
+        return bool(self.orders)
+
+
+@dataclass(frozen=True)
 class MultiScaleConfig(BoundedTechnique):
     """Multi-scale: stacks that run on chunks of neighbouring positions instead of on all positions."""
 
@@ -82,11 +107,7 @@ class MultiScaleConfig(BoundedTechnique):
             ("widths", 1, 65_536),
             ("hidden", 1, 2**20),
         ):
-            values = getattr(self, name)
-            if not isinstance(values, list | tuple):
-                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed a list of integers")
-            check_integer(where, low, high, **{f"{name}[{i}]": value for i, value in enumerate(values)})
-            object.__setattr__(self, name, tuple(values))
+            object.__setattr__(self, name, integers(where, name, getattr(self, name), low, high))
         check_range(where, 0, 1_000, ratio_weight=self.ratio_weight)
         check_bound(where, self.bound)
         levels = len(self.factors)

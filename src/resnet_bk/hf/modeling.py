@@ -72,7 +72,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ResNetBKConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["Block", "MultiScale", "LearnedLength"]  # noqa: RUF012
+    _no_split_modules = ["Block", "NgramMemory", "MultiScale", "LearnedLength"]  # noqa: RUF012
     _is_stateful = True
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_bk.adaptive.early_exit import EarlyExit, confidence
-from resnet_bk.layers.block import Stack
+from resnet_bk.layers.block import Stack, Tokens
 from resnet_bk.model import LanguageModel
 
 
@@ -49,7 +49,7 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
     Raises:
         ValueError: the model has no early exits, `ids` has more than one sequence, or `new` or `draft` is below 1.
     """
-    layer = model.blocks[0]
+    layer = model.blocks[-1]
     if not isinstance(layer, EarlyExit) or not len(layer.segments):
         raise ValueError("model: has no early exit to draft with; train it with model.depth.policy 'exit'")
     model.check(ids)
@@ -57,8 +57,9 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
         raise ValueError(f"ids: expected one sequence, got {len(ids)}; each would accept a different number of drafts")
     if new < 1 or draft < 1:
         raise ValueError(f"new, draft: expected 1 or more tokens, got {new} and {draft}")
-    first, later = layer.first, Stack(block for segment in layer.stacks for block in segment)
-    x, early, _ = first(model.embed(ids), None, None, None)
+    first = Stack([*model.blocks.part(0, -1), *layer.first])  # with n-gram memory, if the model has one
+    later = Stack(block for segment in layer.stacks for block in segment)
+    x, early, _ = first(model.embed(ids), Tokens(ids), None, None)
     x, late, _ = later(x, None, None, None)
     tokens = [model.read(x[:, -1:]).argmax(-1)]
     pending: list[Tensor] = []  # accepted positions that are not in the later blocks' state yet, (1, 1, D) each
@@ -66,7 +67,7 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
     while len(tokens) < new:
         token, features, states, guesses = tokens[-1], [], [], []
         for _ in range(min(draft, new - len(tokens))):
-            x, early, _ = first(model.embed(token), None, early, None)
+            x, early, _ = first(model.embed(token), Tokens(token), early, None)
             logits = model.read(x)
             token = logits.argmax(-1)
             features.append(x)
