@@ -1,7 +1,7 @@
 """Memory of token mixers: recall, copying, induction, selective copying, a needle in a haystack, bits by position.
 
 ``python benchmarks/recall.py --out benchmarks/results/...`` first chooses a learning rate for each mixer, by recall of
-8 pairs, then runs every training cell that is not in the log yet. ``--tasks recall --sizes 8 --mixers ours --seeds 0
+16 pairs, then runs every training cell that is not in the log yet. ``--tasks recall --sizes 8 --mixers ours --seeds 0
 --rate 3e-3 --set --set energy=complex`` runs two cells, with the default and with another setting of our mixer.
 ``--estimate`` prints the time of the training, without the choice of rates and the scores. The model around the mixer
 is the same; its feed-forward width makes parameters equal.
@@ -64,7 +64,8 @@ PEERS = {
     "gla": GatedLinearAttention,
     SOFTMAX: SoftmaxAttention,
 }
-STEPS, BATCH, SEEDS, RATES = 1500, 32, (0, 1, 2), (1e-3, 3e-3, 1e-2)
+STEPS, BATCH, SEEDS, RATES = 1500, 32, (0, 1, 2), (3e-3, 1e-2, 3e-2)
+CHOOSING = 16  # pairs of the recall that chooses learning rates
 TOKENS_A_STEP = 4096  # of bytes
 PIECE = 4096  # tokens that our mixer reads at a time; peers have no state here and read whole sequences
 ROWS, TOKENS = 512, 2**20  # sequences and tokens that a score takes at most; 16 sequences at least
@@ -310,13 +311,18 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def choose(options: argparse.Namespace) -> dict[str, float]:
-    """Return the learning rate by label: `--rate`, or the best of RATES at recall of 8 pairs, one seed."""
-    specs = describe(options, "recall", 8, SEEDS[0])
+    """Return the learning rate by label: `--rate`, or the best of RATES at recall, one seed."""
+    specs = describe(options, "recall", CHOOSING, SEEDS[0])
     if options.rate is not None:
         return {label(spec): options.rate for spec in specs}
     grid = [spec | {"rate": rate} for spec in specs for rate in RATES]
     results = run_cells(__file__, grid, options.workers, options.log)
-    results.sort(key=lambda r: -float(r["nats"]["8"]) if math.isfinite(r["nats"]["8"]) else -math.inf)
+
+    def nats(result: dict[str, Any]) -> float:
+        found = result["nats"][str(CHOOSING)]
+        return found if math.isfinite(found) else math.inf
+
+    results.sort(key=nats, reverse=True)
     return {label(r["cell"]): r["cell"]["rate"] for r in results}  # the last of each mixer is the best
 
 
@@ -365,9 +371,9 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     text = (
         f"\n{SHAPE['n_layers']} blocks, D = {SHAPE['d_model']}, {SHAPE['n_heads']} heads of {width}, "
         f"feed-forwards about {SHAPE['d_ff']} wide, {BATCH} sequences a step, AdamW, cosine, one thread a run. "
-        f"Learning rates: the best of {', '.join(map(str, RATES))} at recall of 8 pairs, or that of --rate. Each "
-        "linear mixer has a convolution of width 4. Floats of state: the recurrent state of all blocks, without the "
-        f"convolutions'. Median (least to greatest) of {seeds} seeds. benchmarks/recall.py defines the tasks.\n"
+        f"Learning rates: the best of {', '.join(map(str, RATES))} at recall of {CHOOSING} pairs, or that of --rate. "
+        "Each linear mixer has a convolution of width 4. Floats of state: the recurrent state of all blocks, without "
+        f"the convolutions'. Median (least to greatest) of {seeds} seeds. benchmarks/recall.py defines the tasks.\n"
         f"\nThe state of a head has room for {width} values under orthogonal keys, that of a block for "
         f"{SHAPE['n_heads'] * width}. More writes disturb what is stored. Recall of 64 pairs takes all of that room. A "
         "needle takes room for one value, if the mixer does not write the text around it.\n"
