@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from resnet_bk.config import DataConfig
 from resnet_bk.data import corpus, tokens
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.training.trainer import learning_rate_factor
@@ -32,7 +33,7 @@ SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parent
 def stdlib_ids() -> tuple[np.ndarray, np.ndarray]:
     """Return train and held-out byte ids of the default corpus."""
     parts = []
-    text = corpus.split("stdlib", None, 0.05)
+    text = corpus.split(DataConfig())
     for documents in (text.train, text.held_out):
         ids = [np.append(tokens.byte_ids(b"".join(d.pieces())), np.uint16(tokens.END_OF_DOCUMENT)) for d in documents]
         parts.append(np.concatenate(ids))

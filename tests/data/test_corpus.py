@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from resnet_bk.config import ConfigError
+from resnet_bk.config import ConfigError, DataConfig
 from resnet_bk.data import corpus
-from resnet_bk.data.corpus import Document, count_words, documents, held_out, is_hub_name, split, without_copies
+from resnet_bk.data.corpus import Document, count_words, documents, held_out, is_hub_name, without_copies
+
+
+def split(source, val_source, val_fraction, **patterns):
+    return corpus.split(DataConfig(source=source, val_source=val_source, val_fraction=val_fraction, **patterns))
 
 
 def content(document):
@@ -70,6 +74,49 @@ def test_the_standard_library_has_more_than_500_files_and_no_tests():
     names = [document.name for document in found]
     assert "argparse.py" in names
     assert "json/decoder.py" in names
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ([], [], ["a.py", "docs/a.md", "docs/b.py", "lib/d.bin", "lib/docs/c.py"]),
+        (["*.py"], [], ["a.py", "docs/b.py", "lib/docs/c.py"]),
+        (["docs"], [], ["docs/a.md", "docs/b.py", "lib/docs/c.py"]),
+        (["docs/"], ["*.md"], ["docs/b.py", "lib/docs/c.py"]),
+        (["lib/*", "?.md"], [], ["docs/a.md", "lib/d.bin", "lib/docs/c.py"]),
+        ([], ["lib/docs", "*.bin"], ["a.py", "docs/a.md", "docs/b.py"]),
+        (["docs/*.py"], ["docs/*.py", "nothing"], None),
+        (["*.PY"], [], None),
+    ],
+)
+def test_patterns_choose_files(tmp_path, include, exclude, expected):
+    write(tmp_path, **{"a.py": "1", "docs__a.md": "2", "docs__b.py": "3", "lib__docs__c.py": "4", "lib__d.bin": "5"})
+    if expected is not None:
+        assert [d.name for d in documents(str(tmp_path), include=include, exclude=exclude)] == expected
+        return
+    message = refused(documents, str(tmp_path), "data.source", include, exclude)
+    assert f"data.include = {include} and data.exclude = {exclude} leave out all 5 files" in message
+
+
+def test_patterns_hold_for_the_held_out_text_too(tmp_path):
+    write(tmp_path, **{"new__a.txt": "1", "new__a.bin": "2", "old__b.txt": "3", "old__b.bin": "4"})
+    found = split(str(tmp_path / "new"), str(tmp_path / "old"), 0.1, include=["*.txt"])
+    assert [[d.name for d in part] for part in found[:2]] == [["a.txt"], ["b.txt"]]
+    found = split(str(tmp_path), None, 0.5, exclude=["*.bin"])
+    assert [[d.name for d in part] for part in found[:2]] == [["old/b.txt"], ["new/a.txt"]]
+
+
+def test_patterns_are_for_files_only():
+    message = refused(split, "owner/name", None, 0.05)
+    assert "data.exclude" not in message
+    with pytest.raises(
+        ConfigError, match=r"^data\.exclude: got patterns for the hub dataset 'owner/name', allowed for files"
+    ):
+        split("owner/name", None, 0.05, exclude=["*.bin"])
+    for wrong, message in (("*.py", "got '*.py', allowed a list"), ([1], "include[0]: got 1, allowed text")):
+        with pytest.raises(ConfigError) as caught:
+            DataConfig(include=wrong)
+        assert message in str(caught.value)
 
 
 def test_the_standard_library_comes_in_sorted_order_every_time():
@@ -350,7 +397,7 @@ def test_a_separate_held_out_text(folder, tmp_path):
     assert [content(d) for d in held_out] == [b"held out"]
 
 
-@pytest.mark.parametrize("held_out", ["nowhere.txt", "", "owner/name"])
+@pytest.mark.parametrize("held_out", ["nowhere.txt", "owner/name"])
 def test_held_out_text_that_is_missing(folder, held_out):
     message = f"data.val_source: {held_out!r} is not a file, a folder or 'stdlib'; give one of them"
     assert refused(split, str(folder), held_out, 0.05) == message

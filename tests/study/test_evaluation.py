@@ -42,7 +42,7 @@ def run(tmp_path):
         (tmp_path / "text" / f"{i:02}").write_text(f"number {i}\n")
     data = DataConfig(str(tmp_path / "text"), cache=str(tmp_path / "cache"))
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": dataclasses.asdict(data)}))
-    held_out = corpus.split(data.source, None, data.val_fraction).held_out
+    held_out = corpus.split(data).held_out
     results = {"training": {"held_out_sha256": token_file(held_out, data, byte_tokenizer())[1]}}
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     return tmp_path / "run"

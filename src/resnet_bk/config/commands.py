@@ -31,6 +31,12 @@ class DataConfig:
     val_fraction: float = 0.05
     """Share of the source to hold out: of several files every k-th in sorted order, k = 1 / val_fraction rounded; of a
     single file its end. Not used with val_source or a hub dataset."""
+    include: tuple[str, ...] = ()
+    """Patterns of files to read, such as ["*.py", "docs"]; others are left out. `*` stands for any characters, `?` for
+    one. A pattern is compared with the path below the source, with the file's name, and with those of each folder on
+    the way, so "docs" takes all of docs. Applies to source and val_source, not to hub datasets. Empty: all files."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of files to leave out, as in include; they win over it. Hidden files are always left out."""
     tokenizer: str = "byte"
     """'byte', a folder with a Hugging Face tokenizer, or the name of one on the hub."""
     cache: str | None = None
@@ -42,6 +48,12 @@ class DataConfig:
         for name in ("val_source", "cache"):
             if getattr(self, name) is not None:
                 check_text("data", **{name: getattr(self, name)})
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, list | tuple):
+                raise ConfigError(f"data.{name}: got {shown(patterns)}, allowed a list of patterns such as ['*.py']")
+            check_text("data", **{f"{name}[{i}]": pattern for i, pattern in enumerate(patterns)})
+            object.__setattr__(self, name, tuple(patterns))
 
 
 @dataclass(frozen=True)

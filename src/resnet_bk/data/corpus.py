@@ -1,6 +1,7 @@
 """Read documents from the standard library, from files and folders, or from a dataset of the Hugging Face hub."""
 
 import contextlib
+import fnmatch
 import hashlib
 import os
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_bk.config import ConfigError, shown
+from resnet_bk.config import ConfigError, DataConfig, shown
 
 _PIECE = 1 << 20  # bytes per read
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -144,7 +145,19 @@ def _mode(source: str, where: str) -> int:
     return 0
 
 
-def documents(source: str, where: str = "data.source") -> list[Document]:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return True if one of the patterns fits a path or one of the folders on the way to it.
+
+    name: the path below the source, with slashes. A pattern fits a path or the last part of it.
+    """
+    parts = name.split("/")
+    paths = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatch.fnmatchcase(text, pattern.rstrip("/")) for pattern in patterns for text in (*paths, *parts))
+
+
+def documents(
+    source: str, where: str = "data.source", include: Collection[str] = (), exclude: Collection[str] = ()
+) -> list[Document]:
     """Return the documents of a file, of a folder (all files that are not hidden), or of ``stdlib``, in sorted order.
 
     Empty files, pipes and devices are left out.
@@ -152,6 +165,8 @@ def documents(source: str, where: str = "data.source") -> list[Document]:
     Args:
         source: the file or folder, or ``stdlib``.
         where: the setting that names it, for messages.
+        include: patterns of the files to read, see :class:`resnet_bk.config.DataConfig`; empty for all.
+        exclude: patterns of files to leave out.
 
     Raises:
         ConfigError: there is nothing to read, or a file or folder that cannot be read.
@@ -166,10 +181,16 @@ def documents(source: str, where: str = "data.source") -> list[Document]:
     else:
         hub = "" if where == "data.val_source" else ", nor a hub dataset ('owner/name')"
         raise ConfigError(f"{where}: {shown(source)} is not a file, a folder or 'stdlib'{hub}; give one of them")
-    kept = [document for document in found if len(document)]
+    chosen = [d for d in found if (not include or _matches(d.name, include)) and not _matches(d.name, exclude)]
+    if found and not chosen:
+        raise ConfigError(
+            f"{where}: data.include = {list(include)} and data.exclude = {list(exclude)} leave out all {len(found)} "
+            f"files of {shown(source)}; change the patterns"
+        )
+    kept = [document for document in chosen if len(document)]
     if not kept:
         raise ConfigError(
-            f"{where}: {shown(source)} is empty (0 bytes in {len(found)} files); give a file or folder with text"
+            f"{where}: {shown(source)} is empty (0 bytes in {len(chosen)} files); give a file or folder with text"
         )
     return kept
 
@@ -228,29 +249,34 @@ def is_hub_name(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", source) is not None and not os.path.lexists(source)
 
 
-def split(source: str, val_source: str | None, val_fraction: float) -> Split:
+def split(data: DataConfig) -> Split:
     """Return the training and the held-out documents.
 
-    Of documents with the same content, the first one stays: those of `val_source` come before those of `source`.
-
-    Args:
-        source: a hub dataset, or a source as :func:`documents` takes it.
-        val_source: text to hold out, as :func:`documents` takes it. None holds out a part of `source`: the validation
-            split of a hub dataset; of several files, every k-th in sorted order from the first on, with
-            k = 1 / val_fraction rounded; of a single file, its end, cut between two characters.
-        val_fraction: share of `source` to hold out; not used with a hub dataset or with `val_source`.
+    Without `val_source`, a part of `source` is held out: the validation split of a hub dataset; of several files, every
+    k-th in sorted order from the first on, with k = 1 / val_fraction rounded; of a single file, its end, cut between
+    two characters. Of documents with the same content, the first one stays: those of `val_source` come before those of
+    `source`.
 
     Raises:
-        ConfigError: as :func:`documents`; a single file is too small to be cut; or no text is left to train on.
+        ConfigError: as :func:`documents` and :func:`hub_split`; patterns are given for a hub dataset; a single file is
+            too small to be cut; or no text is left to train on.
     """
-    found = hub_split(source, "train") if is_hub_name(source) else documents(source)
-    if val_source is None and not is_hub_name(source):
-        chosen = found[:: max(2, round(1 / val_fraction))]
+    source, from_hub = data.source, is_hub_name(data.source)
+    if from_hub and (data.include or data.exclude):
+        name = "include" if data.include else "exclude"
+        raise ConfigError(f"data.{name}: got patterns for the hub dataset {shown(source)}, allowed for files only")
+    patterns = data.include, data.exclude
+    found = hub_split(source, "train") if from_hub else documents(source, "data.source", *patterns)
+    if data.val_source is None and not from_hub:
+        chosen = found[:: max(2, round(1 / data.val_fraction))]
         kept = without_copies(found)
         if len(kept) == 1:
-            return Split(*_cut_file(kept[0], val_fraction), len(found) - 1)
+            return Split(*_cut_file(kept[0], data.val_fraction), len(found) - 1)
     else:
-        chosen = hub_split(source, "validation") if val_source is None else documents(val_source, "data.val_source")
+        if data.val_source is None:
+            chosen = hub_split(source, "validation")
+        else:
+            chosen = documents(data.val_source, "data.val_source", *patterns)
         found = [*chosen, *found]
         kept = without_copies(found)
     outside = set(chosen)

@@ -176,7 +176,7 @@ def _colored(groups: Sequence[Group], text: str | None, config: ReportConfig) ->
 def _held_out(run: FinishedRun) -> tuple[str, str]:
     """Return name and beginning, at most a megabyte, of the first document that a run held out."""
     data = run.config.data
-    document = corpus.split(data.source, data.val_source, data.val_fraction).held_out[0]
+    document = corpus.split(data).held_out[0]
     return document.name, next(document.pieces()).decode(errors="replace")
 
 

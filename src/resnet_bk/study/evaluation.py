@@ -27,7 +27,7 @@ def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
     if config.source is not None:
         text = corpus.held_out(config.source, "eval.source")
     elif data is not None:
-        text = corpus.split(data.source, data.val_source, data.val_fraction)
+        text = corpus.split(data)
     else:
         raise ConfigError(
             f"eval.source: {config.checkpoint} is not a run folder, so it has no held-out text; give --source"

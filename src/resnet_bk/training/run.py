@@ -230,7 +230,7 @@ def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data
     check_same_run(config, folder)
     if not tokenizer(config.sample)["input_ids"]:
         raise ConfigError(f"train.sample: {shown(config.sample)} has no tokens; give another text")
-    text = corpus.split(config.data.source, config.data.val_source, config.data.val_fraction)
+    text = corpus.split(config.data)
     train_tokens, sha256 = token_file(text.train, config.data, tokenizer)
     check_same_text(config.data.source, sha256, folder)
     windows = Windows(train_tokens, config.model.n_seq)
