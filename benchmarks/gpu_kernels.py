@@ -66,7 +66,7 @@ def dense(regime: str) -> Callable[..., Tensor]:
 
     def one(q: Tensor, k: Tensor, v: Tensor, a: Tensor, hop: Tensor) -> Tensor:
         if regime == "bonds":
-            return naive.propagate(q, k, v, naive.edge_energies(hop), 0, hop, write_N=a)
+            return naive.propagate(q, k, v, naive.energies_of_hopping(hop), 0, hop, write_N=a)
         return naive.propagate(q, k, v, a, SHIFTS[regime], hop)
 
     def run(*inputs: Tensor) -> Tensor:

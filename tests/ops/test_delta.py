@@ -110,7 +110,7 @@ def test_a_chain_given_by_its_hopping_equals_its_dense_definition(backend, n):
 
     def dense(q, k, v, hop, write):
         *qkv, hop, write = (x[0, :, 0] for x in (q, k, v, hop, write))
-        return (naive.propagate(*qkv, naive.edge_energies(hop), 0.0, hop, write_N=write).view(1, n, 1, -1),)
+        return (naive.propagate(*qkv, naive.energies_of_hopping(hop), 0.0, hop, write_N=write).view(1, n, 1, -1),)
 
     def fast(q, k, v, hop, write):
         return propagate(q, k, v, None, 0.0, hop, write=write)[:1]

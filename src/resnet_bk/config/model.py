@@ -66,10 +66,10 @@ class ModelConfig:
     """Readout of the mixers. 'propagator': the chain's propagator, applied to q, k and v. 'diagonal': the chain's
     Green's function, as features."""
     energy: Literal["bonds", "real", "complex"] | None = None
-    """Kind of the chains. 'bonds': the data decide the hopping, at the edge of the spectrum (decay, and the delta rule:
-    a site writes the part of its value that the chain does not return for its key yet). 'real': the data decide the
-    energies, outside the spectrum (decay). 'complex': z is complex (decay and rotation). Default: 'bonds' where they
-    are allowed (causal models with the propagator, heads of 2 channels or more), else 'real'."""
+    """Kind of the chains. 'bonds': the data decide the hopping (decay, and the delta rule: a site writes the part of
+    its value that the chain does not return for its key yet). 'real': the data decide the energies, outside the
+    spectrum (decay). 'complex': z is complex (decay and rotation). Default: 'bonds' where they are allowed (causal
+    models with the propagator, heads of 2 channels or more), else 'real'."""
     shortest_memory: float = 1.0
     """Initial memory of the first head's chain with bonds, in positions. Training changes memories."""
     longest_memory: float = 7.0

@@ -86,11 +86,11 @@ class Chain:
         d: (B, N, H) real or complex, the diagonal ``a - z``.
         links: (B, N, H) float, hopping between sites t - 1 and t.
         w: (B, N, H) float, squared hopping.
-        g: (B, H) like d, left Green's function of the site before the first; 0 where the chain begins, -1 at the edge
-            of the spectrum.
+        g: (B, H) like d, left Green's function of the site before the first; 0 where the chain begins, -1 if
+            the chain is given by its hopping.
         mask: (B, N) bool, False at padding; None if there is no padding.
         sparsity: sites to keep; None for all.
-        at_edge: True: the chain is given by its hopping, and its left Green's function is -1 at all sites.
+        by_hopping: True: the chain is given by its hopping, and its left Green's function is -1 at all sites.
     """
 
     d: Tensor
@@ -99,7 +99,7 @@ class Chain:
     g: Tensor
     mask: Tensor | None
     sparsity: Sparsity | None
-    at_edge: bool = False
+    by_hopping: bool = False
 
     @property
     def kept(self) -> Tensor | None:
@@ -126,7 +126,7 @@ def check_chain(
         ValueError: a shape does not fit, or a gate is neither 0 nor 1, or it is 1 at padding.
         TypeError: a dtype or a device does not fit.
     """
-    name, at_edge = ("hop", True) if a is None else ("a", False)
+    name, by_hopping = ("hop", True) if a is None else ("a", False)
     a = hop if a is None else a
     if a is None:
         raise ValueError("hop: got None for a chain without a, expected shape (B, N, H)")
@@ -136,7 +136,7 @@ def check_chain(
         raise ValueError(f"{name}: the chain is empty (N = 0); at least one site is needed")
     if a.dtype not in _COMPLEX:
         raise TypeError(f"{name}: expected float32 or float64 (the recurrence needs that precision), got {a.dtype}")
-    d = -1 - a * a if at_edge else a - z
+    d = -1 - a * a if by_hopping else a - z
     if d.dtype not in (a.dtype, _COMPLEX[a.dtype]):
         raise TypeError(f"z: expected {a.dtype} or {_COMPLEX[a.dtype]} to go with a, got {z.dtype}")  # type: ignore[union-attr]
     if hop is not None:
@@ -149,16 +149,16 @@ def check_chain(
         _expect("sparsity.own", sparsity.own, a.shape[2:], a)
         _check_gate(sparsity.gate, mask)
     if g is None:
-        g = d.new_full((d.shape[0], d.shape[2]), -1.0 if at_edge else 0.0)
+        g = d.new_full((d.shape[0], d.shape[2]), -1.0 if by_hopping else 0.0)
     else:
         _expect("state", g, (d.shape[0], d.shape[2]), d)
-        if at_edge and can_read_values(g) and (g != -1).any():
+        if by_hopping and can_read_values(g) and (g != -1).any():
             raise ValueError(
                 f"state.g: got {g[g != -1][0].item():g} in a chain given by its hopping, expected -1; a chain with "
                 "energies has another state"
             )
     links = torch.ones_like(a) if hop is None else hop
-    return Chain(d, links, links if hop is None else hop * hop, g, mask, sparsity, at_edge)
+    return Chain(d, links, links if hop is None else hop * hop, g, mask, sparsity, by_hopping)
 
 
 def check_qkv(
@@ -184,7 +184,7 @@ def check_qkv(
     keys, values = q.shape[-1], v.shape[-1]
     if chain.d.is_complex() and keys % 2:
         raise ValueError(f"q: a complex chain pairs key channels, so K must be even, got {keys}")
-    if chain.at_edge and not causal:
+    if chain.by_hopping and not causal:
         raise ValueError("a: got None for a bidirectional chain, expected shape (B, N, H)")
     if write is not None:
         _expect("write", write, chain.links.shape, chain.links)

@@ -95,8 +95,8 @@ def propagate(
         k: as q.
         v: (B, N, H, V) like a in dtype.
         a: as in :func:`left_green`. None in causal chains that are given by their hopping. Then
-            ``a_t - z = -(1 + hop_t^2)``, the edge of the spectrum, and the chain goes on to the left of its first site
-            with g = -1. So g is -1 at all sites, without a recurrence, and ``P_ts = -prod_{s<j<=t} hop_j``.
+            ``a_t - z = -(1 + hop_t^2)``, and the chain goes on to the left of its first site with g = -1. So g is -1 at
+            all sites, without a recurrence, and ``P_ts = -prod_{s<j<=t} hop_j``.
         z: as in :func:`left_green`; ignored without a.
         hop: as in :func:`left_green`; needed without a.
         write: (B, N, H) like a, strength of the delta rule, in causal real chains. Sites then write ``write_t e_t`` in
@@ -148,13 +148,13 @@ def _no_past(q: Tensor, v: Tensor, sparsity: Sparsity | None) -> tuple[Tensor, .
 
 def left(chain: Chain) -> Tensor:
     """Return the left Green's function of a chain, (B, N, H)."""
-    return torch.full_like(chain.d, -1) if chain.at_edge else green(chain.d, chain.w, chain.g, chain.mask)
+    return torch.full_like(chain.d, -1) if chain.by_hopping else green(chain.d, chain.w, chain.g, chain.mask)
 
 
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, write: Tensor | None, chain: Chain, before: tuple[Tensor, ...]
 ) -> tuple[Tensor, PropagatorState | SparseState]:
-    if chain.at_edge:
+    if chain.by_hopping:
         last, alpha = chain.g, chain.links
         weight = -torch.ones_like(alpha) if write is None else write
     else:

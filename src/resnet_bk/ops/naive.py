@@ -21,12 +21,11 @@ def dense_chain(a_N: Tensor, z: Tensor | complex, hop_N: Tensor) -> Tensor:
     return matrix
 
 
-def edge_energies(hop_N: Tensor) -> Tensor:
+def energies_of_hopping(hop_N: Tensor) -> Tensor:
     """Return the energies of a chain that is given by its hopping, (N,) float64, for z = 0.
 
-    They are ``a_t = -(1 + hop_t^2)``, the edge of the spectrum, except that no site is before the first one: its energy
-    takes up the site with g = -1 to its left, ``a_1 - hop_1^2 (-1) = -1``. So the left Green's function is -1 at all
-    sites.
+    They are ``a_t = -(1 + hop_t^2)``, except that no site is before the first one: its energy takes up the site with
+    g = -1 to its left, ``a_1 - hop_1^2 (-1) = -1``. So the left Green's function is -1 at all sites.
     """
     a = -1 - hop_N.double().square()
     return torch.cat([-torch.ones_like(a[:1]), a[1:]])

@@ -94,7 +94,7 @@ class Pieces:
         """Return the state that enters this piece. Arguments as in :func:`resnet_bk.ops.propagate`, without padding."""
         chain = check_chain(a, z, hop)
         check_qkv(chain, k, k, v, write, None, causal=True)
-        g0 = chain.g if chain.at_edge else self._green(chain)
+        g0 = chain.g if chain.by_hopping else self._green(chain)
         g = left(dataclasses.replace(chain, g=g0))
         alpha = -chain.links * g
         own = _decay_and_sum(k, v, alpha, g) if write is None else _matrix_and_sum(k, v, alpha, g.abs() * write)
