@@ -23,7 +23,7 @@ from common import (
     table,
     train,
 )
-from peer_mixers import SigmoidGatedAttention, SoftmaxAttention, equal, parameters
+from peer_mixers import SigmoidGated, SoftmaxAttention, equal, parameters
 
 from resnet_bk.model import LanguageModel
 
@@ -34,7 +34,7 @@ OURS = {
     "diagonal, real": {"readout": "diagonal", "energy": "real"},
     "diagonal, complex": {"readout": "diagonal", "energy": "complex"},
 }
-PEERS = {"softmax attention": SoftmaxAttention, "sigmoid-gated linear": SigmoidGatedAttention}
+PEERS = {"softmax attention": SoftmaxAttention, "sigmoid-gated linear": SigmoidGated}
 SHAPE = {"d_model": 128, "n_layers": 4, "n_seq": 256, "num_experts": 1}
 BATCH, STEPS, SECONDS, SEEDS = 12, 150, 45, (0, 1, 2)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)

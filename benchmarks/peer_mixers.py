@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.mixer import ChainState, ShortConv
+from resnet_bk.layers.mixer import ShortConv
 from resnet_bk.layers.norm import Norm
 from resnet_bk.model import LanguageModel
+from resnet_bk.ops.chunked import chunks
 from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.kernels import scan
 from resnet_bk.record import Record
@@ -72,34 +73,6 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1).to(x.dtype)
 
 
-class SigmoidGatedAttention(nn.Module):
-    """Our propagator mixer with the decay ``sigmoid(linear)``, as in gated linear attention and Mamba-2.
-
-    Everything else is the same, the kernel included.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        d, self.heads = config.d_model, config.heads
-        self.width = d // self.heads
-        self.decay = nn.Linear(d, self.heads)
-        with torch.no_grad():
-            self.decay.bias.copy_(torch.logit(torch.linspace(0.4, 0.87, self.heads)))
-        self.in_proj = nn.Linear(d, 4 * d, bias=False)
-        self.conv = ShortConv(3 * d, config.conv_width, True)
-        self.norm = Norm(self.width)
-        self.out_proj = nn.Linear(d, d, bias=False)
-
-    def forward(self, x: Tensor, state: ChainState | None, mask: Tensor | None) -> tuple[Tensor, None, list[Record]]:
-        alpha = self.decay(x).sigmoid()
-        qkv, gate = self.in_proj(x).split([3 * x.shape[-1], x.shape[-1]], dim=-1)
-        qkv, _ = self.conv(qkv, None, mask)
-        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.width)).unbind(2)
-        start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
-        y, _ = scan(q / math.sqrt(self.width), k, v, alpha, torch.ones_like(alpha), start)
-        return self.out_proj(self.norm(y).flatten(-2) * F.silu(gate)), None, []
-
-
 class GatedLinear(nn.Module):
     """Base of the peers with linear attention. Parallel form only.
 
@@ -116,7 +89,7 @@ class GatedLinear(nn.Module):
         self.state_floats = self.heads * self.width**2
         self.in_proj = nn.Linear(d, 4 * d, bias=False)
         self.conv = ShortConv(3 * d, config.conv_width, True)
-        self.norm = nn.RMSNorm(self.width, eps=1e-5)
+        self.norm: nn.Module = nn.RMSNorm(self.width, eps=1e-5)
         self.out_proj = nn.Linear(d, d, bias=False)
 
     def forward(self, x: Tensor, state: None, mask: None) -> tuple[Tensor, None, list[Record]]:
@@ -127,6 +100,25 @@ class GatedLinear(nn.Module):
     def rule(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return y (B, N, H, V) of the mixer's input x (B, N, D), and q, k, v (B, N, H, K) after the convolution."""
         raise NotImplementedError
+
+    def start(self, q: Tensor) -> Tensor:
+        """Return the state before the first position, (B, H, K, V)."""
+        return q.new_zeros(len(q), self.heads, self.width, self.width)
+
+
+class SigmoidGated(GatedLinear):
+    """Our mixer with the decay ``sigmoid(linear)``, one per head, in place of the chain's: the norm is ours too."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.norm = Norm(self.width)
+        self.decay = nn.Linear(config.d_model, self.heads)
+        with torch.no_grad():
+            self.decay.bias.copy_(torch.logit(torch.linspace(0.4, 0.87, self.heads)))
+
+    def rule(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        alpha = self.decay(x).sigmoid()
+        return scan(q / math.sqrt(self.width), k, v, alpha, torch.ones_like(alpha), self.start(q))[0]
 
 
 class GatedDeltaNet(GatedLinear):
@@ -143,8 +135,8 @@ class GatedDeltaNet(GatedLinear):
     def rule(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = (u * torch.rsqrt(u.square().sum(-1, keepdim=True) + 1e-6) for u in (q, k))
         log_alpha, _ = self.decay(x)
-        start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
-        return delta_scan(q / math.sqrt(self.width), k, v, log_alpha.exp(), self.strength(x).sigmoid(), start)[0]
+        write = self.strength(x).sigmoid()
+        return delta_scan(q / math.sqrt(self.width), k, v, log_alpha.exp(), write, self.start(q))[0]
 
 
 class MambaDecay(nn.Module):
@@ -166,12 +158,6 @@ class MambaDecay(nn.Module):
         return -self.A_log.exp() * dt, dt
 
 
-def chunks(x: Tensor, size: int) -> Tensor:
-    """Cut x (B, N, H, ...) into chunks of C = `size` positions, padded with zeros: (B, H, M, C, ...)."""
-    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % size))
-    return x.unflatten(1, (-1, size)).movedim(3, 1)
-
-
 class Mamba2(GatedLinear):
     """Mamba-2 (Dao and Gu 2024, arXiv:2405.21060) of inner width D. Every head has its own q and k (C and B there).
 
@@ -189,8 +175,7 @@ class Mamba2(GatedLinear):
         u = self.conv(qkv, None, None)[0] + self.conv_bias
         q, k, v = F.silu(u).unflatten(-1, (3, self.heads, self.width)).unbind(2)
         log_alpha, dt = self.decay(x)
-        start = q.new_zeros(q.shape[0], self.heads, self.width, self.width)
-        y = scan(q, k, v, log_alpha.exp(), dt, start)[0] + self.skip.unsqueeze(-1) * v
+        y = scan(q, k, v, log_alpha.exp(), dt, self.start(q))[0] + self.skip.unsqueeze(-1) * v
         y = y * F.silu(gate).unflatten(-1, (self.heads, self.width))
         return self.out_proj(self.norm(y).flatten(-2)), None, []
 
@@ -217,7 +202,7 @@ def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, s
         size: positions per chunk, at most 16.
     """
     length = q.shape[1]
-    q, k, v, log_alpha = (chunks(x, size) for x in (q, k, v, log_alpha.clamp(min=-5)))
+    q, k, v, log_alpha = (chunks(x, size).movedim(3, 1) for x in (q, k, v, log_alpha.clamp(min=-5)))
     total = log_alpha.cumsum(-2)
     end = total[..., -1:, :]
     q = q * total.exp()

@@ -181,7 +181,8 @@ def state_floats(model: LanguageModel) -> int | str:
             continue
         state = block.mixer.layout(torch.empty(1, 1, SHAPE["d_model"]))
         parts = state._asdict() if isinstance(state, AttentionState) else state.core._asdict()
-        total += sum(part.numel() for name, part in parts.items() if name != "g" or model.config.energy_kind != "bonds")
+        changing = [part for name, part in parts.items() if name != "g" or model.config.energy_kind != "bonds"]
+        total += sum(part.numel() * (2 if part.is_complex() else 1) for part in changing)
     return total
 
 

@@ -14,7 +14,7 @@ import pytest
 import recall
 import torch
 from gpu_page import Machine, Page
-from peer_mixers import Mamba2, gated_linear_attention
+from peer_mixers import GatedDeltaNet, Mamba2, gated_linear_attention, parameters
 
 from resnet_bk.config import ModelConfig
 
@@ -114,6 +114,31 @@ def test_mamba2_is_that_of_transformers():
         theirs.out_proj.weight.copy_(ours.out_proj.weight)
         x = torch.randn(2, 40, 16)
         torch.testing.assert_close(ours(x, None, None)[0], theirs(x), rtol=0, atol=1e-5)
+
+
+def test_gated_deltanet_computes_the_rule_of_transformers():
+    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    torch.manual_seed(0)
+    ours = GatedDeltaNet(ModelConfig(d_model=16, n_heads=2))
+    x, (q, k, v) = torch.randn(2, 40, 16), torch.randn(3, 2, 40, 2, 8)
+    with torch.no_grad():
+        log_alpha, strength = ours.decay(x)[0], ours.strength(x).sigmoid()
+        expected, _ = qwen.torch_recurrent_gated_delta_rule(q, k, v, log_alpha, strength, use_qk_l2norm_in_kernel=True)
+        torch.testing.assert_close(ours.rule(x, q, k, v), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", recall.PEERS)
+def test_peers_are_as_large_as_our_mixer_and_their_states_too(mixer):
+    ours, peer = (recall.model_of({"mixer": name, "fields": {}, "seed": 0}) for name in ("ours", mixer))
+    assert abs(parameters(peer) - parameters(ours)) < 0.005 * parameters(ours)
+    if mixer != recall.SOFTMAX:
+        assert recall.state_floats(peer) == recall.state_floats(ours) == 2 * 2 * 32**2
+
+
+@pytest.mark.parametrize(("energy", "own"), [("bonds", 0), ("real", 1), ("complex", 1)])
+def test_the_state_counts_g_where_it_changes(energy, own):
+    model = recall.model_of({"mixer": "ours", "fields": {"energy": energy}, "seed": 0})
+    assert recall.state_floats(model) == 2 * 2 * 32**2 + own * 2 * 2 * (2 if energy == "complex" else 1)
 
 
 @pytest.mark.parametrize("name", recall.TASKS)
