@@ -5,6 +5,7 @@ Dimensions: B sequences per step, N tokens.
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import resnet_bk
 from resnet_bk.config import DataConfig
 from resnet_bk.data import corpus, tokens
 from resnet_bk.layers.sparse import anneal
@@ -190,19 +192,21 @@ def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: P
         script: path of the benchmark.
         cells: settings of each run, as JSON objects.
         workers: processes at a time.
-        log: file with a line of JSON per finished cell. Cells that it has are not run again.
+        log: file with a line of JSON per finished cell. Cells that it has of the same :func:`code_state` are not run
+            again.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    code = code_state(script)
 
     def run(cell: dict[str, Any]) -> dict[str, Any]:
         for result in done:
-            if result["cell"] == cell:
+            if result["cell"] == cell and result.get("code") == code:
                 return result
         command = [sys.executable, script, "--cell", json.dumps(cell)]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=one_thread).stdout
-        result = {"cell": cell, **json.loads(output.splitlines()[-1])}
+        result = {"cell": cell, "code": code, **json.loads(output.splitlines()[-1])}
         with log.open("a") as file:
             file.write(json.dumps(result) + "\n")
         print(json.dumps(result), flush=True)
@@ -210,6 +214,15 @@ def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: P
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(run, cells))
+
+
+def code_state(script: str) -> str:
+    """Return a hash of what decides the results of a benchmark: its own file, the models and the training loop."""
+    library = Path(resnet_bk.__file__).parent
+    files = [Path(script), Path(__file__), library / "model.py"]
+    for folder in ("config", "ops", "layers", "adaptive"):
+        files += sorted((library / folder).glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def conditions(command: str) -> str:

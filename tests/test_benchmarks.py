@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import energies
 import gpu_kernels
 import pytest
@@ -139,6 +140,15 @@ def test_peers_are_as_large_as_our_mixer_and_their_states_too(mixer):
 def test_the_state_counts_g_where_it_changes(energy, own):
     model = recall.model_of({"mixer": "ours", "fields": {"energy": energy}, "seed": 0})
     assert recall.state_floats(model) == 2 * 2 * 32**2 + own * 2 * 2 * (2 if energy == "complex" else 1)
+
+
+def test_a_logged_cell_runs_again_after_a_change_of_the_code(tmp_path):
+    script, log = tmp_path / "script.py", tmp_path / "log.jsonl"
+    for answer in (1, 1, 2):
+        script.write_text(f"print('{{\"answer\": {answer}}}')")
+        results = common.run_cells(str(script), [{"size": 1}, {"size": 2}], 2, log)
+        assert [result["answer"] for result in results] == [answer, answer]
+    assert len(log.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("name", recall.TASKS)
