@@ -10,10 +10,10 @@ from resnet_bk.inference.speculation import speculate
 from resnet_bk.study.measure import greedy
 
 
-def model(seed=0, n_layers=4, attention=None, **depth) -> LanguageModel:
+def model(seed=0, n_layers=4, attention=None, memory=None, **depth) -> LanguageModel:
     torch.manual_seed(seed)
     settings = {"policy": "exit", "confidence": "probability", "threshold": 1.0, **depth}
-    shape = {"d_model": 16, "n_layers": n_layers, "n_heads": 2, "attention": attention or {}}
+    shape = {"d_model": 16, "n_layers": n_layers, "n_heads": 2, "attention": attention or {}, "memory": memory or {}}
     net = LanguageModel(31, num_experts=1, depth=settings, **shape).double().eval()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -46,8 +46,13 @@ def stream(batch, length, generator):
 @pytest.mark.parametrize(("draft", "sure"), [(1, 0.0), (2, 0.0), (5, 0.0), (5, 0.15), (5, 1.0), (16, 0.0)])
 def test_tokens_are_those_of_full_depth(draft, sure):
     ids = torch.randint(31, (1, 9))
-    for net in (model(2, first=2), model(2, first=2, attention={"every": 2, "window": 6}), trained()):
-        drafts = speculate(net, ids, 50, draft, sure)
+    for net in (
+        model(2, first=2),
+        model(2, first=2, attention={"every": 2, "window": 6}),
+        model(2, memory={"orders": [2, 3]}),
+        trained(),
+    ):
+        drafts = speculate(net, ids.int(), 50, draft, sure)
         assert torch.equal(drafts.tokens, greedy(net, ids, 50))
         assert drafts.accepted <= drafts.drafted
         assert drafts.accepted + drafts.rounds + 1 >= 50

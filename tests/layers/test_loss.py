@@ -81,6 +81,40 @@ def test_mixed_precision():
         assert (found - wanted).norm() < 0.03 * wanted.norm()
 
 
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_second_derivatives(frozen):
+    results = []
+    for at_once in (True, False):
+        *learned, targets = inputs()
+        if frozen is not None:
+            learned[frozen].requires_grad_(False)
+        x, weight = learned
+        wanted = [tensor for tensor in learned if tensor.requires_grad]
+        nats = F.cross_entropy(F.linear(x, weight), targets) if at_once else linear_cross_entropy(x, weight, targets)
+        first = torch.autograd.grad(3 * nats, wanted, create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+        results.append([tensor.grad for tensor in wanted])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_float16_keeps_small_gradients(monkeypatch):
+    """Of a vocabulary of 20,000, most ids are no target: their gradients are below what float16 can hold, divided by T.
+
+    A gradient scaler multiplies the loss, not what the loss has computed before."""
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**23)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 4, generator=generator, requires_grad=True)
+    weight = torch.randn(20_000, 4, generator=generator).mul_(0.05).requires_grad_()
+    targets = torch.randint(100, (2048,), generator=generator)
+    wanted = torch.autograd.grad(F.cross_entropy(F.linear(x, weight), targets), (x, weight))
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(x, weight, targets)
+    found = torch.autograd.grad(loss * 65536, (x, weight))
+    for a, b in zip((found[0], found[1][100:]), (wanted[0], wanted[1][100:]), strict=True):
+        assert (a / 65536 - b).norm() < 0.01 * b.norm()
+
+
 class Sizes(TorchDispatchMode):
     """Record the size of the largest result, the number of logits, and the names of the operators."""
 

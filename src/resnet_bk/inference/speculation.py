@@ -41,7 +41,7 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
 
     Args:
         model: trained with model.depth.policy 'exit'.
-        ids: (1, N) int64, the prompt.
+        ids: (1, N) int64 or int32, the prompt.
         new: number of tokens to generate.
         draft: largest number of tokens in a draft.
         sure: end a draft after a token whose probability is below this.
@@ -53,6 +53,7 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
     if not isinstance(layer, EarlyExit) or not len(layer.segments):
         raise ValueError("model: has no early exit to draft with; train it with model.depth.policy 'exit'")
     model.check(ids)
+    ids = ids.long()
     if len(ids) != 1:
         raise ValueError(f"ids: expected one sequence, got {len(ids)}; each would accept a different number of drafts")
     if new < 1 or draft < 1:

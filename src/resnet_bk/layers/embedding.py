@@ -52,8 +52,7 @@ class NgramMemory(AdaptiveLayer):
         if self.pieces is not None:
             state = self.pieces.inputs(ids, self.reach)
         window = torch.cat([state, ids], dim=1)
-        found = F.embedding_bag(self.rows_of(window).flatten(0, 1), self.table, mode="sum")
-        y = self.project(found.view(*ids.shape, -1)).to(x.dtype)
+        y = self.project(F.embedding(self.rows_of(window), self.table).sum(-2)).to(x.dtype)
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         return x + y, last_positions(window.unsqueeze(-1), self.reach, mask).squeeze(-1), []

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
     """Return the cross-entropy of ``softmax(x weight^T)`` in nats.
 
     More than LOGITS_AT_ONCE logits are computed piece by piece. Their mean has its gradients computed at the same time,
-    so no logits are computed twice; it has no second derivatives. With "none" the backward pass computes them again.
+    so no logits are computed twice. With "none" the backward pass computes them again.
 
     Args:
         x: (T, D) features.
@@ -34,6 +33,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
         return nats if reduction == "none" else torch.where((targets != -100).any(), nats, 0.0)
     if reduction == "mean":
         return _MeanNats.apply(x, weight, targets, rows, torch.is_grad_enabled())
+    return _nats_in_pieces(x, weight, targets, rows)
+
+
+def _nats_in_pieces(x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
     pieces = zip(x.split(rows), targets.split(rows), strict=True)
     return torch.cat([checkpoint(_nats, part, weight, own, use_reentrant=False) for part, own in pieces])
 
@@ -43,15 +46,16 @@ def _nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _MeanNats(torch.autograd.Function):
-    """The mean cross-entropy in pieces of `rows` rows. The forward pass computes the gradients too."""
+    """The mean cross-entropy in pieces of `rows` rows. The forward pass computes the gradients of the sum too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, learns: bool) -> Tensor:
-        grad_x = torch.empty_like(x) if learns and ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if learns and ctx.needs_input_grad[1] else None
         exact = torch.promote_types(x.dtype, torch.float32)
+        grad_x, grad_weight = (
+            torch.zeros_like(tensor, dtype=exact) if learns and needed else None
+            for tensor, needed in zip((x, weight), ctx.needs_input_grad, strict=False)
+        )
         ignored = (targets == -100).unsqueeze(-1)
-        count = (~ignored).sum().clamp(min=1)
         total = torch.zeros((), dtype=exact, device=x.device)
         for begin in range(0, len(x), rows):
             part = slice(begin, begin + rows)
@@ -61,19 +65,31 @@ class _MeanNats(torch.autograd.Function):
             total -= log_p.gather(-1, target).masked_fill(ignored[part], 0).sum()
             if grad_x is None and grad_weight is None:
                 continue
-            # The gradient of a token's nats with respect to its logits is softmax(logits) - one_hot(target).
+            # The gradient of a token's nats with respect to its logits is softmax(logits) - one_hot(target). It is
+            # divided by the number of tokens at the end only: in float16 small quotients would be 0.
             grad = log_p.exp_().scatter_add_(-1, target, -torch.ones_like(target, dtype=exact))
-            grad = grad.div_(count).masked_fill_(ignored[part], 0).to(logits.dtype)
+            grad = grad.masked_fill_(ignored[part], 0).to(logits.dtype)
             if grad_x is not None:
                 grad_x[part] = grad @ weight.to(grad.dtype)
-            if grad_weight is not None and grad.dtype == grad_weight.dtype == x.dtype:
+            if grad_weight is not None and grad.dtype == x.dtype == exact:
                 grad_weight.addmm_(grad.mT, x[part])  # in place: a product of its own would pass through memory twice
             elif grad_weight is not None:
                 grad_weight += grad.mT @ x[part].to(grad.dtype)
-        ctx.save_for_backward(grad_x, grad_weight)
+        count = (~ignored).sum().clamp(min=1)
+        ctx.rows = rows
+        ctx.save_for_backward(x, weight, targets, count, grad_x, grad_weight)
         return total / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if g is None else (g * grad).to(g.dtype) for g in ctx.saved_tensors), None, None, None
+        x, weight, targets, count, *found = ctx.saved_tensors
+        inputs = (x, weight)
+        if torch.is_grad_enabled():  # second derivatives: they need a graph, so everything is computed again
+            nats = _nats_in_pieces(x, weight, targets, ctx.rows).sum() / count
+            wanted = [tensor for tensor, g in zip(inputs, found, strict=True) if g is not None]
+            again = iter(torch.autograd.grad(nats, wanted, grad, create_graph=True))
+            return *(None if g is None else next(again) for g in found), None, None, None
+        grads = (
+            None if g is None else (g * (grad / count)).to(tensor) for g, tensor in zip(found, inputs, strict=True)
+        )
+        return *grads, None, None, None
