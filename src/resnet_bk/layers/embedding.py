@@ -20,8 +20,8 @@ class NgramMemory(AdaptiveLayer):
     """Add to each position a row for each of the n-grams that end there, (B, N, D) -> (B, N, D).
 
     Every order has a table. An n-gram's row is its hash modulo the number of rows; n-grams that collide share a row.
-    The cost per position does not depend on the size of the tables. The idea is that of hashed n-gram embeddings in
-    BLT (arXiv:2412.09871) and Engram (arXiv:2601.07372).
+    A forward pass costs the same with tables of any size. The gradient is as large as the tables. The idea is that of
+    hashed n-gram embeddings in BLT (arXiv:2412.09871) and Engram (arXiv:2601.07372).
     """
 
     pieces: Pieces | None = None  # see Mixer
@@ -55,7 +55,7 @@ class NgramMemory(AdaptiveLayer):
         y = self.project(F.embedding(self.rows_of(window), self.table).sum(-2)).to(x.dtype)
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
-        return x + y, last_positions(window.unsqueeze(-1), self.reach, mask).squeeze(-1), []
+        return x + y, last_positions(window, self.reach, mask), []
 
     def rows_of(self, window: Tensor) -> Tensor:
         """Return the rows (B, N, O) of the n-grams that end at each position, as indices of the table.

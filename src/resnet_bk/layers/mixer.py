@@ -86,7 +86,7 @@ def last_positions(x: Tensor, count: int, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x[:, x.shape[1] - count :].clone()  # not a view, which would keep all of x in memory
     index = mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 class Energies(nn.Module):

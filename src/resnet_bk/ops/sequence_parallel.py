@@ -1,10 +1,10 @@
 """Sequence parallelism: each process holds one piece of a long sequence and computes what enters it from earlier ones.
 
-Three things pass from a piece to the next: g of its last site, the state S, and the last inputs of the short
-convolution. A piece changes g by a Möbius map, and S by a decay (a matrix with the delta rule) and a sum; these maps do
-not grow with its length. So each process computes the map of its own piece, all maps are gathered, and each process
-composes the maps of the pieces before its own. No process waits until another one has computed its piece (README,
-section 8).
+What passes from a piece to the next: g of its last site, the state S, and the last inputs of the short convolution, of
+attention within a window and of n-gram memory. A piece changes g by a Möbius map, and S by a decay (a matrix with the
+delta rule) and a sum; these maps do not grow with its length. So each process computes the map of its own piece, all
+maps are gathered, and each process composes the maps of the pieces before its own. No process waits until another one
+has computed its piece (README, section 8).
 
 Dimensions: B batch, N sites of this process's piece, H chains, K key width, V value width, P processes.
 """
