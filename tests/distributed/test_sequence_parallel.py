@@ -54,7 +54,8 @@ def core(rank, energy, readout):
         y, _ = left_green(a, z, hop, state=pieces.green(a, z, hop) if pieces else None)
     else:
         q, k, v = mine["q"], mine["k"], mine["v"]
-        write = mine["write"] if readout == "delta" else None
+        write = mine["write"] if readout in ("delta", "bonds") else None
+        a = None if readout == "bonds" else a
         entering = pieces.state(k, v, a, z, hop, write=write) if pieces else None
         y, _ = propagate(q, k, v, a, z, hop, write=write, state=entering)
     loss_of(y, rank, lengths).backward()
@@ -76,7 +77,8 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(
     ("energy", "readout"),
-    [*((energy, readout) for energy in ("real", "complex") for readout in ("green", "propagator")), ("real", "delta")],
+    [(energy, readout) for energy in ("real", "complex") for readout in ("green", "propagator")]
+    + [("real", "delta"), ("real", "bonds")],
 )
 def test_pieces_equal_the_whole(workers, world, readout, energy):
     whole = joined(workers.run(1, core, energy, readout))

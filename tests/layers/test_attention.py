@@ -209,3 +209,10 @@ def test_the_cost_of_a_position_does_not_grow_with_the_length():
     assert layer.scores(64) == layer.scores(2) == 64 * 163
     assert layer.scores(6400) == 100 * layer.scores(64)
     assert flops_per_position(layer) == 2 * 4 * 16**2 + 4 * 16 * 163
+
+
+def test_second_derivatives_are_refused_on_cpus():
+    layer, x = make(5), torch.randn(1, 9, 16, dtype=torch.float64)
+    (first,) = torch.autograd.grad(layer(x, None, None)[0].square().sum(), layer.in_proj.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        first.square().sum().backward()
