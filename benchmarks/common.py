@@ -27,6 +27,7 @@ import resnet_bk
 from resnet_bk.config import DataConfig
 from resnet_bk.data import corpus, tokens
 from resnet_bk.layers.sparse import anneal
+from resnet_bk.training import optimizers
 from resnet_bk.training.trainer import learning_rate_factor
 
 SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -95,7 +96,7 @@ def train(
         draw: returns the next inputs and targets.
         steps, seconds: budget; training ends when either is used up.
         learning_rate: peak of the schedule.
-        weight_decay: of matrices; other parameters have none.
+        weight_decay: of matrices, see :func:`resnet_bk.training.optimizers.create`.
         betas: of AdamW.
         warmup: share of the budget in which the learning rate rises.
         final: share of the peak learning rate at the end.
@@ -105,10 +106,7 @@ def train(
     Returns:
         "steps", "seconds" and "first_gradient_norm".
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    optimizer = optimizers.create(model, learning_rate, weight_decay, betas)
     x, y = draw()
     loss_of(x[: first[0], : first[1]], y[: first[0], : first[1]]).backward()
     optimizer.zero_grad()

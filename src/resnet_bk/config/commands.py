@@ -81,7 +81,7 @@ class TrainConfig:
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices. Vectors have none."""
+    """Decoupled weight decay of matrices. Vectors and the tables of n-gram memory have none."""
     beta2: float = 0.99
     """Decay rate of AdamW's second moment."""
     warmup: float = 0.05

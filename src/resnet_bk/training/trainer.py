@@ -28,6 +28,7 @@ from resnet_bk.data.tokens import TokenFile
 from resnet_bk.extras import extra
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.sparse import anneal
+from resnet_bk.training import optimizers
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.states import (
     full_tensor,
@@ -193,18 +194,12 @@ class BKTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return AdamW, with weight decay on parameters of two or more dimensions; load its state if resumed."""
-        parameters = [p for p in (model or self.network).parameters() if p.requires_grad]
-        matrices = [p for p in parameters if p.dim() >= 2]
-        others = [p for p in parameters if p.dim() < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        rate, betas = self.config.learning_rate, (0.9, self.config.beta2)
-        for group in groups:
-            group["initial_lr"] = rate  # LambdaLR requires it in a run that resumes
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+        """Return the optimizer; load its state if resumed."""
+        config, network = self.config, model or self.network
+        optimizer = optimizers.create(network, config.learning_rate, config.weight_decay, (0.9, config.beta2))
+        for group in optimizer.param_groups:
+            group["initial_lr"] = config.learning_rate  # LambdaLR requires it in a run that resumes
+        self.optimizer = optimizer
         if self.resumed_from is not None:
             load_optimizer_state(self.network, self.optimizer, self.resumed_from)
         return self.optimizer
