@@ -1,7 +1,8 @@
 """Measuring time."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -37,6 +38,17 @@ class Clock:
 
     def stop(self) -> None:
         self.before, self.started = self.seconds, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stand still in the block, if it runs."""
+        running = self.started is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.start(self.before)
 
     @property
     def seconds(self) -> float:

@@ -14,15 +14,17 @@ from resnet_bk import files
 from resnet_bk.checkpoint import CheckpointError, newest_valid, saved_steps, verify
 from resnet_bk.config import ConfigError, TrainConfig, read_yaml, shown, visible
 
-CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, CHECKPOINTS = (
+CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, BEST, CHECKPOINTS = (
     "config.yaml",
     "text.sha256",
     "metrics.jsonl",
     "results.json",
     "report.html",
     "model",
+    "best",
     "checkpoints",
 )
+HELD_OUT = "held_out_bits_per_byte"  # in the lines of METRICS after whose update held-out text was scored
 
 
 @contextlib.contextmanager
@@ -120,6 +122,8 @@ CHANGEABLE = {
     "max_seconds",
     "save_every",
     "log_every",
+    "eval_every",
+    "eval_bytes",
     "report_to",
     "sample",
     "activation_checkpointing",

@@ -1,5 +1,7 @@
 """Sharded parameters (FSDP2) and activation checkpointing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_data_parallel import PLAIN, SHAPE, TECHNIQUES, assert_same, build, newest, outcome
@@ -10,6 +12,7 @@ from resnet_bk.checkpoint import verify
 from resnet_bk.config import DepthConfig, LengthConfig, MemoryConfig, ModelConfig, SparsityConfig
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.block import Block
+from resnet_bk.training.held_out import HeldOut
 from resnet_bk.training.sharded import fsdp_units, recompute, shard
 from resnet_bk.training.states import gather_weights
 
@@ -124,3 +127,21 @@ def without_trainer(rank):
     found = [p.grad.full_tensor() for p in model.parameters()]
     same = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
     return [same, all(isinstance(p, DTensor) for p in model.parameters())]
+
+
+def score_and_train(rank, folder, sharded):
+    trainer = build(folder, shard=sharded, eval_every=2, eval_bytes=8 * PLAIN.n_seq)
+    callback = HeldOut(trainer, trainer.windows.tokens, Path(folder) / "best", Path(folder) / "metrics.jsonl")
+    trainer.add_callback(callback)
+    before = callback.score()
+    trainer.run_training(None)
+    return before, callback.best
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_share_the_scores_of_held_out_text(workers, tmp_path, sharded):
+    alone = workers.run(1, score_and_train, str(tmp_path / "alone"), False)[0]
+    together = workers.run(2, score_and_train, str(tmp_path / "together"), sharded)
+    assert together[0] == together[1] == pytest.approx(alone, rel=1e-9)
+    verify(tmp_path / "together" / "best")
+    ResNetBKForCausalLM.from_pretrained(tmp_path / "together" / "best")

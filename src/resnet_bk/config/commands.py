@@ -103,6 +103,12 @@ class TrainConfig:
     """Updates between checkpoints. The last two are kept."""
     log_every: int = 10
     """Updates between lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Updates between scores of held-out text, for metrics.jsonl, the report and best/, the model with the best score
+    so far. They read windows of model.n_seq tokens, so they differ a little from the final scores, and they do not
+    count as training time. Default: only the final scores."""
+    eval_bytes: int = 65_536
+    """Bytes of held-out text that each of these scores reads, or all bytes if there are fewer."""
     report_to: str = "none"
     """Trackers to report to, besides metrics.jsonl: tensorboard, wandb, trackio, ... (comma-separated)."""
     sample: str = "def "
@@ -113,6 +119,9 @@ class TrainConfig:
         check_choices(where, self)
         check_integer(where, 1, 1_048_576, batch_size=self.batch_size, accumulate=self.accumulate)
         check_integer(where, 1, 10**9, save_every=self.save_every, log_every=self.log_every)
+        check_integer(where, 1, 10**12, eval_bytes=self.eval_bytes)
+        if self.eval_every is not None:
+            check_integer(where, 1, 10**9, eval_every=self.eval_every)
         check_integer(where, 0, 2**31 - 1, seed=self.seed)
         check_range(where, 1e-8, 10, learning_rate=self.learning_rate)
         check_range(where, 0, 1, warmup=self.warmup, final_learning_rate=self.final_learning_rate)

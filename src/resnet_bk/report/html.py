@@ -11,6 +11,7 @@ import numpy as np
 
 from resnet_bk.config import visible
 from resnet_bk.extras import extra
+from resnet_bk.folders import HELD_OUT
 
 with extra("train"):
     from matplotlib import color_sequences, colormaps, ticker
@@ -65,6 +66,14 @@ def training_curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 3.2))  # not by pyplot, which would choose a backend for the whole process
     loss, speed = figure.subplots(1, 2)
     loss.plot(seconds, [line["bits_per_byte"] for line in metrics], color="#1f5fa8", linewidth=1.2)
+    if scored := [line for line in metrics if HELD_OUT in line]:
+        loss.plot(
+            *zip(*((line["seconds"], line[HELD_OUT]) for line in scored), strict=True),
+            "o-",
+            color="#2e7d4f",
+            label="held out",
+        )
+        loss.legend(frameon=False)
     loss.set(xlabel="seconds of training", ylabel="bits per byte", title="Training loss")
     speed.plot(seconds, [line["bytes_per_second"] / 1000 for line in metrics], color="#b3541e", linewidth=1.2)
     speed.set(xlabel="seconds of training", ylabel="kB per second", title="Training speed", ylim=(0, None))

@@ -9,7 +9,7 @@ import numpy as np
 
 from resnet_bk.config import EvalConfig, GenerateConfig, TrainConfig
 from resnet_bk.files import json_text, write_whole
-from resnet_bk.folders import CONFIG, METRICS, MODEL, REPORT, RESULTS, train_command
+from resnet_bk.folders import BEST, CONFIG, HELD_OUT, METRICS, MODEL, REPORT, RESULTS, train_command
 from resnet_bk.inference.generation import generate_text
 from resnet_bk.report import html
 from resnet_bk.report.tables import Console, print_table
@@ -64,14 +64,19 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
         "versions": versions(),
         "sample": sample,
     }
+    best = min((line for line in metrics if HELD_OUT in line), key=lambda line: line[HELD_OUT], default=None)
     pace = f", {speed:,.0f} bytes/s" if metrics else ""
     rows = [*scores.rows(), ("training", f"{run.steps:,} steps in {run.seconds:.0f} s{pace}"), *costs.rows()]
+    if best:
+        rows.append(
+            (f"best score while training, {BEST}/", f"{best[HELD_OUT]:.4f} bits per byte after {best['step']:,} steps")
+        )
     _write_report(folder, rows, metrics, sample)
     write_whole(folder / RESULTS, json_text(results))  # last: it marks the run as finished
     print_table(console, f"Run {folder}", rows)
     say(console, "\nSample", style="bold")
     say(console, sample)
-    written = [f"{MODEL}/", *([METRICS] if metrics else []), RESULTS, REPORT]
+    written = [f"{MODEL}/", *([f"{BEST}/"] if best else []), *([METRICS] if metrics else []), RESULTS, REPORT]
     say(console, f"\nwrote {folder}: {', '.join(written)}")
     return results
 

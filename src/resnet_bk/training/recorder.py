@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_bk.extras import extra
 from resnet_bk.files import append_line, write_whole
+from resnet_bk.folders import HELD_OUT
 
 with extra("train"):
     from rich.console import Console
@@ -32,6 +33,7 @@ class Recorder(TrainerCallback):
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self.bar = Progress(*columns, *times, console=console)
         self.task = self.bar.add_task("training", start=False, total=1.0)
+        self.held_out = ""  # the last score, as the bar shows it
         self.marks: list[tuple[float, int]] = []  # seconds and step of the last log lines
 
     def remove_after(self, step: int) -> None:
@@ -57,8 +59,11 @@ class Recorder(TrainerCallback):
         rate = (s1 - s0) * self.trainer.bytes_per_step / max(1e-9, t1 - t0)
         line = {"step": state.global_step, "bytes_per_second": round(rate, 1)}
         line |= {name: logs[name] for name in ("seconds", "bits_per_byte", "learning_rate", "grad_norm")}
+        line |= {HELD_OUT: logs[HELD_OUT]} if HELD_OUT in logs else {}
         append_line(self.path, json.dumps(line))
         text = f"step {state.global_step}  {logs['bits_per_byte']:.3f} bits/byte  {rate / 1000:.1f} kB/s"
+        self.held_out = f"  held out {logs[HELD_OUT]:.3f}" if HELD_OUT in logs else self.held_out
+        text += self.held_out
         self.bar.update(self.task, description=text)
         if self.on_progress is not None:
             self.on_progress(self.trainer.progress, logs["bits_per_byte"])

@@ -17,6 +17,7 @@ from resnet_bk.data import corpus, tokens
 from resnet_bk.extras import extra
 from resnet_bk.files import write_whole
 from resnet_bk.folders import (
+    BEST,
     CHECKPOINTS,
     CONFIG,
     METRICS,
@@ -38,6 +39,7 @@ from resnet_bk.hf import (
     token_file,
 )
 from resnet_bk.report.terminal import say
+from resnet_bk.training.held_out import HeldOut
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.recorder import ProgressCallback, Recorder
 from resnet_bk.training.sharded import recompute, shard
@@ -181,6 +183,8 @@ def _train(
             recorder.remove_after(step_of(Path(checkpoint)) if checkpoint else 0)
             write_whole(folder / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
             write_whole(folder / TEXT_HASH, data.sha256 + "\n")
+        if config.eval_every is not None:
+            trainer.add_callback(HeldOut(trainer, data.held_out, folder / BEST, folder / METRICS))
     try:
         trainer.run_training(Path(checkpoint) if checkpoint else None)
     finally:

@@ -26,6 +26,7 @@ from resnet_bk.clock import Clock
 from resnet_bk.config import TrainConfig, shown
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.extras import extra
+from resnet_bk.folders import HELD_OUT
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.training import optimizers
@@ -144,6 +145,7 @@ class BKTrainer(Trainer):
         self.losses: list[Tensor] = []  # one of each forward pass of this step
         self.seconds = 0.0  # rank 0's clock, read just before the last update; the same on all ranks
         self.grad_norm = 0.0  # that of the last update, before clipping
+        self.held_out_bits: float | None = None  # a score for the next log line, see HeldOut
         self.received_signal: int | None = None  # the last signal that this process received
         self.stopped_by: int | None = None  # the signal that stops all ranks
         self.resumed_from: Path | None = None
@@ -265,6 +267,8 @@ class BKTrainer(Trainer):
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.windows.bytes_per_token
             logs["grad_norm"], logs["seconds"] = self.grad_norm, self.clock.seconds
             self.cross_entropy.clear()
+            if self.held_out_bits is not None:
+                logs[HELD_OUT], self.held_out_bits = self.held_out_bits, None
         super().log(logs, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------- checkpoints
