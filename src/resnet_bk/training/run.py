@@ -176,15 +176,7 @@ def _train(
     checkpoint = ranks.broadcast(
         lambda: str(newest_valid(folder / CHECKPOINTS, functools.partial(say, console), RUN_FILES) or "")
     )
-    recorder = Recorder(trainer, folder / METRICS, console, on_progress)
-    with ranks.rank_zero_first():
-        if ranks.is_rank_zero:
-            trainer.add_callback(recorder)
-            recorder.remove_after(step_of(Path(checkpoint)) if checkpoint else 0)
-            write_whole(folder / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-            write_whole(folder / TEXT_HASH, data.sha256 + "\n")
-        if config.eval_every is not None:
-            trainer.add_callback(HeldOut(trainer, data.held_out, folder / BEST, folder / METRICS))
+    recorder = _add_records(trainer, data, step_of(Path(checkpoint)) if checkpoint else 0, console, on_progress)
     try:
         trainer.run_training(Path(checkpoint) if checkpoint else None)
     finally:
@@ -215,6 +207,26 @@ def _train(
         processes=ranks.world_size,
         train_sha256=data.sha256,
     )
+
+
+def _add_records(
+    trainer: BKTrainer, data: _Data, step: int, console: Console, on_progress: ProgressCallback | None
+) -> Recorder:
+    """Add what writes metrics.jsonl and scores held-out text; rank 0 writes the settings and the hash of the text.
+
+    step: the step after which the run begins.
+    """
+    config, folder = trainer.config, Path(trainer.config.output_dir)
+    recorder = Recorder(trainer, folder / METRICS, console, on_progress)
+    with trainer.ranks.rank_zero_first():
+        if trainer.ranks.is_rank_zero:
+            trainer.add_callback(recorder)
+            recorder.remove_after(step)
+            write_whole(folder / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+            write_whole(folder / TEXT_HASH, data.sha256 + "\n")
+        if config.eval_every is not None:
+            trainer.add_callback(HeldOut(trainer, data.held_out, folder / BEST, folder / METRICS))
+    return recorder
 
 
 def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data]:
