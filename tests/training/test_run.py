@@ -8,12 +8,14 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from resnet_bk.checkpoint import newest_valid, verify
 from resnet_bk.cli import main
 from resnet_bk.config import ConfigError, ModelConfig, TrainConfig
 from resnet_bk.folders import check_same_run
+from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.study import run as scored
 from resnet_bk.training import run as module
 from resnet_bk.training.trainer import RunControl
@@ -105,6 +107,50 @@ def test_train_eval_and_generate_from_the_command_line(place, capsys):
     assert main(arguments(place, "--resume=true")) == 0
     assert files(run) == before
     assert json.loads((place / "run-2" / "results.json").read_text())["training"]["steps"] == 6
+
+
+def test_a_run_starts_from_the_weights_of_another(place, monkeypatch):
+    assert main(arguments(place)) == 0
+    first = []
+
+    def begin(self, checkpoint):
+        first.extend(p.detach().clone() for p in self.network.parameters())
+        raise KeyboardInterrupt
+
+    for source in ("run", "run/model", "run/checkpoints/checkpoint-6"):
+        first.clear()
+        rest = (f"--init_from={place / source}", "--seed=7", f"--output_dir={place / source.replace('/', '-')}-2")
+        with monkeypatch.context() as patch:
+            patch.setattr(module.BKTrainer, "run_training", begin)
+            with pytest.raises(KeyboardInterrupt):
+                main(arguments(place, *rest))
+        trained = ResNetBKForCausalLM.from_pretrained(place / "run" / "model")
+        for found, expected in zip(first, trained.parameters(), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_resumed_run_does_not_start_again_from_other_weights(place, monkeypatch):
+    assert main(arguments(place)) == 0
+    again = arguments(place, f"--init_from={place / 'run'}", f"--output_dir={place / 'second'}", "--save_every=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "replacing", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(again)
+    final = (place / "second" / "checkpoints" / "checkpoint-6" / "model.safetensors").read_bytes()
+    assert main([*again, "--resume=true"]) == 0
+    assert (place / "second" / "model" / "model.safetensors").read_bytes() == final
+
+
+def test_weights_of_another_model_are_refused(place, capsys):
+    assert main(arguments(place)) == 0
+    new = f"--output_dir={place / 'new'}"
+    for change, message in (
+        ("--model.d_ff=24", "the settings of model that differ are d_ff (None)"),
+        ("--model.energy=real", "the settings of model that differ are energy ('bonds')"),
+        (f"--init_from={place / 'corpus'}", "corpus"),
+    ):
+        assert main(arguments(place, f"--init_from={place / 'run'}", new, change)) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_folder(place, monkeypatch):

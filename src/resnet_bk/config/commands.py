@@ -68,6 +68,10 @@ class TrainConfig:
     """Continue the unfinished run in output_dir, or in output_dir-2, -3, ... if the ones before are finished. If all
     are finished, or there is none, start a new one. Without this setting, an existing run is an error. A finished run
     is never overwritten."""
+    init_from: str | None = None
+    """Folder of a trained run, of a checkpoint or of a saved model, whose weights are the first ones. Its
+    model must have the same shapes and its tokenizer be the same: pass its config.yaml to --config. The optimizer
+    starts anew."""
     batch_size: int = 12
     """Sequences in a batch, of model.n_seq tokens each, all processes together."""
     accumulate: int = 1
@@ -129,6 +133,8 @@ class TrainConfig:
         check_range(where, 0, 10, weight_decay=self.weight_decay)
         check_range(where, 1e-6, 1e6, max_grad_norm=self.max_grad_norm)
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
+        if self.init_from is not None:
+            check_text(where, init_from=self.init_from)
         if not self.model.causal:
             raise ConfigError(
                 "model.causal: got False, allowed True: a bidirectional model cannot learn to predict the next token"

@@ -26,6 +26,7 @@ from resnet_bk.folders import (
     check_same_run,
     check_same_text,
     flat,
+    model_folder,
     run_folder,
     train_command,
 )
@@ -162,6 +163,12 @@ def _train(
     ranks.check_same({"data.source": data.sha256}, "give every process the same text and tokenizer")
     torch.manual_seed(config.seed)
     model = ResNetBKForCausalLM(_transformers_config(config, data.tokenizer))
+    checkpoint = ranks.broadcast(
+        lambda: str(newest_valid(folder / CHECKPOINTS, functools.partial(say, console), RUN_FILES) or "")
+    )
+    if config.init_from is not None and not checkpoint:
+        with ranks.rank_zero_first():
+            _start_from(config.init_from, model, data.tokenizer)
     _print_sizes(console, data, model, ranks)
     _prepare_model(model, config, ranks)
     with ranks.rank_zero_first():
@@ -173,9 +180,6 @@ def _train(
                 raise
             name = "dtype" if "bf16" in str(error) else "report_to"
             raise ConfigError(f"train.{name}: got {getattr(config, name)!r}: {error}") from error
-    checkpoint = ranks.broadcast(
-        lambda: str(newest_valid(folder / CHECKPOINTS, functools.partial(say, console), RUN_FILES) or "")
-    )
     recorder = _add_records(trainer, data, step_of(Path(checkpoint)) if checkpoint else 0, console, on_progress)
     try:
         trainer.run_training(Path(checkpoint) if checkpoint else None)
@@ -207,6 +211,29 @@ def _train(
         processes=ranks.world_size,
         train_sha256=data.sha256,
     )
+
+
+def _start_from(source: str, model: ResNetBKForCausalLM, tokenizer: Tokenizer) -> None:
+    """Copy the weights of a trained model.
+
+    Raises:
+        CheckpointError: the folder has no model, or it is damaged.
+        ConfigError: the model or its tokenizer is another one.
+    """
+    folder = model_folder(source).absolute()
+    other = ResNetBKForCausalLM.from_pretrained(folder)
+    theirs, ours = ({name: p.shape for name, p in network.named_parameters()} for network in (other, model))
+    first, second = (network.model.config for network in (other, model))
+    if theirs != ours or first.energy_kind != second.energy_kind:
+        there, here = (flat(dataclasses.asdict(config)) for config in (first, second))
+        differing = ", ".join(f"{name} ({shown(there[name])})" for name in there if there[name] != here.get(name))
+        raise ConfigError(
+            f"train.init_from: {source!r} is another model, the settings of model that differ are {differing}; train "
+            "with its settings, as in --config RUN/config.yaml"
+        )
+    if tokens.tokenizer_digest(load_tokenizer(str(folder))) != tokens.tokenizer_digest(tokenizer):
+        raise ConfigError(f"train.init_from: {source!r} has another tokenizer than data.tokenizer; use its tokenizer")
+    model.load_state_dict(other.state_dict())
 
 
 def _add_records(
