@@ -20,7 +20,6 @@ from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
 PACE = 8  # factor of the bias of bonds: AdamW steps all parameters equally far, and memories have far to go
-KEY_SOFTENING = 0.3  # keys of the delta rule are k / sqrt(KEY_SOFTENING + |k|^2)
 
 
 class ChainState(NamedTuple):
@@ -246,7 +245,7 @@ class PropagatorMixer(ChainMixer):
         if not self.delta:
             return q, k, None
         # At a length of 1 and a strength of 1 the chain returns the new value for the key. Shorter keys write less.
-        return q, k / (KEY_SOFTENING + k.square().sum(-1, keepdim=True)).sqrt(), strength.sigmoid()
+        return q, k / (1 + k.square().sum(-1, keepdim=True)).sqrt(), strength.sigmoid()
 
 
 class DiagonalMixer(ChainMixer):
