@@ -263,7 +263,10 @@ def test_cells_are_named_by_all_that_is_on_in_one_order(made_up, tmp_path):
             ["--techniques", "[length, depth]"],
             "ablate.techniques: got ['length', 'depth'], allowed at least two of those that",
         ),
-        (["--techniques", "[depht]"], "ablate.techniques: got 'depht', allowed 'multiscale', 'length', 'depth'"),
+        (
+            ["--techniques", "[depht]"],
+            "ablate.techniques: got 'depht', allowed 'memory', 'multiscale', 'length', 'depth'",
+        ),
         (["--techniques", "[depth]"], "ablate.techniques: got ['depth'], allowed at least two"),
         (
             ["--techniques", "[depth, depth]"],
