@@ -5,6 +5,7 @@ import torch
 
 from resnet_bk import LanguageModel
 from resnet_bk.config import ConfigError, MemoryConfig
+from resnet_bk.layers.block import Tokens
 from resnet_bk.layers.embedding import MIX, STEP, NgramMemory
 from resnet_bk.study.ledger import Ledger
 
@@ -34,8 +35,7 @@ def test_the_sum_of_one_row_for_each_order():
     memory = make().blocks[0]
     ids = torch.randint(300, (2, 9))
     x = torch.randn(2, 9, 16, dtype=torch.float64)
-    tokens = type("Tokens", (), {"ids": ids})
-    y, state, records = memory(x, tokens, None, None)
+    y, state, records = memory(x, Tokens(ids), None, None)
     table = memory.table.view(len(ORDERS), ROWS, 16)
     for b in range(2):
         text = [0] * 4 + [token + 1 for token in ids[b].tolist()]

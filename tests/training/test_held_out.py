@@ -11,7 +11,7 @@ from resnet_bk.checkpoint import verify
 from resnet_bk.folders import HELD_OUT
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.training import held_out as module
-from resnet_bk.training.held_out import HeldOut, best_score
+from resnet_bk.training.held_out import HeldOut, best_line
 from resnet_bk.training.trainer import collate
 
 
@@ -88,16 +88,13 @@ def test_the_best_model_is_kept(tmp_path):
 
 
 def test_scores_of_earlier_sessions_count(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(
-            json.dumps(line) + "\n" for line in ({"step": 1}, {"step": 2, HELD_OUT: 1.5}, {"step": 3, HELD_OUT: 2.5})
-        )
-    )
-    assert best_score(tmp_path / "metrics.jsonl") == 1.5
+    lines = [{"step": 1}, {"step": 2, HELD_OUT: math.nan}, {"step": 3, HELD_OUT: 1.5}, {"step": 4, HELD_OUT: 2.5}]
+    assert best_line(lines)["step"] == 3
+    assert best_line(lines[:2]) is None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     trainer, _ = scored(tmp_path, [1.6, 1.7, 1.8, 1.9, 1.55, 1.52])
     trainer.run_training(None)
     assert not (tmp_path / "best").exists()
-    assert best_score(tmp_path / "nothing.jsonl") == math.inf
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -1,6 +1,7 @@
 """How the techniques nest: learned length around multi-scale around adaptive depth around blocks.
 
-N-gram memory comes before all of them."""
+N-gram memory comes before all of them.
+"""
 
 from collections.abc import Callable
 

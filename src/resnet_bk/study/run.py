@@ -18,6 +18,7 @@ from resnet_bk.study.evaluate import evaluate
 from resnet_bk.study.measure import measure
 from resnet_bk.study.versions import version_lines, versions
 from resnet_bk.training import run as training
+from resnet_bk.training.held_out import best_line
 from resnet_bk.training.recorder import ProgressCallback
 from resnet_bk.training.run import TrainedRun
 
@@ -64,7 +65,7 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
         "versions": versions(),
         "sample": sample,
     }
-    best = min((line for line in metrics if HELD_OUT in line), key=lambda line: line[HELD_OUT], default=None)
+    best = best_line(metrics)
     pace = f", {speed:,.0f} bytes/s" if metrics else ""
     rows = [*scores.rows(), ("training", f"{run.steps:,} steps in {run.seconds:.0f} s{pace}"), *costs.rows()]
     if best:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,9 @@ class HeldOut(TrainerCallback):
         # Every rank scores as many batches: a sharded model needs all ranks in each of its passes.
         self.size = max(1, min(size, len(windows) // ranks.world_size))
         self.batches = max(1, min(wanted, len(windows)) // (self.size * ranks.world_size))
-        self.windows, self.best = windows, best_score(metrics)
+        lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
+        best_so_far = best_line(map(json.loads, lines))
+        self.windows, self.best = windows, best_so_far[HELD_OUT] if best_so_far else math.inf
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -85,10 +87,10 @@ class HeldOut(TrainerCallback):
                         trainer.processing_class.save_pretrained(scratch)
 
 
-def best_score(metrics: Path) -> float:
-    """Return the least held-out score in a metrics.jsonl; infinity without one."""
-    lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
-    return min((json.loads(line).get(HELD_OUT, math.inf) for line in lines), default=math.inf)
+def best_line(lines: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the line of a metrics.jsonl with the least finite score; None without one."""
+    scored = [line for line in lines if math.isfinite(line.get(HELD_OUT, math.inf))]
+    return min(scored, key=lambda line: line[HELD_OUT], default=None)
 
 
 @contextlib.contextmanager

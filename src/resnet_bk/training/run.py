@@ -136,7 +136,7 @@ def trained(
     Raises:
         ConfigError: the settings, the text or the folder cannot be used, do not fit each other, or differ between the
             processes; or another process works in the folder.
-        CheckpointError: the checkpoint to resume from cannot be loaded.
+        CheckpointError: the checkpoint to resume from, or the model to start from, cannot be loaded.
         StoppedError: a signal arrived: the run saved a checkpoint and stopped.
         NonFiniteError: a loss or a gradient was NaN or infinite.
         OSError: the disk is full or fails. It names the file.
