@@ -17,7 +17,7 @@ TECHNIQUES = {
     "complex": ({"energy": "complex"}, None),
     "diagonal": ({"readout": "diagonal"}, None),
     "attention": ({"attention": {"every": 2, "window": 7}}, None),
-    "memory": ({"memory": {"orders": [2, 3], "rows": 61}}, None),
+    "memory": ({"memory": {"orders": [1, 2], "rows": 5000}}, None),
     "fixed chunks": ({"multiscale": CHUNKS}, None),
     "words": ({"multiscale": {**CHUNKS, "boundaries": "whitespace"}}, "multiscale"),
     "learned chunks": ({"multiscale": {**CHUNKS, "boundaries": "learned"}}, "multiscale"),
@@ -49,6 +49,8 @@ def make(fields):
                 p.normal_()
             if name.endswith("importance.bias"):
                 p.zero_()
+    if "memory" in fields:
+        model.blocks[0].count(text()[0].numpy())
     return model
 
 

@@ -73,7 +73,7 @@ def test_a_batch_without_counted_targets_has_a_loss_of_zero(fields, limit, monke
         {"readout": "diagonal", "energy": "complex"},
         {"causal": False},
         {"attention": {"every": 1, "window": 4}},
-        {"memory": {"orders": [1, 2, 3]}},
+        {"memory": {"orders": [1, 2, 3], "rows": 100}},
     ],
 )
 def test_a_nan_in_padding_reaches_nothing(fields):

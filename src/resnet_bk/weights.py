@@ -1,4 +1,4 @@
-"""Checked reading of safetensors files: the expected tensors and no others, floating point and finite."""
+"""Checked reading of safetensors files: the expected tensors and no others, of the expected kind and finite."""
 
 import contextlib
 import json
@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_bk.checkpoint import WEIGHTS, CheckpointError, current_name
 from resnet_bk.config import shown
+from resnet_bk.layers.embedding import NgramMemory
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("I32",)
 _OTHER_MODEL = "the file is of another model"
 
 
@@ -55,8 +56,8 @@ def check_headers(
         The file of each tensor.
 
     Raises:
-        CheckpointError: a file cannot be read, or a tensor is missing, unexpected, of another shape or not floating
-            point. The message names the file and the tensor.
+        CheckpointError: a file cannot be read, or a tensor is missing, unexpected, of another shape or of another kind
+            than expected, floating point or integers. The message names the file and the tensor.
     """
     found: dict[str, Path] = {}
     for path in files:
@@ -68,9 +69,11 @@ def check_headers(
                     raise CheckpointError(f"{path}: unexpected {shown(name)}; {_OTHER_MODEL}")
                 if shape != (wanted := tuple(expected[name].shape)):
                     raise CheckpointError(f"{path}: {name!r}: expected shape {wanted}, got {shape}; {_OTHER_MODEL}")
-                if dtype not in _FLOATS:
+                allowed = _FLOATS if expected[name].is_floating_point() else _INTEGERS
+                if dtype not in allowed:
+                    kind = "floating point" if allowed == _FLOATS else "32-bit integers"
                     raise CheckpointError(
-                        f"{path}: {name!r}: expected {', '.join(_FLOATS)}, got {dtype}; save it as floating point"
+                        f"{path}: {name!r}: expected {', '.join(allowed)}, got {dtype}; save it as {kind}"
                     )
                 found[name] = path
     missing = [name for name in (expected if required is None else required) if name not in found]
@@ -103,6 +106,15 @@ def check_finite(path: Path, name: str, x: Tensor) -> None:
     """Raise CheckpointError if x, which was read from a file, has a NaN or an infinity."""
     if not bool(torch.isfinite(x).all()):
         raise CheckpointError(f"{path}: {name!r}: has a NaN or an infinity, in {x.dtype}; the file cannot be used")
+
+
+def check_tables(path: Path, model: nn.Module) -> None:
+    """Raise CheckpointError if the table of n-gram memory, read from a file, names a token that the model lacks."""
+    for name, module in model.named_modules():
+        if isinstance(module, NgramMemory) and not module.entries.is_meta and not module.fits():
+            raise CheckpointError(
+                f"{path}: '{name}.entries': has tokens outside the vocabulary of {module.vocab_size}; it is damaged"
+            )
 
 
 @contextlib.contextmanager

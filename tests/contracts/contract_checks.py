@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.layers.feedforward import TILE, Experts, ExpertsRecord
 from resnet_bk.layers.mixer import PropagatorMixer
 from resnet_bk.layers.score import Score
@@ -30,6 +31,8 @@ def build(**fields) -> LanguageModel:
                 module.weight.normal_()
             if isinstance(module, SparseBKCore):
                 module.importance.bias.zero_()
+            if isinstance(module, NgramMemory):
+                module.count(tokens(model, 1, 30_000, seed=1)[0].numpy())
     return model
 
 

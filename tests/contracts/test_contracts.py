@@ -122,7 +122,7 @@ TECHNIQUES = {
 }
 # One setting of each technique, to be combined: all pairs, and all together.
 PARTS = {
-    "memory": {"memory": {"orders": [2, 5], "rows": 61}},  # n-grams collide
+    "memory": {"memory": {"orders": [1, 3], "rows": 5000, "successors": 2}},
     "multiscale": {"multiscale": {"factors": [3], "layers": [1, 3, 0], "boundaries": "learned"}},
     "length": {"length": {**LENGTH, "mode": "pool", "pooling": "attention"}},
     "depth": {"n_layers": 4, "depth": {"policy": "act", "threshold": 0.6}},
@@ -133,7 +133,7 @@ for chosen in [*combinations(PARTS, 2), tuple(PARTS)]:
     TECHNIQUES["+".join(chosen)] = {name: value for technique in chosen for name, value in PARTS[technique].items()}
 TECHNIQUES["all-skip"] = {**TECHNIQUES["+".join(PARTS)], "depth": {"policy": "skip"}}
 TECHNIQUES["memory"] = PARTS["memory"]
-TECHNIQUES["memory-narrow"] = {"memory": {"orders": [1, 3], "rows": 61, "width": 6}}
+TECHNIQUES["memory-of-one-token"] = {"memory": {"orders": [1], "rows": 16, "successors": 40}}
 TECHNIQUES["memory+exit"] = PARTS["memory"] | TECHNIQUES["exit"]
 TECHNIQUES["exit+sparsity+experts"] = {
     **TECHNIQUES["sparsity+experts"],
@@ -651,12 +651,12 @@ def rotated_by_the_place_in_the_fold(model: LanguageModel, monkeypatch) -> None:
 
 def grams_read_ahead(model: LanguageModel, monkeypatch) -> None:
     """N-grams end at the next position."""
-    rows_of = embedding.NgramMemory.rows_of
+    look_up = embedding.ngrams.look_up
 
-    def ahead(self, window):
-        return rows_of(self, torch.cat([window[:, 1:], window[:, -1:]], dim=1))
+    def ahead(window, orders, entries):
+        return look_up(torch.cat([window[:, 1:], window[:, -1:]], dim=1), orders, entries)
 
-    monkeypatch.setattr(embedding.NgramMemory, "rows_of", ahead)
+    monkeypatch.setattr(embedding.ngrams, "look_up", ahead)
 
 
 def grams_forgotten(model: LanguageModel, monkeypatch) -> None:

@@ -19,7 +19,8 @@ from resnet_bk.layers.feedforward import Experts
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import shard
 from resnet_bk.training.states import full_tensor
-from resnet_bk.training.trainer import BKTrainer, Clock, NonFiniteError, Windows
+from resnet_bk.training.trainer import BKTrainer, Clock, NonFiniteError
+from resnet_bk.training.windows import Windows
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_seq": 8, "num_experts": 1}
 PLAIN = ModelConfig(**SHAPE)

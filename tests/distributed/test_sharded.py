@@ -21,7 +21,7 @@ DEEP = {
     "multiscale": TECHNIQUES["multiscale"],
     "experts": TECHNIQUES["experts"],
     "depth": ModelConfig(**SHAPE | {"n_layers": 4}, depth=DepthConfig(policy="exit")),
-    "memory": ModelConfig(**SHAPE, memory=MemoryConfig(orders=(2, 3), rows=61)),
+    "memory": ModelConfig(**SHAPE, memory=MemoryConfig(orders=(1, 3), rows=61)),
 }
 
 

@@ -12,6 +12,7 @@ from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal
 from resnet_bk.config import ConfigError
 from resnet_bk.hf import RecurrentCache, ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer
 from resnet_bk.hf.modeling import CACHE
+from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.layers.mixer import Mixer
 from resnet_bk.layers.score import Score
 from resnet_bk.layers.sparse import SparseBKCore
@@ -49,7 +50,7 @@ TECHNIQUES += [
 TECHNIQUES += [
     pytest.param({"attention": {"every": 2, "window": 5}}, id="attention"),
     pytest.param({"attention": {"every": 1, "window": 40}}, id="attention-wide"),
-    pytest.param({"memory": {"orders": [2, 3, 6], "rows": 61}}, id="memory"),
+    pytest.param({"memory": {"orders": [1, 3, 6], "rows": 5000}}, id="memory"),
 ]
 V = 31
 
@@ -68,6 +69,9 @@ def tiny(dtype=torch.float64, **fields):
                 module.weight.normal_()
             if isinstance(module, SparseBKCore):
                 module.importance.bias.zero_()
+            if isinstance(module, NgramMemory):
+                module.count(ids(1, 20_000)[0].numpy())
+                module.gain *= 8
     return model.to(dtype).eval()
 
 
@@ -258,13 +262,45 @@ def test_experts_per_token_are_not_taken_for_a_sampling_setting():
     assert ResNetBKConfig.from_model_config(model.model.config).model_config() == model.model.config
 
 
-def test_the_vocabulary_can_grow():
-    model = tiny()
+@pytest.mark.parametrize("memory", [{}, {"orders": [1, 2], "rows": 2000}])
+def test_the_vocabulary_can_grow(memory):
+    model = tiny(memory=memory)
     before = model(ids(1, 8)).logits
     model.resize_token_embeddings(V + 4)
     after = model(torch.cat([ids(1, 8), torch.tensor([[V + 3]])], dim=1)).logits
     assert after.shape == (1, 9, V + 4)
     torch.testing.assert_close(after[:, :8, :V], before)
+
+
+def test_a_smaller_vocabulary_leaves_the_table(tmp_path):
+    model = tiny(torch.float32, memory={"orders": [1, 2], "rows": 2000})
+    model.resize_token_embeddings(20)
+    assert model.model.blocks[0].fits()
+    assert torch.isfinite(model(ids(1, 30) % 20).logits).all()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids(1, 30) % 20).logits, model(ids(1, 30) % 20).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.fill_(V << 8 | 9), "has tokens outside the vocabulary of 31"),
+        (lambda x: x.fill_(-1), "has tokens outside the vocabulary of 31"),
+        (lambda x: x.float(), "expected I32, got F32; save it as 32-bit integers"),
+        (lambda x: x[1:], r"expected shape \(50, 5\), got \(49, 5\)"),
+    ],
+)
+def test_tables_that_no_model_can_have_are_an_error(change, message, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    name, path = "model.blocks.0.entries", tmp_path / "model.safetensors"
+    tiny(torch.float32, memory={"orders": [1], "rows": 50}).save_pretrained(tmp_path)
+    tensors = load_file(path)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, path, metadata={"format": "pt"})
+    seal(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

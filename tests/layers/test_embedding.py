@@ -1,98 +1,108 @@
-"""N-gram memory: rows against a definition in plain integers, and what they do to a model."""
+"""N-gram memory: what it adds to an embedding, against a definition; which table it reads; what it costs."""
 
+import numpy as np
 import pytest
 import torch
 
 from resnet_bk import LanguageModel
 from resnet_bk.config import ConfigError, MemoryConfig
+from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import Tokens
-from resnet_bk.layers.embedding import MIX, STEP, NgramMemory
+from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.study.ledger import Ledger
 
-ORDERS, ROWS = (1, 2, 5), 61
+ORDERS, MEMORY = (1, 2, 5), {"orders": [1, 2, 5], "rows": 500, "successors": 3}
 
 
-def make(**memory):
+def text(length=2000, seed=0):
+    return np.random.default_rng(seed).integers(9, size=length).astype(np.uint16)
+
+
+def make(counted=True, **memory):
     torch.manual_seed(0)
-    memory = {"orders": ORDERS, "rows": ROWS, **memory}
-    model = LanguageModel(300, d_model=16, n_layers=2, memory=memory).double().eval()
-    torch.nn.init.normal_(model.blocks[0].table)
+    model = LanguageModel(300, d_model=16, n_layers=2, memory={**MEMORY, **memory}).double().eval()
+    layer = model.blocks[0]
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    if counted:
+        layer.count(text())
     return model
 
 
-def row(gram):
-    """Return the row of an n-gram, given its ids plus 1, or 0 before the start; in Python's unbounded integers."""
-    key = 0
-    for token in reversed(gram):
-        key = (key + token + 1) * STEP % 2**64
-    signed = key - 2**64 if key >= 2**63 else key  # shifts of torch keep the sign
-    mixed = (signed ^ (signed >> 29)) * MIX % 2**64
-    mixed = mixed - 2**64 if mixed >= 2**63 else mixed
-    return (mixed ^ (mixed >> 32)) % ROWS
-
-
-def test_the_sum_of_one_row_for_each_order():
-    memory = make().blocks[0]
-    ids = torch.randint(300, (2, 9))
-    x = torch.randn(2, 9, 16, dtype=torch.float64)
-    y, state, records = memory(x, Tokens(ids), None, None)
-    table = memory.table.view(len(ORDERS), ROWS, 16)
+def test_vectors_of_what_followed_and_of_how_often():
+    layer = make().blocks[0]
+    ids = torch.from_numpy(text(22, seed=1).astype(np.int64)).view(2, 11)
+    x = torch.randn(2, 11, 16, dtype=torch.float64)
+    y, state, records = layer(x, Tokens(ids), None, None)
+    window = torch.cat([torch.zeros(2, 4, dtype=torch.int64), ids + 1], dim=1)
+    found = ngrams.look_up(window, ORDERS, layer.entries)
+    gain, level = layer.gain.view(3, ngrams.LEVELS), layer.level.view(3, ngrams.LEVELS, 16)
+    assert found.level.unique().numel() > 4
     for b in range(2):
-        text = [0] * 4 + [token + 1 for token in ids[b].tolist()]
-        for t in range(9):
-            rows = [table[i, row(text[t + 5 - n : t + 5])] for i, n in enumerate(ORDERS)]
-            torch.testing.assert_close(y[b, t], x[b, t] + sum(rows))
+        for t in range(11):
+            added = torch.zeros(16, dtype=torch.float64)
+            for o in range(3):
+                often = found.level[b, t, o]
+                added += level[o, often]
+                for token, share in zip(found.tokens[b, t, o], found.shares[b, t, o].double(), strict=True):
+                    added += gain[o, often] * share * layer.successors.scale[o] * layer.successors.weight[token]
+            torch.testing.assert_close(y[b, t], x[b, t] + added)
     assert records == []
     assert torch.equal(state, ids[:, -4:] + 1)
 
 
-def test_rows_are_spread_evenly():
-    """Bigrams of bytes, all of them: no row has much more than its share."""
-    memory = make(orders=[2], rows=1024).blocks[0]
-    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256))
-    counts = memory.rows_of(pairs + 1).flatten().bincount(minlength=1024)
-    assert counts.sum() == 2**16
-    assert counts.min() > 30
-    assert counts.max() < 110
-
-
-def test_a_text_that_begins_is_no_text_after_the_first_token():
-    """Positions before the start differ from every token."""
-    memory = make().blocks[0]
-    windows = torch.tensor([[0, 0, 0, 0, 8], [1, 1, 1, 1, 8]])
-    start, zeros = memory.rows_of(windows)[:, 0]
-    assert start[0] == zeros[0]
-    assert (start[1:] != zeros[1:]).all()
-
-
-def test_tables_start_at_zero_and_learn_only_what_is_read():
-    model = LanguageModel(300, d_model=16, n_layers=2, memory={"orders": [2], "rows": ROWS})
+def test_a_new_memory_adds_nothing():
+    memory = {"orders": [2], "rows": 60}
+    model = LanguageModel(300, d_model=16, n_layers=2, memory=memory)
     plain = LanguageModel(300, d_model=16, n_layers=2)
     kept = {
         name.replace("blocks.1", "blocks.0").replace("blocks.2", "blocks.1"): p
         for name, p in model.state_dict().items()
+        if not name.startswith("blocks.0.")
     }
-    table = kept.pop("blocks.0.table")
     plain.load_state_dict(kept)
     ids = torch.randint(300, (1, 7))
-    assert not table.any()
     assert torch.equal(model(ids).logits, plain(ids).logits)
-    model(ids, targets=ids).loss.backward()
-    read = model.blocks[0].rows_of(torch.cat([torch.zeros(1, 1, dtype=torch.int64), ids + 1], dim=1))
-    learned = model.blocks[0].table.grad.any(1).nonzero().flatten()
-    assert learned.tolist() == sorted(set(read.flatten().tolist()))
 
 
-def test_a_look_up_costs_no_flops_but_its_projection_does():
+def test_training_reads_the_table_that_is_held_back():
+    model = make()
+    layer, ids = model.blocks[0], torch.from_numpy(text(30)[None].astype(np.int64))
+    complete = model(ids).logits
+    layer.held_back = torch.zeros_like(layer.entries)
+    assert torch.equal(model(ids).logits, complete)
+    training = model.train()(ids).logits
+    assert not torch.equal(training, complete)
+    layer.entries.zero_()
+    assert torch.equal(model(ids).logits, training)
+    assert "blocks.0.held_back" not in model.state_dict()
+    assert "blocks.0.entries" in model.state_dict()
+
+
+def test_half_precision_keeps_the_table():
+    model = make().bfloat16()
+    ids = torch.from_numpy(text(30)[None].astype(np.int64))
+    assert model.blocks[0].entries.dtype == torch.int32
+    assert model(ids).logits.dtype == torch.bfloat16
+
+
+def test_the_flops_of_the_sums():
     totals = []
-    for memory in ({}, {"orders": ORDERS, "rows": ROWS}, {"orders": ORDERS, "rows": ROWS, "width": 4}):
+    for memory in ({}, MEMORY):
         model = LanguageModel(300, d_model=16, n_layers=2, memory=memory)
         with Ledger(model) as ledger:
             model(torch.randint(300, (2, 9)))
         totals.append(ledger.total)
-    assert totals[0] == totals[1] == totals[2] - 2 * 4 * 16 * 18
+    sums = 2 * 3 * 3 * 16 * 18
+    assert totals[1] - totals[0] == sums
     assert isinstance(model.blocks[0], NgramMemory)
-    assert ledger.stages["blocks.0 project"] == 2 * 4 * 16 * 18
+    assert ledger.stages["blocks.0 successors"] == sums
+
+
+@pytest.mark.parametrize("ids", [[5], [3, -1], [3, 300]])
+def test_texts_that_are_refused(ids):
+    with pytest.raises(ValueError, match="ids: expected two or more from 0 to 299"):
+        make(counted=False).blocks[0].count(np.array(ids))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from resnet_bk.folders import HELD_OUT
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.training import held_out as module
 from resnet_bk.training.held_out import HeldOut, best_line
-from resnet_bk.training.trainer import collate
+from resnet_bk.training.windows import collate
 
 
 def scored(folder, scores=None, **settings):

@@ -21,9 +21,9 @@ from resnet_bk.training.trainer import (
     BKTrainer,
     Clock,
     NonFiniteError,
-    Windows,
     learning_rate_factor,
 )
+from resnet_bk.training.windows import Windows
 
 MODEL = ModelConfig(vocab_size=40, d_model=16, n_layers=2, n_seq=8, num_experts=1)
 

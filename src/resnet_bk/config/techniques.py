@@ -47,24 +47,23 @@ def check_bound(where: str, bound: float | None) -> None:
 
 @dataclass(frozen=True)
 class MemoryConfig(Technique):
-    """N-gram memory: vectors of their own for the last few tokens, looked up and added to the embedding."""
+    """N-gram memory: what followed the last few tokens in the training text, counted and looked up."""
 
     orders: tuple[int, ...] = ()
-    """Lengths of the n-grams, in tokens and in ascending order. Each has a table. [2, 3, 4, 5, 6] suits bytes.
-    Empty: off."""
-    rows: int = 16_384
-    """Number of rows of each table. N-grams share rows by a hash of their tokens."""
-    width: int | None = None
-    """Number of channels of a row. Another width than d_model adds a projection. Default: d_model."""
+    """Numbers of tokens that are looked up, in ascending order. [2, 3, 4, 5, 6, 8, 12] suits bytes. Empty: off."""
+    rows: int = 262_144
+    """Number of entries of the table, for all orders. What occurred most often stays. An entry takes
+    4 (1 + successors) bytes, in memory and in the saved model."""
+    successors: int = 4
+    """Number of next tokens in an entry, the most frequent ones."""
 
     def __post_init__(self) -> None:
         where = "model.memory"
         object.__setattr__(self, "orders", integers(where, "orders", self.orders, 1, 64))
         if list(self.orders) != sorted(set(self.orders)):
             raise ConfigError(f"{where}.orders: got {list(self.orders)}, allowed different lengths in ascending order")
-        check_integer(where, 1, 2**32, rows=self.rows)
-        if self.width is not None:
-            check_integer(where, 1, 65_536, width=self.width)
+        check_integer(where, 1, 2**24, rows=self.rows)
+        check_integer(where, 1, 64, successors=self.successors)
 
     def is_on(self, model: "ModelConfig") -> bool:
         return bool(self.orders)

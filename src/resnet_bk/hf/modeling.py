@@ -21,9 +21,10 @@ from resnet_bk.checkpoint import MANIFEST, RENAMED, CheckpointError, seal, verif
 from resnet_bk.config import ConfigError
 from resnet_bk.hf.configuration import ResNetBKConfig
 from resnet_bk.layers.checks import IDS, TARGETS, check_positions
+from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.model import LanguageModel
 from resnet_bk.record import mean_losses, weighted_sum
-from resnet_bk.weights import check_finite, check_headers, weight_files
+from resnet_bk.weights import check_finite, check_headers, check_tables, weight_files
 
 # The name of a cache in outputs and arguments; transformers has renamed it from `past_key_values` to `cache`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -90,7 +91,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             CheckpointError: a file of the folder differs from its manifest; a tensor is missing, unexpected, of another
-                shape, not floating point or not finite; or the folder cannot be loaded for another reason.
+                shape or kind, or not finite; or the folder cannot be loaded for another reason.
             ConfigError: config.json has settings that no model can have.
         """
         folder, wants_info = Path(path), kwargs.pop("output_loading_info", False)
@@ -110,6 +111,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             for name, p in model.named_parameters():
                 if not p.is_meta:
                     check_finite(files.get(name, folder), name, p)
+            check_tables(folder, model)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -132,7 +134,8 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             config = ResNetBKConfig.from_pretrained(config or folder)
         with torch.device("meta"):
             model = LanguageModel.from_config(config.model_config())
-        expected = {f"{cls.base_model_prefix}.{name}": p for name, p in model.named_parameters()}
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        expected = {f"{cls.base_model_prefix}.{name}": x for name, x in tensors}
         return check_headers(weight_files(folder), expected)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -157,6 +160,9 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         """Resize the embeddings as transformers does, and update the configuration of the inner model."""
         embed = super().resize_token_embeddings(*args, **kwargs)
         self.model.config = dataclasses.replace(self.model.config, vocab_size=self.config.vocab_size)
+        for module in self.model.modules():
+            if isinstance(module, NgramMemory):
+                module.resize(self.config.vocab_size)
         return embed
 
     @classmethod

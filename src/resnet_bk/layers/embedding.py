@@ -1,48 +1,93 @@
-"""N-gram memory: vectors of their own for the last few tokens, looked up in hashed tables.
+"""N-gram memory: what followed the last few tokens in the training text, looked up instead of computed.
 
-Dimensions: B batch, N positions, D model width, O orders, W width of a row.
+Dimensions: B batch, N positions, D model width, O orders, S successors of an entry.
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
+from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
 from resnet_bk.layers.mixer import last_positions
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
-STEP, MIX = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # odd 64-bit constants (Knuth's MMIX generator)
-
 
 class NgramMemory(AdaptiveLayer):
-    """Add to each position a row for each of the n-grams that end there, (B, N, D) -> (B, N, D).
+    """Add to each position what followed its last n tokens in a text, (B, N, D) -> (B, N, D).
 
-    Every order has a table. An n-gram's row is its hash modulo the number of rows; n-grams that collide share a row.
-    A forward pass costs the same with tables of any size. The gradient is as large as the tables. The idea is that of
-    hashed n-gram embeddings in BLT (arXiv:2412.09871) and Engram (arXiv:2601.07372).
+    For each order n, the entry of the last n tokens in a table (see :mod:`resnet_bk.layers.ngrams`) names the tokens
+    that followed and their shares. The layer adds their vectors, weighted by share and by a learned gain, and a learned
+    vector that says how often the n tokens occurred. The table is counted, not trained: by :meth:`count`, in seconds
+    for a whole corpus. Before, it is empty, and the layer adds nothing.
+
+    A model must not be trained on the text that its table was counted from: what followed is there to be read, so it
+    would learn to trust the table more than it may on other text. Training therefore reads :attr:`held_back`, a table
+    without the text of the step, if there is one.
+
+    Engram (arXiv:2601.07372) and BLT (arXiv:2412.09871) look up trained vectors by n-gram; infini-gram
+    (arXiv:2401.17377) counts what follows.
+
+    Attributes:
+        entries: the table, (rows, 1 + S) int32; saved with the model.
+        held_back: a table that replaces `entries` in training mode; not saved. None: none.
     """
 
     pieces: Pieces | None = None  # see Mixer
+    entries: Tensor
+    held_back: Tensor | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         memory = config.memory
-        self.orders, self.rows = memory.orders, memory.rows
-        self.reach = max(self.orders) - 1  # number of tokens before a position that its rows depend on
-        width = memory.width or config.d_model
-        self.table = nn.Parameter(torch.zeros(len(self.orders) * self.rows, width))
-        self.project = nn.Identity() if width == config.d_model else nn.Linear(width, config.d_model, bias=False)
+        self.orders, self.vocab_size = memory.orders, config.vocab_size
+        self.reach = max(self.orders) - 1  # number of tokens before a position that its n-grams have
+        self.register_buffer("entries", torch.zeros(memory.rows, 1 + memory.successors, dtype=torch.int32))
+        orders, width = len(self.orders), config.d_model
+        self.gain = nn.Parameter(torch.ones(orders * ngrams.LEVELS))
+        self.level = nn.Parameter(torch.zeros(orders * ngrams.LEVELS, width))
+        self.successors = Successors(config.vocab_size, width, orders, memory.successors)
 
     def layout(self, x: Tensor) -> Tensor:
         """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
         return torch.empty(len(x), self.reach, dtype=torch.int64, device=x.device)
 
+    def table(self, ids: np.ndarray, counted: np.ndarray | None = None) -> Tensor:
+        """Return the table of a text for this layer. Arguments as for :func:`resnet_bk.layers.ngrams.count`."""
+        rows, columns = self.entries.shape
+        return ngrams.count(ids, self.orders, rows, columns - 1, counted)
+
+    def count(self, ids: np.ndarray) -> None:
+        """Replace the table by that of a text, (T,) token ids, two or more.
+
+        Raises:
+            ValueError: an id is outside the vocabulary, or the text has less than two tokens.
+        """
+        if len(ids) < 2 or ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise ValueError(f"ids: expected two or more from 0 to {self.vocab_size - 1}")
+        self.entries.copy_(self.table(ids))
+
+    def resize(self, vocab_size: int) -> None:
+        """Change the number of token ids: new ones get new vectors; ids that are gone leave the table."""
+        old, self.vocab_size = self.successors.weight, vocab_size
+        new = old.new_empty(vocab_size, old.shape[1]).normal_(std=0.02)
+        kept = min(len(old), vocab_size)
+        new[:kept] = old.detach()[:kept]
+        self.successors.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.entries[:, 1:][self.entries[:, 1:] >> 8 >= vocab_size] = 0
+
+    def fits(self) -> bool:
+        """Return True if every token in the table is one of the vocabulary."""
+        successors = self.entries[:, 1:]
+        return bool(successors.min() >= 0 and successors.max() >> 8 < self.vocab_size)
+
     def forward(
         self, x: Tensor, tokens: Tokens, state: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Record]]:
-        """Add the rows.
+        """Add what the table has.
 
         The state is the last max(orders) - 1 ids plus 1, (B, max(orders) - 1) int64; 0 before the start of a sequence.
         """
@@ -52,23 +97,28 @@ class NgramMemory(AdaptiveLayer):
         if self.pieces is not None:
             state = self.pieces.inputs(ids, self.reach)
         window = torch.cat([state, ids], dim=1)
-        y = self.project(F.embedding(self.rows_of(window), self.table).sum(-2)).to(x.dtype)
+        entries = self.entries if self.held_back is None or not self.training else self.held_back
+        found = ngrams.look_up(window, self.orders, entries)
+        rows = found.level + torch.arange(0, len(self.level), ngrams.LEVELS, device=x.device)
+        shares = found.shares * F.embedding(rows, self.gain.unsqueeze(-1))
+        often = self.level.new_zeros(*ids.shape, len(self.level)).scatter_(-1, rows, 1)
+        y = self.successors(found.tokens, shares) + often @ self.level
+        y = y.to(x.dtype)
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         return x + y, last_positions(window, self.reach, mask), []
 
-    def rows_of(self, window: Tensor) -> Tensor:
-        """Return the rows (B, N, O) of the n-grams that end at each position, as indices of the table.
 
-        window: (B, max(orders) - 1 + N) int64, the ids plus 1 of the positions and of those before them.
-        """
-        length = window.shape[1] - self.reach
-        key = torch.zeros_like(window[:, self.reach :])
-        rows: list[Tensor] = []
-        for n in range(1, self.reach + 2):
-            begin = self.reach + 1 - n
-            key = (key + window[:, begin : begin + length] + 1) * STEP  # arithmetic modulo 2^64
-            if n in self.orders:
-                mixed = (key ^ (key >> 29)) * MIX
-                rows.append((mixed ^ (mixed >> 32)).remainder(self.rows) + len(rows) * self.rows)
-        return torch.stack(rows, dim=-1)
+class Successors(nn.Module):
+    """Sum the vectors of tokens (B, N, O, S) with weights (B, N, O, S); scale the sum of each order -> (B, N, D)."""
+
+    def __init__(self, vocab_size: int, width: int, orders: int, successors: int):
+        super().__init__()
+        self.flops = 2.0 * orders * successors * width  # per position
+        self.weight = nn.Parameter(torch.empty(vocab_size, width).normal_(std=0.02))
+        self.scale = nn.Parameter(torch.ones(orders, width))
+
+    def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        rows, shares = tokens.flatten(0, 2), weights.flatten(0, 2).to(self.weight.dtype)
+        sums = F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=shares)
+        return (sums.unflatten(0, tokens.shape[:3]) * self.scale).sum(2)

@@ -15,7 +15,7 @@ from resnet_bk.data.tokens import TokenFile
 from resnet_bk.extras import extra
 from resnet_bk.folders import HELD_OUT
 from resnet_bk.training.states import gather_weights
-from resnet_bk.training.trainer import Windows, collate
+from resnet_bk.training.windows import Windows, collate
 
 with extra("train"):
     from transformers import TrainerCallback

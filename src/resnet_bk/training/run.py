@@ -45,7 +45,8 @@ from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.recorder import ProgressCallback, Recorder
 from resnet_bk.training.sharded import recompute, shard
 from resnet_bk.training.states import gather_weights
-from resnet_bk.training.trainer import BKTrainer, Windows
+from resnet_bk.training.trainer import BKTrainer
+from resnet_bk.training.windows import Windows
 
 with extra("train"):
     from rich.console import Console
@@ -284,11 +285,21 @@ def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data
 
 
 def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
-    """Raise ConfigError if the text is shorter than one batch, or batch_size is not a multiple of the ranks' number."""
+    """Raise ConfigError if the text is too short, or batch_size is not a multiple of the ranks' number.
+
+    Without n-gram memory it must have one batch, with it two parts of one update each.
+    """
     if len(windows) < config.batch_size:
         raise ConfigError(
             f"data.source: {len(windows.tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
             f"fewer than one batch of {config.batch_size}; give more text, or lower model.n_seq or batch_size"
+        )
+    per_step = config.batch_size * config.accumulate
+    if config.model.memory.orders and min(map(len, windows.parts(per_step))) < per_step:
+        raise ConfigError(
+            f"data.source: {len(windows.tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}; with "
+            f"model.memory, two parts need the {per_step} windows of an update each (batch_size x accumulate); give "
+            "more text, or lower model.n_seq or batch_size"
         )
     if config.batch_size % ranks.world_size:
         raise ConfigError(

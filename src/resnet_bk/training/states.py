@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from resnet_bk.checkpoint import OPTIMIZER, WEIGHTS, CheckpointError
-from resnet_bk.weights import read_tensors
+from resnet_bk.weights import check_tables, read_tensors
 
 _MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"  # the entries of AdamW's state
 
@@ -48,16 +48,17 @@ def gather_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load every parameter of `model` from a checkpoint.
+    """Load every parameter and buffer of `model` from a checkpoint.
 
     Raises:
         CheckpointError: the weights are not those of `model`, see :func:`resnet_bk.weights.read_tensors`.
     """
-    parameters = dict(model.named_parameters())
-    saved = read_tensors(folder / WEIGHTS, parameters)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    saved = read_tensors(folder / WEIGHTS, tensors)
     with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(_place_like(saved[name], p))
+        for name, x in tensors.items():
+            x.copy_(_place_like(saved[name], x))
+    check_tables(folder / WEIGHTS, model)
 
 
 def gather_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:

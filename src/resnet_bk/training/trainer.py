@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from resnet_bk import files
 from resnet_bk.checkpoint import ELAPSED, RUN_FILES, STATE, CheckpointError, replacing, saved_steps, step_of
 from resnet_bk.clock import Clock
 from resnet_bk.config import TrainConfig, shown
-from resnet_bk.data.tokens import TokenFile
 from resnet_bk.extras import extra
 from resnet_bk.folders import HELD_OUT
 from resnet_bk.hf import ResNetBKForCausalLM
+from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.training import optimizers
 from resnet_bk.training.ranks import Ranks
@@ -39,6 +40,7 @@ from resnet_bk.training.states import (
     load_weights,
     save_optimizer_state,
 )
+from resnet_bk.training.windows import HeldBack, ShuffledSampler, Windows, collate
 
 with extra("train"):
     import accelerate  # noqa: F401 - which transformers would ask for with an error of its own
@@ -57,42 +59,6 @@ KEPT_CHECKPOINTS, KEPT_LINES = 2, 100
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient was NaN or infinite; no update was made."""
-
-
-class Windows(Dataset):
-    """Non-overlapping windows of a token file; an incomplete last one is left out. Targets are the next tokens."""
-
-    def __init__(self, tokens: TokenFile, length: int):
-        self.tokens, self.length = tokens, length
-        self.bytes_per_token = tokens.bytes / len(tokens.ids)
-
-    def __len__(self) -> int:
-        return (len(self.tokens.ids) - 1) // self.length
-
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        window = self.tokens.ids[i * self.length : (i + 1) * self.length + 1].astype(np.int64)
-        return {"input_ids": window[:-1], "shift_labels": window[1:]}
-
-
-class ShuffledSampler(Sampler):
-    """All windows in an order that depends on the seed and the epoch only.
-
-    So the order is the same on every process and after every resumption. (accelerate's own sampler loses the epoch when
-    a run of several processes resumes in the middle of an epoch.)
-    """
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
-
-
-def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
@@ -139,8 +105,11 @@ class BKTrainer(Trainer):
         self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"  # network: self.model, typed
         self.ranks = ranks or Ranks()
         self.bytes_per_step = config.batch_size * config.accumulate * windows.length * windows.bytes_per_token
-        self.steps_per_epoch = math.ceil(len(windows) // config.batch_size / config.accumulate)
-        self.sampler = ShuffledSampler(len(windows), config.seed)
+        memory = next((module for module in model.modules() if isinstance(module, NgramMemory)), None)
+        per_step = config.batch_size * config.accumulate
+        parts = [np.arange(len(windows))] if memory is None else windows.parts(per_step)
+        self.sampler = ShuffledSampler(parts, per_step, config.seed)
+        self.steps_per_epoch = math.ceil(len(self.sampler) // config.batch_size / config.accumulate)
         self.cross_entropy: list[Tensor] = []  # one of each forward pass since the last log line
         self.losses: list[Tensor] = []  # one of each forward pass of this step
         self.seconds = 0.0  # rank 0's clock, read just before the last update; the same on all ranks
@@ -171,6 +140,11 @@ class BKTrainer(Trainer):
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
         self.add_callback(RunControl(self))
+        if memory is not None:
+            self.add_callback(HeldBack(memory, windows, self.sampler))
+            # Every process counts the same table; without this it would be broadcast in every step.
+            tables = [name for name, _ in model.named_buffers() if name.endswith("entries")]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
         # Mark a sharded model as prepared: otherwise train() would try to wrap it in DistributedDataParallel.
         if isinstance(model, FSDPModule):
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)

@@ -1,0 +1,148 @@
+"""Counts of n-grams: what followed the last few tokens in a text, in one hashed table.
+
+An entry of the table belongs to a context, the last n tokens. It holds the tokens that followed most often:
+
+    entries[slot] = [tag << 8 | level, next << 8 | share, next << 8 | share, ...]      int32
+
+- tag: 16 further bits of the context's hash. A context finds the entry of another one once in 65,536 times.
+- level: how often the context occurred, 1 + 2 log2(count) rounded down, at most LEVELS - 1; 0 in an empty entry.
+- next: a token. share: 255 count(next) / (count + kinds), rounded up, where `kinds` different tokens followed; what
+  is missing to 255 is for those that never did (method C of Witten and Bell 1991). A share of 0: no token.
+
+Contexts of all orders share the table. Where several have one slot, the most frequent one keeps it.
+
+Dimensions: B batch, N positions, O orders, S successors of an entry, T tokens of a text.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STEP, MIX = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # odd 64-bit constants (Knuth's MMIX generator)
+HASH_BITS, TAG_BITS = 32, 16  # bits of a hash that choose the slot, and bits of the tag
+LEVELS, SHARES = 16, 255
+CHUNK = 2**16  # tokens that are hashed at a time, so that the numbers stay in the cache
+PART = 2**27  # tokens that are sorted at a time: 1 GiB
+
+
+class Found(NamedTuple):
+    """What followed the n-grams that end at each position.
+
+    Attributes:
+        level: (B, N, O) int64, how often each n-gram occurred; 0: it is not in the table.
+        tokens: (B, N, O, S) int64, what followed; 0 where the share is 0.
+        shares: (B, N, O, S) float32, the share of each, 0 to 1.
+    """
+
+    level: Tensor
+    tokens: Tensor
+    shares: Tensor
+
+
+def contexts(window: Tensor, orders: Sequence[int], rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each order n the slot and the tag, (..., N) int64, of the n tokens up to each position.
+
+    window: (..., max(orders) - 1 + N) int64, ids plus 1 of the positions and of those before them, 0 before a start.
+    """
+    reach = max(orders) - 1
+    length = window.shape[-1] - reach
+    key = torch.zeros_like(window[..., reach:])
+    for n in range(1, reach + 2):
+        begin = reach + 1 - n
+        key = (key + window[..., begin : begin + length] + 1) * STEP  # arithmetic modulo 2^64
+        if n in orders:
+            mixed = (key ^ (key >> 29)) * MIX
+            slot = (mixed >> 32 & (2**HASH_BITS - 1)) * rows >> HASH_BITS
+            yield slot, mixed >> 12 & (2**TAG_BITS - 1)
+
+
+def look_up(window: Tensor, orders: Sequence[int], entries: Tensor) -> Found:
+    """Return what `entries` (rows, 1 + S) has about the n-grams at each position. window: see :func:`contexts`."""
+    slot, tag = (torch.stack(part, dim=-1) for part in zip(*contexts(window, orders, len(entries)), strict=True))
+    entry = entries[slot]
+    header = entry[..., 0]
+    entry = entry * (header >> 8 == tag).unsqueeze(-1)
+    successors = entry[..., 1:]
+    return Found((entry[..., 0] & 255).long(), (successors >> 8).long(), (successors & 255) / SHARES)
+
+
+def count(
+    ids: np.ndarray, orders: Sequence[int], rows: int, successors: int, counted: np.ndarray | None = None
+) -> Tensor:
+    """Return the table of a text, (rows, 1 + successors) int32.
+
+    Args:
+        ids: (T,) token ids below 2^23, two or more.
+        orders: lengths n of the n-grams.
+        rows: number of entries for all orders, at most 2^24.
+        successors: number of tokens that an entry holds, the most frequent ones; of those as frequent, the smallest.
+        counted: (T,) bool, False for tokens that are not counted as what follows; default: all are.
+    """
+    bits, parts = int(ids.max()).bit_length(), -(-len(ids) // PART)
+    entries, best = np.zeros((rows, 1 + successors), np.int32), np.zeros(rows, np.int64)
+    for n in orders:
+        for part in range(parts):
+            packed = np.concatenate([np.empty(0, np.int64), *_packed(ids, n, rows, bits, counted, part, parts)])
+            packed.sort()
+            if len(packed):
+                _enter(packed, bits, entries, best)
+    return torch.from_numpy(entries)
+
+
+def _packed(
+    ids: np.ndarray, n: int, rows: int, bits: int, counted: np.ndarray | None, part: int, parts: int
+) -> Iterator[np.ndarray]:
+    """Yield slot, tag and next token of the counted positions as one number each, for one of equal parts of the slots.
+
+    bits: of the next token.
+    """
+    for begin in range(0, len(ids) - n, CHUNK):
+        chunk = torch.from_numpy(ids[begin : begin + CHUNK + n].astype(np.int64))
+        slot, tag = next(contexts(chunk[:-1] + 1, (n,), rows))
+        packed = ((slot << TAG_BITS | tag) << bits | chunk[n:]).numpy()
+        chosen = (slot * parts // rows == part).numpy() if parts > 1 else np.ones(len(packed), bool)
+        if counted is not None:
+            chosen &= counted[begin + n : begin + n + len(packed)]
+        yield packed[chosen]
+
+
+def _enter(packed: np.ndarray, bits: int, entries: np.ndarray, best: np.ndarray) -> None:
+    """Enter the n-grams of one order.
+
+    Args:
+        packed: (T,) int64, slot, tag and next token of each position in one number, in ascending order.
+        bits: of the next token.
+        entries, best: (rows, 1 + S) the table, and (rows,) int64 the counts of its contexts; changed in place.
+    """
+    first = _starts(packed)  # of each different n-gram with its next token
+    counts, packed = np.diff(first, append=len(packed)), packed[first]
+    key, following = packed >> bits, packed & (1 << bits) - 1
+    first = _starts(key)  # of each context
+    total, kinds, slot = np.add.reduceat(counts, first), np.diff(first, append=len(key)), key[first] >> TAG_BITS
+    # The most frequent context of each slot; of those as frequent, the first.
+    ranked = total << 32 | np.arange(len(total))[::-1]
+    winner = len(total) - 1 - (np.maximum.reduceat(ranked, _starts(slot)) & (1 << 32) - 1)
+    winner = winner[total[winner] > best[slot[winner]]]
+    wins = np.zeros(len(total), bool)
+    wins[winner] = True
+    inside = np.repeat(wins, kinds)
+    counts, following = counts[inside], following[inside]
+    total, kinds, slot, tag = total[winner], kinds[winner], slot[winner], key[first[winner]] & (1 << TAG_BITS) - 1
+    best[slot] = total
+    level = np.minimum(1 + np.log2(total * total).astype(np.int64), LEVELS - 1)
+    entries[slot, 0] = tag << 8 | level
+    ranked = counts << bits | (1 << bits) - 1 - following
+    first = np.cumsum(kinds) - kinds
+    for s in range(1, entries.shape[1]):
+        top = np.maximum.reduceat(ranked, first) if len(first) else ranked
+        often, token = top >> bits, (1 << bits) - 1 - (top & (1 << bits) - 1)
+        entries[slot, s] = np.where(often > 0, token << 8 | -(-SHARES * often // (total + kinds)), 0)
+        ranked[ranked == np.repeat(top, kinds)] = 0
+
+
+def _starts(x: np.ndarray) -> np.ndarray:
+    """Return where the runs of equal values of x begin."""
+    return np.flatnonzero(np.concatenate([[True], x[1:] != x[:-1]]))

@@ -1,0 +1,109 @@
+"""The training text: its windows, their order, and the tables of n-gram memory that leave out what is trained on.
+
+Dimensions: N tokens of a window.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from resnet_bk.data.tokens import TokenFile
+from resnet_bk.extras import extra
+from resnet_bk.layers.embedding import NgramMemory
+
+with extra("train"):
+    from transformers import TrainerCallback
+
+PARTS = 4  # of a text whose n-grams are counted: more of them cost more counting, fewer leave out more text
+PIECE = 2**16  # tokens of the text that stay together in a part
+
+
+class Windows(Dataset):
+    """Non-overlapping windows of a token file; an incomplete last one is left out. Targets are the next tokens."""
+
+    def __init__(self, tokens: TokenFile, length: int):
+        self.tokens, self.length = tokens, length
+        self.bytes_per_token = tokens.bytes / len(tokens.ids)
+
+    def __len__(self) -> int:
+        return (len(self.tokens.ids) - 1) // self.length
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        window = self.tokens.ids[i * self.length : (i + 1) * self.length + 1].astype(np.int64)
+        return {"input_ids": window[:-1], "shift_labels": window[1:]}
+
+    def parts(self, per_step: int) -> list[np.ndarray]:
+        """Divide the windows in PARTS parts, pieces of the text in turn, and return the indices of each.
+
+        Pieces have 65,536 tokens. In short texts they are shorter, so that each part has four, and there are fewer
+        parts, two at least, so that each has the `per_step` windows of an update.
+        """
+        count = max(2, min(PARTS, len(self) // per_step))
+        piece = max(1, min(PIECE // self.length, len(self) // (4 * count)))
+        part = np.arange(len(self)) // piece % count
+        return [np.flatnonzero(part == i) for i in range(count)]
+
+
+class ShuffledSampler(Sampler):
+    """All windows, part by part, in an order that depends on the seed and the epoch only.
+
+    So the order is the same on every process and after every resumption. (accelerate's own sampler loses the epoch when
+    a run of several processes resumes in the middle of an epoch.) Of several parts, each ends after a whole number of
+    steps; the few windows that are left over differ in every epoch.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], per_step: int, seed: int):
+        """Create the sampler. per_step: number of windows of an update, those of all processes together."""
+        self.indices, self.seed, self.epoch = parts, seed, 0
+        whole = [len(part) // per_step * per_step for part in parts]
+        self.sizes = whole if len(parts) > 1 else [len(parts[0])]
+        self.ends = [size // per_step for size in accumulate(self.sizes)]  # the first step after each part
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        for part, size in zip(self.indices, self.sizes, strict=True):
+            yield from rng.permutation(part)[:size].tolist()
+
+    def part(self, step: int) -> int:
+        """Return the part that a step trains on; steps are counted from 0 over all epochs."""
+        return int(np.searchsorted(self.ends, step % self.ends[-1], side="right"))
+
+
+def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+class HeldBack(TrainerCallback):
+    """Count the tables of n-gram memory: one of the whole text, and for each part one without it.
+
+    The first is saved with the model. In training, the memory reads the table without the part that the step trains on.
+    """
+
+    def __init__(self, memory: NgramMemory, windows: Windows, sampler: ShuffledSampler):
+        self.memory, self.windows, self.sampler = memory, windows, sampler
+        self.tables: dict[int, Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.memory.count(self.windows.tokens.ids)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        part = self.sampler.part(state.global_step)
+        if part not in self.tables:
+            self.tables[part] = self.without(part).to(self.memory.entries.device)
+        self.memory.held_back = self.tables[part]
+
+    def without(self, part: int) -> Tensor:
+        """Return the table of the text without the targets of a part."""
+        ids, length = self.windows.tokens.ids, self.windows.length
+        counted = np.ones(len(ids), bool)
+        targets = counted[1 : 1 + len(self.windows) * length].reshape(-1, length)  # a view: the targets of each window
+        targets[self.sampler.indices[part]] = False
+        return self.memory.table(ids, counted)
