@@ -71,7 +71,7 @@ def tiny(dtype=torch.float64, **fields):
                 module.importance.bias.zero_()
             if isinstance(module, NgramMemory):
                 module.count(ids(1, 20_000)[0].numpy())
-                module.gain *= 8
+                module.sum.gain *= 8
     return model.to(dtype).eval()
 
 

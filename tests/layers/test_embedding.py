@@ -36,16 +36,16 @@ def test_vectors_of_what_followed_and_of_how_often():
     y, state, records = layer(x, Tokens(ids), None, None)
     window = torch.cat([torch.zeros(2, 4, dtype=torch.int64), ids + 1], dim=1)
     found = ngrams.look_up(window, ORDERS, layer.entries)
-    gain, level = layer.gain.view(3, ngrams.LEVELS), layer.level.view(3, ngrams.LEVELS, 16)
+    gain, vectors = layer.sum.gain.view(3, ngrams.LEVELS), layer.sum.vectors.view(3, ngrams.LEVELS, 16)
     assert found.level.unique().numel() > 4
     for b in range(2):
         for t in range(11):
             added = torch.zeros(16, dtype=torch.float64)
             for o in range(3):
                 often = found.level[b, t, o]
-                added += level[o, often]
+                added += vectors[o, often]
                 for token, share in zip(found.tokens[b, t, o], found.shares[b, t, o].double(), strict=True):
-                    added += gain[o, often] * share * layer.successors.scale[o] * layer.successors.weight[token]
+                    added += gain[o, often] * share * layer.sum.scale[o] * layer.sum.table[token]
             torch.testing.assert_close(y[b, t], x[b, t] + added)
     assert records == []
     assert torch.equal(state, ids[:, -4:] + 1)
@@ -96,7 +96,7 @@ def test_the_flops_of_the_sums():
     sums = 2 * 3 * 3 * 16 * 18
     assert totals[1] - totals[0] == sums
     assert isinstance(model.blocks[0], NgramMemory)
-    assert ledger.stages["blocks.0 successors"] == sums
+    assert ledger.stages["blocks.0 sum"] == sums
 
 
 @pytest.mark.parametrize("ids", [[5], [3, -1], [3, 300]])

@@ -6,12 +6,13 @@ Dimensions: B batch, N positions, D model width, O orders, S successors of an en
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
 from resnet_bk.layers.mixer import last_positions
+from resnet_bk.layers.ngrams import Found
+from resnet_bk.ops.ngram_sum import ngram_sum
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
@@ -46,10 +47,7 @@ class NgramMemory(AdaptiveLayer):
         self.orders, self.vocab_size = memory.orders, config.vocab_size
         self.reach = max(self.orders) - 1  # number of tokens before a position that its n-grams have
         self.register_buffer("entries", torch.zeros(memory.rows, 1 + memory.successors, dtype=torch.int32))
-        orders, width = len(self.orders), config.d_model
-        self.gain = nn.Parameter(torch.ones(orders * ngrams.LEVELS))
-        self.level = nn.Parameter(torch.zeros(orders * ngrams.LEVELS, width))
-        self.successors = Successors(config.vocab_size, width, orders, memory.successors)
+        self.sum = NgramSum(config)
 
     def layout(self, x: Tensor) -> Tensor:
         """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
@@ -72,11 +70,11 @@ class NgramMemory(AdaptiveLayer):
 
     def resize(self, vocab_size: int) -> None:
         """Change the number of token ids: new ones get new vectors; ids that are gone leave the table."""
-        old, self.vocab_size = self.successors.weight, vocab_size
+        old, self.vocab_size = self.sum.table, vocab_size
         new = old.new_empty(vocab_size, old.shape[1]).normal_(std=0.02)
         kept = min(len(old), vocab_size)
         new[:kept] = old.detach()[:kept]
-        self.successors.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.sum.table = nn.Parameter(new, requires_grad=old.requires_grad)
         self.entries[:, 1:][self.entries[:, 1:] >> 8 >= vocab_size] = 0
 
     def fits(self) -> bool:
@@ -99,26 +97,33 @@ class NgramMemory(AdaptiveLayer):
         window = torch.cat([state, ids], dim=1)
         entries = self.entries if self.held_back is None or not self.training else self.held_back
         found = ngrams.look_up(window, self.orders, entries)
-        rows = found.level + torch.arange(0, len(self.level), ngrams.LEVELS, device=x.device)
-        shares = found.shares * F.embedding(rows, self.gain.unsqueeze(-1))
-        often = self.level.new_zeros(*ids.shape, len(self.level)).scatter_(-1, rows, 1)
-        y = self.successors(found.tokens, shares) + often @ self.level
-        y = y.to(x.dtype)
+        y = self.sum(found).to(x.dtype)
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         return x + y, last_positions(window, self.reach, mask), []
 
 
-class Successors(nn.Module):
-    """Sum the vectors of tokens (B, N, O, S) with weights (B, N, O, S); scale the sum of each order -> (B, N, D)."""
+class NgramSum(nn.Module):
+    """Map what was found (B, N, O, S) to vectors (B, N, D), see :mod:`resnet_bk.ops.ngram_sum`.
 
-    def __init__(self, vocab_size: int, width: int, orders: int, successors: int):
+    Attributes:
+        table: (V, D), the vector of each token that followed.
+        scale: (O, D), for each order, of the sum of these vectors.
+        gain: (O LEVELS,), the same for each order and level, one number.
+        vectors: (O LEVELS, D), added for each order and level.
+    """
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.flops = 2.0 * orders * successors * width  # per position
-        self.weight = nn.Parameter(torch.empty(vocab_size, width).normal_(std=0.02))
+        orders, width, levels = len(config.memory.orders), config.d_model, len(config.memory.orders) * ngrams.LEVELS
+        self.flops = 2.0 * orders * config.memory.successors * width  # per position
+        self.table = nn.Parameter(torch.empty(config.vocab_size, width).normal_(std=0.02))
         self.scale = nn.Parameter(torch.ones(orders, width))
+        self.gain = nn.Parameter(torch.ones(levels))
+        self.vectors = nn.Parameter(torch.zeros(levels, width))
 
-    def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        rows, shares = tokens.flatten(0, 2), weights.flatten(0, 2).to(self.weight.dtype)
-        sums = F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=shares)
-        return (sums.unflatten(0, tokens.shape[:3]) * self.scale).sum(2)
+    def forward(self, found: Found) -> Tensor:
+        level = found.level + torch.arange(0, len(self.gain), ngrams.LEVELS, device=found.level.device)
+        rows, shares = (level.flatten(0, 1), found.tokens.flatten(0, 1)), found.shares.flatten(0, 1)
+        y = ngram_sum(*rows, shares.to(self.table.dtype), self.gain, self.vectors, self.table, self.scale)
+        return y.unflatten(0, level.shape[:2])

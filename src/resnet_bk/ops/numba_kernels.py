@@ -16,6 +16,7 @@ from torch import Tensor
 from resnet_bk.ops.chunked import SCAN_CHUNK
 from resnet_bk.ops.numba_delta import delta_scan_backward, delta_scan_forward
 from resnet_bk.ops.numba_jit import arrays, jit
+from resnet_bk.ops.numba_ngram_sum import ngram_sum_backward, ngram_sum_forward
 from resnet_bk.ops.numba_sparse import sparse_scan_backward, sparse_scan_forward
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "delta_scan_forward",
     "green_backward",
     "green_forward",
+    "ngram_sum_backward",
+    "ngram_sum_forward",
     "scan_backward",
     "scan_forward",
     "sparse_scan_backward",

@@ -1,0 +1,74 @@
+"""The sums of n-gram memory: the kernel and the plain form against the definition, with all gradients."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+from resnet_bk.ops import available_backends, use_backend
+from resnet_bk.ops import ngram_sum as module
+from resnet_bk.ops.ngram_sum import ngram_sum, ngram_sum_op
+
+M, O, S, L, V, D = 23, 3, 4, 10, 7, 5
+BACKENDS = [name for name in available_backends() if name in ("numba", "chunked")]
+
+
+def arguments(dtype=torch.float64, positions=M):
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(positions, O, S, generator=generator, dtype=dtype)
+    shares[:, :, 2:] *= torch.rand(positions, O, 2, generator=generator) < 0.5  # empty places
+    parts = [torch.randn(size, generator=generator, dtype=dtype) for size in ((L,), (L, D), (V, D), (O, D))]
+    level = torch.randint(L, (positions, O), generator=generator)
+    tokens = torch.randint(V, (positions, O, S), generator=generator)
+    return level, tokens, shares, *(part.requires_grad_() for part in parts)
+
+
+def definition(level, tokens, shares, gain, vectors, table, scale):
+    rows = []
+    for m in range(len(level)):
+        y = torch.zeros(D, dtype=table.dtype)
+        for o in range(O):
+            sums = sum(shares[m, o, s] * table[tokens[m, o, s]] for s in range(S))
+            y = y + vectors[level[m, o]] + scale[o] * gain[level[m, o]] * sums
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("positions", [1, 15, 16, 17, M])
+def test_sums_and_gradients_are_those_of_the_definition(backend, positions):
+    inputs = arguments(positions=positions)
+    grad = torch.randn(positions, D, dtype=torch.float64)
+    expected = definition(*inputs)
+    with use_backend(backend):
+        y = ngram_sum(*inputs)
+        found = torch.autograd.grad(y, inputs[3:], grad)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, inputs[3:], grad), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_finite_differences(backend):
+    rows, parameters = arguments()[:3], arguments()[3:]
+    with use_backend(backend):
+        assert gradcheck(lambda *p: ngram_sum(*rows, *p), parameters)
+        if backend == "numba":
+            assert gradgradcheck(lambda *p: ngram_sum(*rows, *p), parameters)
+
+
+@pytest.mark.skipif("numba" not in BACKENDS, reason="needs numba")
+def test_the_operator_passes_opcheck():
+    opcheck(ngram_sum_op, arguments())
+
+
+@pytest.mark.skipif("numba" not in BACKENDS, reason="needs numba")
+def test_large_tables_and_half_precision_take_the_plain_form(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "ngram_sum_op", lambda *a: calls.append(1) or ngram_sum_op(*a))
+    whole = ngram_sum(*arguments())
+    assert len(calls) == 1
+    monkeypatch.setattr(module, "LARGEST", V * D - 1)
+    torch.testing.assert_close(ngram_sum(*arguments()), whole)
+    half = [x.bfloat16() if x.is_floating_point() else x for x in arguments()]
+    torch.testing.assert_close(ngram_sum(*half).double(), whole, rtol=0.05, atol=0.1)
+    assert len(calls) == 1
