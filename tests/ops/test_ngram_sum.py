@@ -9,17 +9,17 @@ from resnet_bk.ops import available_backends, use_backend
 from resnet_bk.ops import ngram_sum as module
 from resnet_bk.ops.ngram_sum import ngram_sum, ngram_sum_op
 
-M, O, S, L, V, D = 23, 3, 4, 10, 7, 5
+M, ORDERS, S, L, V, D = 23, 3, 4, 10, 7, 5
 BACKENDS = [name for name in available_backends() if name in ("numba", "chunked")]
 
 
 def arguments(dtype=torch.float64, positions=M):
     generator = torch.Generator().manual_seed(0)
-    shares = torch.rand(positions, O, S, generator=generator, dtype=dtype)
-    shares[:, :, 2:] *= torch.rand(positions, O, 2, generator=generator) < 0.5  # empty places
-    parts = [torch.randn(size, generator=generator, dtype=dtype) for size in ((L,), (L, D), (V, D), (O, D))]
-    level = torch.randint(L, (positions, O), generator=generator)
-    tokens = torch.randint(V, (positions, O, S), generator=generator)
+    shares = torch.rand(positions, ORDERS, S, generator=generator, dtype=dtype)
+    shares[:, :, 2:] *= torch.rand(positions, ORDERS, 2, generator=generator) < 0.5  # empty places
+    parts = [torch.randn(size, generator=generator, dtype=dtype) for size in ((L,), (L, D), (V, D), (ORDERS, D))]
+    level = torch.randint(L, (positions, ORDERS), generator=generator)
+    tokens = torch.randint(V, (positions, ORDERS, S), generator=generator)
     return level, tokens, shares, *(part.requires_grad_() for part in parts)
 
 
@@ -27,7 +27,7 @@ def definition(level, tokens, shares, gain, vectors, table, scale):
     rows = []
     for m in range(len(level)):
         y = torch.zeros(D, dtype=table.dtype)
-        for o in range(O):
+        for o in range(ORDERS):
             sums = sum(shares[m, o, s] * table[tokens[m, o, s]] for s in range(S))
             y = y + vectors[level[m, o]] + scale[o] * gain[level[m, o]] * sums
         rows.append(y)
@@ -72,3 +72,13 @@ def test_large_tables_and_half_precision_take_the_plain_form(monkeypatch):
     half = [x.bfloat16() if x.is_floating_point() else x for x in arguments()]
     torch.testing.assert_close(ngram_sum(*half).double(), whole, rtol=0.05, atol=0.1)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("at", "wrong"), [(0, L), (0, -1), (1, V), (1, -1)])
+def test_rows_that_do_not_exist_are_refused(backend, at, wrong):
+    inputs = list(arguments())
+    inputs[at] = inputs[at].clone()
+    inputs[at].view(-1)[5] = wrong
+    with use_backend(backend), pytest.raises((IndexError, RuntimeError), match=r"ngram_sum|out of range|embedding"):
+        ngram_sum(*inputs)

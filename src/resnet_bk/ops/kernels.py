@@ -138,6 +138,12 @@ def preferred_backend(device_type: str) -> str:
     )
 
 
+@torch.compiler.assume_constant_result
+def has_kernel(name: str, device_type: str) -> bool:
+    """Return True if the backend for a device type has an optional kernel, "sparse_scan" or "ngram_sum"."""
+    return hasattr(load_backend(preferred_backend(device_type)), f"{name}_forward")
+
+
 def backend_for(x: Tensor) -> ModuleType:
     """Return the backend for the device of x.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from resnet_bk.ops.kernels import backend_for, differentiable_vjp
+from resnet_bk.ops.kernels import backend_for, differentiable_vjp, has_kernel
 
 LARGEST = 2**18  # numbers of a table for which each task of the kernel keeps a gradient of its own
 
@@ -30,9 +30,12 @@ def ngram_sum(
         vectors: (L, D) like table.
         table: (V, D).
         scale: (O, D) like table.
+
+    Raises:
+        IndexError: on a CPU, a level or a token is out of range.
     """
     small = table.device.type == "cpu" and table.dtype in (torch.float32, torch.float64) and table.numel() <= LARGEST
-    if small and hasattr(backend_for(table), "ngram_sum_forward"):
+    if small and has_kernel("ngram_sum", table.device.type):
         return ngram_sum_op(level, tokens, shares, gain, vectors, table, scale)
     weights = shares * F.embedding(level, gain.unsqueeze(-1))
     sums = F.embedding_bag(tokens.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1))

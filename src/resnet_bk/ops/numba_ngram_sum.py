@@ -66,6 +66,9 @@ def _backward(grad, level, tokens, shares, gain, table, scale, d_gain, d_vectors
 def ngram_sum_forward(
     level: Tensor, tokens: Tensor, shares: Tensor, gain: Tensor, vectors: Tensor, table: Tensor, scale: Tensor
 ) -> Tensor:
+    for rows, x in ((level, vectors), (tokens, table)):
+        if rows.min() < 0 or rows.max() >= len(x):  # the kernel would read beyond the end
+            raise IndexError(f"ngram_sum: expected rows from 0 to {len(x) - 1}, got {rows.min()} to {rows.max()}")
     y = table.new_empty(len(level), table.shape[1])
     # clone: once numpy holds the storage of a parameter, sharding can no longer free it
     parameters = (x.clone() for x in (gain, vectors, table, scale))
