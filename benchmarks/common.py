@@ -218,7 +218,7 @@ def code_state(script: str) -> str:
     """Return a hash of what decides the results of a benchmark: its file, the models, the peers, the training loop."""
     library, here = Path(resnet_bk.__file__).parent, Path(__file__)
     files = [Path(script), here, here.with_name("peer_mixers.py"), library / "model.py"]
-    files += [library / "training" / name for name in ("optimizers.py", "trainer.py")]
+    files += [library / "training" / name for name in ("optimizers.py", "trainer.py", "windows.py")]
     for folder in ("config", "ops", "layers", "adaptive"):
         files += sorted((library / folder).glob("*.py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
