@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from torch import Tensor
 from resnet_bk.config import preset
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.layers.block import Stack
-from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.windows import HeldBack, ShuffledSampler, Windows, collate
 
@@ -46,10 +44,6 @@ def build(rows: int, window: int, alone: bool = False) -> LanguageModel:
     return model
 
 
-def memory_of(model: LanguageModel) -> NgramMemory | None:
-    return next((layer for layer in model.blocks if isinstance(layer, NgramMemory)), None)
-
-
 def batches(
     model: LanguageModel, ids: np.ndarray, window: int, seed: int, seconds: dict[str, float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -58,7 +52,7 @@ def batches(
     Before the first batch, which is for the compilation of kernels, nothing is counted. seconds: gets "counting".
     """
     windows = Windows(TokenFile(ids, np.array([0, len(ids)]), np.array([len(ids)]), ("",)), window)
-    per_step, memory = TOKENS // window, memory_of(model)
+    per_step, memory = TOKENS // window, model.memory
     parts = [np.arange(len(windows))] if memory is None else windows.parts(per_step)
     sampler, seconds["counting"], step = ShuffledSampler(parts, per_step, seed), 0.0, 0
     held_back = None if memory is None else HeldBack(memory, windows, sampler)
@@ -73,8 +67,8 @@ def batches(
             started = time.process_time()
             if held_back is not None:
                 if step == 0:
-                    held_back.on_train_begin(None, None, None)
-                held_back.on_step_begin(None, SimpleNamespace(global_step=step), None)
+                    held_back.count()
+                held_back.hold_back(step)
             seconds["counting"] += time.process_time() - started
             yield batch(list(chosen))
             step += 1
@@ -121,9 +115,8 @@ def speed() -> str:
     torch.manual_seed(0)
     ids = CORPORA["stdlib"][0]()[0]
     with_memory = build(LARGEST, WINDOW)
-    memory = memory_of(with_memory)
-    assert memory is not None
-    memory.count(ids)
+    assert with_memory.memory is not None
+    with_memory.memory.count(ids)
     both = {"without": work(build(0, WINDOW)), "with": work(with_memory)}
     ratios = []
     for what in both["with"]:

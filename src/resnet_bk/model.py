@@ -15,6 +15,7 @@ from resnet_bk.adaptive.compose import build
 from resnet_bk.config import BYTE_VOCABULARY, ModelConfig, preset
 from resnet_bk.layers.block import Tokens
 from resnet_bk.layers.checks import IDS, MASK, TARGETS, check_ids, check_positions, check_state, structure
+from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.layers.loss import linear_cross_entropy
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.packing import Packing
@@ -158,6 +159,11 @@ class LanguageModel(nn.Module):
         x, after, records = self.blocks(x, tokens, state, mask)
         x = self.norm(x)
         return Features(x if packing is None else packing.merge(x), after, records, packing)
+
+    @property
+    def memory(self) -> NgramMemory | None:
+        """The n-gram memory of the model; None without one."""
+        return next((layer for layer in self.blocks if isinstance(layer, NgramMemory)), None)
 
     def read(self, x: Tensor) -> Tensor:
         """Apply the norm and the head to the features (..., D) that any block returns; return logits (..., V)."""

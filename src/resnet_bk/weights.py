@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from resnet_bk.checkpoint import WEIGHTS, CheckpointError, current_name
 from resnet_bk.config import shown
@@ -108,13 +108,12 @@ def check_finite(path: Path, name: str, x: Tensor) -> None:
         raise CheckpointError(f"{path}: {name!r}: has a NaN or an infinity, in {x.dtype}; the file cannot be used")
 
 
-def check_tables(path: Path, model: nn.Module) -> None:
-    """Raise CheckpointError if the table of n-gram memory, read from a file, names a token that the model lacks."""
-    for name, module in model.named_modules():
-        if isinstance(module, NgramMemory) and not module.entries.is_meta and not module.fits():
-            raise CheckpointError(
-                f"{path}: '{name}.entries': has tokens outside the vocabulary of {module.vocab_size}; it is damaged"
-            )
+def check_table(path: Path, name: str, memory: NgramMemory) -> None:
+    """Raise CheckpointError if the table of n-gram memory, which was read from a file, is one that no text has."""
+    if not memory.entries.is_meta and not memory.is_valid():
+        raise CheckpointError(
+            f"{path}: {name!r}: has entries that no text with a vocabulary of {memory.vocab_size} has; it is damaged"
+        )
 
 
 @contextlib.contextmanager

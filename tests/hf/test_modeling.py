@@ -71,7 +71,7 @@ def tiny(dtype=torch.float64, **fields):
                 module.importance.bias.zero_()
             if isinstance(module, NgramMemory):
                 module.count(ids(1, 20_000)[0].numpy())
-                module.sum.gain *= 8
+                module.vectors.gain *= 8
     return model.to(dtype).eval()
 
 
@@ -275,7 +275,7 @@ def test_the_vocabulary_can_grow(memory):
 def test_a_smaller_vocabulary_leaves_the_table(tmp_path):
     model = tiny(torch.float32, memory={"orders": [1, 2], "rows": 2000})
     model.resize_token_embeddings(20)
-    assert model.model.blocks[0].fits()
+    assert model.model.memory.is_valid()
     assert torch.isfinite(model(ids(1, 30) % 20).logits).all()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -285,8 +285,10 @@ def test_a_smaller_vocabulary_leaves_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.fill_(V << 8 | 9), "has tokens outside the vocabulary of 31"),
-        (lambda x: x.fill_(-1), "has tokens outside the vocabulary of 31"),
+        (lambda x: x.fill_(V << 8 | 9), "has entries that no text with a vocabulary of 31 has"),
+        (lambda x: x.fill_(-1), "has entries that no text with a vocabulary of 31 has"),
+        (lambda x: x.fill_(16), "has entries that no text with a vocabulary of 31 has"),
+        (lambda x: x.fill_(2**24), "has entries that no text with a vocabulary of 31 has"),
         (lambda x: x.float(), "expected I32, got F32; save it as 32-bit integers"),
         (lambda x: x[1:], r"expected shape \(50, 5\), got \(49, 5\)"),
     ],

@@ -36,7 +36,7 @@ def test_vectors_of_what_followed_and_of_how_often():
     y, state, records = layer(x, Tokens(ids), None, None)
     window = torch.cat([torch.zeros(2, 4, dtype=torch.int64), ids + 1], dim=1)
     found = ngrams.look_up(window, ORDERS, layer.entries)
-    gain, vectors = layer.sum.gain.view(3, ngrams.LEVELS), layer.sum.vectors.view(3, ngrams.LEVELS, 16)
+    gain, vectors = layer.vectors.gain.view(3, -1), layer.vectors.level_vectors.view(3, -1, 16)
     assert found.level.unique().numel() > 4
     for b in range(2):
         for t in range(11):
@@ -45,7 +45,7 @@ def test_vectors_of_what_followed_and_of_how_often():
                 often = found.level[b, t, o]
                 added += vectors[o, often]
                 for token, share in zip(found.tokens[b, t, o], found.shares[b, t, o].double(), strict=True):
-                    added += gain[o, often] * share * layer.sum.scale[o] * layer.sum.table[token]
+                    added += gain[o, often] * share * layer.vectors.scale[o] * layer.vectors.token_vectors[token]
             torch.testing.assert_close(y[b, t], x[b, t] + added)
     assert records == []
     assert torch.equal(state, ids[:, -4:] + 1)
@@ -75,6 +75,8 @@ def test_training_reads_the_table_that_is_held_back():
     assert not torch.equal(training, complete)
     layer.entries.zero_()
     assert torch.equal(model(ids).logits, training)
+    layer.count(text())
+    assert layer.held_back is None
     assert "blocks.0.held_back" not in model.state_dict()
     assert "blocks.0.entries" in model.state_dict()
 
@@ -96,7 +98,7 @@ def test_the_flops_of_the_sums():
     sums = 2 * 3 * 3 * 16 * 18
     assert totals[1] - totals[0] == sums
     assert isinstance(model.blocks[0], NgramMemory)
-    assert ledger.stages["blocks.0 sum"] == sums
+    assert ledger.stages["blocks.0 vectors"] == sums
 
 
 @pytest.mark.parametrize("ids", [[5], [3, -1], [3, 300]])

@@ -90,7 +90,7 @@ def test_the_most_frequent_context_keeps_its_slot():
     table = ngrams.count(ids, ORDERS, 32, 3)
     found = ngrams.look_up(windows(ids, ORDERS), ORDERS, table)
     window = windows(ids, ORDERS)
-    slots = torch.stack([slot for slot, _ in ngrams.contexts(window, ORDERS, 32)], dim=-1)[0]
+    slots = torch.stack([slot for slot, _ in ngrams.slots(window, ORDERS, 32)], dim=-1)[0]
     totals = torch.zeros(slots.shape, dtype=torch.int64)
     for i in range(max(ORDERS), len(ids)):
         for o, n in enumerate(ORDERS):
@@ -106,7 +106,7 @@ def test_the_most_frequent_context_keeps_its_slot():
 def test_slots_are_spread_evenly():
     """Pairs of bytes, all of them: no slot has much more than its share."""
     pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256))
-    slot, tag = next(ngrams.contexts(pairs + 1, (2,), 1000))
+    slot, tag = next(ngrams.slots(pairs + 1, (2,), 1000))
     counts = slot.flatten().bincount(minlength=1000)
     assert len(counts) == 1000
     assert counts.min() > 30
@@ -117,7 +117,7 @@ def test_slots_are_spread_evenly():
 @pytest.mark.parametrize("rows", [1, 3, 1000, 2**24])
 def test_slots_and_tags_are_in_range(rows):
     window = torch.randint(2**23, (1, 5000))
-    for slot, tag in ngrams.contexts(window, (1, 64), rows):
+    for slot, tag in ngrams.slots(window, (1, 64), rows):
         assert slot.min() >= 0
         assert slot.max() < rows
         assert tag.min() >= 0
@@ -127,7 +127,7 @@ def test_slots_and_tags_are_in_range(rows):
 def test_a_text_that_begins_is_no_text_after_the_first_token():
     """Positions before the start differ from every token."""
     window = torch.tensor([[0, 0, 0, 0, 8], [1, 1, 1, 1, 8]])
-    for n, (slot, tag) in zip(ORDERS, ngrams.contexts(window, ORDERS, 2**20), strict=True):
+    for n, (slot, tag) in zip(ORDERS, ngrams.slots(window, ORDERS, 2**20), strict=True):
         assert ((slot[0] == slot[1]) & (tag[0] == tag[1])).item() == (n == 1)
 
 

@@ -33,6 +33,15 @@ def test_parts_are_pieces_of_the_text_in_turn(length, count, per_step, parts):
     assert (together > 1).sum() + 1 >= 4
 
 
+def test_every_part_has_the_windows_of_an_update_where_the_text_has_enough():
+    for per_step in (1, 2, 3, 7, 16, 25, 64):
+        for count in range(2 * per_step, 6 * per_step):
+            found = text(1, count).parts(per_step)
+            assert min(map(len, found)) >= per_step
+            assert sorted(np.concatenate(found).tolist()) == list(range(count))
+        assert min(map(len, text(1, 2 * per_step - 1).parts(per_step))) < per_step
+
+
 def test_one_part_is_shuffled_in_every_epoch():
     sampler = ShuffledSampler([np.arange(50)], 8, seed=3)
     first = list(sampler)
@@ -65,7 +74,7 @@ def test_a_step_does_not_find_its_own_text():
     memory = NgramMemory(ModelConfig(vocab_size=484, memory=MemoryConfig(orders=(1,), rows=2**20)))
     sampler = ShuffledSampler(windows.parts(5), 5, seed=0)
     held_back = HeldBack(memory, windows, sampler)
-    held_back.on_train_begin(None, None, None)
+    held_back.count()
     rows = torch.from_numpy(np.stack([windows[i]["input_ids"] for i in range(60)]))
 
     def found(table):
@@ -73,7 +82,7 @@ def test_a_step_does_not_find_its_own_text():
 
     assert found(memory.entries).all()
     for part in range(4):
-        held_back.on_step_begin(None, type("State", (), {"global_step": sampler.ends[part] - 1}), None)
+        held_back.hold_back(int(sampler.ends[part]) - 1)
         own = torch.zeros(60, dtype=torch.bool)
         own[sampler.indices[part]] = True
         assert torch.equal(found(memory.held_back), (~own).unsqueeze(1).expand(60, 8))
@@ -85,7 +94,7 @@ def test_training_counts_the_text_and_saves_the_whole_table(tmp_path):
     memory = trainer.network.model.blocks[0]
     expected = ngrams.count(trainer.windows.tokens.ids, (1, 3), 500, 4)
     assert torch.equal(memory.entries, expected)
-    assert not torch.equal(memory.held_back, expected)
+    assert memory.held_back is None
     saved = ResNetBKForCausalLM.from_pretrained(newest_valid(tmp_path / "checkpoints", pytest.fail))
     assert torch.equal(saved.model.blocks[0].entries, expected)
     assert saved.model.blocks[0].held_back is None

@@ -9,7 +9,7 @@ from torch import nn
 
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.layers.attention import Attention
-from resnet_bk.layers.embedding import NgramSum
+from resnet_bk.layers.embedding import NgramVectors
 from resnet_bk.layers.feedforward import Experts
 from resnet_bk.layers.mixer import DiagonalMixer, PropagatorMixer, ShortConv
 from resnet_bk.ops.flops import DELTA, GREEN, SCAN
@@ -22,7 +22,7 @@ def own_flops(module: nn.Module, length: int | None = None) -> float:
     """
     if isinstance(module, nn.Linear):
         return 2.0 * module.in_features * module.out_features
-    if isinstance(module, NgramSum):
+    if isinstance(module, NgramVectors):
         return module.flops
     if isinstance(module, Attention):
         length = length or module.fold

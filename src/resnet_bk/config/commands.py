@@ -71,7 +71,7 @@ class TrainConfig:
     init_from: str | None = None
     """Folder of a trained run, of a checkpoint or of a saved model, whose weights are the first ones. Its
     model must have the same shapes and its tokenizer be the same: pass its config.yaml to --config. The optimizer
-    starts anew."""
+    starts anew, and the table of n-gram memory is counted from this run's text."""
     batch_size: int = 12
     """Sequences in a batch, of model.n_seq tokens each, all processes together."""
     accumulate: int = 1
@@ -85,7 +85,7 @@ class TrainConfig:
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices. Vectors and the tables of n-gram memory have none."""
+    """Decoupled weight decay of matrices. Vectors have none."""
     beta2: float = 0.99
     """Decay rate of AdamW's second moment."""
     warmup: float = 0.05

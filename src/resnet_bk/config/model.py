@@ -134,6 +134,8 @@ class ModelConfig:
                         f"model.{name}: got {getattr(self, name)} with model.energy = {self.energy_kind!r}, allowed "
                         "with 'bonds'; leave it out"
                     )
+        if self.memory.orders:
+            check_integer(where, 1, 2**23, vocab_size=self.vocab_size)
         if self.attention.every:
             self._check_attention()
         elif self.attention != AttentionConfig():
@@ -381,10 +383,19 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
+        values = without_retired(values)
         check_fields("model", cls, values)
         kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls) if is_section(f.type)}
         sections = {name: kind(**values[name]) for name, kind in kinds.items() if isinstance(values.get(name), dict)}
         return cls(**{**values, **sections})
+
+
+def without_retired(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields without `memory.width`, which files of earlier versions have at its default of null."""
+    memory = values.get("memory") if isinstance(values, dict) else None
+    if not isinstance(memory, dict) or memory.get("orders") or memory.get("width", 0) is not None:
+        return values
+    return {**values, "memory": {name: value for name, value in memory.items() if name != "width"}}
 
 
 # The class of each technique's section, by the name of its field.

@@ -21,10 +21,9 @@ from resnet_bk.checkpoint import MANIFEST, RENAMED, CheckpointError, seal, verif
 from resnet_bk.config import ConfigError
 from resnet_bk.hf.configuration import ResNetBKConfig
 from resnet_bk.layers.checks import IDS, TARGETS, check_positions
-from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.model import LanguageModel
 from resnet_bk.record import mean_losses, weighted_sum
-from resnet_bk.weights import check_finite, check_headers, check_tables, weight_files
+from resnet_bk.weights import check_finite, check_headers, check_table, weight_files
 
 # The name of a cache in outputs and arguments; transformers has renamed it from `past_key_values` to `cache`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -111,7 +110,9 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             for name, p in model.named_parameters():
                 if not p.is_meta:
                     check_finite(files.get(name, folder), name, p)
-            check_tables(folder, model)
+            if model.model.memory is not None:
+                name = "model.blocks.0.entries"
+                check_table(files.get(name, folder), name, model.model.memory)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -160,9 +161,8 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         """Resize the embeddings as transformers does, and update the configuration of the inner model."""
         embed = super().resize_token_embeddings(*args, **kwargs)
         self.model.config = dataclasses.replace(self.model.config, vocab_size=self.config.vocab_size)
-        for module in self.model.modules():
-            if isinstance(module, NgramMemory):
-                module.resize(self.config.vocab_size)
+        if self.model.memory is not None:
+            self.model.memory.resize(self.config.vocab_size)
         return embed
 
     @classmethod

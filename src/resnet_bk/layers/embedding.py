@@ -1,6 +1,6 @@
 """N-gram memory: what followed the last few tokens in the training text, looked up instead of computed.
 
-Dimensions: B batch, N positions, D model width, O orders, S successors of an entry.
+Dimensions: B batch, N positions, D model width, V vocabulary, O orders, S successors of an entry.
 """
 
 import numpy as np
@@ -11,7 +11,6 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
 from resnet_bk.layers.mixer import last_positions
-from resnet_bk.layers.ngrams import Found
 from resnet_bk.ops.ngram_sum import ngram_sum
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
@@ -20,14 +19,13 @@ from resnet_bk.record import Record
 class NgramMemory(AdaptiveLayer):
     """Add to each position what followed its last n tokens in a text, (B, N, D) -> (B, N, D).
 
-    For each order n, the entry of the last n tokens in a table (see :mod:`resnet_bk.layers.ngrams`) names the tokens
-    that followed and their shares. The layer adds their vectors, weighted by share and by a learned gain, and a learned
-    vector that says how often the n tokens occurred. The table is counted, not trained: by :meth:`count`, in seconds
-    for a whole corpus. Before, it is empty, and the layer adds nothing.
+    For each order n, the entry of the last n tokens in a table (see :mod:`resnet_bk.layers.ngrams`) has the tokens that
+    followed and their shares. The layer adds a vector made of these. The table is counted, not trained: by
+    :meth:`count`, in seconds for a whole corpus. Before, it is empty.
 
-    A model must not be trained on the text that its table was counted from: what followed is there to be read, so it
-    would learn to trust the table more than it may on other text. Training therefore reads :attr:`held_back`, a table
-    without the text of the step, if there is one.
+    A model must not be trained on the text that its table was counted from: what follows could be read there, so the
+    model would learn to trust the table more than it may on other text. Training therefore reads :attr:`held_back`, a
+    table without the text of the step, if there is one.
 
     Engram (arXiv:2601.07372) and BLT (arXiv:2412.09871) look up trained vectors by n-gram; infini-gram
     (arXiv:2401.17377) counts what follows.
@@ -47,40 +45,50 @@ class NgramMemory(AdaptiveLayer):
         self.orders, self.vocab_size = memory.orders, config.vocab_size
         self.reach = max(self.orders) - 1  # number of tokens before a position that its n-grams have
         self.register_buffer("entries", torch.zeros(memory.rows, 1 + memory.successors, dtype=torch.int32))
-        self.sum = NgramSum(config)
+        self.vectors = NgramVectors(config)
 
     def layout(self, x: Tensor) -> Tensor:
         """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
         return torch.empty(len(x), self.reach, dtype=torch.int64, device=x.device)
 
-    def table(self, ids: np.ndarray, counted: np.ndarray | None = None) -> Tensor:
-        """Return the table of a text for this layer. Arguments as for :func:`resnet_bk.layers.ngrams.count`."""
-        rows, columns = self.entries.shape
-        return ngrams.count(ids, self.orders, rows, columns - 1, counted)
+    def counted(self, ids: np.ndarray, chosen: np.ndarray | None = None) -> Tensor:
+        """Return the table of a text for this layer, on its device.
 
-    def count(self, ids: np.ndarray) -> None:
-        """Replace the table by that of a text, (T,) token ids, two or more.
+        Arguments as for :func:`resnet_bk.layers.ngrams.count`.
 
         Raises:
             ValueError: an id is outside the vocabulary, or the text has less than two tokens.
         """
         if len(ids) < 2 or ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"ids: expected two or more from 0 to {self.vocab_size - 1}")
-        self.entries.copy_(self.table(ids))
+        rows, columns = self.entries.shape
+        return ngrams.count(ids, self.orders, rows, columns - 1, chosen).to(self.entries.device)
+
+    def count(self, ids: np.ndarray) -> None:
+        """Replace the table by that of a text, (T,) token ids. Training mode reads it too, until one is held back.
+
+        Raises:
+            ValueError: an id is outside the vocabulary, or the text has less than two tokens.
+        """
+        self.entries.copy_(self.counted(ids))
+        self.held_back = None
 
     def resize(self, vocab_size: int) -> None:
         """Change the number of token ids: new ones get new vectors; ids that are gone leave the table."""
-        old, self.vocab_size = self.sum.table, vocab_size
+        if vocab_size == self.vocab_size:
+            return
+        old, self.vocab_size = self.vectors.token_vectors, vocab_size
         new = old.new_empty(vocab_size, old.shape[1]).normal_(std=0.02)
         kept = min(len(old), vocab_size)
         new[:kept] = old.detach()[:kept]
-        self.sum.table = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.vectors.token_vectors = nn.Parameter(new, requires_grad=old.requires_grad)
         self.entries[:, 1:][self.entries[:, 1:] >> 8 >= vocab_size] = 0
 
-    def fits(self) -> bool:
-        """Return True if every token in the table is one of the vocabulary."""
-        successors = self.entries[:, 1:]
-        return bool(successors.min() >= 0 and successors.max() >> 8 < self.vocab_size)
+    def is_valid(self) -> bool:
+        """Return True if the table is one that :meth:`count` can make."""
+        header, successors = self.entries[:, 0], self.entries[:, 1:]
+        whole = self.entries.min() >= 0 and header.max() >> 8 < 2**ngrams.TAG_BITS
+        return bool(whole and (header & 255).max() < ngrams.LEVELS and successors.max() >> 8 < self.vocab_size)
 
     def forward(
         self, x: Tensor, tokens: Tokens, state: Tensor | None, mask: Tensor | None
@@ -96,34 +104,40 @@ class NgramMemory(AdaptiveLayer):
             state = self.pieces.inputs(ids, self.reach)
         window = torch.cat([state, ids], dim=1)
         entries = self.entries if self.held_back is None or not self.training else self.held_back
-        found = ngrams.look_up(window, self.orders, entries)
-        y = self.sum(found).to(x.dtype)
+        y = self.vectors(ngrams.look_up(window, self.orders, entries)).to(x.dtype)
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         return x + y, last_positions(window, self.reach, mask), []
 
 
-class NgramSum(nn.Module):
-    """Map what was found (B, N, O, S) to vectors (B, N, D), see :mod:`resnet_bk.ops.ngram_sum`.
+class NgramVectors(nn.Module):
+    """Map what was found at (B, N) positions to vectors (B, N, D), see :mod:`resnet_bk.ops.ngram_sum`.
 
     Attributes:
-        table: (V, D), the vector of each token that followed.
-        scale: (O, D), for each order, of the sum of these vectors.
-        gain: (O LEVELS,), the same for each order and level, one number.
-        vectors: (O LEVELS, D), added for each order and level.
+        token_vectors: (V, D), of each token that followed; they are summed, weighted by shares and gains.
+        gain: (O LEVELS,), for each order and level.
+        scale: (O, D), of the sum of each order.
+        level_vectors: (O LEVELS, D), added for each order and level.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        orders, width, levels = len(config.memory.orders), config.d_model, len(config.memory.orders) * ngrams.LEVELS
+        orders, width = len(config.memory.orders), config.d_model
         self.flops = 2.0 * orders * config.memory.successors * width  # per position
-        self.table = nn.Parameter(torch.empty(config.vocab_size, width).normal_(std=0.02))
+        self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, width).normal_(std=0.02))
+        self.gain = nn.Parameter(torch.ones(orders * ngrams.LEVELS))
         self.scale = nn.Parameter(torch.ones(orders, width))
-        self.gain = nn.Parameter(torch.ones(levels))
-        self.vectors = nn.Parameter(torch.zeros(levels, width))
+        self.level_vectors = nn.Parameter(torch.zeros(orders * ngrams.LEVELS, width))
 
-    def forward(self, found: Found) -> Tensor:
+    def forward(self, found: ngrams.Found) -> Tensor:
         level = found.level + torch.arange(0, len(self.gain), ngrams.LEVELS, device=found.level.device)
-        rows, shares = (level.flatten(0, 1), found.tokens.flatten(0, 1)), found.shares.flatten(0, 1)
-        y = ngram_sum(*rows, shares.to(self.table.dtype), self.gain, self.vectors, self.table, self.scale)
+        y = ngram_sum(
+            level.flatten(0, 1),
+            found.tokens.flatten(0, 1),
+            found.shares.flatten(0, 1).to(self.gain.dtype),
+            self.gain,
+            self.level_vectors,
+            self.token_vectors,
+            self.scale,
+        )
         return y.unflatten(0, level.shape[:2])

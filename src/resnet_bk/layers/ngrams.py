@@ -6,8 +6,8 @@ An entry of the table belongs to a context, the last n tokens. It holds the toke
 
 - tag: 16 further bits of the context's hash. A context finds the entry of another one once in 65,536 times.
 - level: how often the context occurred, 1 + 2 log2(count) rounded down, at most LEVELS - 1; 0 in an empty entry.
-- next: a token. share: 255 count(next) / (count + kinds), rounded up, where `kinds` different tokens followed; what
-  is missing to 255 is for those that never did (method C of Witten and Bell 1991). A share of 0: no token.
+- next: a token. share: 255 count(next) / (count + kinds), where `kinds` different tokens followed; the rest is for
+  those that never did (method C of Witten and Bell 1991). It is rounded up: 0 is for a place without a token.
 
 Contexts of all orders share the table. Where several have one slot, the most frequent one keeps it.
 
@@ -29,7 +29,7 @@ PART = 2**27  # tokens that are sorted at a time: 1 GiB
 
 
 class Found(NamedTuple):
-    """What followed the n-grams that end at each position.
+    """The tokens that followed the n-grams which end at each position.
 
     Attributes:
         level: (B, N, O) int64, how often each n-gram occurred; 0: it is not in the table.
@@ -42,7 +42,7 @@ class Found(NamedTuple):
     shares: Tensor
 
 
-def contexts(window: Tensor, orders: Sequence[int], rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+def slots(window: Tensor, orders: Sequence[int], rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for each order n the slot and the tag, (..., N) int64, of the n tokens up to each position.
 
     window: (..., max(orders) - 1 + N) int64, ids plus 1 of the positions and of those before them, 0 before a start.
@@ -60,8 +60,8 @@ def contexts(window: Tensor, orders: Sequence[int], rows: int) -> Iterator[tuple
 
 
 def look_up(window: Tensor, orders: Sequence[int], entries: Tensor) -> Found:
-    """Return what `entries` (rows, 1 + S) has about the n-grams at each position. window: see :func:`contexts`."""
-    slot, tag = (torch.stack(part, dim=-1) for part in zip(*contexts(window, orders, len(entries)), strict=True))
+    """Return what `entries` (rows, 1 + S) has about the n-grams at each position. window: see :func:`slots`."""
+    slot, tag = (torch.stack(part, dim=-1) for part in zip(*slots(window, orders, len(entries)), strict=True))
     entry = entries[slot]
     header = entry[..., 0]
     entry = entry * (header >> 8 == tag).unsqueeze(-1)
@@ -70,7 +70,7 @@ def look_up(window: Tensor, orders: Sequence[int], entries: Tensor) -> Found:
 
 
 def count(
-    ids: np.ndarray, orders: Sequence[int], rows: int, successors: int, counted: np.ndarray | None = None
+    ids: np.ndarray, orders: Sequence[int], rows: int, successors: int, chosen: np.ndarray | None = None
 ) -> Tensor:
     """Return the table of a text, (rows, 1 + successors) int32.
 
@@ -79,13 +79,13 @@ def count(
         orders: lengths n of the n-grams.
         rows: number of entries for all orders, at most 2^24.
         successors: number of tokens that an entry holds, the most frequent ones; of those as frequent, the smallest.
-        counted: (T,) bool, False for tokens that are not counted as what follows; default: all are.
+        chosen: (T,) bool, False for tokens that are not counted as what follows; default: all are.
     """
     bits, parts = int(ids.max()).bit_length(), -(-len(ids) // PART)
     entries, best = np.zeros((rows, 1 + successors), np.int32), np.zeros(rows, np.int64)
     for n in orders:
         for part in range(parts):
-            packed = np.concatenate([np.empty(0, np.int64), *_packed(ids, n, rows, bits, counted, part, parts)])
+            packed = np.concatenate([np.empty(0, np.int64), *_packed(ids, n, rows, bits, chosen, part, parts)])
             packed.sort()
             if len(packed):
                 _enter(packed, bits, entries, best)
@@ -93,7 +93,7 @@ def count(
 
 
 def _packed(
-    ids: np.ndarray, n: int, rows: int, bits: int, counted: np.ndarray | None, part: int, parts: int
+    ids: np.ndarray, n: int, rows: int, bits: int, chosen: np.ndarray | None, part: int, parts: int
 ) -> Iterator[np.ndarray]:
     """Yield slot, tag and next token of the counted positions as one number each, for one of equal parts of the slots.
 
@@ -101,46 +101,63 @@ def _packed(
     """
     for begin in range(0, len(ids) - n, CHUNK):
         chunk = torch.from_numpy(ids[begin : begin + CHUNK + n].astype(np.int64))
-        slot, tag = next(contexts(chunk[:-1] + 1, (n,), rows))
+        slot, tag = next(slots(chunk[:-1] + 1, (n,), rows))
         packed = ((slot << TAG_BITS | tag) << bits | chunk[n:]).numpy()
-        chosen = (slot * parts // rows == part).numpy() if parts > 1 else np.ones(len(packed), bool)
-        if counted is not None:
-            chosen &= counted[begin + n : begin + n + len(packed)]
-        yield packed[chosen]
+        own = (slot * parts // rows == part).numpy() if parts > 1 else np.ones(len(packed), bool)
+        if chosen is not None:
+            own &= chosen[begin + n : begin + n + len(packed)]
+        yield packed[own]
 
 
 def _enter(packed: np.ndarray, bits: int, entries: np.ndarray, best: np.ndarray) -> None:
-    """Enter the n-grams of one order.
+    """Enter the contexts of one order that occurred more often than what their slots have.
+
+    With one context of slot 7 and tag 2, after which token 5 followed twice and token 9 once, `packed` has three
+    numbers, (7, 2, 5), (7, 2, 5) and (7, 2, 9); the context has a total of 3 and 2 kinds.
 
     Args:
-        packed: (T,) int64, slot, tag and next token of each position in one number, in ascending order.
-        bits: of the next token.
-        entries, best: (rows, 1 + S) the table, and (rows,) int64 the counts of its contexts; changed in place.
+        packed: (M,) int64, see :func:`_packed`, in ascending order.
+        bits: of a token.
+        entries, best: (rows, 1 + S) the table, and (rows,) int64 the totals of its contexts; changed in place.
     """
-    first = _starts(packed)  # of each different n-gram with its next token
+    first = _starts(packed)
     counts, packed = np.diff(first, append=len(packed)), packed[first]
-    key, following = packed >> bits, packed & (1 << bits) - 1
-    first = _starts(key)  # of each context
-    total, kinds, slot = np.add.reduceat(counts, first), np.diff(first, append=len(key)), key[first] >> TAG_BITS
-    # The most frequent context of each slot; of those as frequent, the first.
-    ranked = total << 32 | np.arange(len(total))[::-1]
-    winner = len(total) - 1 - (np.maximum.reduceat(ranked, _starts(slot)) & (1 << 32) - 1)
-    winner = winner[total[winner] > best[slot[winner]]]
-    wins = np.zeros(len(total), bool)
-    wins[winner] = True
-    inside = np.repeat(wins, kinds)
-    counts, following = counts[inside], following[inside]
-    total, kinds, slot, tag = total[winner], kinds[winner], slot[winner], key[first[winner]] & (1 << TAG_BITS) - 1
+    key, token = packed >> bits, packed & (1 << bits) - 1
+    first = _starts(key)
+    total, kinds = np.add.reduceat(counts, first), np.diff(first, append=len(key))
+    slot, tag = key[first] >> TAG_BITS, key[first] & (1 << TAG_BITS) - 1
+    total = np.minimum(total, 2**30)  # so that products of two fit
+    chosen = _most_frequent(slot, total)
+    chosen &= total > best[slot]
+    inside = np.repeat(chosen, kinds)
+    slot, tag, total, kinds = (x[chosen] for x in (slot, tag, total, kinds))
     best[slot] = total
-    level = np.minimum(1 + np.log2(total * total).astype(np.int64), LEVELS - 1)
-    entries[slot, 0] = tag << 8 | level
-    ranked = counts << bits | (1 << bits) - 1 - following
-    first = np.cumsum(kinds) - kinds
-    for s in range(1, entries.shape[1]):
-        top = np.maximum.reduceat(ranked, first) if len(first) else ranked
+    entries[slot, 0] = tag << 8 | np.minimum(1 + np.log2(total * total).astype(np.int64), LEVELS - 1)
+    rank = counts[inside] << bits | (1 << bits) - 1 - token[inside]
+    entries[slot, 1:] = _successors(rank, kinds, total, bits, entries.shape[1] - 1)
+
+
+def _most_frequent(slot: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Return True for one context of each slot, the first of those with the largest total. Slots are in order."""
+    ranked = total << 32 | np.arange(len(total))[::-1]
+    chosen = np.zeros(len(total), bool)
+    chosen[len(total) - 1 - (np.maximum.reduceat(ranked, _starts(slot)) & (1 << 32) - 1)] = True
+    return chosen
+
+
+def _successors(rank: np.ndarray, kinds: np.ndarray, total: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return the `count` most frequent tokens of each context with their shares, as in the table, (contexts, count).
+
+    rank: what followed each context, as ``count << bits | 2^bits - 1 - token``; changed in place. kinds: how many of
+    them each context has.
+    """
+    first, columns = np.cumsum(kinds) - kinds, []
+    for _ in range(count):
+        top = np.maximum.reduceat(rank, first) if len(first) else rank
         often, token = top >> bits, (1 << bits) - 1 - (top & (1 << bits) - 1)
-        entries[slot, s] = np.where(often > 0, token << 8 | -(-SHARES * often // (total + kinds)), 0)
-        ranked[ranked == np.repeat(top, kinds)] = 0
+        columns.append(np.where(often > 0, token << 8 | -(-SHARES * often // (total + kinds)), 0))
+        rank[rank == np.repeat(top, kinds)] = 0
+    return np.stack(columns, axis=-1)
 
 
 def _starts(x: np.ndarray) -> np.ndarray:

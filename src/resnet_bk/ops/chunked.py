@@ -307,3 +307,35 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
         grad_x[:, i : i + length].addcmul_(grad, weight[i])
         grad_weight[i] = (x[:, i : i + length] * grad).sum((0, 1))
     return grad_x, grad_weight
+
+
+def ngram_sum_forward(
+    level: Tensor,
+    tokens: Tensor,
+    shares: Tensor,
+    gain: Tensor,
+    level_vectors: Tensor,
+    token_vectors: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """Compute the sums of n-gram memory, see :func:`resnet_bk.ops.ngram_sum.ngram_sum`."""
+    weights = (shares * gain[level].unsqueeze(-1)).flatten(0, 1)
+    sums = F.embedding_bag(tokens.flatten(0, 1), token_vectors, mode="sum", per_sample_weights=weights)
+    return (sums.view(*level.shape, -1) * scale).sum(1) + F.embedding_bag(level, level_vectors, mode="sum")
+
+
+def ngram_sum_backward(
+    grad: Tensor, level: Tensor, tokens: Tensor, shares: Tensor, gain: Tensor, token_vectors: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of gain, level_vectors, token_vectors and scale, order by order."""
+    d_gain, d_tokens, d_scale = (torch.zeros_like(x) for x in (gain, token_vectors, scale))
+    d_levels = gain.new_zeros(len(gain), token_vectors.shape[1])
+    for o in range(level.shape[1]):
+        at, share, own = level[:, o], shares[:, o].unsqueeze(-1), gain[level[:, o]].unsqueeze(-1)
+        sums = (share * token_vectors[tokens[:, o]]).sum(1)
+        scaled = grad * scale[o]
+        d_gain.index_add_(0, at, (scaled * sums).sum(1))
+        d_levels.index_add_(0, at, grad)
+        d_tokens.index_add_(0, tokens[:, o].flatten(), (share * (own * scaled).unsqueeze(1)).flatten(0, 1))
+        d_scale[o] = (grad * own * sums).sum(0)
+    return d_gain, d_levels, d_tokens, d_scale

@@ -5,10 +5,9 @@
 
 :func:`green` and :func:`scan` call the operators. A single step, as in decoding, they compute in a few torch calls.
 
-A backend is a module with the eight functions ``green_*``, ``scan_*``, ``delta_scan_*`` and ``conv_*`` of
-:mod:`resnet_bk.ops.chunked`, each ``*_forward`` and ``*_backward``. It may have ``sparse_scan_*``, see
-:mod:`resnet_bk.ops.sparse`, and ``ngram_sum_*``, see :mod:`resnet_bk.ops.ngram_sum`. To add a backend, add its row to
-``_BACKENDS``.
+A backend is a module with the ten functions ``green_*``, ``scan_*``, ``delta_scan_*``, ``conv_*`` and ``ngram_sum_*``
+of :mod:`resnet_bk.ops.chunked`, each ``*_forward`` and ``*_backward``. It may have ``sparse_scan_forward`` and
+``sparse_scan_backward``, see :mod:`resnet_bk.ops.sparse`. To add a backend, add its row to ``_BACKENDS``.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK sites.
 """
@@ -136,12 +135,6 @@ def preferred_backend(device_type: str) -> str:
         f"RESNET_BK_BACKEND or use_backend: got {_forced!r}, which cannot be used ({defect}), allowed {allowed}; numba "
         "comes with pip install 'resnet-bk[cpu-fast]', triton with 'resnet-bk[gpu]'"
     )
-
-
-@torch.compiler.assume_constant_result
-def has_kernel(name: str, device_type: str) -> bool:
-    """Return True if the backend for a device type has an optional kernel, "sparse_scan" or "ngram_sum"."""
-    return hasattr(load_backend(preferred_backend(device_type)), f"{name}_forward")
 
 
 def backend_for(x: Tensor) -> ModuleType:

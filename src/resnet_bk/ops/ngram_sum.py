@@ -1,8 +1,8 @@
-"""The sums of n-gram memory: a registered operator where the backend has a kernel, else plain torch.
+"""The sums of n-gram memory: a registered operator for forward and one for backward.
 
 At each position m and for each order o, an entry has a level and S tokens with shares:
 
-    y_m = sum_o vectors[level_mo] + scale_o * gain[level_mo] sum_s share_mos table[token_mos]
+    y_m = sum_o level_vectors[level_mo] + scale_o gain[level_mo] sum_s share_mos token_vectors[token_mos]
 
 Dimensions: M positions, O orders, S tokens of an entry, L levels of all orders, V vocabulary, D width.
 """
@@ -12,41 +12,34 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from resnet_bk.ops.kernels import backend_for, differentiable_vjp, has_kernel
-
-LARGEST = 2**18  # numbers of a table for which each task of the kernel keeps a gradient of its own
+from resnet_bk.ops.kernels import backend_for, differentiable_vjp
 
 
+@torch.library.custom_op("resnet_bk::ngram_sum", mutates_args=())
 def ngram_sum(
-    level: Tensor, tokens: Tensor, shares: Tensor, gain: Tensor, vectors: Tensor, table: Tensor, scale: Tensor
+    level: Tensor,
+    tokens: Tensor,
+    shares: Tensor,
+    gain: Tensor,
+    level_vectors: Tensor,
+    token_vectors: Tensor,
+    scale: Tensor,
 ) -> Tensor:
     """Return y, (M, D).
 
     Args:
         level: (M, O) int64, below L.
         tokens: (M, O, S) int64, below V.
-        shares: (M, O, S) like table in dtype. They have no gradient.
-        gain: (L,) like table.
-        vectors: (L, D) like table.
-        table: (V, D).
-        scale: (O, D) like table.
+        shares: (M, O, S) like token_vectors in dtype. They have no gradient.
+        gain: (L,) like token_vectors.
+        level_vectors: (L, D) like token_vectors.
+        token_vectors: (V, D).
+        scale: (O, D) like token_vectors.
 
     Raises:
         IndexError: on a CPU, a level or a token is out of range.
     """
-    small = table.device.type == "cpu" and table.dtype in (torch.float32, torch.float64) and table.numel() <= LARGEST
-    if small and has_kernel("ngram_sum", table.device.type):
-        return ngram_sum_op(level, tokens, shares, gain, vectors, table, scale)
-    weights = shares * F.embedding(level, gain.unsqueeze(-1))
-    sums = F.embedding_bag(tokens.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1))
-    return (sums.view(*level.shape, -1) * scale).sum(1) + F.embedding_bag(level, vectors, mode="sum")
-
-
-@torch.library.custom_op("resnet_bk::ngram_sum", mutates_args=())
-def ngram_sum_op(
-    level: Tensor, tokens: Tensor, shares: Tensor, gain: Tensor, vectors: Tensor, table: Tensor, scale: Tensor
-) -> Tensor:
-    return backend_for(table).ngram_sum_forward(level, tokens, shares, gain, vectors, table, scale)
+    return backend_for(gain).ngram_sum_forward(level, tokens, shares, gain, level_vectors, token_vectors, scale)
 
 
 @torch.library.custom_op("resnet_bk::ngram_sum_backward", mutates_args=())
@@ -56,30 +49,41 @@ def ngram_sum_backward(
     tokens: Tensor,
     shares: Tensor,
     gain: Tensor,
-    vectors: Tensor,
-    table: Tensor,
+    token_vectors: Tensor,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backend_for(table).ngram_sum_backward(grad, level, tokens, shares, gain, vectors, table, scale)
+    """Return the gradients of gain, level_vectors, token_vectors and scale."""
+    return backend_for(gain).ngram_sum_backward(grad, level, tokens, shares, gain, token_vectors, scale)
 
 
-@ngram_sum_op.register_fake
-def _(level, tokens, shares, gain, vectors, table, scale) -> Tensor:
-    return table.new_empty(len(level), table.shape[1])
+@ngram_sum.register_fake
+def _(level, tokens, shares, gain, level_vectors, token_vectors, scale) -> Tensor:
+    return token_vectors.new_empty(len(level), token_vectors.shape[1])
 
 
 @ngram_sum_backward.register_fake
-def _(grad, level, tokens, shares, gain, vectors, table, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gain, vectors, table, scale = (x.new_empty(x.shape) for x in (gain, vectors, table, scale))
-    return gain, vectors, table, scale
+def _(grad, level, tokens, shares, gain, token_vectors, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    level_vectors = gain.new_empty(len(gain), token_vectors.shape[1])
+    return (
+        gain.new_empty(gain.shape),
+        level_vectors,
+        token_vectors.new_empty(token_vectors.shape),
+        scale.new_empty(scale.shape),
+    )
 
 
 def _by_rows(
-    level: Tensor, tokens: Tensor, shares: Tensor, gain: Tensor, vectors: Tensor, table: Tensor, scale: Tensor
+    level: Tensor,
+    tokens: Tensor,
+    shares: Tensor,
+    gain: Tensor,
+    level_vectors: Tensor,
+    token_vectors: Tensor,
+    scale: Tensor,
 ) -> Tensor:
-    """Compute the sums from all rows, for second derivatives."""
-    sums = (shares.unsqueeze(-1) * F.embedding(tokens, table)).sum(2) * F.embedding(level, gain.unsqueeze(-1))
-    return (F.embedding(level, vectors) + scale * sums).sum(1)
+    """Compute the sums under autograd, for second derivatives."""
+    sums = (shares.unsqueeze(-1) * F.embedding(tokens, token_vectors)).sum(2)
+    return (F.embedding(level, level_vectors) + scale * F.embedding(level, gain.unsqueeze(-1)) * sums).sum(1)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -91,11 +95,12 @@ def _autograd(ctx, grad: Tensor):
     if torch.is_grad_enabled():
         grads = differentiable_vjp(lambda *p: (_by_rows(level, tokens, shares, *p),), tuple(parameters), (grad,))
     else:
-        grads = ngram_sum_backward(grad, *ctx.saved_tensors)
+        gain, _, token_vectors, scale = parameters
+        grads = ngram_sum_backward(grad, level, tokens, shares, gain, token_vectors, scale)
     return None, None, None, *grads
 
 
-ngram_sum_op.register_autograd(_autograd, setup_context=_setup)
+ngram_sum.register_autograd(_autograd, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.resnet_bk.ngram_sum)
@@ -105,4 +110,4 @@ def _flops(level_shape, tokens_shape, *args, out_shape=None, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.resnet_bk.ngram_sum_backward)
 def _backward_flops(grad_shape, level_shape, tokens_shape, *args, out_shape=None, **kwargs) -> int:
-    return 6 * torch.Size(tokens_shape).numel() * torch.Size(grad_shape)[-1]
+    return 4 * torch.Size(tokens_shape).numel() * torch.Size(grad_shape)[-1]

@@ -16,7 +16,7 @@ from resnet_bk.ops.chain import can_read_values
 from resnet_bk.ops.chunked import SCAN_CHUNK, chunks
 from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.flops import DELTA, DELTA_BACKWARD, FILL, FILL_BACKWARD, SCAN, SCAN_BACKWARD
-from resnet_bk.ops.kernels import backend_for, differentiable_vjp, given, has_kernel, scan
+from resnet_bk.ops.kernels import backend_for, differentiable_vjp, given, load_backend, preferred_backend, scan
 from resnet_bk.ops.packing import Packing
 
 
@@ -75,9 +75,15 @@ def sparse_scan(
     # fewer sites than the gates keep, and a kernel would read beyond them
     if can_read_values(gate) and q.shape[1] < (most := max(1, int((gate != 0).sum(1).max()))):
         raise ValueError(f"q and k: expected at least {most} sites (1, or those of the fullest row), got {q.shape[1]}")
-    if not has_kernel("sparse_scan", v.device.type):
+    if not _has_sparse_kernel(v.device.type):
         return _on_packed_sites(*inputs, delta=delta)
     return sparse_scan_op(*inputs, delta)[:3]
+
+
+@torch.compiler.assume_constant_result
+def _has_sparse_kernel(device_type: str) -> bool:
+    """Return True if the backend for a device type has a kernel for sparse chains."""
+    return hasattr(load_backend(preferred_backend(device_type)), "sparse_scan_forward")
 
 
 def _by_steps(*inputs: Tensor, delta: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from triton import knobs
 
+from resnet_bk.ops.chunked import ngram_sum_backward, ngram_sum_forward
 from resnet_bk.ops.triton_conv import conv_backward, conv_forward
 from resnet_bk.ops.triton_delta import delta_scan_backward, delta_scan_forward
 from resnet_bk.ops.triton_green import green_backward, green_forward
@@ -27,6 +28,8 @@ __all__ = [
     "delta_scan_forward",
     "green_backward",
     "green_forward",
+    "ngram_sum_backward",
+    "ngram_sum_forward",
     "scan_backward",
     "scan_forward",
 ]

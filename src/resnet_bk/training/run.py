@@ -225,7 +225,7 @@ def _start_from(source: str, model: ResNetBKForCausalLM, tokenizer: Tokenizer) -
     other = ResNetBKForCausalLM.from_pretrained(folder)
     theirs, ours = ({name: p.shape for name, p in network.named_parameters()} for network in (other, model))
     first, second = (network.model.config for network in (other, model))
-    if theirs != ours or first.energy_kind != second.energy_kind:
+    if theirs != ours or first.energy_kind != second.energy_kind or first.memory.orders != second.memory.orders:
         there, here = (flat(dataclasses.asdict(config)) for config in (first, second))
         differing = ", ".join(f"{name} ({shown(there[name])})" for name in there if there[name] != here.get(name))
         raise ConfigError(
@@ -234,7 +234,9 @@ def _start_from(source: str, model: ResNetBKForCausalLM, tokenizer: Tokenizer) -
         )
     if tokens.tokenizer_digest(load_tokenizer(str(folder))) != tokens.tokenizer_digest(tokenizer):
         raise ConfigError(f"train.init_from: {source!r} has another tokenizer than data.tokenizer; use its tokenizer")
-    model.load_state_dict(other.state_dict())
+    with torch.no_grad():  # not the table of n-gram memory, which is counted from the run's own text
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.copy_(q)
 
 
 def _add_records(
@@ -330,13 +332,15 @@ def resolved(config: TrainConfig, size: int) -> TrainConfig:
 
 def _print_sizes(console: Console, data: _Data, model: ResNetBKForCausalLM, ranks: Ranks) -> None:
     parameters = sum(p.numel() for p in model.parameters())
+    memory = model.model.memory
+    entries = "" if memory is None else f"n-grams in {memory.entries.nbytes / 1e6:.0f} MB, which are counted first; "
     processes = f"{ranks.world_size} processes of " if ranks.world_size > 1 else ""
     if data.note:
         say(console, data.note)
     say(
         console,
         f"{len(data.windows.tokens.names)} documents, {data.windows.tokens.bytes / 1e6:.1f} MB to train on; "
-        f"{len(data.held_out.names)} documents held out; {parameters / 1e6:.2f} M parameters; "
+        f"{len(data.held_out.names)} documents held out; {parameters / 1e6:.2f} M parameters; {entries}"
         f"{processes}{torch.get_num_threads()} threads",
     )
 

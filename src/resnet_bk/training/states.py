@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from resnet_bk.checkpoint import OPTIMIZER, WEIGHTS, CheckpointError
-from resnet_bk.weights import check_tables, read_tensors
+from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.weights import check_table, read_tensors
 
 _MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"  # the entries of AdamW's state
 
@@ -58,7 +59,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, x in tensors.items():
             x.copy_(_place_like(saved[name], x))
-    check_tables(folder / WEIGHTS, model)
+    for name, module in model.named_modules():
+        if isinstance(module, NgramMemory):
+            check_table(folder / WEIGHTS, f"{name}.entries", module)
 
 
 def gather_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -28,7 +27,6 @@ from resnet_bk.config import TrainConfig, shown
 from resnet_bk.extras import extra
 from resnet_bk.folders import HELD_OUT
 from resnet_bk.hf import ResNetBKForCausalLM
-from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.training import optimizers
 from resnet_bk.training.ranks import Ranks
@@ -105,14 +103,14 @@ class BKTrainer(Trainer):
         self.network, self.checkpoints = model, Path(config.output_dir) / "checkpoints"  # network: self.model, typed
         self.ranks = ranks or Ranks()
         self.bytes_per_step = config.batch_size * config.accumulate * windows.length * windows.bytes_per_token
-        memory = next((module for module in model.modules() if isinstance(module, NgramMemory)), None)
-        per_step = config.batch_size * config.accumulate
+        memory, per_step = model.model.memory, config.batch_size * config.accumulate
         parts = [np.arange(len(windows))] if memory is None else windows.parts(per_step)
         self.sampler = ShuffledSampler(parts, per_step, config.seed)
         self.steps_per_epoch = math.ceil(len(self.sampler) // config.batch_size / config.accumulate)
         self.cross_entropy: list[Tensor] = []  # one of each forward pass since the last log line
         self.losses: list[Tensor] = []  # one of each forward pass of this step
         self.seconds = 0.0  # rank 0's clock, read just before the last update; the same on all ranks
+        self.begin = 0.0  # progress at the first update of the run, where n-grams were counted before
         self.grad_norm = 0.0  # that of the last update, before clipping
         self.held_out_bits: float | None = None  # a score for the next log line, see HeldOut
         self.received_signal: int | None = None  # the last signal that this process received
@@ -134,17 +132,17 @@ class BKTrainer(Trainer):
             report_to=[] if config.report_to == "none" else config.report_to.split(","),
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
+            ddp_broadcast_buffers=False,  # the table of n-gram memory, which every process counts
             ddp_find_unused_parameters=False,  # every parameter gets a gradient in each pass, even if it is 0
             remove_unused_columns=False,
         )
+        if arguments.n_gpu > 1:  # transformers would cut the batches with DataParallel; several GPUs need torchrun
+            arguments._n_gpu = 1
         super().__init__(model, arguments, data_collator=collate, train_dataset=windows, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
         self.add_callback(RunControl(self))
         if memory is not None:
             self.add_callback(HeldBack(memory, windows, self.sampler))
-            # Every process counts the same table; without this it would be broadcast in every step.
-            tables = [name for name, _ in model.named_buffers() if name.endswith("entries")]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
         # Mark a sharded model as prepared: otherwise train() would try to wrap it in DistributedDataParallel.
         if isinstance(model, FSDPModule):
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
@@ -182,7 +180,8 @@ class BKTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         def factor(step: int) -> float:
-            return learning_rate_factor(self._progress(step), self.config.warmup, self.config.final_learning_rate)
+            progress = max(0.0, self._progress(step) - self.begin) / max(1e-9, 1 - self.begin)
+            return learning_rate_factor(progress, self.config.warmup, self.config.final_learning_rate)
 
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
@@ -224,6 +223,8 @@ class BKTrainer(Trainer):
         if any(faults):
             what = ("the loss is nan", "the loss is inf", "the gradient norm is not finite")[faults.index(1.0)]
             raise NonFiniteError(f"step {self.state.global_step + 1}: {what}; no update was made")
+        if self.state.global_step == 0 and self.network.model.memory is not None:
+            self.begin = self._progress(0)
         torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.config.max_grad_norm, norm)
         self.grad_norm = norm.item()
 

@@ -3,8 +3,9 @@
 Dimensions: N tokens of a window.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,14 @@ class Windows(Dataset):
     def parts(self, per_step: int) -> list[np.ndarray]:
         """Divide the windows in PARTS parts, pieces of the text in turn, and return the indices of each.
 
-        Pieces have 65,536 tokens. In short texts they are shorter, so that each part has four, and there are fewer
-        parts, two at least, so that each has the `per_step` windows of an update.
+        Pieces have at most 65,536 tokens. In short texts they are shorter, so that each part has four, or fewer pieces
+        or fewer parts, two at least, where a part would not have the `per_step` windows of an update.
         """
-        count = max(2, min(PARTS, len(self) // per_step))
-        piece = max(1, min(PIECE // self.length, len(self) // (4 * count)))
-        part = np.arange(len(self)) // piece % count
+        for count, least in itertools.product(range(PARTS, 1, -1), (4, 2, 1)):
+            pieces = count * max(least, math.ceil(len(self) * self.length / (PIECE * count)))
+            part = np.arange(len(self)) * min(pieces, len(self)) // max(1, len(self)) % count
+            if np.bincount(part, minlength=count).min() >= per_step:
+                break
         return [np.flatnonzero(part == i) for i in range(count)]
 
 
@@ -62,7 +65,7 @@ class ShuffledSampler(Sampler):
         self.indices, self.seed, self.epoch = parts, seed, 0
         whole = [len(part) // per_step * per_step for part in parts]
         self.sizes = whole if len(parts) > 1 else [len(parts[0])]
-        self.ends = [size // per_step for size in accumulate(self.sizes)]  # the first step after each part
+        self.ends = np.cumsum(self.sizes) // per_step  # the first step after each part
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -74,7 +77,7 @@ class ShuffledSampler(Sampler):
 
     def part(self, step: int) -> int:
         """Return the part that a step trains on; steps are counted from 0 over all epochs."""
-        return int(np.searchsorted(self.ends, step % self.ends[-1], side="right"))
+        return int(np.searchsorted(self.ends, step % max(1, self.ends[-1]), side="right"))
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -91,19 +94,28 @@ class HeldBack(TrainerCallback):
         self.memory, self.windows, self.sampler = memory, windows, sampler
         self.tables: dict[int, Tensor] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def count(self) -> None:
+        """Count the whole text."""
         self.memory.count(self.windows.tokens.ids)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        part = self.sampler.part(state.global_step)
+    def hold_back(self, step: int) -> None:
+        """Let the memory read a table without the part of the text that a step trains on; count it if it is new."""
+        part = self.sampler.part(step)
         if part not in self.tables:
-            self.tables[part] = self.without(part).to(self.memory.entries.device)
+            ids, length = self.windows.tokens.ids, self.windows.length
+            chosen = np.ones(len(ids), bool)
+            targets = chosen[1 : 1 + len(self.windows) * length].reshape(-1, length)  # a view: those of each window
+            targets[self.sampler.indices[part]] = False
+            self.tables[part] = self.memory.counted(ids, chosen)
         self.memory.held_back = self.tables[part]
 
-    def without(self, part: int) -> Tensor:
-        """Return the table of the text without the targets of a part."""
-        ids, length = self.windows.tokens.ids, self.windows.length
-        counted = np.ones(len(ids), bool)
-        targets = counted[1 : 1 + len(self.windows) * length].reshape(-1, length)  # a view: the targets of each window
-        targets[self.sampler.indices[part]] = False
-        return self.memory.table(ids, counted)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:  # a run that resumes has loaded its table
+            self.count()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hold_back(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.memory.held_back = None
+        self.tables.clear()
