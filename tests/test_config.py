@@ -276,6 +276,21 @@ def test_heads_must_divide_the_width():
     assert ModelConfig(d_model=64, n_heads=3, readout="diagonal").heads == 3
 
 
+def test_n_gram_memory_limits_the_vocabulary():
+    fields = {"memory": {"orders": [2]}}
+    assert ModelConfig.from_dict({"vocab_size": 2**23, **fields}).memory.orders == (2,)
+    with pytest.raises(ConfigError, match=r"model.vocab_size: got 8388609, allowed an integer from 1 to 8388608"):
+        ModelConfig.from_dict({"vocab_size": 2**23 + 1, **fields})
+
+
+def test_files_of_before_name_a_width_of_n_gram_memory():
+    memory = {"orders": [], "rows": 16384, "width": None}
+    assert not ModelConfig.from_dict({"memory": memory}).memory.orders
+    for changed in ({"width": 64}, {"orders": [2]}):
+        with pytest.raises(ConfigError, match=r"model\.memory: unknown field 'width'"):
+            ModelConfig.from_dict({"memory": {**memory, **changed}})
+
+
 def test_complex_energies_need_an_even_number_of_channels_a_head():
     message = refusal(MODEL, d_model=6, n_heads=2, energy="complex")
     assert message.startswith("model.n_heads: got 2, which makes 6 / 2 = 3 channels each, allowed an even number")

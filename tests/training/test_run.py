@@ -141,6 +141,28 @@ def test_a_resumed_run_does_not_start_again_from_other_weights(place, monkeypatc
     assert (place / "second" / "model" / "model.safetensors").read_bytes() == final
 
 
+def test_the_table_of_n_grams_is_counted_again_from_the_new_text(place):
+    memory = ("--model.memory.orders=[1, 2]", "--model.memory.rows=500")
+    assert main(arguments(place, *memory)) == 0
+    (place / "other").mkdir()
+    for i in range(22):
+        (place / "other" / f"{i:02}.py").write_text(f"# other {i}\n" + TEXT.upper())
+    more = (f"--init_from={place / 'run'}", f"--data.source={place / 'other'}", f"--output_dir={place / 'new'}")
+    assert main(arguments(place, *memory, "--model.memory.rows=300", *more)) == 0
+    first, second = (
+        ResNetBKForCausalLM.from_pretrained(place / name / "model").model.memory for name in ("run", "new")
+    )
+    assert first.entries.any()
+    assert second.entries.shape == (300, 5)
+    tokens = [set((x.entries[:, 1:] >> 8).flatten().tolist()) for x in (first, second)]
+    assert ord("f") + 3 in tokens[0] - tokens[1]
+
+
+def test_a_text_too_short_for_two_parts_is_refused(place, capsys):
+    assert main(arguments(place, "--model.memory.orders=[2]", "--model.memory.rows=50", "--batch_size=200")) == 2
+    assert "two parts need the 200 windows of an update each (batch_size x accumulate)" in capsys.readouterr().err
+
+
 def test_weights_of_another_model_are_refused(place, capsys):
     assert main(arguments(place)) == 0
     new = f"--output_dir={place / 'new'}"
