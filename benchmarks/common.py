@@ -110,16 +110,18 @@ def train(
     x, y = draw()
     loss_of(x[: first[0], : first[1]], y[: first[0], : first[1]]).backward()
     optimizer.zero_grad()
-    done, started, first_norm = 0, clock(), math.nan
+    done, started, first_norm, begin = 0, clock(), math.nan, 0.0
     while True:
         elapsed = clock() - started
         progress = max(done / steps if steps else 0.0, elapsed / seconds if seconds else 0.0)
         if progress >= 1:
             return {"steps": done, "seconds": elapsed, "first_gradient_norm": first_norm}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(progress, warmup, final)
-        anneal(model, progress)
         x, y = draw()
+        if done == 0 and seconds:  # the first draw may count n-grams: the learning rate rises from here
+            progress = begin = min(0.9, (clock() - started) / seconds)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * learning_rate_factor((progress - begin) / (1 - begin), warmup, final)
+        anneal(model, progress)
         loss_of(x, y).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         first_norm = norm if done == 0 else first_norm

@@ -30,7 +30,7 @@ from resnet_bk.model import LanguageModel
 from resnet_bk.training.windows import HeldBack, ShuffledSampler, Windows, collate
 
 ORDERS, SUCCESSORS = [2, 3, 4, 5, 6, 8, 12], 4
-RATE, SECONDS, TOKENS, WINDOW, SEEDS = 0.01, 240, 3072, 1024, (0, 1, 2)
+RATE, SECONDS, TOKENS, WINDOW = 0.01, 240, 3072, 1024
 ROWS = (0, 2**18, 2**20, 2**22)  # 0: no memory
 LARGEST = ROWS[-1]
 SCORED = 2**18  # held-out bytes
@@ -129,12 +129,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
     parser.add_argument("--log", type=Path, default=Path("runs/benchmarks/memory.jsonl"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--long", type=int, default=0, help="core-seconds of a long training of one seed; 0: none")
     options = parser.parse_args()
     if options.cell is not None:
         print(json.dumps(cell(options.cell)))
         return
-    short = [(corpus, rows, False, seed) for seed in SEEDS for corpus in CORPORA for rows in (0, LARGEST)]
+    short = [(corpus, rows, False, seed) for seed in options.seeds for corpus in CORPORA for rows in (0, LARGEST)]
     short += [("stdlib", rows, False, 0) for rows in ROWS[1:-1]] + [(corpus, LARGEST, True, 0) for corpus in CORPORA]
     names = ("corpus", "rows", "alone", "seed")
     cells = [{"seconds": SECONDS, "window": WINDOW, **dict(zip(names, values, strict=True))} for values in short]
