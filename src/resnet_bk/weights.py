@@ -12,7 +12,6 @@ from torch import Tensor
 
 from resnet_bk.checkpoint import WEIGHTS, CheckpointError, current_name
 from resnet_bk.config import shown
-from resnet_bk.layers.embedding import NgramMemory
 
 _FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("I32",)
 _OTHER_MODEL = "the file is of another model"
@@ -106,14 +105,6 @@ def check_finite(path: Path, name: str, x: Tensor) -> None:
     """Raise CheckpointError if x, which was read from a file, has a NaN or an infinity."""
     if not bool(torch.isfinite(x).all()):
         raise CheckpointError(f"{path}: {name!r}: has a NaN or an infinity, in {x.dtype}; the file cannot be used")
-
-
-def check_table(path: Path, name: str, memory: NgramMemory) -> None:
-    """Raise CheckpointError if the table of n-gram memory, which was read from a file, is one that no text has."""
-    if not memory.entries.is_meta and not memory.is_valid():
-        raise CheckpointError(
-            f"{path}: {name!r}: has entries that no text with a vocabulary of {memory.vocab_size} has; it is damaged"
-        )
 
 
 @contextlib.contextmanager

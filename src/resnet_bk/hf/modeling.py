@@ -23,7 +23,7 @@ from resnet_bk.hf.configuration import ResNetBKConfig
 from resnet_bk.layers.checks import IDS, TARGETS, check_positions
 from resnet_bk.model import LanguageModel
 from resnet_bk.record import mean_losses, weighted_sum
-from resnet_bk.weights import check_finite, check_headers, check_table, weight_files
+from resnet_bk.weights import check_finite, check_headers, weight_files
 
 # The name of a cache in outputs and arguments; transformers has renamed it from `past_key_values` to `cache`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -112,7 +112,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
                     check_finite(files.get(name, folder), name, p)
             if model.model.memory is not None:
                 name = "model.blocks.0.entries"
-                check_table(files.get(name, folder), name, model.model.memory)
+                model.model.memory.check_entries(f"{files.get(name, folder)}: {name!r}")
         return (model, info) if wants_info else model
 
     @classmethod

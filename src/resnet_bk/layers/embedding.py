@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
@@ -84,11 +85,16 @@ class NgramMemory(AdaptiveLayer):
         self.vectors.token_vectors = nn.Parameter(new, requires_grad=old.requires_grad)
         self.entries[:, 1:][self.entries[:, 1:] >> 8 >= vocab_size] = 0
 
-    def is_valid(self) -> bool:
-        """Return True if the table is one that :meth:`count` can make."""
+    def check_entries(self, where: str) -> None:
+        """Raise CheckpointError unless the table, read from the file `where`, is one that :meth:`count` can make."""
+        if self.entries.is_meta:
+            return
         header, successors = self.entries[:, 0], self.entries[:, 1:]
         whole = self.entries.min() >= 0 and header.max() >> 8 < 2**ngrams.TAG_BITS
-        return bool(whole and (header & 255).max() < ngrams.LEVELS and successors.max() >> 8 < self.vocab_size)
+        if not whole or (header & 255).max() >= ngrams.LEVELS or successors.max() >> 8 >= self.vocab_size:
+            raise CheckpointError(
+                f"{where}: has entries that no text with a vocabulary of {self.vocab_size} has; it is damaged"
+            )
 
     def forward(
         self, x: Tensor, tokens: Tokens, state: Tensor | None, mask: Tensor | None

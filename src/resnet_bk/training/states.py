@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from resnet_bk.checkpoint import OPTIMIZER, WEIGHTS, CheckpointError
 from resnet_bk.layers.embedding import NgramMemory
-from resnet_bk.weights import check_table, read_tensors
+from resnet_bk.weights import read_tensors
 
 _MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"  # the entries of AdamW's state
 
@@ -61,7 +61,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             x.copy_(_place_like(saved[name], x))
     for name, module in model.named_modules():
         if isinstance(module, NgramMemory):
-            check_table(folder / WEIGHTS, f"{name}.entries", module)
+            module.check_entries(f"{folder / WEIGHTS}: '{name}.entries'")
 
 
 def gather_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -132,7 +133,6 @@ class BKTrainer(Trainer):
             report_to=[] if config.report_to == "none" else config.report_to.split(","),
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
-            ddp_broadcast_buffers=False,  # the table of n-gram memory, which every process counts
             ddp_find_unused_parameters=False,  # every parameter gets a gradient in each pass, even if it is 0
             remove_unused_columns=False,
         )
@@ -143,6 +143,11 @@ class BKTrainer(Trainer):
         self.add_callback(RunControl(self))
         if memory is not None:
             self.add_callback(HeldBack(memory, windows, self.sampler))
+            # Every process counts the same table. Otherwise DDP would broadcast it in each step; the setting against
+            # that, broadcast_buffers, is deprecated.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, [name for name, _ in model.named_buffers()]
+            )
         # Mark a sharded model as prepared: otherwise train() would try to wrap it in DistributedDataParallel.
         if isinstance(model, FSDPModule):
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
