@@ -119,3 +119,12 @@ def test_a_resumed_run_holds_back_the_same(tmp_path, stop):
     second.run_training(newest_valid(tmp_path / "run" / "checkpoints", pytest.fail))
     for p, q in zip(weights(straight), weights(second), strict=True):
         assert torch.equal(p, q)
+
+
+def test_an_error_of_counting_ends_the_step_that_needs_the_table():
+    windows = text(8, 60)
+    memory = NgramMemory(ModelConfig(vocab_size=40, memory=MemoryConfig(orders=(1,), rows=100)))
+    held_back = HeldBack(memory, windows, ShuffledSampler(windows.parts(5), 5, seed=0))
+    held_back._without = lambda part: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        held_back.hold_back(0)

@@ -24,8 +24,8 @@ from torch import Tensor
 STEP, MIX = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # odd 64-bit constants (Knuth's MMIX generator)
 HASH_BITS, TAG_BITS = 32, 16  # bits of a hash that choose the slot, and bits of the tag
 LEVELS, SHARES = 16, 255
-CHUNK = 2**16  # tokens that are hashed at a time, so that the numbers stay in the cache
-PART = 2**27  # tokens that are sorted at a time: 1 GiB
+CHUNK = 2**15  # tokens that are hashed at a time: the numbers stay in the cache, and torch uses one thread
+PART = 2**26  # tokens that are sorted at a time; counting needs about 50 bytes for each
 
 
 class Found(NamedTuple):

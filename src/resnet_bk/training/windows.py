@@ -6,6 +6,8 @@ Dimensions: N tokens of a window.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -88,26 +90,44 @@ class HeldBack(TrainerCallback):
     """Count the tables of n-gram memory: one of the whole text, and for each part one without it.
 
     The first is saved with the model. In training, the memory reads the table without the part that the step trains on.
+    While the model trains on a part, a thread counts the table for the next one.
     """
 
     def __init__(self, memory: NgramMemory, windows: Windows, sampler: ShuffledSampler):
         self.memory, self.windows, self.sampler = memory, windows, sampler
-        self.tables: dict[int, Tensor] = {}
+        self.tables: dict[int, Future[Tensor]] = {}
 
     def count(self) -> None:
-        """Count the whole text."""
+        """Count the whole text, and in the meantime the table for the first part."""
+        self._begin(0)
         self.memory.count(self.windows.tokens.ids)
 
     def hold_back(self, step: int) -> None:
-        """Let the memory read a table without the part of the text that a step trains on; count it if it is new."""
+        """Let the memory read a table without the part of the text that a step trains on."""
         part = self.sampler.part(step)
+        self._begin(part)
+        self.memory.held_back = self.tables[part].result()
+        self._begin((part + 1) % len(self.sampler.indices))
+
+    def _begin(self, part: int) -> None:
         if part not in self.tables:
-            ids, length = self.windows.tokens.ids, self.windows.length
-            chosen = np.ones(len(ids), bool)
-            targets = chosen[1 : 1 + len(self.windows) * length].reshape(-1, length)  # a view: those of each window
-            targets[self.sampler.indices[part]] = False
-            self.tables[part] = self.memory.counted(ids, chosen)
-        self.memory.held_back = self.tables[part]
+            table = self.tables[part] = Future[Tensor]()
+            # a daemon: the end of the process does not wait for a table that nothing needs any more
+            Thread(target=self._count_without, args=(part, table), daemon=True).start()
+
+    def _count_without(self, part: int, table: "Future[Tensor]") -> None:
+        try:
+            table.set_result(self._without(part))
+        except BaseException as error:  # for the thread that asks for the table
+            table.set_exception(error)
+
+    def _without(self, part: int) -> Tensor:
+        """Return the table of the text without the targets of a part."""
+        ids, length = self.windows.tokens.ids, self.windows.length
+        chosen = np.ones(len(ids), bool)
+        targets = chosen[1 : 1 + len(self.windows) * length].reshape(-1, length)  # a view: those of each window
+        targets[self.sampler.indices[part]] = False
+        return self.memory.counted(ids, chosen)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:  # a run that resumes has loaded its table
