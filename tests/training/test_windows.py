@@ -128,3 +128,17 @@ def test_an_error_of_counting_ends_the_step_that_needs_the_table():
     held_back._without = lambda part: 1 / 0
     with pytest.raises(ZeroDivisionError):
         held_back.hold_back(0)
+
+
+def test_the_learning_rate_rises_after_counting(tmp_path):
+    trainer = build(tmp_path, model=MEMORY, max_steps=2, max_seconds=1000)
+    trainer.run_training(None)
+    assert 0 < trainer.begin < 0.5
+    factor = trainer.lr_scheduler.lr_lambdas[0]
+    trainer.begin = 0.4
+    for seconds, expected in ((400, 1e-3), (415, 0.5), (430, 1.0)):
+        trainer.seconds = seconds
+        assert factor(0) == pytest.approx(expected)
+    plain = build(tmp_path / "plain", max_steps=2, max_seconds=1000)
+    plain.run_training(None)
+    assert plain.begin == 0
