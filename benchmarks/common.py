@@ -27,7 +27,7 @@ import resnet_bk
 from resnet_bk.config import DataConfig
 from resnet_bk.data import corpus, tokens
 from resnet_bk.layers.sparse import anneal
-from resnet_bk.training import optimizers
+from resnet_bk.training import cpu, optimizers
 from resnet_bk.training.trainer import learning_rate_factor
 
 SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -74,6 +74,7 @@ def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Callable[[],
     return draw
 
 
+@cpu.large_batches()
 def train(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     model: nn.Module,
@@ -131,6 +132,7 @@ def train(
 
 
 @torch.no_grad()
+@cpu.large_batches()
 def mean_nats(
     loss_of: Callable[[Tensor, Tensor], Tensor], ids: np.ndarray, length: int, limit: int = 2**62, batch: int = 16
 ) -> float:

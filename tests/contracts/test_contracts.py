@@ -251,7 +251,17 @@ def right_going_sweep(model: LanguageModel, monkeypatch) -> None:
 
 
 def convolution_without_shift(model: LanguageModel, monkeypatch) -> None:
-    model.blocks[1].mixer.conv.causal = False
+    """The convolution ends at the next position."""
+    inputs = mixer.mixer_inputs
+
+    def ahead(p, past, *arguments):
+        return inputs(
+            torch.cat([p[:, 1:], p[:, -1:]], dim=1),
+            torch.cat([past[:, 1:], p[:, :1, : past.shape[2]]], dim=1),
+            *arguments,
+        )
+
+    monkeypatch.setattr(mixer, "mixer_inputs", ahead)
 
 
 def norm_over_the_sequence(model: LanguageModel, monkeypatch) -> None:
@@ -306,13 +316,8 @@ def pad_mask_off_by_one(model: LanguageModel, monkeypatch) -> None:
 
 
 def state_without_convolution(model: LanguageModel, monkeypatch) -> None:
-    forward = mixer.ShortConv.forward
-
-    def forgetful(self, x, state, mask):
-        y, past = forward(self, x, None, mask)
-        return y, past
-
-    monkeypatch.setattr(mixer.ShortConv, "forward", forgetful)
+    inputs = mixer.mixer_inputs
+    monkeypatch.setattr(mixer, "mixer_inputs", lambda p, past, *rest: inputs(p, torch.zeros_like(past), *rest))
 
 
 def state_forgets_g(model: LanguageModel, monkeypatch) -> None:
@@ -326,13 +331,11 @@ def state_forgets_g(model: LanguageModel, monkeypatch) -> None:
 
 
 def state_grows(model: LanguageModel, monkeypatch) -> None:
-    forward = mixer.ShortConv.forward
-
-    def hoarding(self, x, state, mask):
-        y, past = forward(self, x, None if state is None else state[:, -(self.width - 1) :], mask)
-        return y, past if state is None else torch.cat([state, past], dim=1)
-
-    monkeypatch.setattr(mixer.ShortConv, "forward", hoarding)
+    inputs, last, width = mixer.mixer_inputs, mixer.last_positions, model.config.conv_width - 1
+    monkeypatch.setattr(mixer, "mixer_inputs", lambda p, past, *rest: inputs(p, past[:, -width:], *rest))
+    monkeypatch.setattr(
+        mixer, "last_positions", lambda past, x, mask: torch.cat([past, last(past[:, -width:], x, mask)], dim=1)
+    )
     monkeypatch.setattr("resnet_bk.model.check_state", lambda *arguments: None)  # it would refuse the second state
 
 
@@ -623,7 +626,7 @@ def window_state(monkeypatch, change) -> None:
 
 def padding_is_in_the_window(model: LanguageModel, monkeypatch) -> None:
     """The state holds the last positions of each row, padding included."""
-    window_state(monkeypatch, lambda last, x, count, mask: last(x, count, None))
+    window_state(monkeypatch, lambda last, past, x, mask: last(past, x, None))
 
 
 def nothing_counts_as_a_position(model: LanguageModel, monkeypatch) -> None:
@@ -666,7 +669,7 @@ def grams_forgotten(model: LanguageModel, monkeypatch) -> None:
 
 def padding_is_in_the_grams(model: LanguageModel, monkeypatch) -> None:
     last = embedding.last_positions
-    monkeypatch.setattr(embedding, "last_positions", lambda x, count, mask: last(x, count, None))
+    monkeypatch.setattr(embedding, "last_positions", lambda past, x, mask: last(past, x, None))
 
 
 def adaptive_layer(model: LanguageModel) -> multiscale.MultiScale:

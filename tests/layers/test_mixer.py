@@ -5,7 +5,8 @@ import torch
 
 from resnet_bk import LanguageModel
 from resnet_bk.config import ModelConfig
-from resnet_bk.layers.mixer import MIXERS, Energies, PropagatorMixer, ShortConv
+from resnet_bk.layers.mixer import MIXERS, Energies, ShortConv
+from resnet_bk.ops.gates import mixer_inputs
 
 VARIANTS = [("propagator", "bonds"), *((readout, energy) for readout in MIXERS for energy in ("real", "complex"))]
 
@@ -61,8 +62,8 @@ def test_a_single_head_has_the_shortest_memory_and_its_bias_counts_eight_times()
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e6])
 def test_a_site_writes_at_most_what_its_key_lacks(size):
     """The delta rule is stable for ``0 <= write |k|^2 <= 2``. Short keys write little."""
-    mixer = PropagatorMixer(ModelConfig(d_model=64))
-    _, k, write = mixer._read_and_write(size * torch.randn(2, 9, 128), size * torch.randn(2, 9, 2))
+    p = size * torch.randn(2, 9, 4 * 64 + 2)
+    _, k, _, _, write = mixer_inputs(p, torch.zeros(2, 3, 192), torch.rand(4, 192), 2, True)
     written = write.unsqueeze(-1) * k.square().sum(-1, keepdim=True)
     assert ((written >= 0) & (written <= 1 + 1e-6)).all()
     assert size > 1e-2 or (written < 1e-3).all()

@@ -86,7 +86,7 @@ class Attention(Mixer):
         else:
             past = self._start(new) if state is None else state.past.to(new.dtype)
         read = torch.cat([past, new], dim=1)
-        after = AttentionState(last_positions(read, self.window - 1, mask))
+        after = AttentionState(last_positions(past, new, mask))
         return self.out_proj(self._attend(q.unflatten(-1, (self.heads, self.width)), read).to(x.dtype)), after, []
 
     def _start(self, x: Tensor) -> Tensor:

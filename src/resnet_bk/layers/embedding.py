@@ -113,7 +113,7 @@ class NgramMemory(AdaptiveLayer):
         y = self.vectors(ngrams.look_up(window, self.orders, entries)).to(x.dtype)
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
-        return x + y, last_positions(window, self.reach, mask), []
+        return x + y, last_positions(state, ids, mask), []
 
 
 class NgramVectors(nn.Module):

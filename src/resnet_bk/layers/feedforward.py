@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.price import price
+from resnet_bk.ops.gates import swiglu
 from resnet_bk.ops.packing import TILE
 from resnet_bk.record import Loss, Record
 
@@ -49,8 +50,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.d_hidden, config.d_model, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value), []
+        return self.down(swiglu(self.up(x))), []
 
 
 class Experts(nn.Module):
@@ -170,15 +170,13 @@ class Experts(nn.Module):
         x, dtype = tokens[source], torch.bfloat16
         # grouped_mm does not write rows beyond the last group, forward or backward, so both `where` leave them out.
         rows = torch.where(computes, x, 0).to(dtype)
-        gate, value = grouped_mm(rows, self.up.to(dtype), offs=ends).chunk(2, dim=-1)
-        y = grouped_mm(F.silu(gate) * value, self.down.to(dtype), offs=ends)
+        y = grouped_mm(swiglu(grouped_mm(rows, self.up.to(dtype), offs=ends)), self.down.to(dtype), offs=ends)
         return torch.where(computes, y.to(x.dtype), x)
 
     def _expert(self, e: int, tokens: Tensor, own: Tensor) -> Tensor:
         """Run expert e on its own tokens: rows `own` (R,) of tokens (T, D), -> (R, D)."""
         x = tokens[_whole_tiles(own)]  # filled up with token 0; cut off below
-        gate, value = (x @ self.up[e].to(tokens.dtype)).chunk(2, dim=-1)
-        return ((F.silu(gate) * value) @ self.down[e].to(tokens.dtype))[: len(own)]
+        return (swiglu(x @ self.up[e].to(tokens.dtype)) @ self.down[e].to(tokens.dtype))[: len(own)]
 
 
 def computed_in(x: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from resnet_bk.layers.norm import Norm
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.ops import PropagatorState, SparseState, Sparsity, left_green, propagate, resolvent_diagonal
 from resnet_bk.ops.conv import short_conv
+from resnet_bk.ops.gates import gated_norm, mixer_inputs, soften
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
@@ -66,26 +67,35 @@ class ShortConv(nn.Module):
         if not self.causal:
             ahead = self.width // 2
             return self._convolve(F.pad(x, (0, 0, self.width - 1 - ahead, ahead))), past
-        window = torch.cat([past, x], dim=1)
-        return self._convolve(window), last_positions(window, self.width - 1, mask)
+        return self._convolve(torch.cat([past, x], dim=1)), last_positions(past, x, mask)
 
     def _convolve(self, window: Tensor) -> Tensor:
         exact = torch.promote_types(window.dtype, torch.float32)
         return short_conv(window.to(exact), self.weight.to(exact)).to(window.dtype)
 
 
-def last_positions(x: Tensor, count: int, mask: Tensor | None) -> Tensor:
-    """Return the last `count` positions of x that are not padding.
+def last_positions(past: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the last positions of the past and of x that are not padding, as many as the past has.
 
     Args:
-        x: (B, count + N, ...), `count` positions of the past, and N new ones.
-        count: number of positions.
+        past: (B, C, ...).
+        x: (B, N, ...), what follows.
         mask: (B, N) bool, False for padding, which comes last in each row; None without padding.
     """
+    count, length = past.shape[1], x.shape[1]
     if mask is None:
-        return x[:, x.shape[1] - count :].clone()  # not a view, which would keep all of x in memory
-    index = mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)
-    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+        if length >= count:
+            return x[:, length - count :].clone()  # not a view, which would keep all of x in memory
+        return torch.cat([past[:, length:], x], dim=1)
+    index = mask.sum(1, keepdim=True) + torch.arange(-count, 0, device=x.device)  # in x; the past is below 0
+
+    def at(x: Tensor, index: Tensor) -> Tensor:
+        return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+
+    recent = at(x, index.clamp(min=0))
+    return torch.where(
+        (index < 0).view(*index.shape, *[1] * (x.dim() - 2)), at(past, (index + count).clamp(max=count - 1)), recent
+    )
 
 
 class Energies(nn.Module):
@@ -212,40 +222,42 @@ class PropagatorMixer(ChainMixer):
     ) -> tuple[Tensor, ChainState, list[Record]]:
         past = self._past(state, mask)
         sparsity, records = _decide(self.sparse, x, mask)
-        chain, exact = self.energies(x), torch.promote_types(x.dtype, torch.float32)
-        channels = self.conv.channels
-        u, gate, strength = self.in_proj(x).tensor_split([channels, channels + x.shape[-1]], dim=-1)
-        before = past.conv if self.pieces is None else self.pieces.inputs(u, self.conv.width - 1)
-        u, conv = self.conv(u, before, mask)
-        if sparsity is None or self.qk_proj is None:
-            qk, v = u.tensor_split([2 * x.shape[-1]], dim=-1)
+        chain, channels = self.energies(x), self.conv.channels
+        p = self.in_proj(x)
+        before = past.conv if self.pieces is None else self.pieces.inputs(p[..., :channels], self.conv.width - 1)
+        if self.causal and self.qk_proj is None:
+            p = p if mask is None else p.masked_fill(~mask.unsqueeze(-1), 0)
+            before = p.new_zeros(len(p), self.conv.width - 1, channels) if before is None else before
+            q, k, v, gate, write = mixer_inputs(p, before, self.conv.weight, self.heads, self.delta)
+            conv = last_positions(before, p[..., :channels], mask)
         else:
-            qk, v = self.qk_proj(sparsity.sites.pack(x)), u
-        q, k, write = self._read_and_write(qk.to(exact), strength.to(exact))
-        v = F.silu(v).to(exact).unflatten(-1, (self.heads, self.width))
-        entering = past.core if self.pieces is None else self.pieces.state(k, v, *chain, write=write)
+            u, conv = self.conv(p[..., :channels], before, mask)
+            q, k, v = self._heads(u, x if sparsity is None else sparsity.sites.pack(x))
+            gate, strength = p[..., channels:].tensor_split([x.shape[-1]], dim=-1)
+            gate, write = F.silu(gate), strength.to(v.dtype).sigmoid()
+        strengths = write if self.delta else None
+        entering = past.core if self.pieces is None else self.pieces.state(k, v, *chain, write=strengths)
         y, core = propagate(
             q,
             k,
             v,
             *chain,
-            write=write,
+            write=strengths,
             state=entering,  # type: ignore[arg-type]
             mask=mask,
             causal=self.causal,
             sparsity=sparsity,
         )
-        y = self.norm(y.to(x.dtype)).flatten(-2) * F.silu(gate)
+        y = gated_norm(y, self.norm.weight, gate, self.norm.eps)
         return self.out_proj(y), ChainState(conv, core), records
 
-    def _read_and_write(self, qk: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return q and k (B, N, H, K), and with the delta rule the strengths (B, N, H) at which sites write."""
-        q, k = F.silu(qk).unflatten(-1, (2, self.heads, self.width)).unbind(-3)
-        q = q / math.sqrt(self.width)
-        if not self.delta:
-            return q, k, None
-        # At a length of 1 and a strength of 1 the chain returns the new value for the key. Shorter keys write less.
-        return q, k / (1 + k.square().sum(-1, keepdim=True)).sqrt(), strength.sigmoid()
+    def _heads(self, u: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v of the convolution's output u and, with learned sparsity, of the features of kept sites."""
+        exact = torch.promote_types(u.dtype, torch.float32)
+        qk, v = u.tensor_split([2 * kept.shape[-1]], dim=-1) if self.qk_proj is None else (self.qk_proj(kept), u)
+        q, k = F.silu(qk.to(exact)).unflatten(-1, (2, self.heads, self.width)).unbind(-3)
+        v = F.silu(v.to(exact)).unflatten(-1, (self.heads, self.width))
+        return q / math.sqrt(self.width), soften(k) if self.delta else k, v
 
 
 class DiagonalMixer(ChainMixer):

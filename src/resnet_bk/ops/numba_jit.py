@@ -35,6 +35,12 @@ _turn = threading.Lock() if numba.threading_layer() == "workqueue" else contextl
 class _Cache(FunctionCache):
     """Numba's cache of a kernel on the disk. Damaged files are replaced, and a failure to save is no error."""
 
+    def __init__(self, kernel: Callable[..., None]):
+        super().__init__(kernel)
+        # Numba compiles a kernel again when its own file changes; it must do so too when what it inlines changes.
+        inlined = Path(__file__).with_name("numba_simd.py").stat()
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, inlined.st_mtime, inlined.st_size)
+
     def load_overload(self, sig: tuple[Any, ...], target_context: Any) -> Any:
         try:
             found = super().load_overload(sig, target_context)

@@ -15,23 +15,39 @@ from torch import Tensor
 
 from resnet_bk.ops.chunked import SCAN_CHUNK
 from resnet_bk.ops.numba_delta import delta_scan_backward, delta_scan_forward
+from resnet_bk.ops.numba_gates import (
+    gated_norm_backward,
+    gated_norm_forward,
+    mixer_inputs_backward,
+    mixer_inputs_forward,
+    swiglu_backward,
+    swiglu_forward,
+)
 from resnet_bk.ops.numba_jit import arrays, jit
 from resnet_bk.ops.numba_ngram_sum import ngram_sum_backward, ngram_sum_forward
+from resnet_bk.ops.numba_simd import LANE_BYTES
 from resnet_bk.ops.numba_sparse import sparse_scan_backward, sparse_scan_forward
 
 __all__ = [
+    "LANE_BYTES",
     "conv_backward",
     "conv_forward",
     "delta_scan_backward",
     "delta_scan_forward",
+    "gated_norm_backward",
+    "gated_norm_forward",
     "green_backward",
     "green_forward",
+    "mixer_inputs_backward",
+    "mixer_inputs_forward",
     "ngram_sum_backward",
     "ngram_sum_forward",
     "scan_backward",
     "scan_forward",
     "sparse_scan_backward",
     "sparse_scan_forward",
+    "swiglu_backward",
+    "swiglu_forward",
 ]
 
 LANES = 64  # chains of one task, which advance together from site to site

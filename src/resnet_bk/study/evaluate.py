@@ -16,6 +16,7 @@ from resnet_bk.adaptive.depth import measured_depth
 from resnet_bk.config import ConfigError, EvalConfig
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.model import LanguageModel
+from resnet_bk.training import cpu
 from resnet_bk.training.guard import check_causal
 
 
@@ -103,7 +104,7 @@ def evaluate(model: LanguageModel, tokens: TokenFile, end: int, config: EvalConf
     started = time.perf_counter()
     batches = _document_scores if config.context == "document" else _sliding_scores
     total, count = 0.0, 0
-    with torch.no_grad(), measured_depth(model) as blocks:
+    with torch.no_grad(), cpu.large_batches(), measured_depth(model) as blocks:
         for nats, scored_tokens in batches(model, tokens, chosen, end, config):
             total += float(nats)
             count += scored_tokens

@@ -40,6 +40,7 @@ from resnet_bk.hf import (
     token_file,
 )
 from resnet_bk.report.terminal import say
+from resnet_bk.training import cpu
 from resnet_bk.training.held_out import HeldOut
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.recorder import ProgressCallback, Recorder
@@ -183,7 +184,8 @@ def _train(
             raise ConfigError(f"train.{name}: got {getattr(config, name)!r}: {error}") from error
     recorder = _add_records(trainer, data, step_of(Path(checkpoint)) if checkpoint else 0, console, on_progress)
     try:
-        trainer.run_training(Path(checkpoint) if checkpoint else None)
+        with cpu.large_batches():
+            trainer.run_training(Path(checkpoint) if checkpoint else None)
     finally:
         recorder.close()
     weights = gather_weights(model, ranks.is_rank_zero)
