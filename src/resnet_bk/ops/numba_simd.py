@@ -56,6 +56,20 @@ def load(typing_context, array, index):
 
 
 @intrinsic
+def load_bytes(typing_context, array, index, like):
+    """Return int8 numbers of a contiguous array from the element `index` on, as lanes of the dtype of `like`."""
+    lanes = Lanes(like)
+
+    def codegen(context, builder, signature, args):
+        data = cgutils.create_struct_proxy(array)(context, builder, args[0]).data
+        kind = ir.VectorType(ir.IntType(8), lanes.count)
+        numbers = builder.load(builder.bitcast(builder.gep(data, [args[1]]), kind.as_pointer()), align=1)
+        return builder.sitofp(numbers, context.get_value_type(lanes))
+
+    return lanes(array, types.intp, like), codegen
+
+
+@intrinsic
 def store(typing_context, array, index, x):
     """Write lanes into a contiguous array from the element `index` on."""
 

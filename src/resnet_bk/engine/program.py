@@ -23,8 +23,8 @@ from resnet_bk.adaptive.early_exit import NEVER, EarlyExit
 from resnet_bk.adaptive.length import LearnedLength, LengthState
 from resnet_bk.adaptive.multiscale import MultiScale, MultiScaleState
 from resnet_bk.adaptive.windows import WindowState
-from resnet_bk.inference.engine.instructions import OPERANDS, Op
-from resnet_bk.inference.engine.kernels import TILE_LANES
+from resnet_bk.engine.instructions import OPERANDS, Op
+from resnet_bk.engine.kernels import TILE_LANES
 from resnet_bk.layers.attention import FLAGS, ROPE_BASE, Attention, AttentionState
 from resnet_bk.layers.block import Block, Stack
 from resnet_bk.layers.embedding import NgramMemory
@@ -61,8 +61,10 @@ class Program:
     Attributes:
         dtype: of all numbers.
         code: the instructions.
+        int8: store matrices as int8 numbers, with a scale for each output.
         parts: of the weights.
         weights: number of weights so far.
+        byte_parts, bytes: those of matrices in int8, if `int8`.
         scratch, most: numbers of scratch memory in use, and the most of them.
         numbers, wholes: of a state.
         table: that of n-gram memory.
@@ -70,9 +72,12 @@ class Program:
     """
 
     dtype: torch.dtype
+    int8: bool = False
     code: list[list[int]] = field(default_factory=list)
     parts: list[Tensor] = field(default_factory=list)
     weights: int = 0
+    byte_parts: list[Tensor] = field(default_factory=list)
+    bytes: int = 0
     scratch: int = 0
     most: int = 0
     numbers: int = 0
@@ -116,18 +121,35 @@ class Program:
         self.weights += tensor.numel()
         return at
 
-    def matrix(self, x: Tensor) -> int:
-        """Store matrices (..., outer, inner) in tiles of outputs, (tiles, inner, tile), zeros after the last output."""
+    def matrix(self, x: Tensor) -> tuple[int, int]:
+        """Store matrices (..., outer, inner) in tiles of outputs, (tiles, inner, tile), zeros after the last output.
+
+        Returns:
+            Where they begin, and where the scales of their outputs begin; -1 without int8.
+        """
         tile = TILE_LANES * self.lanes
         x = F.pad(x.detach().to(self.dtype), (0, 0, 0, -x.shape[-2] % tile))
-        return self.weight(x.unflatten(-2, (-1, tile)).mT)
+        if not self.int8:
+            return self.weight(x.unflatten(-2, (-1, tile)).mT), -1
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        x = (x / torch.where(scale > 0, scale, 1.0)).round().to(torch.int8)
+        at = self.bytes
+        self.byte_parts.append(x.unflatten(-2, (-1, tile)).mT.flatten())
+        self.bytes += x.numel()
+        return at, self.weight(scale)
+
+    def product(self, out: int, source: int, shape: tuple[int, int], matrix: tuple[int, int], bias: int = -1) -> None:
+        """Multiply with a stored matrix of a shape (outer, inner)."""
+        at, scales = matrix
+        op, more = (Op.LINEAR, []) if scales < 0 else (Op.LINEAR_OF_BYTES, [scales])
+        self.emit(op, out, source, shape[1], shape[0], at, bias, *more)
 
     def linear(self, out: int, source: int, module: nn.Linear) -> None:
         outer, inner = module.weight.shape
         bias = -1
         if module.bias is not None:
             bias = self.weight(F.pad(module.bias.detach(), (0, -outer % (TILE_LANES * self.lanes))))
-        self.emit(Op.LINEAR, out, source, inner, outer, self.matrix(module.weight), bias)
+        self.product(out, source, (outer, inner), self.matrix(module.weight), bias)
 
     def norm(self, out: int, source: int, module: nn.LayerNorm) -> None:
         self.emit(Op.NORM, out, source, len(module.weight), self.weight(module.weight))
@@ -145,13 +167,13 @@ class Program:
         return place
 
 
-def compiled(model: LanguageModel) -> tuple[Program, list[Any]]:
+def compiled(model: LanguageModel, int8: bool = False) -> tuple[Program, list[Any]]:
     """Return the program of a causal model, and the places of its state."""
-    p = Program(model.embed.weight.dtype)
+    p = Program(model.embed.weight.dtype, int8)
     d, embedding = model.config.d_model, p.matrix(model.embed.weight)
     p.vocabulary = model.config.vocab_size
     x, p.logits = p.vector(d), p.vector(p.vocabulary)
-    p.emit(Op.EMBED, x, embedding, d)
+    p.emit(Op.EMBED, x, embedding[0], d, embedding[1])
     head = embedding if model.head.weight is model.embed.weight else p.matrix(model.head.weight)
 
     def read() -> None:
@@ -159,7 +181,7 @@ def compiled(model: LanguageModel) -> tuple[Program, list[Any]]:
         with p.scope():
             normed = p.vector(d)
             p.norm(normed, x, model.norm)
-            p.emit(Op.LINEAR, p.logits, normed, d, p.vocabulary, head, -1)
+            p.product(p.logits, normed, (p.vocabulary, d), head)
 
     places = _stack(p, model.blocks, x, read)
     read()
@@ -222,11 +244,11 @@ def _feed_forward(p: Program, module: nn.Module, source: int, out: int) -> None:
         top_p = p.weight(settings.top_p) if settings.policy == "top_p" else -1
         bias = -1 if module.load_bias is None else p.weight(module.load_bias)
         numbers = d, hidden, module.experts, settings.identity, module.all, module.most, settings.least
-        up, down = p.matrix(module.up.mT), p.matrix(module.down.mT)
+        (up, scales), (down, _) = p.matrix(module.up.mT), p.matrix(module.down.mT)
         scratch = p.vector(2 * hidden)
         p.vector(d)
         p.vector(module.all)
-        p.emit(Op.EXPERTS, out, source, logits, *numbers, top_p, bias, up, down, scratch)
+        p.emit(Op.EXPERTS, out, source, logits, *numbers, top_p, bias, up, down, scratch, scales)
 
 
 def _energies(p: Program, energies: Energies, source: int) -> tuple[int, int]:
@@ -500,11 +522,11 @@ def _choice(p: Program, layer: LearnedLength, x: int, place: int, pooled: int) -
         p.land(not_due)
 
 
-def arrays(p: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return instructions, weights and table as numpy arrays."""
+def arrays(p: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return instructions, weights, int8 weights and the table as numpy arrays."""
     code = np.zeros((len(p.code), 1 + OPERANDS), np.int64)
     for row, instruction in zip(code, p.code, strict=True):
         row[: len(instruction)] = instruction
     weights = torch.cat(p.parts).numpy()
     table = np.zeros((1, 1), np.int32) if p.table is None else p.table.numpy()
-    return code, weights, table
+    return code, weights, torch.cat([*p.byte_parts, torch.zeros(0, dtype=torch.int8)]).numpy(), table

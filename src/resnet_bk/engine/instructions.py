@@ -6,19 +6,20 @@ numbers of the state. `to` is the row to go on with.
 
 from enum import IntEnum, auto
 
-OPERANDS = 15  # at most
+OPERANDS = 16  # at most
 
 
 class Op(IntEnum):
     """Opcodes. The comments name their operands."""
 
-    EMBED = auto()  # x, w, width: x = the vector of the token
+    EMBED = auto()  # x, w, width, w of scales or -1: x = the vector of the token
     NGRAMS = auto()  # x, n of the last tokens, their number, w of orders, orders, w of gain, level_, token_vectors, scale, width
     COPY = auto()  # x, from, width
     ADD = auto()  # x, from, width: x += from
     SUBTRACT = auto()  # x, from, width
     NORM = auto()  # x, from, width, w: LayerNorm without bias
     LINEAR = auto()  # x, from, inner, outer, w, w of the bias or -1
+    LINEAR_OF_BYTES = auto()  # as LINEAR, then w of scales; the matrix is in the bytes
     SILU = auto()  # x in place, width
     SIGMOID = auto()  # x in place, width
     SCORE = auto()  # x, from, width, w, w of a and b: x = a <from, w> + b
@@ -36,7 +37,7 @@ class Op(IntEnum):
     GATE = auto()  # x in place, from, gate, width: x = (x + from) silu(gate)
     ATTEND = auto()  # q k v, y, heads, width, window, s, w of cosines and sines, x of scores
     SWIGLU = auto()  # x in place, width
-    EXPERTS = auto()  # x, from, logits, D, F, computing, identity, all, most, least, w of top_p, of the bias, up, down, x
+    EXPERTS = auto()  # x, from, logits, D, F, computing, identity, all, most, least, w of top_p, of the bias, up, down, x, scales
     COUNT = auto()  # blocks
     JUMP = auto()  # to
     UNLESS_POSITIVE = auto()  # x, to

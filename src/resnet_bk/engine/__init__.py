@@ -1,5 +1,5 @@
 """A model compiled for decoding on CPUs: a program that numba runs, one call a token."""
 
-from resnet_bk.inference.engine.engine import Engine, EngineState
+from resnet_bk.engine.engine import Engine, EngineState
 
 __all__ = ["Engine", "EngineState"]

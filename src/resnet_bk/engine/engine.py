@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from resnet_bk.inference.engine.kernels import BLOCKS, TOKEN, run
-from resnet_bk.inference.engine.program import Place, arrays, compiled
+from resnet_bk.engine.kernels import BLOCKS, TOKEN, run
+from resnet_bk.engine.program import Place, arrays, compiled
 from resnet_bk.model import LanguageModel
 
 
@@ -42,14 +42,14 @@ class Engine:
         ImportError: numba is not installed.
     """
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, int8: bool = False):
         self.model = model
-        self.program, self.places = compiled(model)
-        self.code, self.weights, self.table = arrays(self.program)
+        self.program, self.places = compiled(model, int8)
+        self.arrays = arrays(self.program)
 
     def start(self, rows: int = 1) -> EngineState:
         """Return the states of `rows` sequences before their first token."""
-        p, dtype = self.program, self.weights.dtype
+        p, dtype = self.program, self.arrays[1].dtype
         numbers, scratch = (np.zeros((rows, size), dtype) for size in (p.numbers, p.most))
         state = EngineState(numbers, np.zeros((rows, p.wholes), np.int64), scratch)
         for place in self._leaves():
@@ -65,7 +65,7 @@ class Engine:
         The logits are in memory that the next step overwrites.
         """
         state.wholes[:, TOKEN] = ids
-        run(self.code, self.weights, self.table, state.numbers, state.wholes, state.scratch)
+        run(*self.arrays, state.numbers, state.wholes, state.scratch)
         return state.scratch[:, self.program.logits : self.program.logits + self.program.vocabulary]
 
     def blocks(self, state: EngineState) -> np.ndarray:

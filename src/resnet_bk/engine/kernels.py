@@ -1,6 +1,6 @@
 """The interpreter of the engine's programs: one call is one token of each row.
 
-Each instruction is a function on flat arrays, see :mod:`resnet_bk.inference.engine.instructions`: w, the weights; x, the
+Each instruction is a function on flat arrays, see :mod:`resnet_bk.engine.instructions`: w, the weights; x, the
 scratch memory of a row; s and n, the numbers and whole numbers of its state. They are those of the layers in
 :mod:`resnet_bk.layers` and :mod:`resnet_bk.adaptive`, for one position.
 """
@@ -11,10 +11,10 @@ import numpy as np
 from numba import njit, prange
 
 from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT
-from resnet_bk.inference.engine.instructions import Op
+from resnet_bk.engine.instructions import Op
 from resnet_bk.layers.ngrams import LEVELS, MIX, SHARES, STEP
 from resnet_bk.ops.numba_jit import jit
-from resnet_bk.ops.numba_simd import LANE_BYTES, load, splat, store
+from resnet_bk.ops.numba_simd import LANE_BYTES, load, load_bytes, splat, store
 
 TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
 TOKEN, BLOCKS = 0, 1  # the first whole numbers of a state: the token to read, and the blocks that it ran
@@ -33,11 +33,11 @@ def _softplus(v):
 
 
 @helper
-def embed(w, x, out, at, width, token):
+def embed(w, b, x, out, at, width, scales, token):
     tile = TILE_LANES * (LANE_BYTES // w.itemsize)
     first = at + token // tile * tile * width + token % tile
     for i in range(width):
-        x[out + i] = w[first + i * tile]
+        x[out + i] = w[first + i * tile] if scales < 0 else w[scales + token] * b[first + i * tile]
 
 
 @helper
@@ -66,6 +66,28 @@ def linear(w, x, out, source, inner, outer, at, bias):
             b += load(w, bias + first + lanes)
         store(x, out + first, a)
         store(x, out + first + lanes, b)
+
+
+@helper
+def linear_of_bytes(w, b, x, out, source, inner, outer, at, scales, bias):
+    """Compute a matrix product with int8 numbers, each output times its scale."""
+    lanes, one = LANE_BYTES // w.itemsize, w.dtype.type(1)
+    zero = splat(w.dtype.type(0))
+    for first in range(0, outer, 2 * lanes):
+        sums, more = zero, zero
+        row = at + first * inner
+        for i in range(source, source + inner):
+            v = splat(x[i])
+            sums += v * load_bytes(b, row, one)
+            more += v * load_bytes(b, row + lanes, one)
+            row += 2 * lanes
+        sums *= load(w, scales + first)
+        more *= load(w, scales + first + lanes)
+        if bias >= 0:
+            sums += load(w, bias + first)
+            more += load(w, bias + first + lanes)
+        store(x, out + first, sums)
+        store(x, out + first + lanes, more)
 
 
 @helper
@@ -310,9 +332,9 @@ def swiglu(x, at, width):
 
 
 @helper
-def experts(w, x, c):
+def experts(w, b, x, c):
     """Add the chosen experts' outputs, each times its probability."""
-    _, out, source, logits, width, hidden, computing, identity, every, most, least, top_p, bias, up, down, scratch = c
+    _, out, source, logits, width, hidden, computing, identity, every, most, least, top_p, bias, up, down, scratch, scales = c
     tile = TILE_LANES * (LANE_BYTES // w.itemsize)
     size_up, size_down = -(-2 * hidden // tile) * tile * width, -(-width // tile) * tile * hidden
     likely = scratch + -(-2 * hidden // tile) * tile + -(-width // tile) * tile
@@ -335,9 +357,17 @@ def experts(w, x, c):
             break
         before += share
         if best < computing:
-            linear(w, x, scratch, source, width, 2 * hidden, up + best * size_up, -1)
-            swiglu(x, scratch, hidden)
-            linear(w, x, result, scratch, hidden, width, down + best * size_down, -1)
+            if scales < 0:
+                linear(w, x, scratch, source, width, 2 * hidden, up + best * size_up, -1)
+                swiglu(x, scratch, hidden)
+                linear(w, x, result, scratch, hidden, width, down + best * size_down, -1)
+            else:
+                rows, columns = size_up // width, size_down // hidden
+                at = scales + best * rows
+                linear_of_bytes(w, b, x, scratch, source, width, 2 * hidden, up + best * size_up, at, -1)
+                swiglu(x, scratch, hidden)
+                at = scales + computing * rows + best * columns
+                linear_of_bytes(w, b, x, result, scratch, hidden, width, down + best * size_down, at, -1)
             for i in range(width):
                 x[out + i] += x[logits + best] * x[result + i]
         elif best < computing + identity:
@@ -543,7 +573,7 @@ def end_of_position(s, n, place, pool, width, size, shortest):
 
 
 @helper
-def step(code, w, table, s, n, x):
+def step(code, w, b, table, s, n, x):
     """Run a program for the token of one row."""
     token = n[TOKEN]
     n[BLOCKS] = 0
@@ -554,6 +584,8 @@ def step(code, w, table, s, n, x):
         at += 1
         if op == Op.LINEAR:
             linear(w, x, c[1], c[2], c[3], c[4], c[5], c[6])
+        elif op == Op.LINEAR_OF_BYTES:
+            linear_of_bytes(w, b, x, c[1], c[2], c[3], c[4], c[5], c[7], c[6])
         elif op == Op.NORM:
             norm(w, x, c[1], c[2], c[3], c[4])
         elif op == Op.SCAN:
@@ -593,7 +625,7 @@ def step(code, w, table, s, n, x):
         elif op == Op.SWIGLU:
             swiglu(x, c[1], c[2])
         elif op == Op.EXPERTS:
-            experts(w, x, c)
+            experts(w, b, x, c)
         elif op == Op.ADD:
             for i in range(c[3]):
                 x[c[1] + i] += x[c[2] + i]
@@ -601,7 +633,7 @@ def step(code, w, table, s, n, x):
             for i in range(c[3]):
                 x[c[1] + i] = x[c[2] + i]
         elif op == Op.EMBED:
-            embed(w, x, c[1], c[2], c[3], token)
+            embed(w, b, x, c[1], c[2], c[3], c[4], token)
         elif op == Op.NGRAMS:
             ngrams(w, table, x, n, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], token)
         elif op == Op.SCORE:
@@ -669,7 +701,7 @@ def step(code, w, table, s, n, x):
 
 
 @jit
-def run(code, w, table, s, n, x):
+def run(code, w, b, table, s, n, x):
     """Run a program for the tokens of all rows, on the threads there are."""
     for row in prange(len(s)):
-        step(code, w, table, s[row], n[row], x[row])
+        step(code, w, b, table, s[row], n[row], x[row])
