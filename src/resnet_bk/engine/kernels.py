@@ -14,7 +14,7 @@ from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT
 from resnet_bk.engine.instructions import Op
 from resnet_bk.layers.ngrams import LEVELS, MIX, SHARES, STEP
 from resnet_bk.ops.numba_jit import jit
-from resnet_bk.ops.numba_simd import LANE_BYTES, load, load_bytes, splat, store
+from resnet_bk.ops.numba_simd import LANE_BYTES, load, load_bytes, splat, spread, store
 
 TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
 TOKEN, BLOCKS = 0, 1  # the first whole numbers of a state: the token to read, and the blocks that it ran
@@ -48,15 +48,15 @@ def linear(w, x, out, source, inner, outer, at, bias):
         a, b, c, d = zero, zero, zero, zero
         row = at + first * inner
         for i in range(0, inner - 1, 2):
-            v = splat(x[source + i])
+            v = spread(x, source + i)
             a += v * load(w, row)
             b += v * load(w, row + lanes)
-            v = splat(x[source + i + 1])
+            v = spread(x, source + i + 1)
             c += v * load(w, row + 2 * lanes)
             d += v * load(w, row + 3 * lanes)
             row += 4 * lanes
         if inner % 2:
-            v = splat(x[source + inner - 1])
+            v = spread(x, source + inner - 1)
             a += v * load(w, row)
             b += v * load(w, row + lanes)
         a += c
@@ -77,7 +77,7 @@ def linear_of_bytes(w, b, x, out, source, inner, outer, at, scales, bias):
         sums, more = zero, zero
         row = at + first * inner
         for i in range(source, source + inner):
-            v = splat(x[i])
+            v = spread(x, i)
             sums += v * load_bytes(b, row, one)
             more += v * load_bytes(b, row + lanes, one)
             row += 2 * lanes
@@ -232,13 +232,13 @@ def scan(x, s, q, k, v, alpha, beta, y, heads, width, values, at, delta):
             new = load(x, v + h * values + c)
             if delta:
                 for i in range(width):
-                    known += splat(x[k + h * width + i]) * load(s, row + i * stride)
+                    known += spread(x, k + h * width + i) * load(s, row + i * stride)
                 new = new - a * known
             new, read = b * new, zero
             for i in range(width):
-                z = a * load(s, row + i * stride) + splat(x[k + h * width + i]) * new
+                z = a * load(s, row + i * stride) + spread(x, k + h * width + i) * new
                 store(s, row + i * stride, z)
-                read += splat(x[q + h * width + i]) * z
+                read += spread(x, q + h * width + i) * z
             store(x, y + h * values + c, read)
 
 

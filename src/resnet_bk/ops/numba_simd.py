@@ -90,12 +90,28 @@ def splat(typing_context, x):
     lanes = Lanes(x)
 
     def codegen(context, builder, signature, args):
-        vector, int32 = context.get_value_type(lanes), ir.IntType(32)
-        undefined = ir.Constant(vector, ir.Undefined)
-        first = builder.insert_element(undefined, args[0], int32(0))
-        return builder.shuffle_vector(first, undefined, _constant(ir.VectorType(int32, lanes.count), 0))
+        return _spread(context, builder, lanes, args[0])
 
     return lanes(x), codegen
+
+
+def _spread(context, builder, lanes, value):
+    vector, int32 = context.get_value_type(lanes), ir.IntType(32)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, value, int32(0))
+    return builder.shuffle_vector(first, undefined, _constant(ir.VectorType(int32, lanes.count), 0))
+
+
+@intrinsic
+def spread(typing_context, array, index):
+    """Return lanes that are all the element `index` of a contiguous array."""
+    lanes = Lanes(array.dtype)
+
+    def codegen(context, builder, signature, args):
+        data = cgutils.create_struct_proxy(array)(context, builder, args[0]).data
+        return _spread(context, builder, lanes, builder.load(builder.gep(data, [args[1]])))
+
+    return lanes(array, types.intp), codegen
 
 
 @intrinsic
