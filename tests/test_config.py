@@ -96,8 +96,10 @@ CHOICES = [
     (LENGTHS, "pooling", "model.length"),
     (LENGTHS, "spacing", "model.length"),
     (LENGTHS, "execution", "model.length"),
+    (DATA, "rows", "data"),
     (TRAIN, "dtype", "train"),
     (EVAL, "context", "eval"),
+    (EVAL, "rows", "eval"),
     (TUNE, "objective", "tune"),
 ]
 BOOLEANS = [(MODEL, "tie_word_embeddings", "model"), (MODEL, "causal", "model"), (TRAIN, "resume", "train")]

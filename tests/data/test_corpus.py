@@ -10,7 +10,10 @@ import pytest
 
 from resnet_bk.config import ConfigError, DataConfig
 from resnet_bk.data import corpus
-from resnet_bk.data.corpus import Document, count_words, documents, held_out, is_hub_name, without_copies
+from resnet_bk.data import hub as hub_module
+from resnet_bk.data.corpus import Document, count_words, documents, held_out, without_copies
+from resnet_bk.data.hub import hub_split, is_hub_name
+from resnet_bk.data.tokens import cached, fingerprint
 
 
 def split(source, val_source, val_fraction, **patterns):
@@ -505,11 +508,22 @@ def test_a_hub_dataset_without_the_package_says_what_to_install(monkeypatch):
 
 
 class Rows:
-    def __init__(self, column_names, rows):
-        self.column_names, self.rows = column_names, rows
+    """Stands in for `datasets.Dataset`. rows: a list, or a range whose rows `text` makes when they are read."""
 
-    def __getitem__(self, name):
-        return self.rows
+    def __init__(self, column_names, rows, text=None):
+        self.column_names, self.rows, self.text, self.read = column_names, rows, text, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def select_columns(self, names):
+        assert names == ["text"]
+        return self
+
+    def __getitem__(self, rows):
+        found = self.rows[rows]
+        self.read = max(self.read, len(found))
+        return {"text": [self.text(i) for i in found] if self.text else found}
 
 
 class Hub:
@@ -529,8 +543,83 @@ def test_a_hub_dataset_has_its_own_held_out_text(monkeypatch):
     hub = Hub(train=Rows(["text"], ["a", None, "é"]), validation=Rows(["text"], ["b"]))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     train, held_out, _ = split("owner/name:config", None, 0.05)
-    assert [content(d) for d in train + held_out] == ["a\né".encode(), b"b"]
+    assert [content(d) for d in train + held_out] == [b"a", "é".encode(), b"b"]
+    assert [d.name for d in train + held_out] == [
+        "owner/name/train[0]",
+        "owner/name/train[2]",
+        "owner/name/validation[0]",
+    ]
     assert hub.asked == [("owner/name", "config", "train"), ("owner/name", "config", "validation")]
+
+
+def test_empty_rows_are_left_out_and_copies_too(monkeypatch):
+    rows = ["a", "", None, "b", "a", " ", "held", "b"]
+    hub = Hub(train=Rows(["id", "text"], rows), validation=Rows(["text"], ["held", "", "held"]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    train, held_out, copies = split("owner/name", None, 0.05)
+    assert [(d.name, content(d), len(d)) for d in train] == [
+        ("owner/name/train[0]", b"a", 1),
+        ("owner/name/train[3]", b"b", 1),
+        ("owner/name/train[5]", b" ", 1),
+    ]
+    assert ([content(d) for d in held_out], copies) == ([b"held"], 4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 2**20])
+def test_rows_that_are_lines_are_one_document(monkeypatch, size):
+    monkeypatch.setattr(hub_module, "_PIECE", size)
+    monkeypatch.setattr(hub_module, "_BLOCK", 3)
+    rows = ["", " = Title = \n", None, None, None, "", None, "é" * 5, "", "", "last", None]
+    hub = Hub(train=Rows(["text"], rows), validation=Rows(["text"], [None, "b", None]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    (train,), (validation,), _ = split("owner/name", None, 0.05, rows="lines")
+    assert content(train).decode() == "\n".join(row for row in rows if row is not None)
+    assert len(train) == len(content(train))
+    assert max(map(len, train.pieces())) <= size
+    assert (train.name, validation.name, content(validation)) == ("owner/name/train", "owner/name/validation", b"b")
+    text = held_out("owner/name", "eval.source", "lines")
+    assert [content(d) for d in text.held_out] == [b"b"]
+
+
+def test_rows_make_the_token_file_of_their_texts(monkeypatch, tmp_path):
+    rows = ["def f():", "", "é\n", None] * 50 + ["last"]
+    monkeypatch.setitem(sys.modules, "datasets", Hub(train=Rows(["text"], rows), validation=Rows(["text"], "v")))
+    found = hub_split("owner/name", "train")
+    file, key = cached(found, tmp_path, "byte", None)
+    texts = [Document(f"owner/name/train[{i}]", text=row.encode()) for i, row in enumerate(rows) if row]
+    assert key == fingerprint(texts, "byte")
+    assert [bytes((file.document(i)[:-1] - 3).astype("uint8")) for i in range(101)] == [d.text for d in texts]
+    assert file.names == tuple(d.name for d in texts)
+    lines = hub_split("owner/name", "train", "lines")
+    joined = "\n".join(row for row in rows if row is not None).encode()
+    assert fingerprint(lines, "byte") == fingerprint([Document("owner/name/train", text=joined)], "byte")
+    assert count_words(lines) == count_words([Document("", text=joined)])
+
+
+def test_rows_of_more_than_a_piece_are_read_in_pieces(monkeypatch):
+    long = "é" * hub_module._PIECE
+    monkeypatch.setitem(sys.modules, "datasets", Hub(train=Rows(["text"], ["a", long]), validation=Rows(["text"], "b")))
+    document = split("owner/name", None, 0.05).train[1]
+    assert content(document).decode() == long
+    assert max(map(len, document.pieces())) <= hub_module._PIECE
+
+
+def test_a_hundred_thousand_rows_stay_on_the_disk(monkeypatch):
+    """Each row has 500 characters, and all rows are of equal size, so that each is compared with the others."""
+    count = 100_000
+    train = Rows(["text"], range(count), lambda i: f"{i:06}" + "x" * 494)
+    validation = Rows(["text"], range(count, count + 10), train.text)
+    monkeypatch.setitem(sys.modules, "datasets", Hub(train=train, validation=validation))
+    tracemalloc.start()
+    try:
+        found = split("owner/name", None, 0.05)
+        assert sum(len(piece) for document in found.train for piece in document.pieces()) == 500 * count
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(found.train), len(found.held_out), found.copies) == (count, 10, 0)
+    assert peak < 500 * count * 0.6
+    assert train.read <= 64
 
 
 def test_a_hub_dataset_without_a_validation_split_works_with_held_out_text(monkeypatch, tmp_path):
