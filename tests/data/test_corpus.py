@@ -1,5 +1,6 @@
 """Corpora: which files are read, in which order, and what is held out."""
 
+import itertools
 import os
 import socket
 import sys
@@ -644,6 +645,66 @@ def test_a_hub_dataset_that_cannot_be_used(monkeypatch, hub, message):
         split("owner/name", None, 0.05)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------- several sources
+
+
+def mixed(sources, **settings):
+    text, starts = corpus.split_by_source(DataConfig(sources=dict.fromkeys(sources, 1.0), **settings))
+    bounds = [*starts, len(text.train)]
+    return text, [text.train[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def test_each_source_is_divided_as_if_it_were_alone(folder, tmp_path, monkeypatch):
+    (tmp_path / "single").write_text("0123456789" * 4)
+    hub = Hub(train=Rows(["text"], ["row 1", "row 2"]), validation=Rows(["text"], ["row 3"]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    sources = [str(folder / "part1"), "owner/name", str(tmp_path / "single"), str(folder / "part2")]
+    text, groups = mixed(sources, val_fraction=0.1)
+    alone = [split(source, None, 0.1) for source in sources]
+    for group, one in zip(groups, alone, strict=True):
+        assert [(d.name, content(d)) for d in group] == [(d.name, content(d)) for d in one.train]
+    assert [content(d) for d in text.held_out] == [content(d) for one in alone for d in one.held_out]
+    assert text.copies == 0
+
+
+def test_a_content_is_in_one_source_only_and_not_in_the_held_out_text(tmp_path):
+    write(tmp_path, a__0="0", a__1="1", a__2="2", b__3="3", b__4="1", b__5="0", b__6="4")
+    text, groups = mixed([str(tmp_path / "a"), str(tmp_path / "b")], val_fraction=0.5)
+    assert [[content(d) for d in group] for group in groups] == [[b"1"], [b"4"]]
+    contents = [content(d) for d in text.train + text.held_out]
+    assert sorted(contents) == [b"0", b"1", b"2", b"3", b"4"]
+    assert text.copies == 2
+
+
+def test_one_held_out_text_for_all_sources(tmp_path):
+    write(tmp_path, a__0="0", a__1="1", b__2="2", held__x="1", held__y="9")
+    text, groups = mixed([str(tmp_path / "a"), str(tmp_path / "b")], val_source=str(tmp_path / "held"))
+    assert [[content(d) for d in group] for group in groups] == [[b"0"], [b"2"]]
+    assert [content(d) for d in text.held_out] == [b"1", b"9"]
+
+
+def test_a_source_without_text_of_its_own_is_refused(tmp_path):
+    write(tmp_path, a__0="0", a__1="1", b__0="0", b__1="1")
+    message = refused(mixed, [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert message == (
+        f"data.sources: nothing of '{tmp_path}/b' is left to train on: all of its text is held out, too, or in a "
+        "source before it; give more text, or another data.val_source"
+    )
+    assert refused(mixed, [str(tmp_path / "a"), "nowhere"]).startswith("data.sources: 'nowhere' is not a file, a fold")
+    (tmp_path / "tiny").write_text("x")
+    assert "data.sources: '" in refused(mixed, [str(tmp_path / "a"), str(tmp_path / "tiny")])
+
+
+def test_patterns_hold_for_the_files_of_several_sources(tmp_path, monkeypatch):
+    write(tmp_path, **{"a__0.py": "0", "a__1.py": "1", "a__2.md": "2"})
+    hub = Hub(train=Rows(["text"], ["row"]), validation=Rows(["text"], ["other"]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    _, groups = mixed([str(tmp_path / "a"), "owner/name"], include=["*.py"])
+    assert [[content(d) for d in group] for group in groups] == [[b"1"], [b"row"]]
+    message = refused(lambda: mixed(["owner/name", "owner/other"], include=["*.py"]))
+    assert message.startswith("data.include: got patterns for the hub dataset 'owner/name', 'owner/other', allowed for")
 
 
 # -------------------------------------------------------------------------------- words

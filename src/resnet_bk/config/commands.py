@@ -76,7 +76,8 @@ class TrainConfig:
     so far. They read windows of model.n_seq tokens, so they differ a little from the final scores, and they do not
     count as training time. Default: only the final scores."""
     eval_bytes: int = 65_536
-    """Bytes of held-out text that each of these scores reads, about, in whole batches; or all if there are fewer."""
+    """Bytes of held-out text that each of these scores reads, about, in whole batches; or all if there are fewer. With
+    data.sources they are spread over all of it, otherwise they are its beginning."""
     report_to: str = "none"
     """Trackers to report to, besides metrics.jsonl: tensorboard, wandb, trackio, ... (comma-separated)."""
     sample: str = "def "

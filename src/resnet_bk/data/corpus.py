@@ -264,7 +264,7 @@ def split_by_source(data: DataConfig) -> tuple[Split, list[int]]:
         if len(train) == starts[-1]:
             raise ConfigError(
                 f"{data.setting}: nothing of {shown(source)} is left to train on: all of its text is held out, too"
-                f"{' or in a source before it' * (len(kept) > 1)}; give more text, or another data.val_source"
+                f"{', or in a source before it' * (len(kept) > 1)}; give more text, or another data.val_source"
             )
     return Split(train, held_out, copies), starts
 
