@@ -378,6 +378,28 @@ def test_a_source_that_does_not_exist(refused, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_several_sources_on_the_command_line_and_in_a_file(parsed, tmp_path):
+    given = parsed("train", "--max_steps", "1", "--data.sources", "{stdlib: 0.7, docs/a.md: 3}")[1].data
+    assert given.sources == {"stdlib": 0.7, "docs/a.md": 3}
+    (tmp_path / "c.yaml").write_text("max_steps: 1\ndata:\n  sources:\n    stdlib: 0.7\n    owner/name:config: 1\n")
+    given = parsed("train", "--config", "c.yaml")[1].data
+    assert given.sources == {"stdlib": 0.7, "owner/name:config": 1}
+    assert parsed("train", "--config", "c.yaml", "--data.sources", "null")[1].data.shares == {"stdlib": 1.0}
+
+
+def test_bad_sources_on_the_command_line(refused, tmp_path):
+    allowed = "allowed a mapping of sources to weights, such as {stdlib: 0.7, docs: 0.3} or null"
+    for value in ("x", "[a, b]", "{a: b}", "{a: [1]}"):
+        message = refused(*train("--data.sources", value))
+        assert message.startswith("data.sources: got ")
+        assert message.endswith(allowed)
+    assert refused(*train("--data.sources", "{a: 0}")) == "data.sources['a']: got 0.0, allowed 1e-06 to 1000000.0"
+    assert refused(*train("--data.sources", "{stdlib: 1, nowhere: 1}")).startswith(
+        "data.sources: 'nowhere' is not a file, a folder or 'stdlib', nor a hub dataset"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_source(refused, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()

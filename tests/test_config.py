@@ -96,6 +96,7 @@ CHOICES = [
     (LENGTHS, "pooling", "model.length"),
     (LENGTHS, "spacing", "model.length"),
     (LENGTHS, "execution", "model.length"),
+    (DATA, "rows", "data"),
     (TRAIN, "dtype", "train"),
     (EVAL, "context", "eval"),
     (TUNE, "objective", "tune"),
@@ -182,6 +183,34 @@ def test_booleans_are_true_or_false(case, value):
 def test_text_is_text(case, value):
     kind, field, where = case
     assert refusal(kind, **{field: value}).startswith(f"{where}.{field}: " + ("got " if value else "is empty"))
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({}, "data.sources: got {}, allowed sources with weights, such as {stdlib: 0.7, docs: 0.3}"),
+        (["a"], "data.sources: got ['a'], allowed sources with weights, such as"),
+        ({"a": 0}, "data.sources['a']: got 0, allowed 1e-06 to 1000000.0"),
+        ({"a": -1.0}, "data.sources['a']: got -1.0, allowed"),
+        ({"a": math.nan}, "data.sources['a']: got nan, allowed"),
+        ({"a": "much"}, "data.sources['a']: got 'much', allowed"),
+        ({"a": True}, "data.sources['a']: got True, allowed"),
+        ({"": 1.0}, "data.sources['']: is empty; give at least one character"),
+        ({5: 1.0}, "data.sources[5]: got 5, allowed text"),
+    ],
+)
+def test_bad_sources_are_refused(sources, message):
+    assert refusal(DATA, sources=sources).startswith(message)
+
+
+def test_weights_become_shares():
+    assert DataConfig(source="docs").shares == {"docs": 1.0}
+    assert DataConfig(sources={"a": 3, "b": 1}).shares == {"a": 0.75, "b": 0.25}
+    message = refusal(DATA, source="docs", sources={"a": 1})
+    assert message == (
+        "data.sources: got {'a': 1} with data.source = 'docs', allowed one of the two; leave source out, or set "
+        "sources to null"
+    )
 
 
 def test_training_must_have_an_end():

@@ -136,12 +136,14 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError if `config` differs from the unfinished run in `folder`; do nothing if there is none."""
     if not is_begun(folder):
         return
-    saved = saved_settings("train.output_dir", folder)
-    for name, value in flat(dataclasses.asdict(config)).items():
-        if name not in CHANGEABLE and name in saved and saved[name] != value:
+    saved, given = saved_settings("train.output_dir", folder), flat(dataclasses.asdict(config))
+    for name in given | saved:
+        # each source has a setting of its own, its weight, which only one of the two may have
+        is_compared = (name in saved and name in given) or f"{name}.".startswith("data.sources.")
+        if is_compared and name not in CHANGEABLE and saved.get(name) != given.get(name):
             raise ConfigError(
-                f"train.{name}: got {value!r}, the run in {folder} was started with {shown(saved[name])}; "
-                "set it to that to continue the run, or choose another output_dir"
+                f"train.{name}: got {given.get(name)!r}, the run in {folder} was started with "
+                f"{shown(saved.get(name))}; set it to that to continue the run, or choose another output_dir"
             )
 
 
@@ -153,13 +155,18 @@ def saved_settings(where: str, folder: Path) -> dict[str, Any]:
     return flat(values)
 
 
-def check_same_text(source: str, train_hash: str, folder: Path) -> None:
-    """Raise ConfigError if the training text differs from that of the unfinished run in `folder`."""
+def check_same_text(source: str, train_hash: str, folder: Path, where: str = "data.source") -> None:
+    """Raise ConfigError if the training text differs from that of the unfinished run in `folder`.
+
+    Args:
+        source: where the text is, for messages.
+        train_hash: the hash of the text.
+        folder: of the run.
+        where: the setting that names the source, for messages.
+    """
     saved = folder / TEXT_HASH
     if is_begun(folder) and saved.exists() and saved.read_text(errors="replace").strip() not in ("", train_hash):
-        raise ConfigError(
-            f"data.source: {source!r} has changed since the run in {folder} began; choose another output_dir"
-        )
+        raise ConfigError(f"{where}: {source!r} has changed since the run in {folder} began; choose another output_dir")
 
 
 def train_command(config: Path, *options: str) -> str:

@@ -1,5 +1,6 @@
 """Corpora: which files are read, in which order, and what is held out."""
 
+import itertools
 import os
 import socket
 import sys
@@ -10,7 +11,10 @@ import pytest
 
 from resnet_bk.config import ConfigError, DataConfig
 from resnet_bk.data import corpus
-from resnet_bk.data.corpus import Document, count_words, documents, held_out, is_hub_name, without_copies
+from resnet_bk.data import hub as hub_module
+from resnet_bk.data.corpus import Document, count_words, documents, held_out, without_copies
+from resnet_bk.data.hub import hub_split, is_hub_name
+from resnet_bk.data.tokens import cached, fingerprint
 
 
 def split(source, val_source, val_fraction, **patterns):
@@ -505,11 +509,22 @@ def test_a_hub_dataset_without_the_package_says_what_to_install(monkeypatch):
 
 
 class Rows:
-    def __init__(self, column_names, rows):
-        self.column_names, self.rows = column_names, rows
+    """Stands in for `datasets.Dataset`. rows: a list, or a range whose rows `text` makes when they are read."""
 
-    def __getitem__(self, name):
-        return self.rows
+    def __init__(self, column_names, rows, text=None):
+        self.column_names, self.rows, self.text, self.read = column_names, rows, text, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def select_columns(self, names):
+        assert names == ["text"]
+        return self
+
+    def __getitem__(self, rows):
+        found = self.rows[rows]
+        self.read = max(self.read, len(found))
+        return {"text": [self.text(i) for i in found] if self.text else found}
 
 
 class Hub:
@@ -529,8 +544,83 @@ def test_a_hub_dataset_has_its_own_held_out_text(monkeypatch):
     hub = Hub(train=Rows(["text"], ["a", None, "é"]), validation=Rows(["text"], ["b"]))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     train, held_out, _ = split("owner/name:config", None, 0.05)
-    assert [content(d) for d in train + held_out] == ["a\né".encode(), b"b"]
+    assert [content(d) for d in train + held_out] == [b"a", "é".encode(), b"b"]
+    assert [d.name for d in train + held_out] == [
+        "owner/name/train[0]",
+        "owner/name/train[2]",
+        "owner/name/validation[0]",
+    ]
     assert hub.asked == [("owner/name", "config", "train"), ("owner/name", "config", "validation")]
+
+
+def test_empty_rows_are_left_out_and_copies_too(monkeypatch):
+    rows = ["a", "", None, "b", "a", " ", "held", "b"]
+    hub = Hub(train=Rows(["id", "text"], rows), validation=Rows(["text"], ["held", "", "held"]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    train, held_out, copies = split("owner/name", None, 0.05)
+    assert [(d.name, content(d), len(d)) for d in train] == [
+        ("owner/name/train[0]", b"a", 1),
+        ("owner/name/train[3]", b"b", 1),
+        ("owner/name/train[5]", b" ", 1),
+    ]
+    assert ([content(d) for d in held_out], copies) == ([b"held"], 4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 2**20])
+def test_rows_that_are_lines_are_one_document(monkeypatch, size):
+    monkeypatch.setattr(hub_module, "_PIECE", size)
+    monkeypatch.setattr(hub_module, "_BLOCK", 3)
+    rows = ["", " = Title = \n", None, None, None, "", None, "é" * 5, "", "", "last", None]
+    hub = Hub(train=Rows(["text"], rows), validation=Rows(["text"], [None, "b", None]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    (train,), (validation,), _ = split("owner/name", None, 0.05, rows="lines")
+    assert content(train).decode() == "\n".join(row for row in rows if row is not None)
+    assert len(train) == len(content(train))
+    assert max(map(len, train.pieces())) <= size
+    assert (train.name, validation.name, content(validation)) == ("owner/name/train", "owner/name/validation", b"b")
+    text = held_out("owner/name", "eval.source", "lines")
+    assert [content(d) for d in text.held_out] == [b"b"]
+
+
+def test_rows_make_the_token_file_of_their_texts(monkeypatch, tmp_path):
+    rows = ["def f():", "", "é\n", None] * 50 + ["last"]
+    monkeypatch.setitem(sys.modules, "datasets", Hub(train=Rows(["text"], rows), validation=Rows(["text"], "v")))
+    found = hub_split("owner/name", "train")
+    file, key = cached(found, tmp_path, "byte", None)
+    texts = [Document(f"owner/name/train[{i}]", text=row.encode()) for i, row in enumerate(rows) if row]
+    assert key == fingerprint(texts, "byte")
+    assert [bytes((file.document(i)[:-1] - 3).astype("uint8")) for i in range(101)] == [d.text for d in texts]
+    assert file.names == tuple(d.name for d in texts)
+    lines = hub_split("owner/name", "train", "lines")
+    joined = "\n".join(row for row in rows if row is not None).encode()
+    assert fingerprint(lines, "byte") == fingerprint([Document("owner/name/train", text=joined)], "byte")
+    assert count_words(lines) == count_words([Document("", text=joined)])
+
+
+def test_rows_of_more_than_a_piece_are_read_in_pieces(monkeypatch):
+    long = "é" * hub_module._PIECE
+    monkeypatch.setitem(sys.modules, "datasets", Hub(train=Rows(["text"], ["a", long]), validation=Rows(["text"], "b")))
+    document = split("owner/name", None, 0.05).train[1]
+    assert content(document).decode() == long
+    assert max(map(len, document.pieces())) <= hub_module._PIECE
+
+
+def test_a_hundred_thousand_rows_stay_on_the_disk(monkeypatch):
+    """Each row has 500 characters, and all rows are of equal size, so that each is compared with the others."""
+    count = 100_000
+    train = Rows(["text"], range(count), lambda i: f"{i:06}" + "x" * 494)
+    validation = Rows(["text"], range(count, count + 10), train.text)
+    monkeypatch.setitem(sys.modules, "datasets", Hub(train=train, validation=validation))
+    tracemalloc.start()
+    try:
+        found = split("owner/name", None, 0.05)
+        assert sum(len(piece) for document in found.train for piece in document.pieces()) == 500 * count
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(found.train), len(found.held_out), found.copies) == (count, 10, 0)
+    assert peak < 500 * count * 0.6
+    assert train.read <= 64
 
 
 def test_a_hub_dataset_without_a_validation_split_works_with_held_out_text(monkeypatch, tmp_path):
@@ -555,6 +645,66 @@ def test_a_hub_dataset_that_cannot_be_used(monkeypatch, hub, message):
         split("owner/name", None, 0.05)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------- several sources
+
+
+def mixed(sources, **settings):
+    text, starts = corpus.split_by_source(DataConfig(sources=dict.fromkeys(sources, 1.0), **settings))
+    bounds = [*starts, len(text.train)]
+    return text, [text.train[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def test_each_source_is_divided_as_if_it_were_alone(folder, tmp_path, monkeypatch):
+    (tmp_path / "single").write_text("0123456789" * 4)
+    hub = Hub(train=Rows(["text"], ["row 1", "row 2"]), validation=Rows(["text"], ["row 3"]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    sources = [str(folder / "part1"), "owner/name", str(tmp_path / "single"), str(folder / "part2")]
+    text, groups = mixed(sources, val_fraction=0.1)
+    alone = [split(source, None, 0.1) for source in sources]
+    for group, one in zip(groups, alone, strict=True):
+        assert [(d.name, content(d)) for d in group] == [(d.name, content(d)) for d in one.train]
+    assert [content(d) for d in text.held_out] == [content(d) for one in alone for d in one.held_out]
+    assert text.copies == 0
+
+
+def test_a_content_is_in_one_source_only_and_not_in_the_held_out_text(tmp_path):
+    write(tmp_path, a__0="0", a__1="1", a__2="2", b__3="3", b__4="1", b__5="0", b__6="4")
+    text, groups = mixed([str(tmp_path / "a"), str(tmp_path / "b")], val_fraction=0.5)
+    assert [[content(d) for d in group] for group in groups] == [[b"1"], [b"4"]]
+    contents = [content(d) for d in text.train + text.held_out]
+    assert sorted(contents) == [b"0", b"1", b"2", b"3", b"4"]
+    assert text.copies == 2
+
+
+def test_one_held_out_text_for_all_sources(tmp_path):
+    write(tmp_path, a__0="0", a__1="1", b__2="2", held__x="1", held__y="9")
+    text, groups = mixed([str(tmp_path / "a"), str(tmp_path / "b")], val_source=str(tmp_path / "held"))
+    assert [[content(d) for d in group] for group in groups] == [[b"0"], [b"2"]]
+    assert [content(d) for d in text.held_out] == [b"1", b"9"]
+
+
+def test_a_source_without_text_of_its_own_is_refused(tmp_path):
+    write(tmp_path, a__0="0", a__1="1", b__0="0", b__1="1")
+    message = refused(mixed, [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert message == (
+        f"data.sources: nothing of '{tmp_path}/b' is left to train on: all of its text is held out, too, or in a "
+        "source before it; give more text, or another data.val_source"
+    )
+    assert refused(mixed, [str(tmp_path / "a"), "nowhere"]).startswith("data.sources: 'nowhere' is not a file, a fold")
+    (tmp_path / "tiny").write_text("x")
+    assert "data.sources: '" in refused(mixed, [str(tmp_path / "a"), str(tmp_path / "tiny")])
+
+
+def test_patterns_hold_for_the_files_of_several_sources(tmp_path, monkeypatch):
+    write(tmp_path, **{"a__0.py": "0", "a__1.py": "1", "a__2.md": "2"})
+    hub = Hub(train=Rows(["text"], ["row"]), validation=Rows(["text"], ["other"]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    _, groups = mixed([str(tmp_path / "a"), "owner/name"], include=["*.py"])
+    assert [[content(d) for d in group] for group in groups] == [[b"1"], [b"row"]]
+    message = refused(lambda: mixed(["owner/name", "owner/other"], include=["*.py"]))
+    assert message.startswith("data.include: got patterns for the hub dataset 'owner/name', 'owner/other', allowed for")
 
 
 # -------------------------------------------------------------------------------- words

@@ -8,6 +8,7 @@ import torch
 from test_trainer import build, weights, windows
 
 from resnet_bk.checkpoint import verify
+from resnet_bk.config import DataConfig
 from resnet_bk.folders import HELD_OUT
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.training import held_out as module
@@ -38,6 +39,15 @@ def test_a_score_is_the_cross_entropy_of_the_first_windows(tmp_path):
     trainer.model.train()
     assert callback.score() == pytest.approx(float(nats) / math.log(2) / 2, rel=1e-5)
     assert trainer.model.training
+
+
+def test_of_several_sources_windows_from_all_of_the_text_are_scored(tmp_path):
+    trainer, callback = scored(tmp_path, data=DataConfig(sources={"a": 1, "b": 1}))
+    rows = [windows(9)[i] for i in (0, 2, 4, 6)]
+    batch = {name: x.to(trainer.args.device) for name, x in collate(rows).items()}
+    with torch.no_grad():
+        nats = trainer.model.eval()(**batch).loss
+    assert callback.score() == pytest.approx(float(nats) / math.log(2) / 2, rel=1e-5)
 
 
 def test_every_score_is_logged_and_the_last_one_is_at_the_end(tmp_path):

@@ -158,6 +158,36 @@ def test_the_table_of_n_grams_is_counted_again_from_the_new_text(place):
     assert ord("f") + 3 in tokens[0] - tokens[1]
 
 
+@pytest.mark.parametrize("memory", [(), ("--model.memory.orders=[1, 2]", "--model.memory.rows=500")])
+def test_a_run_on_several_sources(place, capsys, monkeypatch, memory):
+    monkeypatch.setenv("COLUMNS", "300")
+    (place / "more.txt").write_text("".join(f"line {i} of another text\n" for i in range(100)))
+    mixture = {str(place / "corpus"): 0.25, str(place / "more.txt"): 0.75}
+    given = [x for x in arguments(place, *memory, "--eval_every=3") if "--data.source" not in x]
+
+    def train(mixture, *more):
+        return main([*given, f"--data.sources={yaml.safe_dump(mixture, default_flow_style=True).strip()}", *more])
+
+    assert train(mixture) == 0
+    printed = capsys.readouterr().out
+    assert f"0.25 of them from {place}/corpus, which an epoch reads 0." in printed
+    assert f"0.75 of them from {place}/more.txt, which an epoch reads " in printed
+    results = json.loads((place / "run" / "results.json").read_text())
+    assert results["held_out"]["documents"] == 3
+    assert main(["eval", str(place / "run")]) == 0
+    assert f"{results['held_out']['bits_per_byte']:.4f}" in capsys.readouterr().out
+    (place / "run" / "results.json").unlink()
+    final = (place / "run" / "model" / "model.safetensors").read_bytes()
+    changes = {**mixture, str(place / "more.txt"): 0.7}, {str(place / "corpus"): 0.25}, {**mixture, "stdlib": 1.0}
+    for changed in changes:
+        assert train(changed, "--resume=true") == 2
+        assert "train.data.sources." in capsys.readouterr().err
+    assert main([*given, f"--data.source={place / 'corpus'}", "--resume=true"]) == 2
+    assert "train.data.source: got" in capsys.readouterr().err
+    assert train(mixture, "--resume=true") == 0
+    assert (place / "run" / "model" / "model.safetensors").read_bytes() == final
+
+
 def test_a_text_too_short_for_two_parts_is_refused(place, capsys):
     assert main(arguments(place, "--model.memory.orders=[2]", "--model.memory.rows=50", "--batch_size=200")) == 2
     assert "two parts need the 200 windows of an update each (batch_size x accumulate)" in capsys.readouterr().err

@@ -22,7 +22,6 @@ from resnet_bk.config.checks import (
 )
 from resnet_bk.config.commands import (
     AblateConfig,
-    DataConfig,
     EvalConfig,
     GenerateConfig,
     InspectConfig,
@@ -31,6 +30,7 @@ from resnet_bk.config.commands import (
     TrainConfig,
     TuneConfig,
 )
+from resnet_bk.config.data import DataConfig
 from resnet_bk.config.model import (
     BYTE_OFFSET,
     BYTE_VOCABULARY,

@@ -16,44 +16,8 @@ from resnet_bk.config.checks import (
     number_kind,
     shown,
 )
+from resnet_bk.config.data import DataConfig
 from resnet_bk.config.model import TECHNIQUES, ModelConfig
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The text to train on and its tokenizer."""
-
-    source: str = "stdlib"
-    """Training text: 'stdlib' (Python's standard library), a file, a folder, or a hub dataset 'owner/name[:config]'."""
-    val_source: str | None = None
-    """Held-out text: 'stdlib', a file or a folder. Default: for a hub dataset its validation split; else a part of the
-    source, see val_fraction."""
-    val_fraction: float = 0.05
-    """Share of the source to hold out: of several files every k-th in sorted order, k = 1 / val_fraction rounded; of a
-    single file its end. Not used with val_source or a hub dataset."""
-    include: tuple[str, ...] = ()
-    """Patterns of files to read, such as ["*.py", "docs"]; others are left out. `*` stands for any characters, `?` for
-    one. A pattern is compared with the path below the source, with the file's name, and with those of each folder on
-    the way, so "docs" takes all of docs. Applies to source and val_source, not to hub datasets. Empty: all files."""
-    exclude: tuple[str, ...] = ()
-    """Patterns of files to leave out, as in include; they win over it. Hidden files are always left out."""
-    tokenizer: str = "byte"
-    """'byte', a folder with a Hugging Face tokenizer, or the name of one on the hub."""
-    cache: str | None = None
-    """Folder for token files. Default: $XDG_CACHE_HOME/resnet-bk if that variable is set, else ~/.cache/resnet-bk."""
-
-    def __post_init__(self) -> None:
-        check_range("data", 1e-6, 0.5, val_fraction=self.val_fraction)
-        check_text("data", source=self.source, tokenizer=self.tokenizer)
-        for name in ("val_source", "cache"):
-            if getattr(self, name) is not None:
-                check_text("data", **{name: getattr(self, name)})
-        for name in ("include", "exclude"):
-            patterns = getattr(self, name)
-            if not isinstance(patterns, list | tuple):
-                raise ConfigError(f"data.{name}: got {shown(patterns)}, allowed a list of patterns such as ['*.py']")
-            check_text("data", **{f"{name}[{i}]": pattern for i, pattern in enumerate(patterns)})
-            object.__setattr__(self, name, tuple(patterns))
 
 
 @dataclass(frozen=True)
@@ -112,7 +76,8 @@ class TrainConfig:
     so far. They read windows of model.n_seq tokens, so they differ a little from the final scores, and they do not
     count as training time. Default: only the final scores."""
     eval_bytes: int = 65_536
-    """Bytes of held-out text that each of these scores reads, about, in whole batches; or all if there are fewer."""
+    """Bytes of held-out text that each of these scores reads, about, in whole batches; or all if there are fewer. With
+    data.sources they are spread over all of it, otherwise they are its beginning."""
     report_to: str = "none"
     """Trackers to report to, besides metrics.jsonl: tensorboard, wandb, trackio, ... (comma-separated)."""
     sample: str = "def "
@@ -170,6 +135,8 @@ class EvalConfig:
     """Folder of a run or of a model."""
     source: str | None = None
     """Text to score: 'stdlib', a file, a folder or a hub dataset. Default: the text that the run held out."""
+    rows: Literal["documents", "lines"] | None = None
+    """With a hub dataset as source, see data.rows of training. Default: that of the run, or 'documents'."""
     context: Literal["document", "sliding"] = "document"
     """Context of each token. 'document': all of its document so far. 'sliding': a sliding window."""
     window: int = 1024

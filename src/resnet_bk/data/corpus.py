@@ -1,19 +1,20 @@
-"""Read documents from the standard library, from files and folders, or from a dataset of the Hugging Face hub."""
+"""Read documents from the standard library and from files and folders, and divide them into two texts."""
 
 import contextlib
 import fnmatch
 import hashlib
+import itertools
 import os
-import re
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from resnet_bk.config import ConfigError, DataConfig, shown
+from resnet_bk.data.hub import Rows, hub_split, is_hub_name
 
 _PIECE = 1 << 20  # bytes per read
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -58,6 +59,9 @@ class Document:
                 yield piece
 
 
+AnyDocument = Document | Rows
+
+
 class Split(NamedTuple):
     """A training text and a held-out text. Each content is in one of them, once.
 
@@ -66,8 +70,8 @@ class Split(NamedTuple):
         copies: number of documents that were left out because another one has the same content.
     """
 
-    train: list[Document]
-    held_out: list[Document]
+    train: list[AnyDocument]
+    held_out: list[AnyDocument]
     copies: int
 
     @property
@@ -195,117 +199,109 @@ def documents(
     return kept
 
 
-def without_copies(documents: list[Document]) -> list[Document]:
+def without_copies(documents: Sequence[AnyDocument]) -> list[AnyDocument]:
     """Return the first document of each content. Only documents of equal size are read."""
-    sizes, known = Counter(map(len, documents)), set()
-    kept = []
-    for document in documents:
-        if sizes[len(document)] > 1:
-            digest = hashlib.sha256()
-            for piece in document.pieces():
-                digest.update(piece)
-            if digest.digest() in known:
-                continue
-            known.add(digest.digest())
-        kept.append(document)
+    return _without_copies([documents])[0]
+
+
+def _without_copies(groups: Sequence[Sequence[AnyDocument]]) -> list[list[AnyDocument]]:
+    """Return the groups with the first document of each content in all of them."""
+    sizes, known = Counter(len(document) for group in groups for document in group), set()
+    kept: list[list[AnyDocument]] = [[] for _ in groups]
+    for group, left in zip(groups, kept, strict=True):
+        for document in group:
+            if sizes[len(document)] > 1:
+                digest = hashlib.sha256()
+                for piece in document.pieces():
+                    digest.update(piece)
+                if digest.digest() in known:
+                    continue
+                known.add(digest.digest())
+            left.append(document)
     return kept
 
 
-def hub_split(source: str, split: str, where: str = "data.source") -> list[Document]:
-    """Return one split of a hub dataset as one document.
-
-    Args:
-        source: such as ``Salesforce/wikitext:wikitext-2-raw-v1``.
-        split: such as ``train``.
-        where: the setting that names the dataset, for messages.
-
-    Raises:
-        ConfigError: the package of the extra ``data`` is missing, the split cannot be loaded, or it has no text.
-    """
-    name, _, config = source.partition(":")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"{where}: hub dataset {name!r} needs the package datasets: pip install 'resnet-bk[data]'"
-        ) from error
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # hub, network, cache and parsers each raise their own classes
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise ConfigError(
-            f"{where}: cannot load split {split!r} of {source!r} ({type(error).__name__}: {reason}); "
-            "without a network, save its text to a file and give that path"
-        ) from error
-    if "text" not in rows.column_names:
-        raise ConfigError(f"{where}: {source!r} has no column 'text', only {', '.join(rows.column_names)}")
-    text = "\n".join(str(row) for row in rows["text"] if row is not None).encode()
-    if not text:
-        raise ConfigError(f"{where}: split {split!r} of {source!r} is empty (0 bytes); choose another dataset")
-    return [Document(f"{name}/{split}", text=text)]
-
-
-def is_hub_name(source: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", source) is not None and not os.path.lexists(source)
-
-
 def split(data: DataConfig) -> Split:
-    """Return the training and the held-out documents.
+    """Return the training and the held-out documents of all sources.
 
-    Without `val_source`, a part of `source` is held out: the validation split of a hub dataset; of several files, every
-    k-th in sorted order from the first on, with k = 1 / val_fraction rounded; of a single file, its end, cut between
-    two characters. Of documents with the same content, the first one stays: those of `val_source` come before those of
-    `source`.
+    Without `val_source`, a part of each source is held out: the validation split of a hub dataset; of several files,
+    every k-th in sorted order from the first on, with k = 1 / val_fraction rounded; of a single file, its end, cut
+    between two characters. Of documents with the same content, the first one stays: those of `val_source` come before
+    those of the sources, and a validation split before the rest of its source.
 
     Raises:
-        ConfigError: as :func:`documents` and :func:`hub_split`; patterns are given for a hub dataset; a single file is
-            too small to be cut; or no text is left to train on.
+        ConfigError: as :func:`documents` and :func:`resnet_bk.data.hub.hub_split`; patterns are given for hub datasets
+            only; a single file is too small to be cut; or no text of a source is left to train on.
     """
-    source, from_hub = data.source, is_hub_name(data.source)
-    if from_hub and (data.include or data.exclude):
-        name = "include" if data.include else "exclude"
-        raise ConfigError(f"data.{name}: got patterns for the hub dataset {shown(source)}, allowed for files only")
-    patterns = data.include, data.exclude
-    found = hub_split(source, "train") if from_hub else documents(source, "data.source", *patterns)
-    if data.val_source is None and not from_hub:
-        chosen = found[:: max(2, round(1 / data.val_fraction))]
-        kept = without_copies(found)
-        if len(kept) == 1:
-            return Split(*_cut_file(kept[0], data.val_fraction), len(found) - 1)
-    else:
-        if data.val_source is None:
-            chosen = hub_split(source, "validation")
-        else:
-            chosen = documents(data.val_source, "data.val_source", *patterns)
-        found = [*chosen, *found]
-        kept = without_copies(found)
-    outside = set(chosen)
-    train = [document for document in kept if document not in outside]
-    if not train:
-        raise ConfigError(
-            f"data.source: nothing of {shown(source)} is left to train on: all of its text is held out, too; "
-            "give more text, or another data.val_source"
-        )
-    return Split(train, [document for document in kept if document in outside], len(found) - len(kept))
+    return split_by_source(data)[0]
 
 
-def held_out(source: str, where: str) -> Split:
+def split_by_source(data: DataConfig) -> tuple[Split, list[int]]:
+    """Return the documents as :func:`split` does, and the index of the first training document of each source."""
+    name = "include" if data.include else "exclude"
+    if (data.include or data.exclude) and all(map(is_hub_name, data.shares)):
+        hub = ", ".join(map(shown, data.shares))
+        raise ConfigError(f"data.{name}: got patterns for the hub dataset {hub}, allowed for files only")
+    groups, chosen = zip(*(_read(data, source) for source in data.shares), strict=True)
+    separate: list[Document] = []
+    if data.val_source is not None:
+        separate = documents(data.val_source, "data.val_source", data.include, data.exclude)
+    outside: set[AnyDocument] = {*separate, *itertools.chain.from_iterable(chosen)}
+    held_out, *kept = _without_copies([separate, *groups])
+    train: list[AnyDocument] = []
+    starts, count = [], sum(map(len, groups)) + len(separate)
+    copies = count - len(held_out) - sum(map(len, kept))
+    for source, group in zip(data.shares, kept, strict=True):
+        starts.append(len(train))
+        first = group[0] if group else None
+        if len(group) == 1 and data.val_source is None and isinstance(first, Document):
+            before, after = _cut_file(first, data.val_fraction, data.setting)
+            train.append(before)
+            held_out.append(after)
+            continue
+        train += (document for document in group if document not in outside)
+        held_out += (document for document in group if document in outside)
+        if len(train) == starts[-1]:
+            raise ConfigError(
+                f"{data.setting}: nothing of {shown(source)} is left to train on: all of its text is held out, too"
+                f"{', or in a source before it' * (len(kept) > 1)}; give more text, or another data.val_source"
+            )
+    return Split(train, held_out, copies), starts
+
+
+def _read(data: DataConfig, source: str) -> tuple[Sequence[AnyDocument], Sequence[AnyDocument]]:
+    """Return the documents of a source, and those of them that are held out. Copies are still among them."""
+    if not is_hub_name(source):
+        files = documents(source, data.setting, data.include, data.exclude)
+        every = max(2, round(1 / data.val_fraction))
+        return files, files[::every] if data.val_source is None else []
+    train = hub_split(source, "train", data.rows, data.setting)
+    if data.val_source is not None:
+        return train, []
+    validation = hub_split(source, "validation", data.rows, data.setting)
+    return [*validation, *train], validation
+
+
+def held_out(source: str, where: str, rows: str = "documents") -> Split:
     """Return a text to score as held-out text: the validation split of a hub dataset, or all documents of a source.
 
     Args:
         source: a hub dataset, or a source as :func:`documents` takes it.
         where: the setting that names it, for messages.
+        rows: of a hub dataset, see :class:`resnet_bk.config.DataConfig`.
     """
-    found = hub_split(source, "validation", where) if is_hub_name(source) else documents(source, where)
+    found: Sequence[AnyDocument]
+    found = hub_split(source, "validation", rows, where) if is_hub_name(source) else documents(source, where)
     kept = without_copies(found)
     return Split([], kept, len(found) - len(kept))
 
 
-def _cut_file(document: Document, val_fraction: float) -> tuple[list[Document], list[Document]]:
+def _cut_file(document: Document, val_fraction: float, where: str) -> tuple[Document, Document]:
+    """Cut a file before its last `val_fraction`. where: the setting that names it, for messages."""
     assert document.path is not None
     cut = round(len(document) * (1 - val_fraction))
     near = range(max(0, cut - 3), min(cut + 4, len(document)))
-    with _readable("data.source", document.path), document.path.open("rb") as file:
+    with _readable(where, document.path), document.path.open("rb") as file:
         file.seek(near.start)
         starts = [i for i, byte in zip(near, file.read(len(near)), strict=False) if byte & 0xC0 != 0x80]
     if cut < len(document):  # to the next beginning of a UTF-8 character, or back to that of the last one
@@ -313,14 +309,14 @@ def _cut_file(document: Document, val_fraction: float) -> tuple[list[Document], 
         cut = next((i for i in starts if i >= cut), last)
     if not 0 < cut < len(document):
         raise ConfigError(
-            f"data.source: {str(document.path)!r} has {len(document)} bytes, too few to hold out {val_fraction:g} of "
+            f"{where}: {str(document.path)!r} has {len(document)} bytes, too few to hold out {val_fraction:g} of "
             "them; give more text"
         )
     before = Document(f"{document.name}[:{cut}]", document.path, 0, cut)
-    return [before], [Document(f"{document.name}[{cut}:]", document.path, cut, document.stop)]
+    return before, Document(f"{document.name}[{cut}:]", document.path, cut, document.stop)
 
 
-def count_words(documents: list[Document]) -> int:
+def count_words(documents: Iterable[AnyDocument]) -> int:
     """Count whitespace-separated words and line ends."""
     count = 0
     for document in documents:

@@ -23,7 +23,7 @@ from torch import Tensor
 from resnet_bk import files
 from resnet_bk.checkpoint import CheckpointError, seal, verify
 from resnet_bk.config import BYTE_OFFSET, BYTE_VOCABULARY, END_OF_DOCUMENT, ConfigError
-from resnet_bk.data.corpus import Document
+from resnet_bk.data.corpus import AnyDocument
 
 _FILES = ("tokens.bin", "index.json")
 _TEXT_PIECE = 1 << 18  # characters passed to a text tokenizer at a time
@@ -109,7 +109,7 @@ def _cut(text: str, limit: int) -> int:
     return text.rfind("\n", 0, limit) + 1 or limit
 
 
-def _text_ids(document: Document, pieces: Iterable[bytes], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
+def _text_ids(document: AnyDocument, pieces: Iterable[bytes], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
     """Yield the ids that a text tokenizer gives the bytes of a document; :func:`_cut` chooses where it is cut."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     held, consumed = "", 0
@@ -133,7 +133,7 @@ def _start(tokenizer: str) -> "hashlib._Hash":
     return hashlib.sha256(f"layout 1\0{tokenizer}\0".encode())
 
 
-def _hashed(document: Document, digest: "hashlib._Hash") -> Iterator[bytes]:
+def _hashed(document: AnyDocument, digest: "hashlib._Hash") -> Iterator[bytes]:
     """Yield the bytes of a document. Add its name and them to `digest`."""
     digest.update(f"{document.name}\0{len(document)}\0".encode(errors=sys.getfilesystemencodeerrors()))
     for piece in document.pieces():
@@ -141,7 +141,7 @@ def _hashed(document: Document, digest: "hashlib._Hash") -> Iterator[bytes]:
         yield piece
 
 
-def fingerprint(documents: Iterable[Document], tokenizer: str) -> str:
+def fingerprint(documents: Iterable[AnyDocument], tokenizer: str) -> str:
     """Return the SHA-256 of all that determines a token file: names and bytes of the documents, and the tokenizer."""
     digest = _start(tokenizer)
     for document in documents:
@@ -150,7 +150,7 @@ def fingerprint(documents: Iterable[Document], tokenizer: str) -> str:
     return digest.hexdigest()
 
 
-def write(documents: Iterable[Document], folder: Path, name: str, tokenizer: TextTokenizer | None) -> str:
+def write(documents: Iterable[AnyDocument], folder: Path, name: str, tokenizer: TextTokenizer | None) -> str:
     """Write a token file to a new folder, sealed by a manifest.
 
     Args:
@@ -235,7 +235,9 @@ def tokenizer_digest(tokenizer: TextTokenizer) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def cached(documents: list[Document], cache: Path, name: str, tokenizer: TextTokenizer | None) -> tuple[TokenFile, str]:
+def cached(
+    documents: Sequence[AnyDocument], cache: Path, name: str, tokenizer: TextTokenizer | None
+) -> tuple[TokenFile, str]:
     """Return the token file of `documents` and its fingerprint; write the file first if it is not in the cache.
 
     Several processes may write to the cache at the same time, even the same file.
@@ -259,7 +261,7 @@ def cached(documents: list[Document], cache: Path, name: str, tokenizer: TextTok
     return read(cache / key[:32], vocabulary), key
 
 
-def _add(documents: list[Document], cache: Path, key: str, name: str, tokenizer: TextTokenizer | None) -> str:
+def _add(documents: Sequence[AnyDocument], cache: Path, key: str, name: str, tokenizer: TextTokenizer | None) -> str:
     """Write a token file into the cache and return its fingerprint. key: the fingerprint expected.
 
     Also remove the scratch folders of all processes that write the same token file. A killed process left its folder;

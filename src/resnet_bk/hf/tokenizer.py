@@ -4,6 +4,7 @@ The byte tokenizer has the ids of ByT5: 0 is padding, 1 ends a document, 2 is un
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _is_bytes(tokenizer: Tokenizer) -> bool:
 
 
 def token_file(
-    documents: list[corpus.Document], data: DataConfig, tokenizer: Tokenizer
+    documents: Sequence[corpus.AnyDocument], data: DataConfig, tokenizer: Tokenizer
 ) -> tuple[tokens.TokenFile, str]:
     """Return the token file of documents, cached or newly written, and the fingerprint of text and tokenizer."""
     name = "byte" if _is_bytes(tokenizer) else tokens.tokenizer_digest(tokenizer)

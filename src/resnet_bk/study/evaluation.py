@@ -25,7 +25,8 @@ def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
     saved = Path(config.checkpoint) / CONFIG
     data = _saved_data(saved) if saved.exists() else None
     if config.source is not None:
-        text = corpus.held_out(config.source, "eval.source")
+        rows = config.rows or (data or DataConfig()).rows
+        text = corpus.held_out(config.source, "eval.source", rows)
     elif data is not None:
         text = corpus.split(data)
     else:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class HeldOut(TrainerCallback):
     """Every `eval_every` updates, score the beginning of the held-out text, and keep the model that scores best.
 
+    Of several sources, windows from all of the held-out text are scored, at equal distances.
+
     The text is cut into windows of n_seq tokens, read without a past, as in training. The final scores of a run read
     whole documents. The clock of the training stands still meanwhile.
     """
@@ -49,6 +51,8 @@ class HeldOut(TrainerCallback):
         self.batches = max(1, min(wanted, len(windows)) // (self.size * ranks.world_size))
         lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
         best_so_far = best_line(map(json.loads, lines))
+        count = self.batches * self.size * ranks.world_size
+        self.step = max(1.0, len(windows) / count) if trainer.config.data.sources else 1.0
         self.windows, self.best = windows, best_so_far[HELD_OUT] if best_so_far else math.inf
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -70,7 +74,8 @@ class HeldOut(TrainerCallback):
         first = trainer.ranks.rank * self.batches
         with _evaluating(trainer.network):
             for i in range(first, first + self.batches):
-                rows = collate([self.windows[(i * self.size + j) % len(self.windows)] for j in range(self.size)])
+                chosen = (int((i * self.size + j) * self.step) for j in range(self.size))
+                rows = collate([self.windows[index % len(self.windows)] for index in chosen])
                 output = trainer.network(**{name: x.to(trainer.network.device) for name, x in rows.items()})
                 auxiliary = 0.0 if output.aux_loss is None else output.aux_loss
                 nats += float(output.loss - auxiliary) / self.batches

@@ -42,6 +42,7 @@ from resnet_bk.hf import (
 from resnet_bk.report.terminal import say
 from resnet_bk.training import cpu
 from resnet_bk.training.held_out import HeldOut
+from resnet_bk.training.mixture import check_sources, mixture_hash, mixture_note, sampler
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.recorder import ProgressCallback, Recorder
 from resnet_bk.training.sharded import recompute, shard
@@ -108,7 +109,7 @@ class _Data:
         windows: the training text.
         sha256: hash of the training text and its tokenizer.
         held_out, held_out_words, held_out_sha256: those of :class:`TrainedRun`.
-        note: a line about copies of the same text; empty if there are none.
+        notes: lines about copies of the same text and about the shares of several sources.
     """
 
     tokenizer: Tokenizer
@@ -117,7 +118,7 @@ class _Data:
     held_out: tokens.TokenFile
     held_out_words: int
     held_out_sha256: str
-    note: str
+    notes: list[str]
 
 
 @contextlib.contextmanager
@@ -162,7 +163,7 @@ def _train(
     folder = Path(config.output_dir)
     with ranks.rank_zero_first():  # errors are reported once; the other ranks find the token files written
         config, data = _prepare_data(config, ranks)
-    ranks.check_same({"data.source": data.sha256}, "give every process the same text and tokenizer")
+    ranks.check_same({config.data.setting: data.sha256}, "give every process the same text and tokenizer")
     torch.manual_seed(config.seed)
     model = ResNetBKForCausalLM(_transformers_config(config, data.tokenizer))
     checkpoint = ranks.broadcast(
@@ -278,33 +279,39 @@ def _prepare_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, _Data
     check_same_run(config, folder)
     if not tokenizer(config.sample)["input_ids"]:
         raise ConfigError(f"train.sample: {shown(config.sample)} has no tokens; give another text")
-    text = corpus.split(config.data)
+    text, starts = corpus.split_by_source(config.data)
     train_tokens, sha256 = token_file(text.train, config.data, tokenizer)
-    check_same_text(config.data.source, sha256, folder)
-    windows = Windows(train_tokens, config.model.n_seq)
+    shares = config.data.shares
+    windows = Windows(train_tokens, config.model.n_seq, starts, tuple(shares.values()))
+    sha256 = mixture_hash(sha256, windows)
+    check_same_text(", ".join(shares), sha256, folder, config.data.setting)
     _check_batch(config, windows, ranks)
     held_out_tokens, held_out_sha256 = token_file(text.held_out, config.data, tokenizer)
     words = corpus.count_words(text.held_out)
-    return config, _Data(tokenizer, windows, sha256, held_out_tokens, words, held_out_sha256, text.note)
+    notes = [note for note in (text.note, mixture_note(config.data, windows)) if note]
+    return config, _Data(tokenizer, windows, sha256, held_out_tokens, words, held_out_sha256, notes)
 
 
 def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
     """Raise ConfigError if the text is too short, or batch_size is not a multiple of the ranks' number.
 
-    Without n-gram memory it must have one batch, with it two parts of one update each.
+    Without n-gram memory it must have one batch, with it two parts of one update each. Every part of an epoch must have
+    windows of each source.
     """
+    size = f"{len(windows.tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}"
     if len(windows) < config.batch_size:
         raise ConfigError(
-            f"data.source: {len(windows.tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}, "
-            f"fewer than one batch of {config.batch_size}; give more text, or lower model.n_seq or batch_size"
+            f"{config.data.setting}: {size}, fewer than one batch of {config.batch_size}; give more text, or lower "
+            "model.n_seq or batch_size"
         )
     per_step = config.batch_size * config.accumulate
     if config.model.memory.orders and min(map(len, windows.parts(per_step))) < per_step:
         raise ConfigError(
-            f"data.source: {len(windows.tokens.ids)} tokens make {len(windows)} windows of {config.model.n_seq}; with "
-            f"model.memory, two parts need the {per_step} windows of an update each (batch_size x accumulate); give "
-            "more text, or lower model.n_seq or batch_size"
+            f"{config.data.setting}: {size}; with model.memory, two parts need the {per_step} windows of an update "
+            "each (batch_size x accumulate); give more text, or lower model.n_seq or batch_size"
         )
+    order = sampler(windows, per_step, config.seed, in_parts=bool(config.model.memory.orders))
+    check_sources(config.data, windows, order)
     if config.batch_size % ranks.world_size:
         raise ConfigError(
             f"train.batch_size: got {config.batch_size}, allowed a multiple of {ranks.world_size}, the number of "
@@ -337,8 +344,8 @@ def _print_sizes(console: Console, data: _Data, model: ResNetBKForCausalLM, rank
     memory = model.model.memory
     entries = "" if memory is None else f"n-grams in {memory.entries.nbytes / 1e6:.0f} MB, which are counted first; "
     processes = f"{ranks.world_size} processes of " if ranks.world_size > 1 else ""
-    if data.note:
-        say(console, data.note)
+    for note in data.notes:
+        say(console, note)
     say(
         console,
         f"{len(data.windows.tokens.names)} documents, {data.windows.tokens.bytes / 1e6:.1f} MB to train on; "

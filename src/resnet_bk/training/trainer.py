@@ -30,6 +30,7 @@ from resnet_bk.folders import HELD_OUT
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.training import optimizers
+from resnet_bk.training.mixture import sampler
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.states import (
     full_tensor,
@@ -39,7 +40,7 @@ from resnet_bk.training.states import (
     load_weights,
     save_optimizer_state,
 )
-from resnet_bk.training.windows import HeldBack, ShuffledSampler, Windows, collate
+from resnet_bk.training.windows import HeldBack, Windows, collate
 
 with extra("train"):
     import accelerate  # noqa: F401 - which transformers would ask for with an error of its own
@@ -105,8 +106,7 @@ class BKTrainer(Trainer):
         self.ranks = ranks or Ranks()
         self.bytes_per_step = config.batch_size * config.accumulate * windows.length * windows.bytes_per_token
         memory, per_step = model.model.memory, config.batch_size * config.accumulate
-        parts = [np.arange(len(windows))] if memory is None else windows.parts(per_step)
-        self.sampler = ShuffledSampler(parts, per_step, config.seed)
+        self.sampler = sampler(windows, per_step, config.seed, in_parts=memory is not None)
         self.steps_per_epoch = math.ceil(len(self.sampler) // config.batch_size / config.accumulate)
         self.cross_entropy: list[Tensor] = []  # one of each forward pass since the last log line
         self.losses: list[Tensor] = []  # one of each forward pass of this step

@@ -27,11 +27,26 @@ PIECE = 2**16  # tokens of the text that stay together in a part
 
 
 class Windows(Dataset):
-    """Non-overlapping windows of a token file; an incomplete last one is left out. Targets are the next tokens."""
+    """Non-overlapping windows of a token file; an incomplete last one is left out. Targets are the next tokens.
 
-    def __init__(self, tokens: TokenFile, length: int):
-        self.tokens, self.length = tokens, length
-        self.bytes_per_token = tokens.bytes / len(tokens.ids)
+    The file may hold several sources, one after the other. A window belongs to the source of its first token.
+
+    Attributes:
+        bounds: index of the first window of each source; last, the number of windows.
+        shares: of the sources in the windows to train on.
+        bytes_per_token: mean over the windows to train on.
+    """
+
+    def __init__(self, tokens: TokenFile, length: int, starts: Sequence[int] = (0,), shares: Sequence[float] = (1.0,)):
+        """Create the windows. starts: index of the first document of each source."""
+        self.tokens, self.length, self.shares = tokens, length, tuple(shares)
+        ends = [*starts[1:], len(tokens.sizes)]
+        begins = [-(-int(tokens.starts[start]) // length) for start in starts]
+        self.bounds = [*(min(begin, len(self)) for begin in begins), len(self)]
+        self.bytes_per_token = sum(
+            share * int(tokens.sizes[start:end].sum()) / int(tokens.starts[end] - tokens.starts[start])
+            for share, start, end in zip(shares, starts, ends, strict=True)
+        )
 
     def __len__(self) -> int:
         return (len(self.tokens.ids) - 1) // self.length
@@ -44,14 +59,21 @@ class Windows(Dataset):
         """Divide the windows in PARTS parts, pieces of the text in turn, and return the indices of each.
 
         Pieces have at most 65,536 tokens. In short texts they are shorter, so that each part has four, or fewer pieces
-        or fewer parts, two at least, where a part would not have the `per_step` windows of an update.
+        or fewer parts, two at least, where a part would not have the `per_step` windows of an update, or none of a
+        source. Each source is divided in the same way.
         """
         for count, least in itertools.product(range(PARTS, 1, -1), (4, 2, 1)):
-            pieces = count * max(least, math.ceil(len(self) * self.length / (PIECE * count)))
-            part = np.arange(len(self)) * min(pieces, len(self)) // max(1, len(self)) % count
-            if np.bincount(part, minlength=count).min() >= per_step:
+            each = [self._in_turn(end - begin, count, least) for begin, end in itertools.pairwise(self.bounds)]
+            windows = np.stack([np.bincount(part, minlength=count) for part in each])
+            if windows.sum(0).min() >= per_step and windows.min() > 0:
                 break
+        part = np.concatenate(each)
         return [np.flatnonzero(part == i) for i in range(count)]
+
+    def _in_turn(self, windows: int, count: int, least: int) -> np.ndarray:
+        """Return the part of each window of a source, pieces of it in turn. least: number of pieces in each part."""
+        pieces = count * max(least, math.ceil(windows * self.length / (PIECE * count)))
+        return np.arange(windows) * min(pieces, windows) // max(1, windows) % count
 
 
 class ShuffledSampler(Sampler):
