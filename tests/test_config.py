@@ -97,6 +97,7 @@ CHOICES = [
     (LENGTHS, "spacing", "model.length"),
     (LENGTHS, "execution", "model.length"),
     (TRAIN, "dtype", "train"),
+    (TRAIN, "optimizer", "train"),
     (EVAL, "context", "eval"),
     (TUNE, "objective", "tune"),
 ]
