@@ -19,7 +19,8 @@ from resnet_bk.layers.matrices import Matrices
 from resnet_bk.training.states import MUON_ENTRIES, full_tensor, place_like
 
 MOMENTUM, STEPS = 0.95, 5
-# The polynomial a x + b x^3 + c x^5 takes singular values of any size up to 1 towards 1, to about 0.7 to 1.2.
+# a, b, c of the polynomial a x + b x^3 + c x^5. Five steps take singular values of 0.002 to 1 to about 0.7 to 1.2, and
+# make smaller ones up to 485 times as large.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7  # added to norms, so that the update of a gradient of zeros is zero
 RMS = 0.2  # of the entries of an update, about that of AdamW
