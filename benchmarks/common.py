@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -88,8 +88,9 @@ def train(
     final: float = 0.05,
     first: tuple[int, int] = (1, 8),
     clock: Callable[[], float] = time.perf_counter,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> dict[str, float]:
-    """Train with AdamW, a cosine schedule and gradient clipping at 1.
+    """Train with a cosine schedule and gradient clipping at 1.
 
     Args:
         loss_of: returns the loss of inputs and targets, (B, N) each.
@@ -103,14 +104,15 @@ def train(
         final: share of the peak learning rate at the end.
         first: sequences and tokens of a pass before the clock starts, in which kernels are compiled.
         clock: returns seconds. With one thread and `time.process_time`, other programs on the machine matter little.
+        optimizer: see :func:`resnet_bk.training.optimizers.create`.
 
     Returns:
         "steps", "seconds" and "first_gradient_norm".
     """
-    optimizer = optimizers.create(model, learning_rate, weight_decay, betas)
+    updates = optimizers.create(model, learning_rate, weight_decay, betas, optimizer)
     x, y = draw()
     loss_of(x[: first[0], : first[1]], y[: first[0], : first[1]]).backward()
-    optimizer.zero_grad()
+    updates.zero_grad()
     done, started, first_norm, begin = 0, clock(), math.nan, 0.0
     while True:
         elapsed = clock() - started
@@ -120,14 +122,14 @@ def train(
         x, y = draw()
         if done == 0 and seconds:  # the first draw may count n-grams: the learning rate rises from here
             progress = begin = min(0.9, (clock() - started) / seconds)
-        for group in optimizer.param_groups:
+        for group in updates.param_groups:
             group["lr"] = learning_rate * learning_rate_factor((progress - begin) / (1 - begin), warmup, final)
         anneal(model, progress)
         loss_of(x, y).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         first_norm = norm if done == 0 else first_norm
-        optimizer.step()
-        optimizer.zero_grad()
+        updates.step()
+        updates.zero_grad()
         done += 1
 
 
@@ -222,7 +224,7 @@ def code_state(script: str) -> str:
     """Return a hash of what decides the results of a benchmark: its file, the models, the peers, the training loop."""
     library, here = Path(resnet_bk.__file__).parent, Path(__file__)
     files = [Path(script), here, here.with_name("peer_mixers.py"), library / "model.py"]
-    files += [library / "training" / name for name in ("optimizers.py", "trainer.py", "windows.py")]
+    files += [library / "training" / name for name in ("muon.py", "optimizers.py", "trainer.py", "windows.py")]
     for folder in ("config", "ops", "layers", "adaptive"):
         files += sorted((library / folder).glob("*.py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]

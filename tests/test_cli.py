@@ -157,6 +157,7 @@ def test_an_unknown_option_like_no_other_points_to_the_help(refused):
         ("--beta2", "1", "train.beta2: got 1.0, allowed 0 to 0.999999"),
         ("--resume", "maybe", "train.resume: got 'maybe', allowed true or false"),
         ("--dtype", "float16", "train.dtype: got 'float16', allowed 'float32' or 'bfloat16'"),
+        ("--optimizer", "sgd", "train.optimizer: got 'sgd', allowed 'adamw' or 'muon'"),
         ("--model.readout", "foo", "model.readout: got 'foo', allowed 'propagator' or 'diagonal'"),
         ("--model.energy", "foo", "model.energy: got 'foo', allowed 'bonds' or 'real' or 'complex' or null"),
         ("--model.d_model", "abc", "model.d_model: got 'abc', allowed an integer"),

@@ -98,6 +98,7 @@ CHOICES = [
     (LENGTHS, "execution", "model.length"),
     (DATA, "rows", "data"),
     (TRAIN, "dtype", "train"),
+    (TRAIN, "optimizer", "train"),
     (EVAL, "context", "eval"),
     (TUNE, "objective", "tune"),
 ]

@@ -105,10 +105,10 @@ def gradients_of(workers, folder, world, **settings):
     return answers[0]
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_ranks_that_share_a_batch_compute_its_gradient(workers, tmp_path, accumulate):
+@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (3, "adamw"), (1, "muon")])
+def test_ranks_that_share_a_batch_compute_its_gradient(workers, tmp_path, accumulate, optimizer):
     """Batches of 4 shared by two ranks, past the end of an epoch: 28 windows are 7 batches."""
-    settings = {"accumulate": accumulate, "max_steps": 8 // accumulate + 1}
+    settings = {"accumulate": accumulate, "max_steps": 8 // accumulate + 1, "optimizer": optimizer}
     one = gradients_of(workers, tmp_path, 1, **settings)
     two = gradients_of(workers, tmp_path, 2, **settings)
     assert_same(two[:3], one[:3])

@@ -12,6 +12,7 @@ from resnet_bk.checkpoint import verify
 from resnet_bk.config import DepthConfig, LengthConfig, MemoryConfig, ModelConfig, SparsityConfig
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.block import Block
+from resnet_bk.training import optimizers
 from resnet_bk.training.held_out import HeldOut
 from resnet_bk.training.sharded import fsdp_units, recompute, shard
 from resnet_bk.training.states import gather_weights
@@ -33,9 +34,12 @@ def train(rank, folder, model, settings, sharded, resume=False):
     return outcome(trainer)[0], [weights[name].numpy() for name in sorted(weights)], sharded_parameters
 
 
-@pytest.mark.parametrize("name", DEEP)
-def test_sharded_training_is_training(workers, tmp_path, name):
-    settings = {"accumulate": 2, "max_steps": 3, "max_grad_norm": 0.5}
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [*((name, "adamw") for name in DEEP), *((name, "muon") for name in ("plain", "multiscale", "experts"))],
+)
+def test_sharded_training_is_training(workers, tmp_path, name, optimizer):
+    settings = {"accumulate": 2, "max_steps": 3, "max_grad_norm": 0.5, "optimizer": optimizer}
     replicated = workers.run(2, train, str(tmp_path / "replicated"), DEEP[name], settings, False)
     sharded = workers.run(2, train, str(tmp_path / "sharded"), DEEP[name], settings, True)
     assert sharded[0][2] > 0
@@ -44,9 +48,13 @@ def test_sharded_training_is_training(workers, tmp_path, name):
         assert_same(answer[:2], replicated[0][:2])
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
-def test_a_sharded_run_is_saved_in_full_and_resumes_with_another_number_of_ranks(workers, tmp_path, first, then):
-    settings = {"batch_size": 6, "max_steps": 6}
+@pytest.mark.parametrize(
+    ("first", "then", "optimizer"), [(2, 1, "adamw"), (1, 2, "adamw"), (2, 3, "adamw"), (2, 1, "muon"), (1, 2, "muon")]
+)
+def test_a_sharded_run_is_saved_in_full_and_resumes_with_another_number_of_ranks(
+    workers, tmp_path, first, then, optimizer
+):
+    settings = {"batch_size": 6, "max_steps": 6, "optimizer": optimizer}
     straight = workers.run(1, train, str(tmp_path / "straight"), PLAIN, settings, False)[0]
     workers.run(first, train, str(tmp_path / "run"), PLAIN, {**settings, "save_every": 3, "max_steps": 3}, first > 1)
     saved = newest(tmp_path / "run")
@@ -127,6 +135,22 @@ def without_trainer(rank):
     found = [p.grad.full_tensor() for p in model.parameters()]
     same = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
     return [same, all(isinstance(p, DTensor) for p in model.parameters())]
+
+
+def sharded_momentum(rank):
+    """Return whether every momentum is sharded as its matrix, and the number of momenta."""
+    model = shard(LanguageModel(40, d_model=16, n_layers=2, num_experts=1))
+    optimizer = optimizers.create(model, 0.01, 0.1, (0.9, 0.99), "muon")
+    ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(rank))
+    model(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
+    optimizer.step()
+    pairs = [(p, optimizer.state[p]["momentum"]) for p in optimizer.param_groups[0]["params"]]
+    same = all(isinstance(x, DTensor) and x.placements == p.placements for p, x in pairs)
+    return [same and all(x.to_local().shape == p.to_local().shape for p, x in pairs), len(pairs)]
+
+
+def test_each_process_holds_its_shard_of_the_momentum(workers):
+    assert workers.run(2, sharded_momentum) == [[True, 8]] * 2
 
 
 def score_and_train(rank, folder, sharded):

@@ -85,8 +85,9 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert learning_rate_factor(1.0, 1.0, 0.2) == pytest.approx(1.0)
 
 
-def test_each_step_uses_the_scheduled_learning_rate(tmp_path):
-    trainer = build(tmp_path, warmup=0.5, learning_rate=0.01)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_each_step_uses_the_scheduled_learning_rate(tmp_path, kind):
+    trainer = build(tmp_path, warmup=0.5, learning_rate=0.01, optimizer=kind)
     trainer.run_training(None)
     expected = [0.01 * learning_rate_factor(step / 12, 0.5, 0.05) for step in range(12)]
     assert [line["learning_rate"] for line in history(trainer)] == pytest.approx(expected)
@@ -165,14 +166,14 @@ def test_a_half_written_last_line_of_metrics_and_later_steps_are_dropped(tmp_pat
 # ------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_run_stopped_three_times_is_bitwise_the_run_that_never_stopped(tmp_path, accumulate):
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 3}, {"optimizer": "muon"}])
+def test_a_run_stopped_three_times_is_bitwise_the_run_that_never_stopped(tmp_path, settings):
     """Seven batches per epoch, so stops fall inside epochs and, without accumulation, on the end of one."""
-    straight = build(tmp_path / "straight", accumulate=accumulate)
+    straight = build(tmp_path / "straight", **settings)
     straight.run_training(None)
     resumed_from = None
     for stop in (4, 7, 10, None):
-        trainer = build(tmp_path / "stopped", seed=0 if resumed_from is None else 99, accumulate=accumulate)
+        trainer = build(tmp_path / "stopped", seed=0 if resumed_from is None else 99, **settings)
         if stop is not None:
             stop_at(trainer, stop)
         trainer.run_training(resumed_from)
@@ -182,6 +183,14 @@ def test_a_run_stopped_three_times_is_bitwise_the_run_that_never_stopped(tmp_pat
     assert len(history(straight)) == 12
     for a, b in zip(weights(straight), weights(trainer), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw", "muon"), ("muon", "adamw")])
+def test_a_run_cannot_resume_with_another_optimizer(tmp_path, first, then):
+    build(tmp_path, max_steps=2, optimizer=first).run_training(None)
+    saved = newest_valid(tmp_path / "checkpoints", pytest.fail)
+    with pytest.raises(CheckpointError, match=f"is of the optimizer '{first}', expected the state of '{then}'"):
+        build(tmp_path, optimizer=then).run_training(saved)
 
 
 def test_seconds_continue_from_the_checkpoint(tmp_path):

@@ -31,6 +31,7 @@ from resnet_bk.checkpoint import current_name
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import AdaptiveLayer, Stack, Tokens
 from resnet_bk.layers.feedforward import SwiGLU
+from resnet_bk.layers.matrices import Matrices
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.packing import TILE
 from resnet_bk.record import Loss, Record, TaskLoss
@@ -163,6 +164,9 @@ class LearnedLength(AdaptiveLayer):
         self.costs = flops_per_position(trunk), flops_per_position(deep), sum(map(flops_per_position, bypass))
 
         self.register_load_state_dict_pre_hook(_rename)
+
+    def matrices(self) -> list[Matrices]:
+        return [Matrices(self.down.weight), Matrices(self.gate.weight)] if self.pools else []
 
     def forward(
         self, x: Tensor, tokens: Tokens, state: LengthState | None, mask: Tensor | None

@@ -21,6 +21,7 @@ from resnet_bk.adaptive.boundaries import BOUNDARIES, LONGEST, at_most, since_la
 from resnet_bk.adaptive.select import Chunks, last_entry, run_rows
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
+from resnet_bk.layers.matrices import Matrices
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.kernels import scan
 from resnet_bk.ops.packing import TILE, capacity
@@ -51,6 +52,9 @@ class LearnedDownsampling(nn.Module):
         self.factor = _at_least_2(factor)
         self.weigh = nn.Linear(d_model, 1)
         self.refine = nn.Linear(2 * d_model, width or d_model, bias=False)
+
+    def matrices(self) -> list[Matrices]:
+        return [Matrices(self.refine.weight)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample at a fixed stride, (B, N, D) -> (B, N // factor, W)."""
@@ -115,6 +119,9 @@ class LearnedUpsampling(nn.Module):
         self.factor, self.reach = _at_least_2(factor), reach or factor
         self.expand = nn.Linear(width or d_model, d_model, bias=False)
         self.gain = nn.Parameter(torch.zeros(self.reach, d_model))
+
+    def matrices(self) -> list[Matrices]:
+        return [Matrices(self.expand.weight)]
 
     def forward(self, y: Tensor, n: int) -> Tensor:
         """Upsample at a fixed stride.
@@ -226,6 +233,9 @@ class MultiScale(AdaptiveLayer):
         self.norm, self.gate = Norm(config.d_model), nn.Linear(config.d_model, config.d_model)
         self.scale_full_res = nn.Parameter(torch.ones(()))
         self.scale_low_res = nn.Parameter(torch.ones(()))
+
+    def matrices(self) -> list[Matrices]:
+        return [Matrices(self.gate.weight)]
 
     def forward(
         self, x: Tensor, tokens: Tokens, state: MultiScaleState | None, mask: Tensor | None

@@ -334,7 +334,25 @@ def swiglu(x, at, width):
 @helper
 def experts(w, b, x, c):
     """Add the chosen experts' outputs, each times its probability."""
-    _, out, source, logits, width, hidden, computing, identity, every, most, least, top_p, bias, up, down, scratch, scales = c
+    (
+        _,
+        out,
+        source,
+        logits,
+        width,
+        hidden,
+        computing,
+        identity,
+        every,
+        most,
+        least,
+        top_p,
+        bias,
+        up,
+        down,
+        scratch,
+        scales,
+    ) = c
     tile = TILE_LANES * (LANE_BYTES // w.itemsize)
     size_up, size_down = -(-2 * hidden // tile) * tile * width, -(-width // tile) * tile * hidden
     likely = scratch + -(-2 * hidden // tile) * tile + -(-width // tile) * tile

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from resnet_bk.config import ModelConfig
+from resnet_bk.layers.matrices import Matrices
 from resnet_bk.layers.mixer import Mixer, last_positions
 from resnet_bk.record import Record
 
@@ -68,6 +69,11 @@ class Attention(Mixer):
         self.width, self.fold = d // self.heads, min(self.window, MOST_FOLD, max(LEAST_FOLD, self.window // 4))
         self.in_proj = nn.Linear(d, 3 * d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
+
+    def matrices(self) -> list[Matrices]:
+        """Return the matrices of q, k and v, and of the output."""
+        d = self.out_proj.in_features
+        return [Matrices(self.in_proj.weight, (d, d, d)), Matrices(self.out_proj.weight)]
 
     def layout(self, x: Tensor) -> AttentionState:
         return AttentionState(self._start(x))

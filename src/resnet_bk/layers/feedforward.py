@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
+from resnet_bk.layers.matrices import Matrices
 from resnet_bk.layers.price import price
 from resnet_bk.ops.gates import swiglu
 from resnet_bk.ops.packing import TILE
@@ -49,6 +50,11 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(config.d_model, 2 * config.d_hidden, bias=False)
         self.down = nn.Linear(config.d_hidden, config.d_model, bias=False)
 
+    def matrices(self) -> list[Matrices]:
+        """Return the matrices of gate and value, and of the output."""
+        f = self.down.in_features
+        return [Matrices(self.up.weight, (f, f)), Matrices(self.down.weight)]
+
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
         return self.down(swiglu(self.up(x))), []
 
@@ -76,6 +82,11 @@ class Experts(nn.Module):
         # A bias of each computing expert on the choice. The task does not train it: it falls while that expert has more
         # than 1 / E of the load, and rises while it has less.
         self.load_bias = nn.Parameter(torch.zeros(self.experts)) if self.settings.balance == "bias" else None
+
+    def matrices(self) -> list[Matrices]:
+        """Return the matrices of gate and value, and of the output, of each expert."""
+        f = self.down.shape[1]
+        return [Matrices(self.up, (f, f), dim=-1), Matrices(self.down)]
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
         tokens = x.flatten(0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.config import ModelConfig
+from resnet_bk.layers.matrices import Matrices
 from resnet_bk.layers.norm import Norm
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.ops import PropagatorState, SparseState, Sparsity, left_green, propagate, resolvent_diagonal
@@ -211,6 +212,14 @@ class PropagatorMixer(ChainMixer):
         self.norm = Norm(self.width)
         self.out_proj = nn.Linear(d, d, bias=False)
 
+    def matrices(self) -> list[Matrices]:
+        """Return the matrices of q, k, v, the gate and the write strengths, and of the output."""
+        d = self.out_proj.in_features
+        projected, strengths = divmod(self.in_proj.out_features, d)
+        sizes = (d,) * projected + ((strengths,) if strengths else ())
+        found = [Matrices(self.in_proj.weight, sizes), Matrices(self.out_proj.weight)]
+        return found if self.qk_proj is None else [*found, Matrices(self.qk_proj.weight, (d, d))]
+
     def _core_layout(self, x: Tensor) -> PropagatorState | SparseState:
         g = super()._core_layout(x)
         r = g.real.new_empty(len(x), self.heads, self.width)
@@ -277,6 +286,15 @@ class DiagonalMixer(ChainMixer):
         self.read = nn.Linear(features, d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
         self.sparse = SparseBKCore(config, heads) if config.sparsity.target else None
+
+    def matrices(self) -> list[Matrices]:
+        """Return the matrices of the input and the gate, of the features that are read, and of the output."""
+        d = self.out_proj.in_features
+        return [
+            Matrices(self.in_proj.weight, (d, d)),
+            Matrices(self.read.weight),
+            Matrices(self.out_proj.weight),
+        ]
 
     def forward(
         self, x: Tensor, state: ChainState | None, mask: Tensor | None

@@ -12,9 +12,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from resnet_bk.checkpoint import OPTIMIZER, WEIGHTS, CheckpointError
 from resnet_bk.layers.embedding import NgramMemory
-from resnet_bk.weights import read_tensors
+from resnet_bk.weights import check_headers, read_tensors
 
-_MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"  # the entries of AdamW's state
+# The entries of an optimizer's state for each parameter. A group of parameters whose entries are not those of AdamW
+# names them as "entries".
+ADAMW_ENTRIES, MUON_ENTRIES = ("exp_avg", "exp_avg_sq", "step"), ("momentum",)
+_STEP, _SIGNED = "step", ("exp_avg", "momentum")
 
 
 def full_tensor(x: Tensor) -> Tensor:
@@ -22,7 +25,7 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def _place_like(x: Tensor, reference: Tensor) -> Tensor:
+def place_like(x: Tensor, reference: Tensor) -> Tensor:
     """Move x to the device of `reference`; if `reference` is sharded, keep this process's shard only."""
     x = x.to(reference.device)
     if not isinstance(reference, DTensor):
@@ -58,7 +61,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     saved = read_tensors(folder / WEIGHTS, tensors)
     with torch.no_grad():
         for name, x in tensors.items():
-            x.copy_(_place_like(saved[name], x))
+            x.copy_(place_like(saved[name], x))
     for name, module in model.named_modules():
         if isinstance(module, NgramMemory):
             module.check_entries(f"{folder / WEIGHTS}: '{name}.entries'")
@@ -83,25 +86,48 @@ def save_optimizer_state(state: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Load what :func:`gather_optimizer_state` returned for the same parameters and AdamW.
+    """Load what :func:`gather_optimizer_state` returned for the same parameters and the same kind of optimizer.
 
     Parameters that are not trained get no state.
 
     Raises:
-        CheckpointError: the file lacks an entry of a trained parameter; an entry has another shape, is not floating
-            point, not finite, or cannot be one of AdamW.
+        CheckpointError: the file has the state of another optimizer or lacks an entry of a trained parameter; an entry
+            has another shape, is not floating point, not finite, or cannot be one of the optimizer.
     """
     path, parameters = folder / OPTIMIZER, dict(model.named_parameters())
-    optimized = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    entries = {
+        p: group.get("entries", ADAMW_ENTRIES)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    }
     # Fused AdamW reads the memory of moments as the parameter's dtype, and that of steps as float32.
-    expected: dict[str, Tensor] = {f"{name}/{entry}": p for name, p in parameters.items() for entry in _MOMENTS}
-    expected |= {f"{name}/{_STEP}": torch.empty((), dtype=torch.float32) for name in parameters}
-    trained = [key for key in expected if parameters[key.rpartition("/")[0]] in optimized]
+    step = torch.empty((), dtype=torch.float32)
+    expected = {
+        f"{name}/{entry}": step if entry == _STEP else p
+        for entry in (*ADAMW_ENTRIES, *MUON_ENTRIES)
+        for name, p in parameters.items()
+    }
+    trained = [key for key in expected if _entry(key) in entries.get(parameters[_name(key)], ())]
+    for key in check_headers([path], expected, ()):
+        if _entry(key) not in entries.get(parameters[_name(key)], (_entry(key),)):
+            kinds = ("muon", "adamw") if _entry(key) in MUON_ENTRIES else ("adamw", "muon")
+            raise CheckpointError(
+                f"{path}: {key!r}: is of the optimizer {kinds[0]!r}, expected the state of {kinds[1]!r}; resume with "
+                f"--optimizer {kinds[0]}"
+            )
     saved = read_tensors(path, expected, trained)
     for key in trained:
-        if not key.endswith("/exp_avg") and saved[key].min() < 0:  # its root would be NaN
+        if _entry(key) not in _SIGNED and saved[key].min() < 0:  # the root of a second moment would be NaN
             raise CheckpointError(f"{path}: {key!r}: expected 0 or more, got {saved[key].min():g}; it is damaged")
     for key in trained:
-        name, _, entry = key.rpartition("/")
-        p, x = parameters[name], saved[key]
-        optimizer.state[p][entry] = x.to(p.device) if entry == _STEP else _place_like(x, p)
+        p, x = parameters[_name(key)], saved[key]
+        optimizer.state[p][_entry(key)] = x.to(p.device) if _entry(key) == _STEP else place_like(x, p)
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[0]
+
+
+def _entry(key: str) -> str:
+    return key.rpartition("/")[2]

@@ -175,7 +175,9 @@ class BKTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer; load its state if resumed."""
         config, network = self.config, model or self.network
-        optimizer = optimizers.create(network, config.learning_rate, config.weight_decay, (0.9, config.beta2))
+        optimizer = optimizers.create(
+            network, config.learning_rate, config.weight_decay, (0.9, config.beta2), config.optimizer
+        )
         for group in optimizer.param_groups:
             group["initial_lr"] = config.learning_rate  # LambdaLR requires it in a run that resumes
         self.optimizer = optimizer
