@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from resnet_bk.engine.kernels import BLOCKS, TOKEN, run
+from resnet_bk.engine.kernels import BLOCKS, TOKEN, run, run_one
 from resnet_bk.engine.program import Place, arrays, compiled
 from resnet_bk.model import LanguageModel
 
@@ -65,7 +65,7 @@ class Engine:
         The logits are in memory that the next step overwrites.
         """
         state.wholes[:, TOKEN] = ids
-        run(*self.arrays, state.numbers, state.wholes, state.scratch)
+        (run if len(state.numbers) > 1 else run_one)(*self.arrays, state.numbers, state.wholes, state.scratch)
         return state.scratch[:, self.program.logits : self.program.logits + self.program.vocabulary]
 
     def blocks(self, state: EngineState) -> np.ndarray:

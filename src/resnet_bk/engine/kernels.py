@@ -13,13 +13,13 @@ from numba import njit, prange
 from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT
 from resnet_bk.engine.instructions import Op
 from resnet_bk.layers.ngrams import LEVELS, MIX, SHARES, STEP
-from resnet_bk.ops.numba_jit import jit
-from resnet_bk.ops.numba_simd import LANE_BYTES, load, load_bytes, splat, spread, store
+from resnet_bk.ops.numba_jit import OPTIONS, jit, jit_on_one_thread
+from resnet_bk.ops.numba_simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
 
 TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
 TOKEN, BLOCKS = 0, 1  # the first whole numbers of a state: the token to read, and the blocks that it ran
 
-helper = njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+helper = njit(**OPTIONS)
 
 
 @helper
@@ -30,6 +30,13 @@ def _sigmoid(v):
 @helper
 def _softplus(v):
     return v if v > 20 else math.log1p(math.exp(v))
+
+
+@helper
+def _whole(x, width):
+    """Return how many of `width` numbers fill registers, how many each has, and lanes of 1."""
+    lanes = LANE_BYTES // x.itemsize
+    return width - width % lanes, lanes, splat(x.dtype.type(1))
 
 
 @helper
@@ -92,13 +99,13 @@ def linear_of_bytes(w, b, x, out, source, inner, outer, at, scales, bias):
 
 @helper
 def norm(w, x, out, source, width, at):
-    mean = square = w.dtype.type(0)
+    mean, square = w.dtype.type(0), w.dtype.type(0)
     for i in range(width):
         mean += x[source + i]
     mean /= width
     for i in range(width):
         square += (x[source + i] - mean) ** 2
-    scale = 1 / math.sqrt(square / width + 1e-5)
+    scale = w.dtype.type(1 / math.sqrt(square / width + 1e-5))
     for i in range(width):
         x[out + i] = (x[source + i] - mean) * scale * w[at + i]
 
@@ -107,7 +114,11 @@ def norm(w, x, out, source, width, at):
 def gated_norm(w, x, y, gate, heads, width, at):
     for h in range(heads):
         norm(w, x, y + h * width, y + h * width, width, at)
-    for i in range(heads * width):
+    whole, lanes, one = _whole(x, heads * width)
+    for i in range(0, whole, lanes):
+        v = load(x, gate + i)
+        store(x, y + i, load(x, y + i) * v * sigmoid(v, one))
+    for i in range(whole, heads * width):
         x[y + i] *= x[gate + i] * _sigmoid(x[gate + i])
 
 
@@ -147,7 +158,19 @@ def ngrams(w, table, x, n, out, past, reach, orders, count, gain, levels, tokens
 
 @helper
 def conv(w, x, s, u, channels, taps, at, past):
-    for c in range(channels):
+    whole, lanes, _ = _whole(x, channels)
+    for c in range(0, whole, lanes):
+        new = load(x, u + c)
+        sums = load(w, at + (taps - 1) * channels + c) * new
+        for i in range(taps - 1):
+            before = load(s, past + i * channels + c)
+            sums += load(w, at + i * channels + c) * before
+            if i:
+                store(s, past + (i - 1) * channels + c, before)
+        store(x, u + c, sums)
+        if taps > 1:
+            store(s, past + (taps - 2) * channels + c, new)
+    for c in range(whole, channels):
         new = x[u + c]
         sums = w[at + (taps - 1) * channels + c] * new
         for i in range(taps - 1):
@@ -161,8 +184,12 @@ def conv(w, x, s, u, channels, taps, at, past):
 
 @helper
 def silu(x, at, width):
-    for i in range(width):
-        x[at + i] *= _sigmoid(x[at + i])
+    whole, lanes, one = _whole(x, width)
+    for i in range(at, at + whole, lanes):
+        v = load(x, i)
+        store(x, i, v * sigmoid(v, one))
+    for i in range(at + whole, at + width):
+        x[i] *= _sigmoid(x[i])
 
 
 @helper
@@ -327,7 +354,11 @@ def attend(w, x, s, qkv, y, heads, width, window, at, turns, scores):
 
 @helper
 def swiglu(x, at, width):
-    for i in range(width):
+    whole, lanes, one = _whole(x, width)
+    for i in range(at, at + whole, lanes):
+        v = load(x, i)
+        store(x, i, v * sigmoid(v, one) * load(x, i + width))
+    for i in range(whole, width):
         x[at + i] *= _sigmoid(x[at + i]) * x[at + width + i]
 
 
@@ -517,7 +548,7 @@ def read_window(x, s, n, c):
 
     n: offset in the window, and its length.
     """
-    _, source, width, weight, place, at, prefix, needed, size = c[:9]
+    _, source, width, weight, place, at, prefix, needed, _ = c[:9]
     offset = n[place]
     if offset < prefix:
         add_to_pool(x, s, source, width, weight, at)
@@ -716,6 +747,12 @@ def step(code, w, b, table, s, n, x):
                 s[c[3] + i] = x[c[1] + i]
         elif op == Op.END_OF_POSITION:
             end_of_position(s, n, c[1], c[2], c[3], c[4], c[5])
+
+
+@jit_on_one_thread
+def run_one(code, w, b, table, s, n, x):
+    """Run a program for the token of the only row."""
+    step(code, w, b, table, s[0], n[0], x[0])
 
 
 @jit

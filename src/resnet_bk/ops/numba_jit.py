@@ -38,8 +38,7 @@ class _Cache(FunctionCache):
     def __init__(self, kernel: Callable[..., None]):
         super().__init__(kernel)
         # Numba compiles a kernel again when its own file changes; it must do so too when what it inlines changes.
-        inlined = Path(__file__).with_name("numba_simd.py").stat()
-        self._cache_file._source_stamp = (self._cache_file._source_stamp, inlined.st_mtime, inlined.st_size)
+        self._cache_file._source_stamp = _stamp(Path(kernel.__code__.co_filename).parent)
 
     def load_overload(self, sig: tuple[Any, ...], target_context: Any) -> Any:
         try:
@@ -54,6 +53,13 @@ class _Cache(FunctionCache):
     def save_overload(self, sig: tuple[Any, ...], data: Any) -> None:
         with contextlib.suppress(Exception):
             super().save_overload(sig, data)
+
+
+@functools.cache
+def _stamp(folder: Path) -> tuple[tuple[float, int], ...]:
+    """Return the times and sizes of the files that kernels in a folder may inline."""
+    files = sorted({*folder.glob("*.py"), *Path(__file__).parent.glob("numba_*.py")})
+    return tuple((status.st_mtime, status.st_size) for status in (file.stat() for file in files))
 
 
 def _cache_of(kernel: Callable[..., None]) -> _Cache | NullCache:
@@ -72,16 +78,20 @@ def _cache_of(kernel: Callable[..., None]) -> _Cache | NullCache:
         return NullCache()
 
 
+# fastmath allows vectorised reductions and fused multiply-add; NaN, infinity and division stay IEEE.
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+
+
+def jit_on_one_thread(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Compile a kernel without a loop over threads."""
+    compiled: Any = numba.njit(nogil=True, **OPTIONS)(kernel)
+    compiled._cache = _cache_of(kernel)
+    return compiled
+
+
 def jit(kernel: Callable[..., None]) -> Callable[..., None]:
     """Compile a kernel. It runs on the threads that torch may use, or on fewer if numba is limited to fewer."""
-    # fastmath allows vectorised reductions and fused multiply-add; NaN, infinity and division stay IEEE.
-    options: dict[str, Any] = {
-        "parallel": True,
-        "nogil": True,
-        "error_model": "numpy",
-        "fastmath": {"contract", "reassoc", "nsz"},
-    }
-    compiled: Any = numba.njit(**options)(kernel)
+    compiled: Any = numba.njit(parallel=True, nogil=True, **OPTIONS)(kernel)
     compiled._cache = _cache_of(kernel)
 
     @functools.wraps(kernel)
