@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from resnet_bk.engine.kernels import BLOCKS, TOKEN, run, run_one
-from resnet_bk.engine.program import Place, arrays, compiled
+from resnet_bk.engine.compiler import compiled
+from resnet_bk.engine.interpreter import BLOCKS, TOKEN, run, run_one
+from resnet_bk.engine.program import Place, arrays
 from resnet_bk.model import LanguageModel
 
 

@@ -1,0 +1,59 @@
+"""Compile a model into a program."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from resnet_bk.adaptive.depth import Halting, Skipping
+from resnet_bk.adaptive.early_exit import EarlyExit
+from resnet_bk.adaptive.length import LearnedLength
+from resnet_bk.adaptive.multiscale import MultiScale
+from resnet_bk.engine.adaptive import depth, length, memory, multiscale
+from resnet_bk.engine.blocks import block
+from resnet_bk.engine.instructions import Op
+from resnet_bk.engine.program import Program
+from resnet_bk.layers.block import Block, Stack
+from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.model import LanguageModel
+
+COMPILERS: dict[type[nn.Module], Callable[[Program, Any, int], Any]] = {
+    Block: block,
+    NgramMemory: memory,
+    MultiScale: multiscale,
+    LearnedLength: length,
+    EarlyExit: depth,
+    Halting: depth,
+    Skipping: depth,
+}
+
+
+def compiled(model: LanguageModel, int8: bool = False) -> tuple[Program, list[Any]]:
+    """Return the program of a causal model, and the places of its state.
+
+    int8: store matrices as int8 numbers.
+    """
+    p = Program(model.embed.weight.dtype, int8)
+    d, embedding = model.config.d_model, p.matrix(model.embed.weight)
+    head = embedding if model.head.weight is model.embed.weight else p.matrix(model.head.weight)
+    p.vocabulary = model.config.vocab_size
+    x, p.logits = p.vector(d), p.vector(p.vocabulary)
+    p.emit(Op.EMBED, x, embedding[0], d, embedding[1])
+
+    def read(x: int) -> None:
+        with p.scope():
+            normed = p.vector(d)
+            p.norm(normed, x, model.norm)
+            p.product(p.logits, normed, (p.vocabulary, d), head)
+
+    def layer(module: nn.Module, x: int) -> Any:
+        with p.scope():
+            return COMPILERS[type(module)](p, module, x)
+
+    def stack(layers: Stack, x: int) -> list[Any]:
+        return [layer(module, x) for module in layers]
+
+    p.read, p.stack = read, stack
+    places = stack(model.blocks, x)
+    read(x)
+    return p, places

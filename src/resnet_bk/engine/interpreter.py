@@ -1,0 +1,188 @@
+"""The interpreter of the engine's programs: one call is one token of each row."""
+
+from numba import prange
+
+from resnet_bk.engine.instructions import Op
+from resnet_bk.engine.layers import (
+    embed,
+    experts,
+    helper,
+    linear,
+    linear_of_bytes,
+    ngrams,
+    norm,
+    sigmoid_of,
+    silu,
+    swiglu,
+)
+from resnet_bk.engine.mixers import (
+    attend,
+    complex_energies,
+    conv,
+    gated_norm,
+    green,
+    left_out,
+    queries_and_keys,
+    real_energies,
+    rotate,
+    rotate_state,
+    scan,
+)
+from resnet_bk.engine.techniques import (
+    add_gated,
+    add_to_pool,
+    boundary,
+    carried,
+    choose_length,
+    end_of_position,
+    exits,
+    halts,
+    keep_result,
+    keeps,
+    mean_of_pool,
+    read_window,
+)
+from resnet_bk.ops.numba_jit import jit, jit_on_one_thread
+
+TOKEN, BLOCKS = 0, 1  # the first whole numbers of a state: the token to read, and the blocks that it ran
+
+
+@helper
+def step(code, w, b, table, s, n, x):
+    """Run a program for the token of one row."""
+    token = n[TOKEN]
+    n[BLOCKS] = 0
+    at = 0
+    while at < len(code):
+        c = code[at]
+        op = c[0]
+        at += 1
+        if op == Op.LINEAR:
+            linear(w, x, c[1], c[2], c[3], c[4], c[5], c[6])
+        elif op == Op.LINEAR_OF_BYTES:
+            linear_of_bytes(w, b, x, c[1], c[2], c[3], c[4], c[5], c[7], c[6])
+        elif op == Op.NORM:
+            norm(w, x, c[1], c[2], c[3], c[4])
+        elif op == Op.SCAN:
+            scan(x, s, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
+        elif op == Op.CONV:
+            conv(w, x, s, c[1], c[2], c[3], c[4], c[5])
+        elif op == Op.SILU:
+            silu(x, c[1], c[2])
+        elif op == Op.SIGMOID:
+            for i in range(c[1], c[1] + c[2]):
+                x[i] = sigmoid_of(x[i])
+        elif op == Op.QUERIES:
+            queries_and_keys(x, c[1], c[2], c[3], c[4], c[5])
+        elif op == Op.BONDS:
+            for h in range(c[2]):
+                x[c[1] + h] = sigmoid_of(-x[c[1] + h] - w[c[3] + h])
+        elif op == Op.REAL:
+            real_energies(w, x, s, c[1], c[2], c[3], c[4])
+        elif op == Op.COMPLEX:
+            complex_energies(w, x, s, c[1], c[2], c[3], c[4])
+        elif op == Op.ROTATE:
+            rotate(x, c[1], c[2], c[3], c[4])
+        elif op == Op.ROTATE_STATE:
+            rotate_state(x, s, c[1], c[2], c[3], c[4], c[5])
+        elif op == Op.LEFT_OUT:
+            left_out(w, x, s, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10])
+        elif op == Op.GREEN:
+            green(w, x, s, c[1], c[2], c[3], c[4], c[5], c[6], c[7])
+        elif op == Op.GATED_NORM:
+            gated_norm(w, x, c[1], c[2], c[3], c[4], c[5])
+        elif op == Op.GATE:
+            for i in range(c[4]):
+                v = x[c[3] + i]
+                x[c[1] + i] = (x[c[1] + i] + x[c[2] + i]) * v * sigmoid_of(v)
+        elif op == Op.ATTEND:
+            attend(w, x, s, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8])
+        elif op == Op.SWIGLU:
+            swiglu(x, c[1], c[2])
+        elif op == Op.EXPERTS:
+            experts(w, b, x, c)
+        elif op == Op.ADD:
+            for i in range(c[3]):
+                x[c[1] + i] += x[c[2] + i]
+        elif op == Op.COPY:
+            for i in range(c[3]):
+                x[c[1] + i] = x[c[2] + i]
+        elif op == Op.EMBED:
+            embed(w, b, x, c[1], c[2], c[3], c[4], token)
+        elif op == Op.NGRAMS:
+            ngrams(w, table, x, n, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], token)
+        elif op == Op.SCORE:
+            v = w.dtype.type(0)
+            for i in range(c[3]):
+                v += x[c[2] + i] * w[c[4] + i]
+            x[c[1]] = w[c[5]] * v + w[c[5] + 1]
+        elif op == Op.COUNT:
+            n[BLOCKS] += c[1]
+        elif op == Op.JUMP:
+            at = c[1]
+        elif op == Op.UNLESS_POSITIVE:
+            if not x[c[1]] > 0:
+                at = c[2]
+        elif op == Op.POOL:
+            add_to_pool(x, s, c[1], c[2], c[3], c[4])
+        elif op == Op.BOUNDARY:
+            if not boundary(w, x, n, c, token):
+                at = c[9]
+        elif op == Op.MEAN:
+            mean_of_pool(x, s, c[1], c[2], c[3], c[4])
+        elif op == Op.RESULT:
+            keep_result(x, s, c[1], c[2], c[3], c[4])
+        elif op == Op.CARRIED:
+            carried(w, x, c[1], c[2], n[c[3]], c[4], c[5])
+        elif op == Op.ADD_GATED:
+            add_gated(w, x, c[1], c[2], c[3], c[4], c[5])
+        elif op == Op.HALT_START:
+            for i in range(c[3]):
+                x[c[1] + i] = 0
+            x[c[2]] = 1
+        elif op == Op.HALT:
+            if halts(w, x, c[1], c[2], c[3], c[4], c[5], c[6]):
+                at = c[7]
+        elif op == Op.HALT_END:
+            for i in range(c[4]):
+                x[c[1] + i] = x[c[2] + i] + x[c[3]] * x[c[1] + i]
+        elif op == Op.SKIP:
+            if sigmoid_of(x[c[1]]) < w[c[2]]:
+                at = c[3]
+        elif op == Op.EXIT:
+            if exits(w, x, c[1], c[2], c[3], c[4]):
+                at = c[5]
+        elif op == Op.WINDOW:
+            if not read_window(x, s, n, c):
+                at = c[9]
+        elif op == Op.CHOOSE:
+            choose_length(w, x, n, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8])
+        elif op == Op.KEEP:
+            if not keeps(n, c[1], c[2], c[3], c[4], c[5], token):
+                at = c[6]
+        elif op == Op.SET_SINCE:
+            n[c[1]] = 0 if c[2] else n[c[1]] + 1
+        elif op == Op.SUBTRACT:
+            for i in range(c[3]):
+                x[c[1] + i] -= x[c[2] + i]
+        elif op == Op.LOAD:
+            for i in range(c[2]):
+                x[c[1] + i] = s[c[3] + i]
+        elif op == Op.STORE:
+            for i in range(c[2]):
+                s[c[3] + i] = x[c[1] + i]
+        elif op == Op.END_OF_POSITION:
+            end_of_position(s, n, c[1], c[2], c[3], c[4], c[5])
+
+
+@jit_on_one_thread
+def run_one(code, w, b, table, s, n, x):
+    """Run a program for the token of the only row."""
+    step(code, w, b, table, s[0], n[0], x[0])
+
+
+@jit
+def run(code, w, b, table, s, n, x):
+    """Run a program for the tokens of all rows, on the threads there are."""
+    for row in prange(len(s)):
+        step(code, w, b, table, s[row], n[row], x[row])

@@ -1,0 +1,236 @@
+"""The instructions of a model's layers but its mixers, as functions on flat arrays.
+
+w are the weights and b those in int8, x is the scratch memory of a row, s and n are the numbers and whole numbers of
+its state. The functions compute what the modules in :mod:`resnet_bk.layers` do, for one position.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from resnet_bk.layers.ngrams import LEVELS, MIX, SHARES, STEP
+from resnet_bk.ops.numba_jit import OPTIONS
+from resnet_bk.ops.numba_simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
+
+TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
+
+helper = njit(**OPTIONS)
+
+
+@helper
+def sigmoid_of(v):
+    return 1 / (1 + math.exp(-v))
+
+
+@helper
+def softplus_of(v):
+    return v if v > 20 else math.log1p(math.exp(v))
+
+
+@helper
+def whole_registers(x, width):
+    """Return how many of `width` numbers fill registers, how many each has, and lanes of 1."""
+    lanes = LANE_BYTES // x.itemsize
+    return width - width % lanes, lanes, splat(x.dtype.type(1))
+
+
+@helper
+def embed(w, b, x, out, at, width, scales, token):
+    tile = TILE_LANES * (LANE_BYTES // w.itemsize)
+    first = at + token // tile * tile * width + token % tile
+    for i in range(width):
+        x[out + i] = w[first + i * tile] if scales < 0 else w[scales + token] * b[first + i * tile]
+
+
+@helper
+def linear(w, x, out, source, inner, outer, at, bias):
+    lanes = LANE_BYTES // w.itemsize
+    zero = splat(w.dtype.type(0))
+    for first in range(0, outer, 2 * lanes):
+        a, b, c, d = zero, zero, zero, zero
+        row = at + first * inner
+        for i in range(0, inner - 1, 2):
+            v = spread(x, source + i)
+            a += v * load(w, row)
+            b += v * load(w, row + lanes)
+            v = spread(x, source + i + 1)
+            c += v * load(w, row + 2 * lanes)
+            d += v * load(w, row + 3 * lanes)
+            row += 4 * lanes
+        if inner % 2:
+            v = spread(x, source + inner - 1)
+            a += v * load(w, row)
+            b += v * load(w, row + lanes)
+        a += c
+        b += d
+        if bias >= 0:
+            a += load(w, bias + first)
+            b += load(w, bias + first + lanes)
+        store(x, out + first, a)
+        store(x, out + first + lanes, b)
+
+
+@helper
+def linear_of_bytes(w, b, x, out, source, inner, outer, at, scales, bias):
+    """Compute a matrix product with int8 numbers, each output times its scale."""
+    lanes, one = LANE_BYTES // w.itemsize, w.dtype.type(1)
+    zero = splat(w.dtype.type(0))
+    for first in range(0, outer, 2 * lanes):
+        sums, more = zero, zero
+        row = at + first * inner
+        for i in range(source, source + inner):
+            v = spread(x, i)
+            sums += v * load_bytes(b, row, one)
+            more += v * load_bytes(b, row + lanes, one)
+            row += 2 * lanes
+        sums *= load(w, scales + first)
+        more *= load(w, scales + first + lanes)
+        if bias >= 0:
+            sums += load(w, bias + first)
+            more += load(w, bias + first + lanes)
+        store(x, out + first, sums)
+        store(x, out + first + lanes, more)
+
+
+@helper
+def norm(w, x, out, source, width, at):
+    mean, square = w.dtype.type(0), w.dtype.type(0)
+    for i in range(width):
+        mean += x[source + i]
+    mean /= width
+    for i in range(width):
+        square += (x[source + i] - mean) ** 2
+    scale = w.dtype.type(1 / math.sqrt(square / width + 1e-5))
+    for i in range(width):
+        x[out + i] = (x[source + i] - mean) * scale * w[at + i]
+
+
+@helper
+def ngrams(w, table, x, n, out, past, reach, orders, count, gain, levels, tokens, scale, width, token):
+    """Add what the table has about the last tokens; then the token is one of them."""
+    successors, rows = table.shape[1] - 1, len(table)
+    key = np.int64(0)
+    found = 0
+    for length in range(1, reach + 2):
+        new = token + 1 if length == 1 else n[past + reach + 1 - length]
+        key = (key + new + 1) * np.int64(STEP)
+        if w[orders + found] != length:
+            continue
+        mixed = (key ^ (key >> 29)) * np.int64(MIX)
+        slot = (((mixed >> 32) & 0xFFFFFFFF) * rows) >> 32
+        here = found * LEVELS
+        if table[slot, 0] >> 8 == (mixed >> 12) & 0xFFFF:
+            here += table[slot, 0] & 255
+            for j in range(successors):
+                share = w.dtype.type(np.float32(table[slot, 1 + j] & 255) / np.float32(SHARES))
+                if share > 0:
+                    follows = tokens + (table[slot, 1 + j] >> 8) * width
+                    share *= w[gain + here]
+                    for i in range(width):
+                        x[out + i] += share * w[scale + found * width + i] * w[follows + i]
+        for i in range(width):
+            x[out + i] += w[levels + here * width + i]
+        found += 1
+        if found == count:
+            break
+    for i in range(reach - 1):
+        n[past + i] = n[past + i + 1]
+    if reach:
+        n[past + reach - 1] = token + 1
+
+
+@helper
+def silu(x, at, width):
+    whole, lanes, one = whole_registers(x, width)
+    for i in range(at, at + whole, lanes):
+        v = load(x, i)
+        store(x, i, v * sigmoid(v, one))
+    for i in range(at + whole, at + width):
+        x[i] *= sigmoid_of(x[i])
+
+
+@helper
+def swiglu(x, at, width):
+    whole, lanes, one = whole_registers(x, width)
+    for i in range(at, at + whole, lanes):
+        v = load(x, i)
+        store(x, i, v * sigmoid(v, one) * load(x, i + width))
+    for i in range(whole, width):
+        x[at + i] *= sigmoid_of(x[at + i]) * x[at + width + i]
+
+
+@helper
+def softmax(x, at, count, out, bias, w, biased):
+    top = x.dtype.type(-np.inf)
+    for i in range(count):
+        x[out + i] = x[at + i] + (w[bias + i] if bias >= 0 and i < biased else w.dtype.type(0))
+        top = max(top, x[out + i])
+    total = x.dtype.type(0)
+    for i in range(count):
+        x[out + i] = math.exp(x[out + i] - top)
+        total += x[out + i]
+    for i in range(count):
+        x[out + i] /= total
+
+
+@helper
+def experts(w, b, x, c):
+    """Add the chosen experts' outputs, each times its probability."""
+    (
+        _,
+        out,
+        source,
+        logits,
+        width,
+        hidden,
+        computing,
+        identity,
+        every,
+        most,
+        least,
+        top_p,
+        bias,
+        up,
+        down,
+        scratch,
+        scales,
+    ) = c
+    tile = TILE_LANES * (LANE_BYTES // w.itemsize)
+    size_up, size_down = -(-2 * hidden // tile) * tile * width, -(-width // tile) * tile * hidden
+    likely = scratch + -(-2 * hidden // tile) * tile + -(-width // tile) * tile
+    result = scratch + -(-2 * hidden // tile) * tile
+    softmax(x, logits, every, logits + every, -1, w, computing)
+    softmax(x, logits, every, likely, bias, w, computing)
+    for i in range(every):  # probabilities, from behind the logits
+        x[logits + i] = x[logits + every + i]
+    for i in range(width):
+        x[out + i] = 0
+    before = w.dtype.type(0)
+    for rank in range(most):
+        best = 0
+        for e in range(1, every):
+            if x[likely + e] > x[likely + best]:
+                best = e
+        share = x[likely + best]
+        x[likely + best] = -1
+        if top_p >= 0 and rank >= least and not before < w[top_p]:
+            break
+        before += share
+        if best < computing:
+            if scales < 0:
+                linear(w, x, scratch, source, width, 2 * hidden, up + best * size_up, -1)
+                swiglu(x, scratch, hidden)
+                linear(w, x, result, scratch, hidden, width, down + best * size_down, -1)
+            else:
+                rows, columns = size_up // width, size_down // hidden
+                at = scales + best * rows
+                linear_of_bytes(w, b, x, scratch, source, width, 2 * hidden, up + best * size_up, at, -1)
+                swiglu(x, scratch, hidden)
+                at = scales + computing * rows + best * columns
+                linear_of_bytes(w, b, x, result, scratch, hidden, width, down + best * size_down, at, -1)
+            for i in range(width):
+                x[out + i] += x[logits + best] * x[result + i]
+        elif best < computing + identity:
+            for i in range(width):
+                x[out + i] += x[logits + best] * x[source + i]
