@@ -1,5 +1,10 @@
-"""A model compiled for decoding on CPUs: a program that numba runs, one call a token."""
+"""Models compiled for decoding on CPUs: a program that numba runs, one call a token of each row.
 
-from resnet_bk.engine.engine import Engine, EngineState
+``compiler.py`` turns a model's layers into the rows of a program, ``interpreter.py`` runs it, ``engine.py`` makes and
+converts states, and ``decoder.py`` decides where the engine is used.
+"""
 
-__all__ = ["Engine", "EngineState"]
+from resnet_bk.engine.decoder import Decoder
+from resnet_bk.engine.state import EngineState
+
+__all__ = ["Decoder", "EngineState"]

@@ -83,7 +83,7 @@ class Program:
             self.code[row].append(len(self.code))
 
     def vector(self, width: int) -> int:
-        """Return a place in the scratch memory, with room for what a LINEAR writes beyond its outputs."""
+        """Return a place in the scratch memory, as long as what a LINEAR writes, which is whole tiles."""
         at, tile = self.scratch, TILE_LANES * self.lanes
         self.scratch += -(-width // tile) * tile
         self.most = max(self.most, self.scratch)

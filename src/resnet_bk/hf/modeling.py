@@ -6,7 +6,7 @@ Dimensions: B batch, N positions, V vocabulary.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from resnet_bk.checkpoint import MANIFEST, RENAMED, CheckpointError, seal, verify
 from resnet_bk.config import ConfigError
+from resnet_bk.engine import Decoder, EngineState
+from resnet_bk.engine.decoder import to_torch
 from resnet_bk.hf.configuration import ResNetBKConfig
-from resnet_bk.layers.checks import IDS, TARGETS, check_positions
+from resnet_bk.layers.checks import IDS, TARGETS, check_ids, check_positions
 from resnet_bk.model import LanguageModel
 from resnet_bk.record import mean_losses, weighted_sum
 from resnet_bk.weights import check_finite, check_headers, weight_files
@@ -36,8 +38,13 @@ class RecurrentCache:
     is_croppable = False
     is_linear = (False,)  # makes generate() pass only the positions that are not in the cache yet
 
-    def __init__(self, state: list[Any], length: int):
-        self.state, self.length = state, length
+    def __init__(self, state: Sequence[Any] | EngineState, length: int):
+        self.kept, self.length = state, length
+
+    @property
+    def state(self) -> Sequence[Any]:
+        """The state as :meth:`LanguageModel.forward` takes it."""
+        return to_torch(self.kept)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of positions read so far, including padding."""
@@ -48,7 +55,10 @@ class RecurrentCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the state of each row i by that of row ``beam_idx[i]``, for beam search."""
-        self.state = pytree.tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.state)
+        if isinstance(self.kept, EngineState):
+            self.kept = self.kept.rows(beam_idx.numpy())
+        else:
+            self.kept = pytree.tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.kept)
 
 
 @dataclass
@@ -79,6 +89,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ResNetBKConfig):
         super().__init__(config)
         self.model = LanguageModel.from_config(config.model_config())
+        self.decoder = Decoder(self.model)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -212,6 +223,9 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         check_positions("input_ids", input_ids, IDS, None, self.model.embed.weight.device)
         if cache is not None and not isinstance(cache, RecurrentCache):
             raise TypeError(f"{CACHE}: expected a RecurrentCache, got {type(cache).__name__}; pass that of the output")
+        if self._decodes(input_ids, cache, labels, shift_labels):
+            assert cache is not None
+            return self._decoded(input_ids, cache, use_cache, logits_to_keep, return_dict)
         state, before = (None, 0) if cache is None else (cache.state, cache.length)
         mask = _read_mask(attention_mask, input_ids, cache)
         name = "shift_labels"
@@ -243,6 +257,29 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         results: dict[str, Any] = {"loss": loss, "logits": logits, "aux_loss": aux_loss}
         if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
             results[CACHE] = RecurrentCache(features.state, before + input_ids.shape[1])
+        output = CausalLMOutput(**results)
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    def _decodes(self, ids: Tensor, cache: RecurrentCache | None, *labels: Tensor | None) -> bool:
+        """Return whether a call is a step of decoding, which needs no gradients and no losses."""
+        step = cache is not None and ids.shape[1] == 1 and all(x is None for x in labels)
+        return step and not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def _decoded(
+        self, ids: Tensor, cache: RecurrentCache, use_cache: bool | None, keep: int | Tensor, return_dict: bool | None
+    ) -> CausalLMOutput | tuple:
+        positions, state = _kept_positions(keep), cache.kept
+        if isinstance(state, EngineState):
+            if len(state) != len(ids):
+                raise ValueError(f"{CACHE}: has {len(state)} rows, expected those of input_ids, {len(ids)}")
+            check_ids("input_ids", ids, self.model.config.vocab_size)
+            state = state.copy()  # the cache may be used again
+        else:
+            self.model.check(ids, state=state, names=("input_ids", "labels", "attention_mask", f"{CACHE}.state"))
+        logits, state = self.decoder.step(ids, state)
+        results: dict[str, Any] = {"logits": logits.unsqueeze(1)[:, positions]}
+        if use_cache if use_cache is not None else self.config.use_cache:
+            results[CACHE] = RecurrentCache(state, cache.length + 1)
         output = CausalLMOutput(**results)
         return output if return_dict is None or return_dict else output.to_tuple()
 
