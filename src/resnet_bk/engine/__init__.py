@@ -4,7 +4,7 @@
 converts states, and ``decoder.py`` decides where the engine is used.
 """
 
-from resnet_bk.engine.decoder import Decoder
+from resnet_bk.engine.decoder import Decoder, decoder_of
 from resnet_bk.engine.state import EngineState
 
-__all__ = ["Decoder", "EngineState"]
+__all__ = ["Decoder", "EngineState", "decoder_of"]

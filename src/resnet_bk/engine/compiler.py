@@ -56,4 +56,5 @@ def compiled(model: LanguageModel, int8: bool = False) -> tuple[Program, list[An
     p.read, p.stack = read, stack
     places = stack(model.blocks, x)
     read(x)
+    del p.read, p.stack  # they hold the model
     return p, places

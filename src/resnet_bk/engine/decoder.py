@@ -5,6 +5,7 @@ Dimensions: B rows, V vocabulary.
 
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,17 @@ def to_torch(state: Sequence[Any] | EngineState) -> Sequence[Any]:
     return state.to_torch() if isinstance(state, EngineState) else state
 
 
+_decoders: "weakref.WeakKeyDictionary[LanguageModel, Decoder]" = weakref.WeakKeyDictionary()
+
+
+def decoder_of(model: LanguageModel) -> "Decoder":
+    """Return the decoder of a model, the same one as long as the model lives."""
+    decoder = _decoders.get(model)
+    if decoder is None:
+        decoder = _decoders[model] = Decoder(model)
+    return decoder
+
+
 class Decoder:
     """Steps of a model in evaluation mode: each reads one token of every row.
 
@@ -68,7 +80,7 @@ class Decoder:
     """
 
     def __init__(self, model: LanguageModel):
-        self.model = model
+        self._model = weakref.ref(model)  # so that the model can be freed
         self.engine: Engine | None = None
         self.asked = _asked()
         self._tensors: list[Tensor] = []
@@ -76,6 +88,12 @@ class Decoder:
         self._checksum: Tensor | None = None
         self._thresholds: list[float] = []
         self._faster: dict[int, bool] = {}
+
+    @property
+    def model(self) -> LanguageModel:
+        model = self._model()
+        assert model is not None
+        return model
 
     def step(self, ids: Tensor, state: Sequence[Any] | EngineState) -> tuple[Tensor, Sequence[Any] | EngineState]:
         """Read one token of each row.

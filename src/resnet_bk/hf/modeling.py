@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from resnet_bk.checkpoint import MANIFEST, RENAMED, CheckpointError, seal, verify
 from resnet_bk.config import ConfigError
-from resnet_bk.engine import Decoder, EngineState
+from resnet_bk.engine import EngineState, decoder_of
 from resnet_bk.engine.decoder import to_torch
 from resnet_bk.hf.configuration import ResNetBKConfig
 from resnet_bk.layers.checks import IDS, TARGETS, check_ids, check_positions
@@ -89,7 +89,6 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ResNetBKConfig):
         super().__init__(config)
         self.model = LanguageModel.from_config(config.model_config())
-        self.decoder = Decoder(self.model)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -276,7 +275,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             state = state.copy()  # the cache may be used again
         else:
             self.model.check(ids, state=state, names=("input_ids", "labels", "attention_mask", f"{CACHE}.state"))
-        logits, state = self.decoder.step(ids, state)
+        logits, state = decoder_of(self.model).step(ids, state)
         results: dict[str, Any] = {"logits": logits.unsqueeze(1)[:, positions]}
         if use_cache if use_cache is not None else self.config.use_cache:
             results[CACHE] = RecurrentCache(state, cache.length + 1)

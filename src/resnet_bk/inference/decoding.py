@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from resnet_bk.engine import EngineState, decoder_of
 from resnet_bk.layers.feedforward import computed_in
 from resnet_bk.model import LanguageModel
 
@@ -125,7 +126,7 @@ def generate(
     """Generate the tokens that follow a prompt.
 
     Args:
-        model: a causal model in eval mode, which :class:`StaticStep` must accept.
+        model: a causal model in eval mode. On a GPU :class:`StaticStep` must accept it.
         ids: (B, N) int64 or int32, the prompt.
         new: largest number of tokens to generate.
         mask: (B, N) bool, False for padding, which must not be at the end of a row. Default: no padding.
@@ -151,7 +152,7 @@ def generate(
     if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError("mask: a row ends with padding, allowed on the left: the next token follows the last position")
     features = model.features(ids, mask)
-    logits, step = model.head(features.x[:, -1]), StaticStep(model, features.state)
+    logits, step = model.head(features.x[:, -1]), _steps(model, features.state)
     tokens = torch.empty(len(ids), new, dtype=torch.int64, device=ids.device)
     for i in range(new):
         tokens[:, i] = choose(logits, temperature)
@@ -166,6 +167,19 @@ def generate(
     ends = tokens == stop
     after = ends.cumsum(1) > ends.long()
     return tokens.masked_fill(after, stop)[:, : int((~after).sum(1).max())]
+
+
+def _steps(model: LanguageModel, state: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """Return a function of the next ids (B, 1) that returns their logits (B, V); on a CPU the engine computes them."""
+    if model.embed.weight.is_cuda:
+        return StaticStep(model, state)
+    kept: list[Sequence[Any] | EngineState] = [state]
+
+    def step(ids: Tensor) -> Tensor:
+        logits, kept[0] = decoder_of(model).step(ids, kept[0])
+        return logits
+
+    return step
 
 
 def choose(logits: Tensor, temperature: float) -> Tensor:
