@@ -1,47 +1,106 @@
 """The command ``resnet-bk generate``: continue a prompt."""
 
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
 from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
+from resnet_bk.engine import EngineState, decoder_of
 from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers
+from resnet_bk.inference.decoding import choose
 from resnet_bk.inference.loading import load
 from resnet_bk.inference.speculation import speculate
-from resnet_bk.report.terminal import Console, show
+from resnet_bk.model import LanguageModel
+from resnet_bk.report.terminal import Console, show, show_piece
 
 _LONGEST_PROMPT = 1 << 24  # bytes
 
 
-def generate_text(model: ResNetBKForCausalLM, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> str:
+def generate_text(
+    model: ResNetBKForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    config: GenerateConfig,
+    write: Callable[[str], None] | None = None,
+) -> str:
     """Return the prompt and its continuation.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its tokenizer.
+        prompt: text of one token or more.
+        config: settings of sampling.
+        write: called with each piece of the text, whole characters, as soon as it is there.
 
     Raises:
         ConfigError: the prompt has no token, or config.speculate is set and the model has no early exit.
     """
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if encoded["input_ids"].numel() == 0:
+    ids = tokenizer(prompt, return_tensors="pt").to(model.device)["input_ids"]
+    if ids.numel() == 0:
         raise ConfigError(f"generate.prompt: got {shown(prompt)}, which has no token; give another text")
+    write = write or (lambda piece: None)
+    found, text = ids[0].tolist(), str(tokenizer.decode(ids[0], skip_special_tokens=True))
+    write(text)
+    stream = DecodeStream(skip_special_tokens=True)
+    for token in _tokens(model.model, ids, tokenizer.eos_token_id, config):
+        found.append(token)
+        if piece := stream.step(tokenizer.backend_tokenizer, token):
+            text += piece
+            write(piece)
+    whole = str(tokenizer.decode(found, skip_special_tokens=True))
+    if whole.startswith(text) and whole != text:  # it ends within a character
+        write(whole[len(text) :])
+    return whole
+
+
+def _tokens(model: LanguageModel, ids: Tensor, end: int | None, config: GenerateConfig) -> Iterator[int]:
+    """Yield the tokens that follow ids (1, N), up to the end of the text."""
     if config.speculate:
         try:
-            drafts = speculate(model.model, encoded["input_ids"], config.max_new_tokens, config.speculate)
+            drafts = speculate(model, ids, config.max_new_tokens, config.speculate)
         except ValueError as error:
             raise ConfigError(f"generate.speculate: {error}") from error
-        ids = torch.cat([encoded["input_ids"], drafts.tokens], dim=1)[0].tolist()
-        end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-        return str(tokenizer.decode(ids[:end], skip_special_tokens=True))
+        found = drafts.tokens[0].tolist()
+        yield from found[: found.index(end)] if end in found else found
+        return
     torch.manual_seed(config.seed)
-    sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    output = model.generate(
-        **encoded, max_new_tokens=config.max_new_tokens, **(sampling if config.temperature else {"do_sample": False})
-    )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    with torch.no_grad():
+        features = model.features(ids)
+    logits = model.head(features.x[:, -1]).detach()
+    state: Sequence[Any] | EngineState = features.state
+    for i in range(config.max_new_tokens):
+        token = choose(logits, config.temperature, config.top_p)
+        if token.item() == end:
+            return
+        yield int(token)
+        if i + 1 < config.max_new_tokens:
+            with torch.no_grad():
+                logits, state = decoder_of(model).step(token.unsqueeze(1), state)
 
 
 def generate(config: GenerateConfig, console: Console) -> str:
-    """Run the command: continue a prompt, print and return prompt and continuation."""
+    """Run the command: continue a prompt, print and return prompt and continuation.
+
+    The text appears as it is made. Its speed goes to standard error.
+    """
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
-    text = generate_text(model, tokenizer, _read_prompt(config), config)
-    show(console, text)
+    prompt, times = _read_prompt(config), []
+
+    def write(piece: str) -> None:
+        times.append(time.perf_counter())
+        show_piece(console, piece)
+
+    text = generate_text(model, tokenizer, prompt, config, write)
+    show(console, "")
+    if len(times) > 1:
+        made, seconds = len(text.encode()) - len(prompt.encode()), times[-1] - times[0]
+        print(f"{made} bytes in {seconds:.2f} s, {made / seconds:,.0f} bytes/s", file=sys.stderr)
     return text
 
 

@@ -38,10 +38,17 @@ def plain(text: str, style: str = "") -> Text:
 
 def show(console: Console, text: str) -> None:
     """Print a text of the user or of a model: unchanged into a file or a pipe, :func:`visible` in a terminal."""
+    show_piece(console, text)
+    show_piece(console, "\n")
+
+
+def show_piece(console: Console, text: str) -> None:
+    """Print a piece of a text as :func:`show` does, without a line end after it."""
     if console.file.isatty():
-        say(console, text)
+        console.print(plain(text), soft_wrap=True, end="")
     else:
-        console.print(Segments([Segment(text + "\n")]), soft_wrap=True)  # nothing if the console is quiet
+        console.print(Segments([Segment(text)]), soft_wrap=True, end="")  # nothing if the console is quiet
+    console.file.flush()
 
 
 def colored(pieces: Iterable[tuple[str, float]]) -> Text:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.clock import timed
+from resnet_bk.engine import decoder_of
 from resnet_bk.model import LanguageModel
 
 
@@ -94,12 +95,11 @@ def measure(
 @torch.no_grad()
 def greedy(model: LanguageModel, ids: torch.Tensor, new: int) -> torch.Tensor:
     """Return the `new` likeliest next tokens after ids (B, N), as (B, new). Time and memory per token are constant."""
-    output = model(ids)
-    tokens = []
+    output, tokens = model(ids), []
+    logits, state = output.logits[:, -1], output.state
     for _ in range(new):
-        assert output.logits is not None
-        tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
-        output = model(tokens[-1], state=output.state)
+        tokens.append(logits.argmax(-1, keepdim=True))
+        logits, state = decoder_of(model).step(tokens[-1], state)
     return torch.cat(tokens, dim=1)
 
 
