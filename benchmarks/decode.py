@@ -1,57 +1,286 @@
-"""Decoding: time and memory per token by the length of the context.
+"""Decoding one sequence: the engine beside torch, other families, a plain read of weights; what techniques save.
 
-Dimensions: B sequences, N tokens.
+``python benchmarks/decode.py --out benchmarks/results/...`` times everything in one process, in turn, one thread.
+``--llama2c FOLDER`` adds llama2.c: FOLDER has its program, built by ``gcc -Ofast -march=native run.c -o run -lm``, and
+its tokenizer.bin. Models have random weights and read held-out text, so what they decide is set, not learned.
+
+Dimensions: V vocabulary, D width.
 """
 
-import resource
 import statistics
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from common import arguments, conditions, publish, seconds_of, spread, table
-from torch.utils import _pytree as pytree
+from common import arguments, conditions, publish, spread, stdlib_ids, table
+from peers import PROMPT, llama, mamba2, nano_gpt, words
 
+from resnet_bk.engine.engine import Engine
+from resnet_bk.layers.feedforward import Experts
+from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.model import LanguageModel
+from resnet_bk.ops.numba_jit import jit_on_one_thread
+from resnet_bk.ops.numba_simd import LANE_BYTES, load, splat, store
 
-CONTEXTS, PIECE, NEW = (1_000, 10_000, 100_000), 4096, 200
+BYTES, REPEATS, STEPS, FEW_STEPS = 259, 7, 400, 12
+CONTEXTS, PIECE = (1_000, 10_000, 100_000), 4096
+LARGE = {"d_model": 512, "n_layers": 12}  # of the original's example, with a vocabulary of 50,000
+EIGHT = {"d_model": 128, "n_layers": 8}
+EVERYTHING = {
+    "d_model": 128,
+    "num_experts": 4,
+    "d_ff": 176,
+    "experts": {"policy": "top_p"},
+    "sparsity": {"target": 0.5},
+    "depth": {"policy": "act"},
+    "memory": {"orders": [2, 3, 4, 6], "rows": 100_000},
+    **words(2, 6, 0),
+}
+Step = Callable[[int], Any]
+
+
+@jit_on_one_thread
+def _read(x, out):
+    lanes = LANE_BYTES // x.itemsize
+    a = b = c = d = splat(x.dtype.type(0))
+    for i in range(0, x.size - 4 * lanes, 4 * lanes):
+        a += load(x, i)
+        b += load(x, i + lanes)
+        c += load(x, i + 2 * lanes)
+        d += load(x, i + 3 * lanes)
+    store(out, 0, a + b + c + d)
+
+
+def made(vocabulary: int = BYTES, **fields: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(vocabulary, **{"n_seq": 256, "num_experts": 1, **fields}).eval()
+
+
+def engine_step(engine: Engine) -> Step:
+    state = engine.start()
+    return lambda token: engine.step([token], state)
+
+
+def torch_step(model: LanguageModel) -> Step:
+    state: Any = None
+
+    def step(token: int) -> None:
+        nonlocal state
+        output = model(torch.tensor([[token]]), state=state)
+        state = output.state
+
+    return step
+
+
+def peer_step(make: Callable[..., Any]) -> Step:
+    torch.manual_seed(0)
+    peer = make(128, 4)
+    peer.model.eval()
+    state = peer.read(torch.ones(1, PROMPT, dtype=torch.long))[1]
+
+    def step(token: int) -> None:
+        nonlocal state
+        state = peer.read(torch.tensor([[token]]), state)[1]
+
+    return step
+
+
+def timed(steps: dict[str, Step], text: np.ndarray, number: dict[str, int]) -> dict[str, list[float]]:
+    """Return milliseconds a token of each repeat, by name. The ways take turns."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(REPEATS + 1):
+        for name, step in steps.items():
+            tokens = text[: number.get(name, STEPS)].tolist()
+            started = time.perf_counter()
+            for token in tokens:
+                step(token)
+            if repeat:  # the first compiles
+                times[name].append(1e3 * (time.perf_counter() - started) / len(tokens))
+    return times
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> str:
+    return spread([a / b for a, b in zip(times[slow], times[fast], strict=True)], 1)
+
+
+def of_models(text: np.ndarray) -> str:
+    """Compare the engine with torch, and with other families."""
+    models = {
+        "plain, 4 blocks of 128": made(d_model=128, n_layers=4),
+        "`fast`": LanguageModel.from_preset("fast", BYTES).eval(),
+        "`balanced`": LanguageModel.from_preset("balanced", BYTES).eval(),
+        "all techniques": made(**EVERYTHING),
+    }
+    steps: dict[str, Step] = {}
+    for name, model in models.items():
+        steps[name] = engine_step(Engine(model))
+        steps[f"{name}, int8"] = engine_step(Engine(model, int8=True))
+        steps[f"{name}, torch"] = torch_step(model)
+    peers = {"Llama": llama, "GPT-2": nano_gpt, "Mamba-2": mamba2}
+    steps |= {name: peer_step(make) for name, make in peers.items()}
+    slow = {name: 40 for name in steps if name.endswith("torch") or name in peers}
+    times = timed(steps, text, slow)
+    rows = []
+    for name in models:
+        speeds = [1e3 / statistics.median(times[way]) for way in (name, f"{name}, int8", f"{name}, torch")]
+        rows.append([name, *(f"{x:,.0f}" for x in speeds), ratio(times, f"{name}, torch", name)])
+    found = table(["model", "engine, bytes/s", "int8", "torch", "engine / torch"], rows)
+    first = next(iter(models))
+    rows = [[n, f"{1e3 / statistics.median(times[n]):,.0f}", ratio(times, n, first)] for n in peers]
+    return (
+        f"\n## Models of bytes\n\n{found}\nOther families, 4 layers of width 128, by transformers in torch:\n\n"
+        + table(["family", "bytes/s", f"engine ({first}) / it"], rows)
+    )
+
+
+def of_large_models(text: np.ndarray, folder: Path | None) -> str:
+    """Compare the weights that the engine reads a second with a plain read, and with llama2.c."""
+    model = made(50_000, **LARGE)
+    engine, small = Engine(model), Engine(model, int8=True)
+    out = np.zeros(64, np.float32)
+    steps: dict[str, Step] = {
+        "engine": engine_step(engine),
+        "int8": engine_step(small),
+        "torch": torch_step(model),
+        "read": lambda token: _read(engine.arrays[1], out),
+    }
+    times = timed(steps, text, dict.fromkeys(steps, FEW_STEPS))
+    size = {"engine": engine.arrays[1].nbytes, "torch": engine.arrays[1].nbytes, "read": engine.arrays[1].nbytes}
+    size["int8"] = small.arrays[1].nbytes + small.arrays[2].nbytes
+    rows = []
+    for name in steps:
+        speed = [size[name] / 1e6 / t for t in times[name]]
+        rows.append([name, f"{size[name] / 1e6:,.0f}", spread(times[name], 2), spread(speed, 1)])
+    found = table(["way", "MB of weights", "ms a token", "GB/s of weights"], rows)
+    text_ = f"\n## 12 blocks of 512, vocabulary 50,000\n\n{found}\n"
+    text_ += f"The engine reads {ratio(times, 'read', 'engine')} as many weights a second as a plain read of them; "
+    text_ += f"int8 is {ratio(times, 'engine', 'int8')} times as fast as float32.\n"
+    return text_ if folder is None else text_ + llama2c(folder, statistics.median(times["engine"]), size["engine"])
+
+
+def llama2c(folder: Path, milliseconds: float, size: int) -> str:
+    """Run llama2.c with random weights: 12 layers of 512, a vocabulary of 32,000."""
+    width, hidden, layers, heads, vocabulary, length = 512, 1376, 12, 8, 32_000, 512
+    a_layer = 2 * width + 4 * width * width + 3 * width * hidden
+    numbers = vocabulary * width + layers * a_layer + width + length * width // heads
+    file = folder / "random.bin"
+    with file.open("wb") as target:
+        target.write(struct.pack("7i", width, hidden, layers, heads, heads, vocabulary, length))
+        target.write((0.02 * np.random.default_rng(0).standard_normal(numbers, np.float32)).tobytes())
+    speeds = []
+    for _ in range(REPEATS):
+        command = ["./run", "random.bin", "-t", "0", "-n", "128"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, check=True, text=True, errors="replace")
+        speeds.append(4 * numbers / 1e9 * float(done.stderr.split("achieved tok/s:")[1].split()[0]))
+    ours = size / 1e6 / milliseconds
+    return (
+        f"\nllama2.c (-Ofast, one thread, {4 * numbers / 1e6:,.0f} MB of random weights, 128 tokens) reads "
+        f"{spread(speeds, 1)} GB/s, the engine {ours / statistics.median(speeds):.2f} times as much.\n"
+    )
+
+
+def halfway(model: LanguageModel, text: np.ndarray, blocks: float) -> float:
+    """Give the exits of a model random weights, and return the threshold at which positions run `blocks` blocks."""
+    layer = model.blocks[-1]
+    with torch.no_grad():
+        for unit in layer.units:
+            unit.weight.normal_()
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        layer.threshold = (low + high) / 2
+        engine = Engine(model)
+        state, total = engine.start(), 0
+        for token in text[:200].tolist():
+            engine.step([token], state)
+            total += int(engine.blocks(state)[0])
+        low, high = (layer.threshold, high) if total / 200 < blocks else (low, layer.threshold)
+    return layer.threshold
+
+
+def decide(model: LanguageModel, top_p: float) -> LanguageModel:
+    """Let the sites of a model be kept by a random half, and its tokens use few experts."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SparseBKCore):
+                module.importance.bias.zero_()
+            if isinstance(module, Experts):
+                module.settings = type(module.settings)(**{**vars(module.settings), "top_p": top_p})
+                module.router.weight.mul_(4)
+    return model
+
+
+def of_techniques(text: np.ndarray) -> str:
+    """Compare each technique with the same model without its savings."""
+    exits = made(**EIGHT, depth={"policy": "exit"})
+    threshold = halfway(exits, text, 4.5)
+    few = Engine(exits)
+    exits.blocks[-1].threshold = 1.0
+    experts = {"num_experts": 4, "d_ff": 176, "experts": {"policy": "top_p"}, "sparsity": {"target": 0.5}}
+    steps = {
+        "exit, 4.5 of 8 blocks": engine_step(few),
+        "exit, all blocks": engine_step(Engine(exits)),
+        "words, 2-6-0": engine_step(Engine(made(d_model=128, **words(2, 6, 0)))),
+        "8 blocks": engine_step(Engine(made(**EIGHT))),
+        "few experts, half of the sites": engine_step(Engine(decide(made(**EIGHT, **experts), 0.5))),
+        "all experts, all sites": engine_step(Engine(_all(made(**EIGHT, **experts)))),
+    }
+    times, names = timed(steps, text, {}), list(steps)
+    rows = [
+        [a, b, f"{1e3 / statistics.median(times[a]):,.0f}", ratio(times, b, a)]
+        for a, b in zip(names[::2], names[1::2], strict=True)
+    ]
+    note = f"\nBlocks are 128 wide. Exits have random weights and a threshold of {threshold:.3f}.\n"
+    return "\n## What a technique saves\n\n" + table(["model", "beside", "bytes/s", "times as fast"], rows) + note
+
+
+def _all(model: LanguageModel) -> LanguageModel:
+    """Let a model keep all sites and use all experts."""
+    model = decide(model, 1.0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SparseBKCore):
+                module.importance.bias.fill_(1e3)
+            if isinstance(module, Experts):
+                module.router.weight.mul_(1e-3)
+    return model
+
+
+def of_contexts() -> str:
+    """Show that a token takes as long after a long text as after a short one."""
+    model, rows, state, done = made(d_model=128, n_layers=4), [], None, 0
+    engine = Engine(model)
+    for context in CONTEXTS:
+        for piece in torch.randint(BYTES, (1, context - done)).split(PIECE, dim=1):
+            state = model(piece, state=state, logits=False).state
+        done = context
+        here = engine.from_torch(state)
+        tokens, times = np.random.default_rng(0).integers(3, BYTES, STEPS).tolist(), []
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            for token in tokens:
+                engine.step([token], here)
+            times.append(1e6 * (time.perf_counter() - started) / STEPS)
+        rows.append([f"{context:,}", spread(times, 1), f"{here.numbers.nbytes / 1024:.1f}"])
+    return "\n## Long texts\n\n4 blocks of 128.\n\n" + table(["tokens before", "µs a token", "state, KiB"], rows)
 
 
 @torch.no_grad()
 def main() -> None:
-    options = arguments(__doc__).parse_args()
-    torch.manual_seed(0)
-    model = LanguageModel(259, d_model=128, n_layers=4, n_seq=256, num_experts=1).eval()
-    rows = []
-    state, done = None, 0
-    for context in CONTEXTS:
-        ids = torch.randint(259, (1, context - done))
-        for piece in ids.split(PIECE, dim=1):
-            state = model(piece, state=state, logits=False).state
-        done = context
-        token, here, times = torch.tensor([[1]]), state, []
-        for _ in range(NEW):
-
-            def step() -> None:
-                nonlocal here, token
-                output = model(token, state=here)
-                here, token = output.state, output.logits[:, -1:].argmax(-1)
-
-            times += seconds_of(step, 1, 0)
-        size = sum(x.numel() * x.element_size() for x in pytree.tree_leaves(here))
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        milliseconds = [1e3 * t for t in sorted(times)[NEW // 20 : -NEW // 20]]
-        rows.append([f"{context:,}", spread(milliseconds, 3), f"{1e3 / statistics.median(milliseconds):,.0f}"])
-        rows[-1] += [f"{size / 1024:.1f}", f"{memory:,.0f}"]
-    text = "# Decoding\n\n" + conditions("python benchmarks/decode.py")
-    text += f"\n4 blocks, D = 128, bytes, one sequence, greedy; {NEW} tokens at each context, "
-    text += "5% slowest and fastest left out.\n\n"
-    header = [
-        "context, tokens",
-        "ms a token: median (least to greatest)",
-        "tokens per second",
-        "state, KiB",
-        "peak RSS, MiB",
-    ]
-    publish(text + table(header, rows), options.out)
+    parser = arguments(__doc__)
+    parser.add_argument("--llama2c", type=Path, help="folder with llama2.c's program `run` and tokenizer.bin")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    text = np.resize(stdlib_ids()[1], STEPS).astype(np.int64)
+    page = "# Decoding\n\n" + conditions("python benchmarks/decode.py")
+    page += "\nOne sequence, one thread. Medians (least to greatest) of seven repeats in turn; ratios are of repeats.\n"
+    parts = (partial(of_models, text), partial(of_large_models, text, options.llama2c), partial(of_techniques, text))
+    publish(page + "".join(part() for part in (*parts, of_contexts)), options.out)
 
 
 if __name__ == "__main__":

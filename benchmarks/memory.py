@@ -1,7 +1,7 @@
 """What n-gram memory gives: bits per byte at equal training time, with tables of several sizes, without, and alone.
 
 ``python benchmarks/memory.py --out benchmarks/results/...`` runs every training cell that is not in the log yet, then
-times pairs on the quiet machine. ``--long 1200`` adds longer trainings with the largest table.
+times pairs on the quiet machine. ``--long 1200`` adds a longer training with the largest table.
 
 The counting of the tables is part of the training time. "Memory alone" is a model without blocks: the embedding, the
 memory and the head. Dimensions: B sequences, N tokens.
@@ -29,8 +29,9 @@ from resnet_bk.layers.block import Stack
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.windows import HeldBack, ShuffledSampler, Windows, collate
 
-ORDERS, SUCCESSORS = [2, 3, 4, 5, 6, 8, 12], 4
-RATE, SECONDS, TOKENS, WINDOW = 0.01, 240, 3072, 1024
+ORDERS, SUCCESSORS = [1, 2, 3, 4, 6, 8, 12, 16], 4
+SECONDS, TOKENS, WINDOW, SHORT_WINDOW = 240, 3072, 1024, 256
+RATES = {"adamw": 0.01, "muon": 0.01}
 ROWS = (0, 2**18, 2**20, 2**22)  # 0: no memory
 LARGEST = ROWS[-1]
 SCORED = 2**18  # held-out bytes
@@ -87,7 +88,9 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 
     counting: dict[str, float] = {}
     draw = partial(next, batches(model, training, window, spec["seed"], counting))
-    record = train(loss_of, model, draw, seconds=spec["seconds"], learning_rate=RATE, clock=time.process_time)
+    budget = {"seconds": spec["seconds"], "clock": time.process_time}
+    kind = spec["optimizer"]
+    record = train(loss_of, model, draw, learning_rate=RATES[kind], optimizer=kind, **budget)
     model.eval()  # reads the table of the whole training text
     nats = mean_nats(loss_of, held_out, window, SCORED)
     parameters = sum(p.numel() for p in model.parameters())
@@ -97,16 +100,41 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 def quality(results: list[dict[str, Any]]) -> str:
     """Return a table: a row for each corpus, budget and memory."""
     rows = []
-    names = ("corpus", "seconds", "rows", "alone")
+    names = ("corpus", "seconds", "rows", "alone", "optimizer", "window")
     for wanted in dict.fromkeys(tuple(r["cell"][name] for name in names) for r in results):
         own = [r for r in results if tuple(r["cell"][name] for name in names) == wanted]
-        corpus, seconds, entries, alone = wanted
+        corpus, seconds, entries, alone, optimizer, window = wanted
         size = f"{entries:,} ({entries * 4 * (1 + SUCCESSORS) / 1e6:.0f} MB)" if entries else "none"
         scores = [spread([r[name] for r in own], digits) for name, digits in (("bits_per_byte", 4), ("steps", 0))]
         counted = spread([r["counting"] for r in own], 1) if entries else ""
         shape = "memory alone" if alone else "`fast`"
-        rows.append([corpus, f"{seconds:,}", shape, size, f"{own[0]['parameters']:,}", len(own), *scores, counted])
-    header = ["corpus", "core-s", "model", "entries", "parameters", "seeds", "bits per byte", "steps", "s counting"]
+        rows.append(
+            [
+                corpus,
+                f"{seconds:,}",
+                shape,
+                optimizer,
+                window,
+                size,
+                f"{own[0]['parameters']:,}",
+                len(own),
+                *scores,
+                counted,
+            ]
+        )
+    header = [
+        "corpus",
+        "core-s",
+        "model",
+        "optimizer",
+        "windows",
+        "entries",
+        "parameters",
+        "seeds",
+        "bits per byte",
+        "steps",
+        "s counting",
+    ]
     return table(header, rows)
 
 
@@ -130,26 +158,34 @@ def main() -> None:
     parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
     parser.add_argument("--log", type=Path, default=Path("runs/benchmarks/memory.jsonl"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--long", type=int, default=0, help="core-seconds of a long training of one seed; 0: none")
+    parser.add_argument("--optimizers", nargs="+", choices=RATES, default=list(RATES), help="the last one for all else")
+    parser.add_argument("--long", type=int, default=0, help="core-seconds of one long training; 0: none")
     options = parser.parse_args()
     if options.cell is not None:
         print(json.dumps(cell(options.cell)))
         return
-    short = [(corpus, rows, False, seed) for seed in options.seeds for corpus in CORPORA for rows in (0, LARGEST)]
-    short += [("stdlib", rows, False, 0) for rows in ROWS[1:-1]] + [(corpus, LARGEST, True, 0) for corpus in CORPORA]
-    names = ("corpus", "rows", "alone", "seed")
-    cells = [{"seconds": SECONDS, "window": WINDOW, **dict(zip(names, values, strict=True))} for values in short]
-    if options.long:
-        long = [(corpus, LARGEST, False, 0) for corpus in CORPORA]
-        cells += [{"seconds": options.long, "window": WINDOW, **dict(zip(names, v, strict=True))} for v in long]
+    names = ("corpus", "rows", "alone", "seed", "optimizer", "window")
+    best = options.optimizers[-1]
+    short = [
+        (corpus, rows, False, seed, optimizer, window)
+        for seed in options.seeds
+        for optimizer in options.optimizers
+        for corpus in CORPORA
+        for rows, window in ((0, SHORT_WINDOW), (LARGEST, WINDOW))
+    ]
+    short += [("stdlib", rows, False, 0, best, WINDOW) for rows in ROWS[1:-1]]
+    short += [("stdlib", LARGEST, True, 0, best, WINDOW)]
+    long = [("stdlib", LARGEST, False, 0, best, WINDOW)] if options.long else []
+    cells = [{"seconds": options.long, **dict(zip(names, values, strict=True))} for values in long]
+    cells += [{"seconds": SECONDS, **dict(zip(names, values, strict=True))} for values in short]
     results = run_cells(__file__, cells, workers=2, log=options.log)
     torch.set_num_threads(1)
     text = "# N-gram memory\n\n" + conditions(" ".join(["python benchmarks/memory.py", *sys.argv[1:]]))
     text += (
-        f"\nThe preset `fast`, {TOKENS // WINDOW} x {WINDOW} bytes a step, AdamW {RATE} cosine, one thread a run, two "
-        f"runs at a time. Memory of {', '.join(map(str, ORDERS))} bytes, {SUCCESSORS} successors an entry; its "
-        f"counting is part of the time. Bits per byte on {SCORED // 1024} KiB of held-out text in windows of {WINDOW}: "
-        "median (least to greatest).\n\n"
+        f"\nThe preset `fast`, {TOKENS} bytes a step, learning rates {RATES}, cosine, one thread a run, two runs at a "
+        f"time. Memory of {', '.join(map(str, ORDERS))} bytes, {SUCCESSORS} successors an entry; its "
+        f"counting is part of the time. Bits per byte on {SCORED // 1024} KiB of held-out text in windows as "
+        "long as those of the training: median (least to greatest).\n\n"
     )
     text += quality(results)
     text += (
