@@ -187,6 +187,9 @@ class GenerateConfig:
     spaces."""
     seed: int = 0
     """Seed of sampling."""
+    weights: Literal["float32", "int8"] = "float32"
+    """Numbers in which matrices are read while decoding on a CPU. int8 takes a quarter of the memory, is faster for
+    models larger than the CPU's caches, and rounds; the prompt is read in float32."""
     depth_threshold: float | None = None
     """Replaces model.depth.threshold, as set for training; only for models with adaptive depth. With early exit, 1 runs
     every position through all blocks."""
@@ -196,6 +199,7 @@ class GenerateConfig:
     Needs temperature 0. 0: off."""
 
     def __post_init__(self) -> None:
+        check_choices("generate", self)
         check_text("generate", checkpoint=self.checkpoint, prompt=self.prompt)
         check_integer("generate", 1, 2**24, max_new_tokens=self.max_new_tokens)
         check_integer("generate", 0, 2**31 - 1, seed=self.seed)

@@ -79,7 +79,9 @@ class Decoder:
     ``RESNET_BK_ENGINE=1`` uses it wherever it can be used, ``RESNET_BK_ENGINE=0`` never.
     """
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, int8: bool = False):
+        """Create the decoder of a model. int8: its engine stores matrices as int8 numbers."""
+        self.int8 = int8
         self._model = weakref.ref(model)  # so that the model can be freed
         self.engine: Engine | None = None
         self.asked = _asked()
@@ -148,7 +150,7 @@ class Decoder:
         if engine is None or not same or thresholds != self._thresholds or not torch.equal(checksum, self._checksum):  # type: ignore[arg-type]
             from resnet_bk.engine.engine import Engine  # numba is imported with the first step
 
-            engine = self.engine = Engine(self.model)
+            engine = self.engine = Engine(self.model, self.int8)
         self._tensors, self._versions = tensors, [x._version for x in tensors]
         self._checksum, self._thresholds = checksum, thresholds
         return engine

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
-from resnet_bk.engine import EngineState, decoder_of
+from resnet_bk.engine import Decoder, EngineState, decoder_of
 from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers
 from resnet_bk.inference.decoding import choose
 from resnet_bk.inference.loading import load
@@ -59,7 +59,12 @@ def generate_text(
 
 
 def _tokens(model: LanguageModel, ids: Tensor, end: int | None, config: GenerateConfig) -> Iterator[int]:
-    """Yield the tokens that follow ids (1, N), up to the end of the text."""
+    """Yield the tokens that follow ids (1, N), up to the end of the text.
+
+    Raises:
+        ConfigError: config.speculate is set and the model has no early exit, or config.weights is int8 and the engine
+            cannot be used.
+    """
     if config.speculate:
         try:
             drafts = speculate(model, ids, config.max_new_tokens, config.speculate)
@@ -72,6 +77,7 @@ def _tokens(model: LanguageModel, ids: Tensor, end: int | None, config: Generate
     with torch.no_grad():
         features = model.features(ids)
     logits = model.head(features.x[:, -1]).detach()
+    decoder = decoder_of(model) if config.weights == "float32" else Decoder(model, int8=True)
     state: Sequence[Any] | EngineState = features.state
     for i in range(config.max_new_tokens):
         token = choose(logits, config.temperature, config.top_p)
@@ -80,7 +86,9 @@ def _tokens(model: LanguageModel, ids: Tensor, end: int | None, config: Generate
         yield int(token)
         if i + 1 < config.max_new_tokens:
             with torch.no_grad():
-                logits, state = decoder_of(model).step(token.unsqueeze(1), state)
+                logits, state = decoder.step(token.unsqueeze(1), state)
+            if config.weights == "int8" and not isinstance(state, EngineState):
+                raise ConfigError("generate.weights: got 'int8', allowed with the engine, which needs a CPU and numba")
 
 
 def generate(config: GenerateConfig, console: Console) -> str:
