@@ -60,6 +60,15 @@ def test_gradients_training_autocast_and_other_backends_run_the_model(model):
         assert not isinstance(decoder.step(torch.tensor([[7]]), state_of(half))[1], EngineState)
 
 
+def test_inference_mode():
+    with torch.inference_mode():
+        made_there = LanguageModel(259, d_model=32, n_layers=2).eval()
+        assert not compiled(decoder_of(made_there), state_of(made_there))
+    model = LanguageModel(259, d_model=32, n_layers=2).eval()
+    with torch.inference_mode():
+        assert compiled(decoder_of(model), state_of(model))
+
+
 @torch.no_grad()
 def test_hooks_and_unknown_modules_run_the_model(model):
     decoder, state = decoder_of(model), state_of(model)
@@ -77,8 +86,29 @@ def test_hooks_and_unknown_modules_run_the_model(model):
     model.blocks[0].mixer.out_proj = adapter
     assert not compiled(decoder, state)
 
+    model.blocks[0].mixer.out_proj = torch.nn.Linear(32, 32, bias=False)
+    assert compiled(decoder, state)
+    model.blocks[0].forward = lambda *arguments: type(model.blocks[0]).forward(model.blocks[0], *arguments)
+    assert not compiled(decoder, state)
 
-@pytest.mark.parametrize("change", ["in place", "by data", "replaced", "loaded"])
+
+@torch.no_grad()
+def test_a_state_of_another_model_is_refused(model):
+    other = LanguageModel(259, d_model=32, n_layers=1).eval()
+    _, state = decoder_of(other).step(torch.tensor([[7]]), state_of(other))
+    decoder_of(model).step(torch.tensor([[7]]), state_of(model))
+    with pytest.raises(ValueError, match="state: expected 2 entries, got 1"):
+        decoder_of(model).step(torch.tensor([[7]]), state)
+
+
+@torch.no_grad()
+def test_states_of_half_precision_go_on(model):
+    state = torch.utils._pytree.tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, state_of(model))
+    state = [s._replace(core=s.core._replace(g=s.core.g.float())) for s in state]
+    assert compiled(decoder_of(model), state)
+
+
+@pytest.mark.parametrize("change", ["in place", "by data", "replaced", "loaded", "swapped", "reversed by data"])
 @torch.no_grad()
 def test_changed_weights_are_compiled_again(model, change):
     decoder, state = decoder_of(model), state_of(model)
@@ -88,6 +118,10 @@ def test_changed_weights_are_compiled_again(model, change):
         weight.mul_(1.5)
     elif change == "by data":
         weight.data.mul_(1.5)
+    elif change == "swapped":
+        model.embed.weight[[7, 8]] = model.embed.weight[[8, 7]].clone()
+    elif change == "reversed by data":
+        weight.data.copy_(weight.flip(1).clone())
     elif change == "replaced":
         model.blocks[1].feed_forward.up.weight = torch.nn.Parameter(1.5 * weight)
     else:

@@ -16,8 +16,10 @@ from resnet_bk.ops import available_backends
 if "numba" not in available_backends():
     pytest.skip("needs numba", allow_module_level=True)
 
+from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.engine.engine import Engine
 from resnet_bk.engine.instructions import Op
+from resnet_bk.engine.state import EngineState
 
 STEPS = 512
 
@@ -62,6 +64,62 @@ def test_rows_do_not_depend_on_each_other(name):
         )[0],
         "chosen rows",
     )
+
+
+WIDTHS = [(32, 4), (32, 16), (32, 32), (96, 12), (30, 3), (30, 15), (7, 1), (35, 5), (64, 2)]
+SHAPES = [*TECHNIQUES.values(), *({"d_model": d, "n_heads": heads} for d, heads in WIDTHS)]
+SHAPES += [{"d_model": 30, "n_heads": 3, "energy": kind} for kind in ("real", "complex")]
+SHAPES += [{"d_model": 32, "n_heads": 16, "sparsity": {"target": 0.5}}, {"vocab_size": 4097, "d_model": 24}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_nothing_is_written_beyond_the_memory_of_a_row(dtype):
+    """Nothing checks the places that a program names. Numbers behind those of each row must stay."""
+    for fields in SHAPES:
+        model = checks.build(**fields).to(dtype)
+        engine, ids = Engine(model), checks.tokens(model, 2, 24)
+        plain = engine.start(2)
+        p, kind = engine.program, engine.arrays[1].dtype
+        expected, _ = decoded(engine, ids)
+        engine._threads.scratch = np.full((2, p.most + 64), 7, kind)
+        wide, wholes = np.full((2, p.numbers + 64), 7, kind), np.full((2, p.wholes + 8), 7)
+        wide[:, : p.numbers], wholes[:, : p.wholes] = plain.numbers, plain.wholes
+        state = EngineState(wide, wholes, engine)
+        engine.fits = lambda state: True
+        assert torch.equal(decoded(engine, ids, state)[0], expected), fields
+        for row in (engine._threads.scratch[:, p.most :], wide[:, p.numbers :], wholes[:, p.wholes :]):
+            assert (row == 7).all(), fields
+
+
+def test_states_and_ids_that_do_not_fit_are_refused():
+    engine, other = Engine(checks.build()), Engine(checks.build(n_layers=3))
+    with pytest.raises(ValueError, match="state: is one of another model"):
+        engine.step([1], other.start())
+    with pytest.raises(ValueError, match="state: is one of another model"):
+        engine.step([1], Engine(checks.build().float()).start())
+    for ids in ([1], [1, 2, 3], [[1, 2]]):
+        with pytest.raises(ValueError, match=r"ids: expected shape \(2,\)"):
+            engine.step(ids, engine.start(2))
+
+
+def test_models_whose_modules_do_not_fit_are_not_compiled():
+    model = checks.build()
+    model.embed = torch.nn.Embedding(20, 16).double()
+    with pytest.raises(ValueError, match="has 20 embeddings and 31 logits"):
+        Engine(model)
+    model = checks.build(tie_word_embeddings=False)
+    model.head = torch.nn.Linear(16, 31).double()
+    with pytest.raises(ValueError, match="a head with a bias"):
+        Engine(model)
+    model = checks.build()
+    model.norm.eps = 1e-3
+    with pytest.raises(ValueError, match=r"eps: got 0\.001"):
+        Engine(model)
+    model = checks.build(**TECHNIQUES["memory"])
+    model.memory.entries[:, 1] = 300 << 8 | 255
+    with pytest.raises(CheckpointError, match="it is damaged"):
+        Engine(model)
 
 
 @torch.no_grad()

@@ -156,3 +156,29 @@ def test_the_exponential_of_lanes(dtype):
     y = np.empty_like(x)
     run(x, y)
     np.testing.assert_allclose(y, np.exp(np.clip(x, -86, 88)), rtol=1e-6)
+
+
+def test_a_nan_and_an_overflow_reach_the_output():
+    """They end a training; a kernel must not hide them."""
+    for bad in (math.nan, math.inf, 1e30):
+        y, weight, gate = (x.detach().float() for x in normed(2))
+        y[0, 1, 0, 3] = bad
+        assert not gates.gated_norm_op(y, weight, gate, 1e-5)[0, 1, :16].isfinite().any()
+    for bad in (math.nan, math.inf):
+        x = torch.ones(1, 32)
+        x[0, 3] = bad
+        torch.testing.assert_close(gates.swiglu_op(x), gates._swiglu(x), equal_nan=True)
+        p, past, weight = (x.detach() for x in inputs_of_a_mixer(3))
+        p[0, 1, 5] = bad
+        assert not gates.mixer_inputs_op(p, past, weight, 2, True)[0][0, 1, 0, 5].isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # by torch itself
+def test_transforms_of_functions_use_torch():
+    x, t = torch.randn(3, 64), torch.randn(3, 64)
+    got = torch.func.jvp(gates.swiglu, (x,), (t,))[1]
+    torch.testing.assert_close(got, torch.func.jvp(gates._swiglu, (x,), (t,))[1])
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: gates.swiglu(x).sum())(x),
+        torch.autograd.functional.jacobian(lambda x: gates.swiglu(x).sum(), x),
+    )

@@ -26,6 +26,9 @@ CONFIDENCES = {"gain": 0, "probability": 1, "entropy": 2}
 
 def memory(p: Program, layer: NgramMemory, x: int) -> Place:
     place, vectors = p.whole(layer.reach), layer.vectors
+    if len(vectors.token_vectors) != p.vocabulary:
+        raise ValueError(f"memory: has vectors of {len(vectors.token_vectors)} tokens, expected {p.vocabulary}")
+    layer.check_entries("memory")
     p.table = layer.entries
     orders = sorted(layer.orders)
     weights = [p.weight(v) for v in (vectors.gain, vectors.level_vectors, vectors.token_vectors, vectors.scale)]
@@ -120,7 +123,7 @@ def depth(p: Program, layer: AdaptiveDepth, x: int) -> list[Any]:
 def length(p: Program, layer: LearnedLength, x: int) -> LengthState:
     d, predictor, size = len(layer.norm.weight), layer.predictor, layer.window
     trunk = p.stack(layer.trunk, x)
-    offset, length, since_word, last = (p.whole() for _ in range(4))
+    offset, length, since_word, last = (p.whole() for _ in range(4))  # KEEP and WINDOW expect them in this order
     pooled, open_, result, since = p.state(d + 1), p.state(d + 1), p.state(d), p.whole()
     y = p.vector(d)
     _choice(p, layer, x, offset.at, pooled.at)

@@ -54,7 +54,7 @@ def feed_forward(p: Program, module: nn.Module, source: int, out: int) -> None:
         bias = -1 if module.load_bias is None else p.weight(module.load_bias)
         numbers = d, hidden, module.experts, settings.identity, module.all, module.most, settings.least
         (up, scales), (down, _) = p.matrix(module.up.mT), p.matrix(module.down.mT)
-        scratch = p.vector(2 * hidden)
+        scratch = p.vector(2 * hidden)  # followed by the output of an expert, and by the probabilities
         p.vector(d)
         p.vector(module.all)
         p.emit(Op.EXPERTS, out, source, logits, *numbers, top_p, bias, up, down, scratch, scales)

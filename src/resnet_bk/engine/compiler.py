@@ -32,7 +32,13 @@ def compiled(model: LanguageModel, int8: bool = False) -> tuple[Program, list[An
     """Return the program of a causal model, and the places of its state.
 
     int8: store matrices as int8 numbers.
+
+    Raises:
+        ValueError: the model's modules do not fit its configuration, so it could not be compiled as it is.
     """
+    rows = len(model.embed.weight), len(model.head.weight), model.config.vocab_size
+    if len(set(rows)) > 1 or model.head.bias is not None or model.embed.max_norm is not None:
+        raise ValueError(f"model: has {rows[0]} embeddings and {rows[1]} logits, or a head with a bias")
     p = Program(model.embed.weight.dtype, int8)
     d, embedding = model.config.d_model, p.matrix(model.embed.weight)
     head = embedding if model.head.weight is model.embed.weight else p.matrix(model.head.weight)

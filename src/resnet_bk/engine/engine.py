@@ -52,8 +52,15 @@ class Engine:
 
         Raises:
             IndexError: a token is outside the vocabulary.
+            ValueError: the number of ids is not that of the rows, or the state is one of another model.
         """
         ids, p = np.asarray(ids), self.program
+        if ids.shape != (len(state),):
+            raise ValueError(
+                f"ids: expected shape ({len(state)},), one token for each row of the state, got {ids.shape}"
+            )
+        if not self.fits(state):
+            raise ValueError("state: is one of another model; pass a state of this model")
         if ids.min() < 0 or ids.max() >= p.vocabulary:
             raise IndexError(f"ids: got {ids.min()} to {ids.max()}, allowed 0 to {p.vocabulary - 1}")
         scratch = getattr(self._threads, "scratch", None)
@@ -62,6 +69,12 @@ class Engine:
         state.wholes[:, TOKEN] = ids
         (run if len(state) > 1 else run_one)(*self.arrays, state.numbers, state.wholes, scratch)
         return scratch[: len(state), p.logits : p.logits + p.vocabulary]
+
+    def fits(self, state: EngineState) -> bool:
+        """Return whether a state is one of this model."""
+        other = state.engine
+        same = other is self or (other.places == self.places and other.arrays[1].dtype == self.arrays[1].dtype)
+        return same and state.numbers.shape[1] == self.program.numbers
 
     def blocks(self, state: EngineState) -> np.ndarray:
         """Return how many blocks the last step ran for each row, (B,)."""
@@ -72,7 +85,8 @@ class Engine:
         leaves, places = pytree.tree_leaves(list(state)), self._leaves()
         new = self.start(len(leaves[0]))
         for x, place in zip(leaves, places, strict=True):
-            _part(new, place)[...] = (torch.view_as_real(x) if x.is_complex() else x).numpy()
+            x = torch.view_as_real(x) if x.is_complex() else x
+            _part(new, place)[...] = (x if x.dtype == torch.int64 else x.to(self.program.dtype)).numpy()
         return new
 
     def to_torch(self, state: EngineState) -> list[Any]:

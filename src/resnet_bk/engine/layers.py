@@ -14,6 +14,7 @@ from resnet_bk.ops.numba_jit import OPTIONS
 from resnet_bk.ops.numba_simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
 
 TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
+EPS = 1e-5  # of norms
 
 helper = njit(**OPTIONS)
 
@@ -101,7 +102,7 @@ def norm(w, x, out, source, width, at):
     mean /= width
     for i in range(width):
         square += (x[source + i] - mean) ** 2
-    scale = w.dtype.type(1 / math.sqrt(square / width + 1e-5))
+    scale = w.dtype.type(1 / math.sqrt(square / width + EPS))
     for i in range(width):
         x[out + i] = (x[source + i] - mean) * scale * w[at + i]
 

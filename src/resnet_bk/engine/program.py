@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_bk.engine.instructions import OPERANDS, Op
-from resnet_bk.engine.layers import TILE_LANES
+from resnet_bk.engine.layers import EPS, TILE_LANES
 from resnet_bk.layers.block import Stack
 from resnet_bk.ops.numba_simd import LANE_BYTES
 
@@ -83,9 +83,13 @@ class Program:
             self.code[row].append(len(self.code))
 
     def vector(self, width: int) -> int:
-        """Return a place in the scratch memory, as long as what a LINEAR writes, which is whole tiles."""
+        """Return a place in the scratch memory.
+
+        Behind its `width` numbers it has what instructions may write beyond them: LINEAR writes whole tiles, and SCAN
+        up to a register after the last head.
+        """
         at, tile = self.scratch, TILE_LANES * self.lanes
-        self.scratch += -(-width // tile) * tile
+        self.scratch += -(-(width + self.lanes) // tile) * tile
         self.most = max(self.most, self.scratch)
         return at
 
@@ -134,6 +138,8 @@ class Program:
         self.product(out, source, (outer, inner), self.matrix(module.weight), bias)
 
     def norm(self, out: int, source: int, module: nn.LayerNorm) -> None:
+        if module.eps != EPS:
+            raise ValueError(f"eps: got {module.eps}, the engine has {EPS}")
         self.emit(Op.NORM, out, source, len(module.weight), self.weight(module.weight))
 
     def state(self, *shape: int, padded: int = 0, imaginary: bool = False, first: float = 0.0) -> Place:
@@ -151,6 +157,8 @@ class Program:
 
 def arrays(p: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return instructions, weights, int8 weights and the table as numpy arrays."""
+    operands = {row[0]: len(row) for row in p.code}
+    assert all(len(row) == operands[row[0]] for row in p.code), "an instruction lacks an operand"
     code = np.zeros((len(p.code), 1 + OPERANDS), np.int64)
     for row, instruction in zip(code, p.code, strict=True):
         row[: len(instruction)] = instruction

@@ -46,6 +46,13 @@ class RecurrentCache:
         """The state as :meth:`LanguageModel.forward` takes it."""
         return to_torch(self.kept)
 
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        self.kept = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"kept": self.state, "length": self.length}  # a state of the engine cannot be pickled
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of positions read so far, including padding."""
         return self.length

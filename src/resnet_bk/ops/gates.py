@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -21,7 +22,8 @@ from resnet_bk.ops.kernels import differentiable_vjp, load_backend, preferred_ba
 def _lanes(x: Tensor) -> int:
     """Return how many numbers numba's kernels take at a time from tensors like x, 0 if they take none."""
     usual = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
-    if not usual or preferred_backend("cpu") != "numba":
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    if not usual or transformed or preferred_backend("cpu") != "numba":
         return 0
     return load_backend("numba").LANE_BYTES // x.dtype.itemsize
 

@@ -175,7 +175,9 @@ def _mean_and_scale(y, row, width, eps):
     for c in range(0, width, lanes):
         x = load(y, row * width + c) - mean
         squares += x * x
-    return mean, splat(y.dtype.type(1 / math.sqrt(total(squares) / width + eps)))
+    variance = total(squares) / width
+    # An overflow must end a training, and 1 / inf would hide it.
+    return mean, splat(y.dtype.type(1 / math.sqrt(variance + eps) if variance < np.inf else np.nan))
 
 
 @jit

@@ -58,7 +58,9 @@ class _Cache(FunctionCache):
 @functools.cache
 def _stamp(folder: Path) -> tuple[tuple[float, int], ...]:
     """Return the times and sizes of the files that kernels in a folder may inline."""
-    files = sorted({*folder.glob("*.py"), *Path(__file__).parent.glob("numba_*.py")})
+    package = Path(__file__).parent.parent
+    constants = package / "layers" / "ngrams.py", package / "config" / "__init__.py"
+    files = sorted({*folder.glob("*.py"), *package.glob("ops/numba_*.py"), *constants})
     return tuple((status.st_mtime, status.st_size) for status in (file.stat() for file in files))
 
 

@@ -182,6 +182,7 @@ def exp(typing_context, x):
         sums = number(1 / math.factorial(degree))
         for k in range(degree - 1, -1, -1):
             sums = builder.fadd(builder.fmul(sums, value, flags=_FLAGS), number(1 / math.factorial(k)), flags=_FLAGS)
+        n = builder.select(builder.fcmp_ordered("ord", n, n), n, number(0.0))  # a NaN is no whole number; `sums` is it
         bits = builder.shl(builder.fptosi(n, whole), _constant(whole, mantissa))
         return builder.bitcast(builder.add(builder.bitcast(sums, whole), bits), vector)
 
@@ -191,4 +192,4 @@ def exp(typing_context, x):
 @numba.njit(forceinline=True)
 def sigmoid(x, one):
     """Return the sigmoid of lanes; `one` are lanes of 1."""
-    return one / (one + exp(x - x - x))
+    return one / (one + exp(one - one - x))

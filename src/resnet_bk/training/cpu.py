@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 SHAPE, REPEATS = (1024, 64, 256), 10  # rows, inner and columns of the product that is timed
 CLEARLY_FASTER = 0.8  # share of the time
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD = -1, -3, 2**25  # of glibc's mallopt
+
+_lock, _blocks, _before = threading.Lock(), 0, "none"  # number of open blocks, and the setting before the first
 
 
 @contextlib.contextmanager
@@ -30,15 +33,22 @@ def large_batches() -> Iterator[None]:
     The memory that is freed is kept until the process ends. glibc would give back large tensors at once, and the system
     clears each page that it gives out again.
     """
+    global _blocks, _before
     _keep_memory()
-    products = _products()
-    before = products.fp32_precision
-    if before == "none" and _onednn_is_faster():
-        products.fp32_precision = "bf16"
+    faster = _onednn_is_faster()
+    with _lock:
+        if _blocks == 0:
+            _before = _products().fp32_precision
+        _blocks += 1
+        if _before == "none" and faster:
+            _products().fp32_precision = "bf16"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        with _lock:
+            _blocks -= 1
+            if _blocks == 0:
+                _products().fp32_precision = _before
 
 
 def _products() -> Any:
@@ -51,19 +61,22 @@ def _onednn_is_faster() -> bool:
     if not torch.backends.mkldnn.is_available() or torch.cpu._is_amx_tile_supported():
         return False
     rows, inner, columns = SHAPE
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(size, inner, generator=generator) for size in (rows, columns))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, weight = (torch.randn(size, inner, generator=generator, device="cpu") for size in (rows, columns))
     exact = x.double() @ weight.double().T
     products, errors = _products(), {}
-    seconds = {"none": float("inf"), "bf16": float("inf")}
-    for _ in range(REPEATS):
-        for setting in seconds:
-            products.fp32_precision = setting
-            started = time.perf_counter()
-            y = x @ weight.T
-            seconds[setting] = min(seconds[setting], time.perf_counter() - started)
-            errors[setting] = float((y.double() - exact).abs().max())
-    products.fp32_precision = "none"
+    before, seconds = products.fp32_precision, {"none": float("inf"), "bf16": float("inf")}
+    try:
+        with torch.autocast("cpu", enabled=False):
+            for _ in range(REPEATS):
+                for setting in seconds:
+                    products.fp32_precision = setting
+                    started = time.perf_counter()
+                    y = x @ weight.T
+                    seconds[setting] = min(seconds[setting], time.perf_counter() - started)
+                    errors[setting] = float((y.double() - exact).abs().max())
+    finally:
+        products.fp32_precision = before
     return seconds["bf16"] < CLEARLY_FASTER * seconds["none"] and errors["bf16"] < 4 * errors["none"]
 
 
