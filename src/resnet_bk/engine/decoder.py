@@ -79,8 +79,8 @@ class Decoder:
     numba. For more rows than a few, one step of each way is timed, once for each number of rows up to the next power of
     two.
 
-    Changes are looked for thoroughly where a text goes on from a state of the model, as after a prompt. Between the steps
-    of a text only changes of the weights in place are seen.
+    Changes are looked for thoroughly where a text goes on from a state of the model, as after a prompt. Between the
+    steps of a text only changes of the weights in place are seen.
 
     ``RESNET_BK_ENGINE=1`` uses the engine wherever it can be used, ``RESNET_BK_ENGINE=0`` never.
     """
