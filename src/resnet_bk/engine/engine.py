@@ -54,15 +54,13 @@ class Engine:
             IndexError: a token is outside the vocabulary.
             ValueError: the number of ids is not that of the rows, or the state is one of another model.
         """
-        ids, p = np.asarray(ids), self.program
-        if ids.shape != (len(state),):
-            raise ValueError(
-                f"ids: expected shape ({len(state)},), one token for each row of the state, got {ids.shape}"
-            )
+        p, shape = self.program, np.shape(ids)
+        if shape != (len(state),):
+            raise ValueError(f"ids: expected shape ({len(state)},), one token for each row of the state, got {shape}")
         if not self.fits(state):
             raise ValueError("state: is one of another model; pass a state of this model")
-        if ids.min() < 0 or ids.max() >= p.vocabulary:
-            raise IndexError(f"ids: got {ids.min()} to {ids.max()}, allowed 0 to {p.vocabulary - 1}")
+        if min(ids) < 0 or max(ids) >= p.vocabulary:
+            raise IndexError(f"ids: got {min(ids)} to {max(ids)}, allowed 0 to {p.vocabulary - 1}")
         scratch = getattr(self._threads, "scratch", None)
         if scratch is None or len(scratch) < len(state):
             scratch = self._threads.scratch = np.zeros((len(state), p.most), self.arrays[1].dtype)
