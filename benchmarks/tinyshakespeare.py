@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from resnet_bk.model import LanguageModel
 
 BLOCK, BATCH, STEPS, SEEDS = 64, 12, 2000, (0, 1, 2)
-OUR_LENGTH, OUR_BATCH, OUR_RATE = 256, 6, 3e-3
+OUR_LENGTH, OUR_BATCH, OUR_RATE, OUR_OPTIMIZER = 256, 6, 5e-3, "muon"
 
 
 class FlatTransformer(nn.Module):
@@ -84,7 +84,8 @@ def main() -> None:
             return loss
 
         draw = batches(train_ids, OUR_BATCH, OUR_LENGTH, seed)
-        record = train(our_loss, ours, draw, seconds=record["seconds"], learning_rate=OUR_RATE)
+        budget = {"seconds": record["seconds"], "optimizer": OUR_OPTIMIZER}
+        record = train(our_loss, ours, draw, learning_rate=OUR_RATE, **budget)
         scores = {f"nats{n}": mean_nats(our_loss, val_ids, n) for n in (BLOCK, OUR_LENGTH)}
         our_rows.append({**record, **scores, "nats": scores[f"nats{OUR_LENGTH}"]})
         print(flat_rows[-1], our_rows[-1], flush=True)
@@ -92,7 +93,7 @@ def main() -> None:
     rows = []
     for name, found, model, tokens, context in (
         ("flat Transformer, nanoGPT's CPU recipe", flat_rows, flat, BATCH * BLOCK, BLOCK),
-        ("ResNet-BK, default mixer", our_rows, ours, OUR_BATCH * OUR_LENGTH, OUR_LENGTH),
+        (f"ResNet-BK, {OUR_OPTIMIZER}", our_rows, ours, OUR_BATCH * OUR_LENGTH, OUR_LENGTH),
     ):
         steps = [r["steps"] for r in found]
         row = [name, f"{sum(p.numel() for p in model.parameters()):,}", spread([r["seconds"] for r in found], 1)]

@@ -170,6 +170,7 @@ def test_layers_import_in_one_direction_only():
         {"layers"},
         {"adaptive", "data"},
         {"model", "report"},
+        {"engine"},
         {"hf", "wrapper"},
         {"inference", "training"},
         {"study"},

@@ -54,8 +54,10 @@ def test_rows_do_not_depend_on_each_other(name):
     together, state = decoded(engine, ids)
     for row in range(5):
         alone, own = decoded(engine, ids[row : row + 1])
-        assert torch.equal(alone[0], together[row])
-        assert np.array_equal(own.numbers[0], state.numbers[row])
+        checks.close(alone[0], together[row], f"row {row}")  # one row runs in code without threads
+        np.testing.assert_allclose(own.numbers[0], state.numbers[row], rtol=1e-9, atol=1e-9)
+    pair, _ = decoded(engine, ids[2:4])
+    assert torch.equal(pair, together[2:4])
     order = np.array([3, 3, 0])
     checks.close(
         decoded(engine, ids[:3], state.rows(order))[0],

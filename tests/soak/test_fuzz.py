@@ -34,6 +34,8 @@ def fitting(kind):
         return st.sampled_from(get_args(kind))
     if get_origin(kind) is tuple:
         return st.lists(st.integers(1, 4), max_size=3)
+    if get_origin(kind) is dict:
+        return st.dictionaries(*map(fitting, get_args(kind)), max_size=3)
     if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
         return st.one_of(map(fitting, get_args(kind)))
     values = {int: st.integers(0, 8), float: st.floats(0, 1), bool: st.booleans(), str: TEXTS, type(None): st.none()}

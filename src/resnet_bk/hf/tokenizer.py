@@ -4,7 +4,7 @@ The byte tokenizer has the ids of ByT5: 0 is padding, 1 ends a document, 2 is un
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         split_special_tokens=True,  # "</s>" in a text is four bytes
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def text_stream(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """Return a function of each next token that returns the text it completes, whole characters, or nothing."""
+    stream: Any = decoders.DecodeStream(skip_special_tokens=True)
+    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:

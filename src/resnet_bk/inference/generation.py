@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
 from resnet_bk.engine import Decoder, EngineState, decoder_of
-from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers
+from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers, text_stream
 from resnet_bk.inference.decoding import choose
 from resnet_bk.inference.loading import load
 from resnet_bk.inference.speculation import speculate
@@ -46,10 +45,10 @@ def generate_text(
     write = write or (lambda piece: None)
     found, text = ids[0].tolist(), str(tokenizer.decode(ids[0], skip_special_tokens=True))
     write(text)
-    stream = DecodeStream(skip_special_tokens=True)
+    completed = text_stream(tokenizer)
     for token in _tokens(model.model, ids, tokenizer.eos_token_id, config):
         found.append(token)
-        if piece := stream.step(tokenizer.backend_tokenizer, token):
+        if piece := completed(token):
             text += piece
             write(piece)
     whole = str(tokenizer.decode(found, skip_special_tokens=True))

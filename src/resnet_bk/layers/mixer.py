@@ -220,6 +220,11 @@ class PropagatorMixer(ChainMixer):
         found = [Matrices(self.in_proj.weight, sizes), Matrices(self.out_proj.weight)]
         return found if self.qk_proj is None else [*found, Matrices(self.qk_proj.weight, (d, d))]
 
+    @property
+    def convolves(self) -> bool:
+        """True if the convolution runs in the operator that computes all inputs of the mixer, not as a module."""
+        return self.causal and self.qk_proj is None
+
     def _core_layout(self, x: Tensor) -> PropagatorState | SparseState:
         g = super()._core_layout(x)
         r = g.real.new_empty(len(x), self.heads, self.width)
@@ -234,7 +239,7 @@ class PropagatorMixer(ChainMixer):
         chain, channels = self.energies(x), self.conv.channels
         p = self.in_proj(x)
         before = past.conv if self.pieces is None else self.pieces.inputs(p[..., :channels], self.conv.width - 1)
-        if self.causal and self.qk_proj is None:
+        if self.convolves:
             p = p if mask is None else p.masked_fill(~mask.unsqueeze(-1), 0)
             before = p.new_zeros(len(p), self.conv.width - 1, channels) if before is None else before
             q, k, v, gate, write = mixer_inputs(p, before, self.conv.weight, self.heads, self.delta)

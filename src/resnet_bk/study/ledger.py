@@ -158,7 +158,10 @@ class Ledger:
             rows = (output[0] if isinstance(output, tuple) else output).shape[:-1]
             if isinstance(module, ShortConv) and rows[1] == 1:  # one position: an element-wise product, not counted
                 return
-            self._add(own_flops(module, rows[-1]) * rows.numel(), part, rows)
+            flops = own_flops(module, rows[-1])
+            if isinstance(module, PropagatorMixer) and module.convolves and rows[1] > 1:
+                flops += own_flops(module.conv)
+            self._add(flops * rows.numel(), part, rows)
 
         return hook
 
