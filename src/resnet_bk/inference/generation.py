@@ -97,17 +97,17 @@ def generate(config: GenerateConfig, console: Console) -> str:
     """
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
-    prompt, times = _read_prompt(config), []
+    pieces: list[tuple[float, int]] = []  # when each came, and its bytes
 
     def write(piece: str) -> None:
-        times.append(time.perf_counter())
+        pieces.append((time.perf_counter(), len(piece.encode())))
         show_piece(console, piece)
 
-    text = generate_text(model, tokenizer, prompt, config, write)
+    text = generate_text(model, tokenizer, _read_prompt(config), config, write)
     show(console, "")
-    if len(times) > 1:
-        made, seconds = len(text.encode()) - len(prompt.encode()), times[-1] - times[0]
-        print(f"{made} bytes in {seconds:.2f} s, {made / seconds:,.0f} bytes/s", file=sys.stderr)
+    if len(pieces) > 2:  # the prompt and the first piece wait for compiled code
+        seconds, made = pieces[-1][0] - pieces[1][0], sum(size for _, size in pieces[2:])
+        print(f"{made} bytes in {seconds:.3f} s, {made / seconds:,.0f} bytes/s", file=sys.stderr)
     return text
 
 
