@@ -1,4 +1,4 @@
-"""Tiny Shakespeare by characters: nanoGPT's CPU recipe against our default model in equal wall-clock time.
+"""Tiny Shakespeare by characters: nanoGPT's CPU recipe against a model of ours in equal wall-clock time.
 
 The flat Transformer (4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 steps, no dropout) trains first. Our model
 then trains for exactly as many seconds on the same machine, seed by seed. Split: first 90%, last 10%.
@@ -20,6 +20,7 @@ from resnet_bk.model import LanguageModel
 
 BLOCK, BATCH, STEPS, SEEDS = 64, 12, 2000, (0, 1, 2)
 OUR_LENGTH, OUR_BATCH, OUR_RATE, OUR_OPTIMIZER = 256, 6, 5e-3, "muon"
+OUR_SHAPE = {"d_model": 96, "n_layers": 3}
 
 
 class FlatTransformer(nn.Module):
@@ -76,7 +77,7 @@ def main() -> None:
         record = train(flat_loss, flat, draw, steps=STEPS, learning_rate=1e-3, warmup=0.05, final=0.1)
         flat_rows.append({**record, "nats": mean_nats(flat_loss, val_ids, BLOCK)})
         torch.manual_seed(seed)
-        ours = LanguageModel(vocab_size, d_model=128, n_layers=4, n_seq=OUR_LENGTH, num_experts=1)
+        ours = LanguageModel(vocab_size, **OUR_SHAPE, n_seq=OUR_LENGTH)
 
         def our_loss(x: Tensor, y: Tensor, model: LanguageModel = ours) -> Tensor:
             loss = model(x, targets=y, logits=False).loss
@@ -93,7 +94,7 @@ def main() -> None:
     rows = []
     for name, found, model, tokens, context in (
         ("flat Transformer, nanoGPT's CPU recipe", flat_rows, flat, BATCH * BLOCK, BLOCK),
-        (f"ResNet-BK, {OUR_OPTIMIZER}", our_rows, ours, OUR_BATCH * OUR_LENGTH, OUR_LENGTH),
+        (f"ResNet-BK, 3 blocks of 96, {OUR_OPTIMIZER}", our_rows, ours, OUR_BATCH * OUR_LENGTH, OUR_LENGTH),
     ):
         steps = [r["steps"] for r in found]
         row = [name, f"{sum(p.numel() for p in model.parameters()):,}", spread([r["seconds"] for r in found], 1)]
