@@ -278,7 +278,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     text = np.resize(stdlib_ids()[1], STEPS).astype(np.int64)
-    page = "# Decoding\n\n" + conditions("python benchmarks/decode.py")
+    page = "# Decoding\n\n" + conditions(
+        "python benchmarks/decode.py" + (" --llama2c FOLDER" if options.llama2c else "")
+    )
     page += "\nOne sequence, one thread. Medians (least to greatest) of seven repeats in turn; ratios are of repeats.\n"
     parts = (partial(of_models, text), partial(of_large_models, text, options.llama2c), partial(of_techniques, text))
     publish(page + "".join(part() for part in (*parts, of_contexts)), options.out)
