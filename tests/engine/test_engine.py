@@ -3,6 +3,8 @@
 Dimensions: B rows, N tokens.
 """
 
+from pathlib import Path
+
 import contract_checks as checks
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ if "numba" not in available_backends():
     pytest.skip("needs numba", allow_module_level=True)
 
 from resnet_bk.checkpoint import CheckpointError
+from resnet_bk.engine import interpreter
 from resnet_bk.engine.engine import Engine
 from resnet_bk.engine.instructions import Op
 from resnet_bk.engine.state import EngineState
@@ -162,6 +165,12 @@ def test_tokens_outside_the_vocabulary_are_refused():
     for token in (-1, 31):
         with pytest.raises(IndexError, match=r"allowed 0 to 30"):
             engine.step([token], engine.start())
+
+
+def test_the_interpreter_knows_every_instruction():
+    """It passes over rows that it does not know."""
+    source = Path(interpreter.__file__).read_text()
+    assert [op.name for op in Op if f"op == Op.{op.name}:" not in source] == []
 
 
 @pytest.mark.parametrize("op", [Op.CONV, Op.SCAN, Op.BONDS, Op.GATED_NORM, Op.SWIGLU, Op.LINEAR, Op.NORM, Op.SIGMOID])

@@ -105,7 +105,7 @@ def generate(config: GenerateConfig, console: Console) -> str:
 
     text = generate_text(model, tokenizer, _read_prompt(config), config, write)
     show(console, "")
-    if len(pieces) > 2:  # the prompt and the first piece wait for compiled code
+    if len(pieces) > 2 and not config.speculate:  # the first piece waits for compiled code, and drafts come at the end
         seconds, made = pieces[-1][0] - pieces[1][0], sum(size for _, size in pieces[2:])
         print(f"{made} bytes in {seconds:.3f} s, {made / seconds:,.0f} bytes/s", file=sys.stderr)
     return text

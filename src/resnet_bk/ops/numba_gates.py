@@ -12,11 +12,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from resnet_bk.ops.numba_jit import arrays, jit
+from resnet_bk.ops.numba_jit import TASKS, arrays, jit
 from resnet_bk.ops.numba_simd import LANE_BYTES, load, sigmoid, splat, store, total
 
 BLOCK = 32  # positions of a task
-TASKS = 16  # their number decides in which order gradients are summed, so it does not depend on the threads
 
 
 @njit(forceinline=True)

@@ -80,6 +80,7 @@ def _cache_of(kernel: Callable[..., None]) -> _Cache | NullCache:
         return NullCache()
 
 
+TASKS = 16  # of kernels that sum gradients: it decides their order, so it does not depend on the threads
 # fastmath allows vectorised reductions and fused multiply-add; NaN, infinity and division stay IEEE.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 

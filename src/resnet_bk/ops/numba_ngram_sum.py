@@ -9,9 +9,8 @@ from numba import prange
 from torch import Tensor
 
 from resnet_bk.ops import chunked
-from resnet_bk.ops.numba_jit import arrays, jit
+from resnet_bk.ops.numba_jit import TASKS, arrays, jit
 
-TASKS = 16  # their number decides in which order gradients are summed, so it does not depend on the threads
 LARGEST = 2**18  # numbers in token_vectors; each task sums a gradient of its own
 
 
