@@ -154,13 +154,16 @@ for _function, _instruction in (
 
 @intrinsic
 def exp(typing_context, x):
-    """Return e^x of lanes, with a relative error of 2 units in the last place; x counts as at most 88 and at least -86.
+    """Return e^x of lanes, with a relative error of 2 units in the last place.
+
+    x counts as at least -86 and at most 88 in float32, -708 and 709 in float64.
 
     With the nearest integer n to x / ln 2, ``e^x = 2^n e^(x - n ln 2)``: a Taylor polynomial, and n added to the bits
     of the exponent.
     """
     single = x.dtype.bitwidth == 32
     mantissa, degree = (23, 7) if single else (52, 13)
+    least, most = (-86.0, 88.0) if single else (-708.0, 709.0)
     high, low = 0.693359375, -2.121944400546905827679e-4  # their sum is ln 2, and n * high is exact
 
     def codegen(context, builder, signature, args):
@@ -171,7 +174,7 @@ def exp(typing_context, x):
             return _constant(vector, value)
 
         value = args[0]
-        for sign, bound in (("<", -86.0), (">", 88.0)):
+        for sign, bound in (("<", least), (">", most)):
             outside = builder.fcmp_ordered(sign, value, number(bound))
             value = builder.select(outside, number(bound), value)
         rint = f"llvm.rint.v{x.count}f{x.dtype.bitwidth}"
