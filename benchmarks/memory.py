@@ -26,6 +26,7 @@ from torch import Tensor
 from resnet_bk.config import preset
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.layers.block import Stack
+from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.model import LanguageModel
 from resnet_bk.training.windows import HeldBack, ShuffledSampler, Windows, collate
 
@@ -46,14 +47,14 @@ def build(rows: int, window: int, alone: bool = False) -> LanguageModel:
 
 
 def batches(
-    model: LanguageModel, ids: np.ndarray, window: int, seed: int, seconds: dict[str, float]
+    memory: NgramMemory | None, ids: np.ndarray, window: int, seed: int, seconds: dict[str, float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets (B, N) of each step, in the order of `resnet-bk train`, and give the memory its tables.
+    """Yield inputs and targets (B, N) of each step, in the order of `resnet-bk train`, and give a memory its tables.
 
     Before the first batch, which is for the compilation of kernels, nothing is counted. seconds: gets "counting".
     """
     windows = Windows(TokenFile(ids, np.array([0, len(ids)]), np.array([len(ids)]), ("",)), window)
-    per_step, memory = TOKENS // window, model.memory
+    per_step = TOKENS // window
     parts = [np.arange(len(windows))] if memory is None else windows.parts(per_step)
     sampler, seconds["counting"], step = ShuffledSampler(parts, per_step, seed), 0.0, 0
     held_back = None if memory is None else HeldBack(memory, windows, sampler)
@@ -87,7 +88,7 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
         return model(x, targets=y, logits=False).loss
 
     counting: dict[str, float] = {}
-    draw = partial(next, batches(model, training, window, spec["seed"], counting))
+    draw = partial(next, batches(model.memory, training, window, spec["seed"], counting))
     budget = {"seconds": spec["seconds"], "clock": time.process_time}
     kind = spec["optimizer"]
     record = train(loss_of, model, draw, learning_rate=RATES[kind], optimizer=kind, **budget)
