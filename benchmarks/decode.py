@@ -21,12 +21,14 @@ import torch
 from common import arguments, conditions, publish, spread, stdlib_ids, table
 from peers import PROMPT, llama, mamba2, nano_gpt, words
 
+from resnet_bk.engine.compiler import engine_of
+from resnet_bk.engine.conversion import from_torch
 from resnet_bk.engine.engine import Engine
+from resnet_bk.jit import jit_on_one_thread
+from resnet_bk.jit.simd import LANE_BYTES, load, splat, store
 from resnet_bk.layers.feedforward import Experts
 from resnet_bk.layers.sparse import SparseBKCore
 from resnet_bk.model import LanguageModel
-from resnet_bk.ops.numba_jit import jit_on_one_thread
-from resnet_bk.ops.numba_simd import LANE_BYTES, load, splat, store
 
 BYTES, REPEATS, STEPS, FEW_STEPS = 259, 7, 400, 12
 CONTEXTS, PIECE = (1_000, 10_000, 100_000), 4096
@@ -119,8 +121,8 @@ def of_models(text: np.ndarray) -> str:
     }
     steps: dict[str, Step] = {}
     for name, model in models.items():
-        steps[name] = engine_step(Engine(model))
-        steps[f"{name}, int8"] = engine_step(Engine(model, int8=True))
+        steps[name] = engine_step(engine_of(model))
+        steps[f"{name}, int8"] = engine_step(engine_of(model, int8=True))
         steps[f"{name}, torch"] = torch_step(model)
     peers = {"Llama": llama, "GPT-2": nano_gpt, "Mamba-2": mamba2}
     steps |= {name: peer_step(make) for name, make in peers.items()}
@@ -142,17 +144,21 @@ def of_models(text: np.ndarray) -> str:
 def of_large_models(text: np.ndarray, folder: Path | None) -> str:
     """Compare the weights that the engine reads a second with a plain read, and with llama2.c."""
     model = made(50_000, **LARGE)
-    engine, small = Engine(model), Engine(model, int8=True)
+    engine, small = engine_of(model), engine_of(model, int8=True)
     out = np.zeros(64, np.float32)
     steps: dict[str, Step] = {
         "engine": engine_step(engine),
         "int8": engine_step(small),
         "torch": torch_step(model),
-        "read": lambda token: _read(engine.arrays[1], out),
+        "read": lambda token: _read(engine.code.weights, out),
     }
     times = timed(steps, text, dict.fromkeys(steps, FEW_STEPS))
-    size = {"engine": engine.arrays[1].nbytes, "torch": engine.arrays[1].nbytes, "read": engine.arrays[1].nbytes}
-    size["int8"] = small.arrays[1].nbytes + small.arrays[2].nbytes
+    size = {
+        "engine": engine.code.weights.nbytes,
+        "torch": engine.code.weights.nbytes,
+        "read": engine.code.weights.nbytes,
+    }
+    size["int8"] = small.code.weights.nbytes + small.code.bytes.nbytes
     rows = []
     for name in steps:
         speed = [size[name] / 1e6 / t for t in times[name]]
@@ -194,7 +200,7 @@ def halfway(model: LanguageModel, text: np.ndarray, blocks: float) -> float:
     for _ in range(16):
         for unit in layer.units:
             unit.bias.data.fill_((low + high) / 2)
-        engine = Engine(model)
+        engine = engine_of(model)
         state, total = engine.start(), 0
         for token in text.tolist():
             engine.step([token], state)
@@ -220,16 +226,16 @@ def of_techniques(text: np.ndarray) -> str:
     """Compare each technique with the same model without its savings."""
     exits = made(**EIGHT, depth={"policy": "exit"})
     mean = halfway(exits, text, 4.5)
-    few = Engine(exits)
+    few = engine_of(exits)
     exits.blocks[-1].threshold = 1.0
     experts = {"num_experts": 4, "d_ff": 176, "experts": {"policy": "top_p"}, "sparsity": {"target": 0.5}}
     steps = {
         f"exit, {mean:.2f} of 8 blocks": engine_step(few),
-        "exit, all blocks": engine_step(Engine(exits)),
-        "words, 2-6-0": engine_step(Engine(made(d_model=128, **words(2, 6, 0)))),
-        "8 blocks": engine_step(Engine(made(**EIGHT))),
-        "few experts, half of the sites": engine_step(Engine(decide(made(**EIGHT, **experts), 0.5))),
-        "all experts, all sites": engine_step(Engine(_all(made(**EIGHT, **experts)))),
+        "exit, all blocks": engine_step(engine_of(exits)),
+        "words, 2-6-0": engine_step(engine_of(made(d_model=128, **words(2, 6, 0)))),
+        "8 blocks": engine_step(engine_of(made(**EIGHT))),
+        "few experts, half of the sites": engine_step(engine_of(decide(made(**EIGHT, **experts), 0.5))),
+        "all experts, all sites": engine_step(engine_of(_all(made(**EIGHT, **experts)))),
     }
     times, names = timed(steps, text, {}), list(steps)
     rows = [
@@ -255,12 +261,12 @@ def _all(model: LanguageModel) -> LanguageModel:
 def of_contexts() -> str:
     """Show that a token takes as long after a long text as after a short one."""
     model, rows, state, done = made(d_model=128, n_layers=4), [], None, 0
-    engine = Engine(model)
+    engine = engine_of(model)
     for context in CONTEXTS:
         for piece in torch.randint(BYTES, (1, context - done)).split(PIECE, dim=1):
             state = model(piece, state=state, logits=False).state
         done = context
-        here = engine.from_torch(state)
+        here = from_torch(engine, state)
         tokens, times = np.random.default_rng(0).integers(3, BYTES, STEPS).tolist(), []
         for _ in range(REPEATS):
             started = time.perf_counter()

@@ -166,6 +166,7 @@ def test_layers_import_in_one_direction_only():
     import ast
 
     floors = [
+        {"jit"},
         {"config", "checkpoint", "clock", "extras", "files", "folders", "record", "weights", "ops"},
         {"layers"},
         {"adaptive", "data"},

@@ -303,10 +303,8 @@ def _run(command: str, config: Any) -> int:
     with extra("train"):
         from resnet_bk.checkpoint import CheckpointError
         from resnet_bk.report.terminal import console
-        from resnet_bk.training.guard import LeakError
-        from resnet_bk.training.ranks import world_size
-        from resnet_bk.training.run import StoppedError
-        from resnet_bk.training.trainer import NonFiniteError
+        from resnet_bk.training.errors import LeakError, NonFiniteError, StoppedError
+        from resnet_bk.training.launcher import world_size
 
     if command != "train" and (count := world_size()) > 1:
         message = f"{command}: got {count} processes, allowed 1: only train can share its work; start one process"

@@ -16,10 +16,11 @@ from resnet_bk.config import DepthConfig, ExpertsConfig, ModelConfig, MultiScale
 from resnet_bk.data.tokens import TokenFile
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.layers.feedforward import Experts
+from resnet_bk.training.errors import NonFiniteError
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.sharded import shard
 from resnet_bk.training.states import full_tensor
-from resnet_bk.training.trainer import BKTrainer, Clock, NonFiniteError
+from resnet_bk.training.trainer import BKTrainer, Clock
 from resnet_bk.training.windows import Windows
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_seq": 8, "num_experts": 1}

@@ -9,8 +9,9 @@ import torch
 
 from resnet_bk import LanguageModel
 from resnet_bk.config import ConfigError
-from resnet_bk.engine import EngineState, decoder_of
-from resnet_bk.engine.decoder import Decoder, to_torch
+from resnet_bk.engine.conversion import to_torch
+from resnet_bk.engine.decoder import Decoder, decoder_of
+from resnet_bk.engine.state import EngineState
 from resnet_bk.ops import available_backends, use_backend
 
 pytestmark = pytest.mark.skipif("numba" not in available_backends(), reason="needs numba")

@@ -20,7 +20,8 @@ if "numba" not in available_backends():
 
 from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.engine import interpreter
-from resnet_bk.engine.engine import Engine
+from resnet_bk.engine.compiler import engine_of
+from resnet_bk.engine.conversion import from_torch, to_torch
 from resnet_bk.engine.instructions import Op
 from resnet_bk.engine.state import EngineState
 
@@ -37,15 +38,17 @@ def decoded(engine, ids, state=None):
 @torch.no_grad()
 def test_logits_and_states_are_the_models_for_every_technique(name):
     model = checks.build(**TECHNIQUES[name])
-    engine, ids = Engine(model), checks.tokens(model, 2, STEPS + 3)
+    engine, ids = engine_of(model), checks.tokens(model, 2, STEPS + 3)
     output = model(ids[:, :STEPS])
     logits, state = decoded(engine, ids[:, :STEPS])
     checks.close(logits, output.logits, "from the start")
     following = model(ids[:, STEPS:], state=output.state).logits
-    checks.close(model(ids[:, STEPS:], state=state.to_torch()).logits, following, "state to the model")
-    checks.close(decoded(engine, ids[:, STEPS:], engine.from_torch(output.state))[0], following, "state from the model")
-    again = engine.from_torch(state.to_torch())
-    for x, y in zip(*(pytree.tree_leaves(s.to_torch()) for s in (again, state)), strict=True):
+    checks.close(model(ids[:, STEPS:], state=to_torch(state)).logits, following, "state to the model")
+    checks.close(
+        decoded(engine, ids[:, STEPS:], from_torch(engine, output.state))[0], following, "state from the model"
+    )
+    again = from_torch(engine, to_torch(state))
+    for x, y in zip(*(pytree.tree_leaves(to_torch(s)) for s in (again, state)), strict=True):
         assert torch.equal(x, y)
 
 
@@ -53,7 +56,7 @@ def test_logits_and_states_are_the_models_for_every_technique(name):
 @torch.no_grad()
 def test_rows_do_not_depend_on_each_other(name):
     model = checks.build(**TECHNIQUES[name])
-    engine, ids = Engine(model), checks.tokens(model, 5, 40)
+    engine, ids = engine_of(model), checks.tokens(model, 5, 40)
     together, state = decoded(engine, ids)
     for row in range(5):
         alone, own = decoded(engine, ids[row : row + 1])
@@ -65,7 +68,7 @@ def test_rows_do_not_depend_on_each_other(name):
     checks.close(
         decoded(engine, ids[:3], state.rows(order))[0],
         decoded(
-            engine, ids[:3], engine.from_torch(pytree.tree_map(lambda x: x[torch.from_numpy(order)], state.to_torch()))
+            engine, ids[:3], from_torch(engine, pytree.tree_map(lambda x: x[torch.from_numpy(order)], to_torch(state)))
         )[0],
         "chosen rows",
     )
@@ -83,9 +86,9 @@ def test_nothing_is_written_beyond_the_memory_of_a_row(dtype):
     """Nothing checks the places that a program names. Numbers behind those of each row must stay."""
     for fields in SHAPES:
         model = checks.build(**fields).to(dtype)
-        engine, ids = Engine(model), checks.tokens(model, 2, 24)
+        engine, ids = engine_of(model), checks.tokens(model, 2, 24)
         plain = engine.start(2)
-        p, kind = engine.program, engine.arrays[1].dtype
+        p, kind = engine.code, engine.code.weights.dtype
         expected, _ = decoded(engine, ids)
         engine._threads.scratch = np.full((2, p.most + 64), 7, kind)
         wide, wholes = np.full((2, p.numbers + 64), 7, kind), np.full((2, p.wholes + 8), 7)
@@ -98,11 +101,11 @@ def test_nothing_is_written_beyond_the_memory_of_a_row(dtype):
 
 
 def test_states_and_ids_that_do_not_fit_are_refused():
-    engine, other = Engine(checks.build()), Engine(checks.build(n_layers=3))
+    engine, other = engine_of(checks.build()), engine_of(checks.build(n_layers=3))
     with pytest.raises(ValueError, match="state: is one of another model"):
         engine.step([1], other.start())
     with pytest.raises(ValueError, match="state: is one of another model"):
-        engine.step([1], Engine(checks.build().float()).start())
+        engine.step([1], engine_of(checks.build().float()).start())
     for ids in ([1], [1, 2, 3], [[1, 2]]):
         with pytest.raises(ValueError, match=r"ids: expected shape \(2,\)"):
             engine.step(ids, engine.start(2))
@@ -112,25 +115,25 @@ def test_models_whose_modules_do_not_fit_are_not_compiled():
     model = checks.build()
     model.embed = torch.nn.Embedding(20, 16).double()
     with pytest.raises(ValueError, match="has 20 embeddings and 31 logits"):
-        Engine(model)
+        engine_of(model)
     model = checks.build(tie_word_embeddings=False)
     model.head = torch.nn.Linear(16, 31).double()
     with pytest.raises(ValueError, match="a head with a bias"):
-        Engine(model)
+        engine_of(model)
     model = checks.build()
     model.norm.eps = 1e-3
     with pytest.raises(ValueError, match=r"eps: got 0\.001"):
-        Engine(model)
+        engine_of(model)
     model = checks.build(**TECHNIQUES["memory"])
     model.memory.entries[:, 1] = 300 << 8 | 255
     with pytest.raises(CheckpointError, match="it is damaged"):
-        Engine(model)
+        engine_of(model)
 
 
 @torch.no_grad()
 def test_blocks_are_counted():
     model = checks.build(n_layers=4, depth={"policy": "skip"})
-    engine, ids = Engine(model), checks.tokens(model, 1, 60)
+    engine, ids = engine_of(model), checks.tokens(model, 1, 60)
     state, counted = engine.start(), []
     for t in ids[0].tolist():
         engine.step([t], state)
@@ -146,7 +149,7 @@ def test_single_precision_is_close_over_512_steps():
         model = checks.build(**TECHNIQUES[name]).float()
         ids = checks.tokens(model, 1, STEPS)
         expected = model(ids).logits
-        error = (decoded(Engine(model), ids)[0] - expected).abs().max() / expected.abs().max()
+        error = (decoded(engine_of(model), ids)[0] - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, name
 
 
@@ -156,12 +159,12 @@ def test_weights_in_int8_are_close():
         torch.manual_seed(0)
         model = LanguageModel(259, d_model=64, n_layers=2, n_seq=64, **fields).eval()
         ids = torch.randint(259, (1, 50))
-        expected, got = model(ids).logits, decoded(Engine(model, int8=True), ids)[0]
+        expected, got = model(ids).logits, decoded(engine_of(model, int8=True), ids)[0]
         assert 0 < (got - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 def test_tokens_outside_the_vocabulary_are_refused():
-    engine = Engine(checks.build())
+    engine = engine_of(checks.build())
     for token in (-1, 31):
         with pytest.raises(IndexError, match=r"allowed 0 to 30"):
             engine.step([token], engine.start())
@@ -178,8 +181,8 @@ def test_the_interpreter_knows_every_instruction():
 def test_a_missing_instruction_is_caught(op):
     """The comparison with the model can fail."""
     model = checks.build()
-    engine, ids = Engine(model), checks.tokens(model, 2, 20)
-    code = engine.arrays[0]
+    engine, ids = engine_of(model), checks.tokens(model, 2, 20)
+    code = engine.code.instructions
     code[np.flatnonzero(code[:, 0] == op)[-1], 0] = 0
     with pytest.raises(AssertionError):
         checks.close(decoded(engine, ids)[0], model(ids).logits, "without an instruction")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from resnet_bk.layers import ngrams
+from resnet_bk.layers.ngram_format import LEVELS
 
 ORDERS, VOCABULARY = (1, 2, 5), 7
 
@@ -37,7 +38,7 @@ def expected(followed, successors):
         return 0, []
     total, kinds = sum(followed.values()), len(followed)
     best = sorted(followed.items(), key=lambda item: (-item[1], item[0]))[:successors]
-    level = min(ngrams.LEVELS - 1, 1 + int(np.log2(total**2)))
+    level = min(LEVELS - 1, 1 + int(np.log2(total**2)))
     return level, [(token, -(-255 * count // (total + kinds))) for token, count in best]
 
 

@@ -137,8 +137,8 @@ def test_what_numba_cannot_take_is_computed_by_torch(monkeypatch):
 def test_the_exponential_of_lanes(dtype):
     from numba import prange
 
-    from resnet_bk.ops.numba_jit import jit
-    from resnet_bk.ops.numba_simd import LANE_BYTES, exp, load, store
+    from resnet_bk.jit import jit
+    from resnet_bk.jit.simd import LANE_BYTES, exp, load, store
 
     @jit
     def run(x, y):

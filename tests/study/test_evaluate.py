@@ -11,7 +11,7 @@ from resnet_bk.data.corpus import Document
 from resnet_bk.data.tokens import END_OF_DOCUMENT, TokenFile, cached
 from resnet_bk.model import LanguageModel
 from resnet_bk.study.evaluate import Scores, check_vocabulary, chosen_documents, evaluate
-from resnet_bk.training.guard import LeakError
+from resnet_bk.training.errors import LeakError
 
 LENGTHS = (1, 23, 7, 8, 64, 1, 40, 9)
 

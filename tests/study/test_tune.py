@@ -23,8 +23,9 @@ from resnet_bk.cli import main
 from resnet_bk.config import ConfigError, DepthConfig, ModelConfig, TrainConfig, TuneConfig
 from resnet_bk.files import lock
 from resnet_bk.study import run, tune
+from resnet_bk.training.errors import NonFiniteError
 from resnet_bk.training.run import resolved
-from resnet_bk.training.trainer import NonFiniteError, RunControl
+from resnet_bk.training.trainer import RunControl
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 10
 SPACE = {"learning_rate": [0.001, 0.1], "model.num_experts": [1, 4]}

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from resnet_bk.model import LanguageModel
-from resnet_bk.training.guard import LeakError, check_causal
+from resnet_bk.training.errors import LeakError
+from resnet_bk.training.guard import check_causal
 
 V = 29
 TECHNIQUES = [(r, e, n) for r in ("propagator", "diagonal") for e in ("real", "complex") for n in (1, 3)]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from resnet_bk.adaptive.depth import Halting, Skipping
 from resnet_bk.adaptive.early_exit import EarlyExit
@@ -11,6 +12,8 @@ from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.engine.adaptive import depth, length, memory, multiscale
 from resnet_bk.engine.blocks import block
+from resnet_bk.engine.code import Place
+from resnet_bk.engine.engine import Engine
 from resnet_bk.engine.instructions import Op
 from resnet_bk.engine.program import Program
 from resnet_bk.layers.block import Block, Stack
@@ -28,10 +31,12 @@ COMPILERS: dict[type[nn.Module], Callable[[Program, Any, int], Any]] = {
 }
 
 
-def compiled(model: LanguageModel, int8: bool = False) -> tuple[Program, list[Any]]:
-    """Return the program of a causal model, and the places of its state.
+def engine_of(model: LanguageModel, int8: bool = False) -> Engine:
+    """Return the engine of a causal model. Later changes of the model's weights do not reach it.
 
-    int8: store matrices as int8 numbers.
+    Args:
+        model: on a CPU, in float32 or float64.
+        int8: store matrices as int8 numbers, with a scale for each output.
 
     Raises:
         ValueError: the model's modules do not fit its configuration, so it could not be compiled as it is.
@@ -62,5 +67,5 @@ def compiled(model: LanguageModel, int8: bool = False) -> tuple[Program, list[An
     p.read, p.stack = read, stack
     places = stack(model.blocks, x)
     read(x)
-    del p.read, p.stack  # they hold the model
-    return p, places
+    flat = pytree.tree_leaves(places, is_leaf=lambda x: isinstance(x, Place))
+    return Engine(p.finished(flat), places)

@@ -20,6 +20,7 @@ from resnet_bk.adaptive.length_predictor import SequenceLengthPredictor
 from resnet_bk.adaptive.multiscale import LearnedDownsampling, LearnedUpsampling, MultiScale
 from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.config import ConfigError
+from resnet_bk.engine.conversion import from_torch, to_torch
 from resnet_bk.engine.state import EngineState
 from resnet_bk.layers.attention import Attention
 from resnet_bk.layers.block import Block, Stack
@@ -53,11 +54,6 @@ def _asked() -> bool | None:
     if name not in (None, "0", "1"):
         raise ConfigError(f"RESNET_BK_ENGINE: got {name!r}, allowed 1 for always and 0 for never; or unset it")
     return None if name is None else name == "1"
-
-
-def to_torch(state: Sequence[Any] | EngineState) -> Sequence[Any]:
-    """Return a state as the model takes it."""
-    return state.to_torch() if isinstance(state, EngineState) else state
 
 
 _decoders: "weakref.WeakKeyDictionary[LanguageModel, Decoder]" = weakref.WeakKeyDictionary()
@@ -121,7 +117,7 @@ class Decoder:
         if self._faster.get(rows, True) and self._allowed() and (engine := self._fresh(state)) is not None:
             fits = not isinstance(state, EngineState) or engine.fits(state)
             if fits and self._is_faster(rows, engine, ids, state):
-                state = state if isinstance(state, EngineState) else engine.from_torch(state)
+                state = state if isinstance(state, EngineState) else from_torch(engine, state)
                 return torch.from_numpy(engine.step(ids[:, 0].numpy(), state).copy()), state
         output = self.model(ids, state=to_torch(state))
         return output.logits[:, 0], output.state
@@ -150,10 +146,10 @@ class Decoder:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         versions, content = _versions(tensors), _content(self.model, tensors)
         if self.engine is None or versions != self._versions or content != self._content:
-            from resnet_bk.engine.engine import Engine  # numba is imported with the first step
+            from resnet_bk.engine.compiler import engine_of  # numba is imported with the first step
 
             try:
-                self.engine = Engine(self.model, self.int8)
+                self.engine = engine_of(self.model, self.int8)
             except (ValueError, CheckpointError):  # its modules do not fit its configuration
                 return None
         self._tensors, self._versions, self._content = tensors, versions, content
@@ -164,7 +160,7 @@ class Decoder:
         if self.asked or rows <= ALWAYS_ENGINE:
             return True
         if rows not in self._faster:
-            ours = state.copy() if isinstance(state, EngineState) else engine.from_torch(state)
+            ours = state.copy() if isinstance(state, EngineState) else from_torch(engine, state)
             theirs, seconds = to_torch(state), []
             for run in (lambda: engine.step(ids[:, 0].numpy(), ours), lambda: self.model(ids, state=theirs)):
                 run()

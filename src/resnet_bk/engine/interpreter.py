@@ -42,7 +42,7 @@ from resnet_bk.engine.techniques import (
     mean_of_pool,
     read_window,
 )
-from resnet_bk.ops.numba_jit import jit, jit_on_one_thread
+from resnet_bk.jit import jit, jit_on_one_thread
 
 TOKEN, BLOCKS = 0, 1  # the first whole numbers of a state: the token to read, and the blocks that it ran
 

@@ -9,9 +9,9 @@ import math
 import numpy as np
 from numba import njit
 
-from resnet_bk.layers.ngrams import LEVELS, MIX, SHARES, STEP
-from resnet_bk.ops.numba_jit import OPTIONS
-from resnet_bk.ops.numba_simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
+from resnet_bk.jit import OPTIONS
+from resnet_bk.jit.simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
+from resnet_bk.layers.ngram_format import LEVELS, MIX, SHARES, STEP
 
 TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
 EPS = 1e-5  # of norms

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from resnet_bk.engine.layers import helper, norm, sigmoid_of, softplus_of, whole_registers
-from resnet_bk.ops.numba_simd import LANE_BYTES, load, sigmoid, splat, spread, store
+from resnet_bk.jit.simd import LANE_BYTES, load, sigmoid, splat, spread, store
 
 
 @helper

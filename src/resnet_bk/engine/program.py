@@ -2,34 +2,20 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_bk.engine.code import Code, Place
 from resnet_bk.engine.instructions import OPERANDS, Op
 from resnet_bk.engine.layers import EPS, TILE_LANES
+from resnet_bk.jit.simd import LANE_BYTES
 from resnet_bk.layers.block import Stack
-from resnet_bk.ops.numba_simd import LANE_BYTES
-
-
-class Place(NamedTuple):
-    """Where a tensor of a state is: from `at` on in the numbers, or in the whole numbers.
-
-    shape: of a row, (...); the last dimension takes `padded` numbers. whole: in the whole numbers. imaginary: complex.
-    first: the value before the first token.
-    """
-
-    at: int
-    shape: tuple[int, ...]
-    padded: int = 0
-    whole: bool = False
-    imaginary: bool = False
-    first: float = 0.0
 
 
 @dataclass
@@ -154,14 +140,23 @@ class Program:
         self.wholes += math.prod(shape)
         return place
 
-
-def arrays(p: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return instructions, weights, int8 weights and the table as numpy arrays."""
-    operands = {row[0]: len(row) for row in p.code}
-    assert all(len(row) == operands[row[0]] for row in p.code), "an instruction lacks an operand"
-    code = np.zeros((len(p.code), 1 + OPERANDS), np.int64)
-    for row, instruction in zip(code, p.code, strict=True):
-        row[: len(instruction)] = instruction
-    weights = torch.cat(p.parts).numpy()
-    table = np.zeros((1, 1), np.int32) if p.table is None else p.table.numpy()
-    return code, weights, torch.cat([*p.byte_parts, torch.zeros(0, dtype=torch.int8)]).numpy(), table
+    def finished(self, places: Sequence[Place]) -> Code:
+        """Return the code. places: of the parts of a state."""
+        operands = {row[0]: len(row) for row in self.code}
+        assert all(len(row) == operands[row[0]] for row in self.code), "an instruction lacks an operand"
+        instructions = np.zeros((len(self.code), 1 + OPERANDS), np.int64)
+        for row, instruction in zip(instructions, self.code, strict=True):
+            row[: len(instruction)] = instruction
+        return Code(
+            instructions=instructions,
+            weights=torch.cat(self.parts).numpy(),
+            bytes=torch.cat([*self.byte_parts, torch.zeros(0, dtype=torch.int8)]).numpy(),
+            table=np.zeros((1, 1), np.int32) if self.table is None else self.table.numpy(),
+            places=tuple(places),
+            numbers=self.numbers,
+            wholes=self.wholes,
+            most=self.most,
+            vocabulary=self.vocabulary,
+            logits=self.logits,
+            blocks=sum(row[0] == Op.COUNT for row in self.code),
+        )

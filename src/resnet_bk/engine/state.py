@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resnet_bk.engine.code import Place
+
 if TYPE_CHECKING:
     from resnet_bk.engine.engine import Engine
 
@@ -33,6 +35,6 @@ class EngineState:
     def __deepcopy__(self, memo: Any) -> "EngineState":
         return self.copy()
 
-    def to_torch(self) -> list[Any]:
-        """Return it as a state of the model."""
-        return self.engine.to_torch(self)
+    def part(self, place: Place) -> np.ndarray:
+        """Return a view of a part, see :meth:`resnet_bk.engine.code.Place.part`."""
+        return place.part(self.numbers, self.wholes)

@@ -19,8 +19,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from resnet_bk.checkpoint import MANIFEST, RENAMED, CheckpointError, seal, verify
 from resnet_bk.config import ConfigError
-from resnet_bk.engine import EngineState, decoder_of
-from resnet_bk.engine.decoder import to_torch
+from resnet_bk.engine.conversion import to_torch
+from resnet_bk.engine.decoder import decoder_of
+from resnet_bk.engine.state import EngineState
 from resnet_bk.hf.configuration import ResNetBKConfig
 from resnet_bk.layers.checks import IDS, TARGETS, check_ids, check_positions
 from resnet_bk.model import LanguageModel

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from resnet_bk.engine import EngineState, decoder_of
+from resnet_bk.engine.decoder import decoder_of
+from resnet_bk.engine.state import EngineState
 from resnet_bk.layers.feedforward import computed_in
 from resnet_bk.model import LanguageModel
 

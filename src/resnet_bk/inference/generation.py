@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
-from resnet_bk.engine import Decoder, EngineState, decoder_of
+from resnet_bk.engine.decoder import Decoder, decoder_of
+from resnet_bk.engine.state import EngineState
 from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers, text_stream
 from resnet_bk.inference.decoding import choose
 from resnet_bk.inference.loading import load

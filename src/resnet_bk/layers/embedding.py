@@ -12,6 +12,7 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
 from resnet_bk.layers.mixer import last_positions
+from resnet_bk.layers.ngram_format import LEVELS, TAG_BITS
 from resnet_bk.ops.ngram_sum import ngram_sum
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
@@ -90,8 +91,8 @@ class NgramMemory(AdaptiveLayer):
         if self.entries.is_meta:
             return
         header, successors = self.entries[:, 0], self.entries[:, 1:]
-        whole = self.entries.min() >= 0 and header.max() >> 8 < 2**ngrams.TAG_BITS
-        if not whole or (header & 255).max() >= ngrams.LEVELS or successors.max() >> 8 >= self.vocab_size:
+        whole = self.entries.min() >= 0 and header.max() >> 8 < 2**TAG_BITS
+        if not whole or (header & 255).max() >= LEVELS or successors.max() >> 8 >= self.vocab_size:
             raise CheckpointError(
                 f"{where}: has entries that no text with a vocabulary of {self.vocab_size} has; it is damaged"
             )
@@ -131,12 +132,12 @@ class NgramVectors(nn.Module):
         orders, width = len(config.memory.orders), config.d_model
         self.flops = 2.0 * orders * config.memory.successors * width  # per position
         self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, width).normal_(std=0.02))
-        self.gain = nn.Parameter(torch.ones(orders * ngrams.LEVELS))
+        self.gain = nn.Parameter(torch.ones(orders * LEVELS))
         self.scale = nn.Parameter(torch.ones(orders, width))
-        self.level_vectors = nn.Parameter(torch.zeros(orders * ngrams.LEVELS, width))
+        self.level_vectors = nn.Parameter(torch.zeros(orders * LEVELS, width))
 
     def forward(self, found: ngrams.Found) -> Tensor:
-        level = found.level + torch.arange(0, len(self.gain), ngrams.LEVELS, device=found.level.device)
+        level = found.level + torch.arange(0, len(self.gain), LEVELS, device=found.level.device)
         y = ngram_sum(
             level.flatten(0, 1),
             found.tokens.flatten(0, 1),

@@ -1,15 +1,7 @@
 """Counts of n-grams: what followed the last few tokens in a text, in one hashed table.
 
-An entry of the table belongs to a context, the last n tokens. It holds the tokens that followed most often:
-
-    entries[slot] = [tag << 8 | level, next << 8 | share, next << 8 | share, ...]      int32
-
-- tag: 16 further bits of the context's hash. A context finds the entry of another one once in 65,536 times.
-- level: how often the context occurred, 1 + 2 log2(count) rounded down, at most LEVELS - 1; 0 in an empty entry.
-- next: a token. share: 255 count(next) / (count + kinds), where `kinds` different tokens followed; the rest is for
-  those that never did (method C of Witten and Bell 1991). It is rounded up: 0 is for a place without a token.
-
-Contexts of all orders share the table. Where several have one slot, the most frequent one keeps it.
+See :mod:`resnet_bk.layers.ngram_format` for an entry of the table. Contexts of all orders share the table. Where
+several have one slot, the most frequent one keeps it.
 
 Dimensions: B batch, N positions, O orders, S successors of an entry, T tokens of a text.
 """
@@ -21,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEP, MIX = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # odd 64-bit constants (Knuth's MMIX generator)
-HASH_BITS, TAG_BITS = 32, 16  # bits of a hash that choose the slot, and bits of the tag
-LEVELS, SHARES = 16, 255
+from resnet_bk.layers.ngram_format import HASH_BITS, LEVELS, MIX, SHARES, STEP, TAG_BITS
+
 CHUNK = 2**15  # tokens that are hashed at a time: the numbers stay in the cache, and torch uses one thread
 PART = 2**26  # tokens that are sorted at a time; counting needs about 50 bytes for each
 

@@ -12,9 +12,10 @@ from numba import prange
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnet_bk.jit import jit
+from resnet_bk.jit.simd import LANE_BYTES, load, splat, store, total
 from resnet_bk.ops.chunked import SCAN_CHUNK
-from resnet_bk.ops.numba_jit import arrays, jit
-from resnet_bk.ops.numba_simd import LANE_BYTES, load, splat, store, total
+from resnet_bk.ops.numba_arrays import arrays
 
 
 @jit

@@ -12,8 +12,9 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from resnet_bk.ops.numba_jit import TASKS, arrays, jit
-from resnet_bk.ops.numba_simd import LANE_BYTES, load, sigmoid, splat, store, total
+from resnet_bk.jit import TASKS, jit
+from resnet_bk.jit.simd import LANE_BYTES, load, sigmoid, splat, store, total
+from resnet_bk.ops.numba_arrays import arrays
 
 BLOCK = 32  # positions of a task
 

@@ -13,7 +13,10 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from resnet_bk.jit import jit
+from resnet_bk.jit.simd import LANE_BYTES
 from resnet_bk.ops.chunked import SCAN_CHUNK
+from resnet_bk.ops.numba_arrays import arrays
 from resnet_bk.ops.numba_delta import delta_scan_backward, delta_scan_forward
 from resnet_bk.ops.numba_gates import (
     gated_norm_backward,
@@ -23,9 +26,7 @@ from resnet_bk.ops.numba_gates import (
     swiglu_backward,
     swiglu_forward,
 )
-from resnet_bk.ops.numba_jit import arrays, jit
 from resnet_bk.ops.numba_ngram_sum import ngram_sum_backward, ngram_sum_forward
-from resnet_bk.ops.numba_simd import LANE_BYTES
 from resnet_bk.ops.numba_sparse import sparse_scan_backward, sparse_scan_forward
 
 __all__ = [

@@ -8,8 +8,9 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from resnet_bk.jit import TASKS, jit
 from resnet_bk.ops import chunked
-from resnet_bk.ops.numba_jit import TASKS, arrays, jit
+from resnet_bk.ops.numba_arrays import arrays
 
 LARGEST = 2**18  # numbers in token_vectors; each task sums a gradient of its own
 

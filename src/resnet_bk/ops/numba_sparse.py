@@ -9,8 +9,9 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
+from resnet_bk.jit import jit
 from resnet_bk.ops.chunked import SCAN_CHUNK
-from resnet_bk.ops.numba_jit import arrays, jit
+from resnet_bk.ops.numba_arrays import arrays
 
 
 @jit

@@ -25,7 +25,8 @@ from resnet_bk.report.terminal import say
 from resnet_bk.study import run
 from resnet_bk.study.finished import check_one_text, results_of, text_of
 from resnet_bk.study.versions import version_lines
-from resnet_bk.training.run import StoppedError, resolved
+from resnet_bk.training.errors import StoppedError
+from resnet_bk.training.run import resolved
 
 LEAST_FOR_HALF = 4  # techniques: with fewer, half a plan cannot separate main effects from interactions
 TABLE, DATA = "ablation.md", "ablation.json"

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.clock import timed
-from resnet_bk.engine import decoder_of
+from resnet_bk.engine.decoder import decoder_of
 from resnet_bk.model import LanguageModel
 
 

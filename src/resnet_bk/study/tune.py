@@ -53,9 +53,9 @@ from resnet_bk.study.search import (
     recipe_settings,
     with_settings,
 )
+from resnet_bk.training.errors import NonFiniteError, StoppedError
 from resnet_bk.training.recorder import ProgressCallback
-from resnet_bk.training.run import StoppedError, resolved
-from resnet_bk.training.trainer import NonFiniteError
+from resnet_bk.training.run import resolved
 
 STUDY, TABLE, FIGURE, CHOSEN = "study.db", "pareto.md", "pareto.svg", "chosen.yaml"
 RUNGS = (0.25, 0.5)  # progress of a run at which it may be stopped

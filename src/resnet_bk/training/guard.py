@@ -5,12 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from resnet_bk.training.errors import LeakError
+
 PREFIXES = (1, 3, 7, 15, 31, 32, 63)
 LENGTH = 64
-
-
-class LeakError(RuntimeError):
-    """A prediction of the model changes with later tokens."""
 
 
 @torch.no_grad()

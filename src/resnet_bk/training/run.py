@@ -41,6 +41,7 @@ from resnet_bk.hf import (
 )
 from resnet_bk.report.terminal import say
 from resnet_bk.training import cpu
+from resnet_bk.training.errors import StoppedError
 from resnet_bk.training.held_out import HeldOut
 from resnet_bk.training.mixture import check_sources, mixture_hash, mixture_note, sampler
 from resnet_bk.training.ranks import Ranks
@@ -52,19 +53,6 @@ from resnet_bk.training.windows import Windows
 
 with extra("train"):
     from rich.console import Console
-
-
-class StoppedError(RuntimeError):
-    """A signal arrived: the run saved a checkpoint and stopped.
-
-    Args:
-        number: the signal.
-        resume: the command that resumes the run.
-    """
-
-    def __init__(self, number: int, resume: str):
-        super().__init__(f"stopped by signal {number} after saving a checkpoint. Resume with: {resume}")
-        self.number, self.exit_code = number, 128 + number
 
 
 @dataclass(frozen=True)

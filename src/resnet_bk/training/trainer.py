@@ -30,6 +30,7 @@ from resnet_bk.folders import HELD_OUT
 from resnet_bk.hf import ResNetBKForCausalLM
 from resnet_bk.layers.sparse import anneal
 from resnet_bk.training import optimizers
+from resnet_bk.training.errors import NonFiniteError
 from resnet_bk.training.mixture import sampler
 from resnet_bk.training.ranks import Ranks
 from resnet_bk.training.states import (
@@ -55,10 +56,6 @@ with extra("train"):
 
 NO_STEP_LIMIT = 10**9
 KEPT_CHECKPOINTS, KEPT_LINES = 2, 100
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient was NaN or infinite; no update was made."""
 
 
 def learning_rate_factor(progress: float, warmup: float, final: float) -> float:

@@ -15,12 +15,13 @@ numba = pytest.importorskip("numba")
 
 from numba.core.caching import CompileResultCacheImpl, FunctionCache  # noqa: E402
 
-from resnet_bk.ops import numba_jit, propagate, use_backend  # noqa: E402
+from resnet_bk import jit  # noqa: E402
+from resnet_bk.ops import propagate, use_backend  # noqa: E402
 
 
 def load_again():
     """Return a second copy of the module, imported in the environment that a test has made."""
-    spec = importlib.util.find_spec("resnet_bk.ops.numba_jit")
+    spec = importlib.util.find_spec("resnet_bk.jit")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -84,7 +85,7 @@ def double(x):
 def compiled():
     """Return `double`, compiled or loaded from the cache as in a new process."""
     found = numba.njit(double)
-    found._cache = numba_jit._cache_of(double)
+    found._cache = jit._cache_of(double)
     return found
 
 
@@ -151,7 +152,7 @@ def test_without_a_home_directory_no_folder_named_tilde_is_made(monkeypatch):
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr(numba_jit, "_Cache", lambda kernel: pytest.fail("the cache was made"))
+    monkeypatch.setattr(jit, "_Cache", lambda kernel: pytest.fail("the cache was made"))
     with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR"):
         assert doubled(compiled(), np.float32) == 42
 

@@ -1,11 +1,12 @@
-"""The decorator that compiles numba kernels, with their threads and their cache, and the conversion of their arguments.
+"""The decorators that compile kernels with numba, with their threads and their cache; registers in ``simd.py``.
 
-Importing this module raises an error where numba cannot run the kernels; ``kernels.py`` then uses another backend.
+Importing this package raises an ImportError where numba cannot run kernels. It does not import torch.
 """
 
 import contextlib
 import functools
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -14,20 +15,25 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numba.core.caching import FunctionCache, NullCache
-from torch import Tensor
 
 if numba.version_info[:2] < (0, 63):
     raise ImportError(f"numba {numba.__version__} is too old, 0.63 is needed")
 if getattr(numba.config, "DISABLE_JIT", False):
     raise ImportError("NUMBA_DISABLE_JIT is set, kernels would run a thousand times slower")
 
-_threads = torch.get_num_threads()
+
+def _torch_threads() -> int | None:
+    """Return the number of threads that torch may use; None before torch is imported."""
+    torch: Any = sys.modules.get("torch")
+    return torch.get_num_threads() if hasattr(torch, "get_num_threads") else None
+
+
+_threads = _torch_threads()
 # Starts numba's threads. With OpenMP, which torch uses too, this changes torch's number of threads; restore it.
 numba.get_num_threads()
-if torch.get_num_threads() != _threads:
-    torch.set_num_threads(_threads)
+if _torch_threads() != _threads:
+    sys.modules["torch"].set_num_threads(_threads)
 # numba's layer "workqueue" aborts the process if two Python threads run kernels at the same time.
 _turn = threading.Lock() if numba.threading_layer() == "workqueue" else contextlib.nullcontext()
 
@@ -59,8 +65,8 @@ class _Cache(FunctionCache):
 def _stamp(folder: Path) -> tuple[tuple[float, int], ...]:
     """Return the times and sizes of the files that kernels in a folder may inline."""
     package = Path(__file__).parent.parent
-    constants = package / "layers" / "ngrams.py", package / "config" / "__init__.py"
-    files = sorted({*folder.glob("*.py"), *package.glob("ops/numba_*.py"), *constants})
+    constants = package / "layers" / "ngram_format.py", package / "config" / "__init__.py"
+    files = sorted({*folder.glob("*.py"), *package.glob("jit/*.py"), *constants})
     return tuple((status.st_mtime, status.st_size) for status in (file.stat() for file in files))
 
 
@@ -101,7 +107,7 @@ def jit(kernel: Callable[..., None]) -> Callable[..., None]:
     def run(*args: np.ndarray) -> None:
         # numba keeps this number per Python thread; autograd may run the backward pass in another one.
         allowed = numba.get_num_threads()
-        numba.set_num_threads(min(allowed, torch.get_num_threads()))
+        numba.set_num_threads(min(allowed, _torch_threads() or allowed))
         try:
             with _turn:
                 compiled(*args)
@@ -109,8 +115,3 @@ def jit(kernel: Callable[..., None]) -> Callable[..., None]:
             numba.set_num_threads(allowed)
 
     return run
-
-
-def arrays(*tensors: Tensor) -> list[np.ndarray]:
-    """Return numpy views, of copies where tensors are not contiguous; complex numbers get an axis (real, imaginary)."""
-    return [(torch.view_as_real(x) if x.is_complex() else x).contiguous().numpy() for x in tensors]
