@@ -93,6 +93,14 @@ def _check_free(folder: Path, config: TrainConfig, report: Callable[[str], None]
             raise ConfigError(f"train.output_dir: {folder} exists and is not a run of this program; choose another")
 
 
+def cache_folder() -> Path | None:
+    """Return the folder of files that can be made again; None if the user has no home directory."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-bk"
+    except RuntimeError:
+        return None
+
+
 def model_folder(path: str) -> Path:
     """Return the verified folder of a model: `path`, or a run folder's model, else its newest intact checkpoint.
 

@@ -182,9 +182,17 @@ class GenerateConfig:
     """Largest number of tokens to add."""
     temperature: float = 0.7
     """Temperature of sampling. 0 always takes the most likely token."""
+    top_k: int = 0
+    """Sample from this many of the most likely tokens. 0: from all."""
     top_p: float = 1.0
     """Sample from the most likely tokens whose probabilities add up to this. Below 1, the model may go on repeating
     spaces."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the most likely one."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the text already has become less likely."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end the text; it ends before the first of them."""
     seed: int = 0
     """Seed of sampling."""
     weights: Literal["float32", "int8"] = "float32"
@@ -196,7 +204,9 @@ class GenerateConfig:
     speculate: int = 0
     """Only for models with early exit: largest number of tokens that the first blocks draft before the later blocks
     verify them. The text is that of greedy decoding through all blocks, up to rounding; depth_threshold has no effect.
-    Needs temperature 0. Drafts run in torch: on a CPU with numba, decoding without them is faster. 0: off."""
+    Needs temperature 0. Where the engine decodes, drafts would be slower, so there are none. 0: off."""
+    interactive: bool = False
+    """Afterwards read a line from standard input, add it to the text, continue it, and so on until the input ends."""
 
     def __post_init__(self) -> None:
         check_choices("generate", self)
@@ -207,9 +217,26 @@ class GenerateConfig:
         if 0 < self.temperature < 1e-6:  # logits divided by it could overflow
             raise ConfigError(f"generate.temperature: got {self.temperature}, allowed 0, or 1e-06 to 100")
         check_range("generate", 1e-6, 1, top_p=self.top_p)
+        check_integer("generate", 0, 2**31 - 1, top_k=self.top_k)
+        check_range("generate", 0, 1, min_p=self.min_p)
+        check_range("generate", 0.01, 100, repetition_penalty=self.repetition_penalty)
+        for text in self.stop:
+            check_text("generate", stop=text)
+            if not text:
+                raise ConfigError("generate.stop: got an empty string, allowed strings of one character or more")
+        if self.interactive and self.prompt == "-":
+            raise ConfigError(
+                "generate.interactive: got true with the prompt '-', allowed with a prompt as text: standard input has "
+                "the lines that follow"
+            )
         if self.depth_threshold is not None:
             check_range("generate", 0, 1, depth_threshold=self.depth_threshold)
         check_integer("generate", 0, 1_024, speculate=self.speculate)
+        plain = not self.temperature and not self.stop and self.repetition_penalty == 1 and not self.interactive
+        if self.speculate and not plain and not self.temperature:
+            raise ConfigError(
+                f"generate.speculate: got {self.speculate}, allowed without stop, repetition_penalty and interactive"
+            )
         if self.speculate and self.temperature:
             raise ConfigError(
                 f"generate.speculate: got {self.speculate} with temperature = {self.temperature}, allowed with "

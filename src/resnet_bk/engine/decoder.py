@@ -3,7 +3,6 @@
 Dimensions: B rows, V vocabulary.
 """
 
-import os
 import time
 import weakref
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.length_predictor import SequenceLengthPredictor
 from resnet_bk.adaptive.multiscale import LearnedDownsampling, LearnedUpsampling, MultiScale
 from resnet_bk.checkpoint import CheckpointError
-from resnet_bk.config import ConfigError
+from resnet_bk.engine import asked
 from resnet_bk.engine.conversion import from_torch, to_torch
 from resnet_bk.engine.state import EngineState
 from resnet_bk.layers.attention import Attention
@@ -46,14 +45,6 @@ KNOWN = {
 }
 COLUMNS = 512  # of the sums that compare weights
 ALWAYS_ENGINE = 2  # rows up to which nothing is measured: torch calls take longer than the engine's step
-
-
-def _asked() -> bool | None:
-    """Return what the environment asks for: the engine, the model, or None for the faster one."""
-    name = os.environ.get("RESNET_BK_ENGINE") or None
-    if name not in (None, "0", "1"):
-        raise ConfigError(f"RESNET_BK_ENGINE: got {name!r}, allowed 1 for always and 0 for never; or unset it")
-    return None if name is None else name == "1"
 
 
 _decoders: "weakref.WeakKeyDictionary[LanguageModel, Decoder]" = weakref.WeakKeyDictionary()
@@ -83,7 +74,7 @@ class Decoder:
 
     def __init__(self, model: LanguageModel, int8: bool = False):
         """Create the decoder of a model. int8: its engine stores matrices as int8 numbers."""
-        self.int8, self.asked = int8, _asked()
+        self.int8, self.asked = int8, asked()
         self._model = weakref.ref(model)  # so that the model can be freed
         self.engine: Engine | None = None
         self._tensors: list[Tensor] = []
@@ -121,6 +112,11 @@ class Decoder:
                 return torch.from_numpy(engine.step(ids[:, 0].numpy(), state).copy()), state
         output = self.model(ids, state=to_torch(state))
         return output.logits[:, 0], output.state
+
+    @torch.no_grad()
+    def uses_engine(self) -> bool:
+        """Return whether single rows are decoded by the engine."""
+        return self._allowed() and _known(self.model)
 
     def _allowed(self) -> bool:
         weight = self.model.embed.weight

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from resnet_bk.hf.configuration import ResNetBKConfig
     from resnet_bk.hf.modeling import RecurrentCache, ResNetBKForCausalLM, on_device
-    from resnet_bk.hf.tokenizer import byte_tokenizer, load_tokenizer, text_stream, token_file
+    from resnet_bk.hf.tokenizer import byte_tokenizer, load_tokenizer, text_ids, token_file
 
 _NAMES = {
     "configuration": ("ResNetBKConfig",),
     "modeling": ("RecurrentCache", "ResNetBKForCausalLM", "on_device"),
-    "tokenizer": ("Tokenizer", "byte_tokenizer", "load_tokenizer", "text_stream", "token_file"),
+    "tokenizer": ("Tokenizer", "byte_tokenizer", "load_tokenizer", "text_ids", "token_file"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "load_tokenizer",
     "on_device",
     "quiet_transformers",
-    "text_stream",
+    "text_ids",
     "token_file",
 ]
 

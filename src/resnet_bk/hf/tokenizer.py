@@ -4,7 +4,7 @@ The byte tokenizer has the ids of ByT5: 0 is padding, 1 ends a document, 2 is un
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from resnet_bk.config import BYTE_OFFSET, ConfigError, DataConfig
 from resnet_bk.data import corpus, tokens
+from resnet_bk.data.byte_text import ByteText
+from resnet_bk.folders import cache_folder
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -43,10 +45,46 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def text_stream(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """Return a function of each next token that returns the text it completes, whole characters, or nothing."""
-    stream: Any = decoders.DecodeStream(skip_special_tokens=True)
-    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""
+class TokenizerText:
+    """A tokenizer as generation needs it, see :class:`resnet_bk.data.byte_text.ByteText`."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self.end = tokenizer, int(tokenizer.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def stream(self, prompt: list[int]) -> "TokenizerStream":
+        return TokenizerStream(self, prompt, self._tokenizer.backend_tokenizer)
+
+
+class TokenizerStream:
+    """The text of one token after the other, in whole characters."""
+
+    def __init__(self, ids: TokenizerText, prompt: list[int], backend: Any):
+        self._ids, self._backend = ids, backend
+        self._stream: Any = decoders.DecodeStream(skip_special_tokens=True)
+        self._tokens, self._text = list(prompt), ids.decode(prompt)
+
+    def add(self, token: int) -> str:
+        """Return the text that a token completes."""
+        self._tokens.append(token)
+        piece = self._stream.step(self._backend, token) or ""
+        self._text += piece
+        return piece
+
+    def finish(self) -> str:
+        """Return what is left where the tokens end within a character."""
+        whole = self._ids.decode(self._tokens)
+        return whole[len(self._text) :] if whole.startswith(self._text) else ""
+
+
+def text_ids(tokenizer: Tokenizer) -> ByteText | TokenizerText:
+    """Return a tokenizer as generation needs it."""
+    return ByteText() if _is_bytes(tokenizer) else TokenizerText(tokenizer)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -77,12 +115,12 @@ def token_cache(data: DataConfig) -> Path:
     """
     if data.cache is not None:
         return Path(data.cache)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-bk"
-    except RuntimeError as error:
+    folder = cache_folder()
+    if folder is None:
         raise ConfigError(
             "data.cache: got no folder, and the user has no home directory; set data.cache or XDG_CACHE_HOME to one"
-        ) from error
+        )
+    return folder
 
 
 def _is_bytes(tokenizer: Tokenizer) -> bool:

@@ -183,19 +183,13 @@ def _steps(model: LanguageModel, state: Sequence[Any]) -> Callable[[Tensor], Ten
     return step
 
 
-def choose(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+def choose(logits: Tensor, temperature: float) -> Tensor:
     """Return the most likely token of logits (B, V), or a sample if the temperature is above 0: (B,) int64.
 
     The sample is argmax p / e with e exponentially distributed, which has the distribution p. torch.multinomial would
     be a host-device sync.
-
-    top_p: sample from the most likely tokens whose probabilities add up to this.
     """
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        likely, order = p.sort(-1, descending=True)
-        unlikely = likely.cumsum(-1) - likely >= top_p
-        p = p.masked_fill(torch.zeros_like(unlikely).scatter(-1, order, unlikely), 0)
     return (p / torch.empty_like(p).exponential_()).argmax(-1)

@@ -1,115 +1,241 @@
-"""The command ``resnet-bk generate``: continue a prompt."""
+"""The command ``resnet-bk generate``: continue a prompt.
+
+torch and transformers are imported only where a model is not in the cache of :mod:`.engine_files`.
+"""
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
-from resnet_bk.engine.decoder import Decoder, decoder_of
-from resnet_bk.engine.state import EngineState
-from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, quiet_transformers, text_stream
-from resnet_bk.inference.decoding import choose
-from resnet_bk.inference.loading import load
-from resnet_bk.inference.speculation import speculate
-from resnet_bk.model import LanguageModel
+from resnet_bk.data.byte_text import ByteText
+from resnet_bk.engine import asked
+from resnet_bk.folders import model_folder
+from resnet_bk.inference import engine_files
+from resnet_bk.inference.continuation import Continuation, TextIds
+from resnet_bk.inference.readers import EngineReader, ModelReader, Reader
+from resnet_bk.inference.sampling import Sampling
 from resnet_bk.report.terminal import Console, show, show_piece
 
+if TYPE_CHECKING:
+    from resnet_bk.engine.engine import Engine
+    from resnet_bk.hf import Tokenizer
+    from resnet_bk.model import LanguageModel
+
 _LONGEST_PROMPT = 1 << 24  # bytes
+_SHORT_PROMPT = 1 << 15  # bytes that the engine reads, one at a time, sooner than torch is imported
+_UNTIMED = 2  # tokens of a continuation before its clock starts: the prompt is read then, and code is compiled
+_PAUSE = 0.02  # seconds between pieces of text on a terminal
+
+Write = Callable[[str], None]
+
+
+class Session:
+    """A text that grows by prompts and continuations.
+
+    Attributes:
+        made, seconds: tokens generated after the first ones of each continuation, and the time that they took.
+    """
+
+    def __init__(self, reader: Reader, ids: TextIds, config: GenerateConfig, write: Write):
+        """Begin an empty text. write: called with each piece of the text, whole characters, as soon as it is there."""
+        self._reader, self._ids, self._config, self._write = reader, ids, config, write
+        self._settings = Sampling(
+            config.repetition_penalty, config.temperature, config.top_k, config.top_p, config.min_p
+        )
+        self._tokens: list[int] = []  # of the whole text
+        self._read, self._turns = 0, 0  # number of tokens that the model has read; of continuations
+        self.made, self.seconds = 0, 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Share of the blocks that ran for the generated tokens; None if it is not known."""
+        return self._reader.share
+
+    @property
+    def new_engine(self) -> "Engine | None":
+        """The engine that was compiled for this text, if it is of bytes and has the model's own settings."""
+        return self._reader.new_engine if isinstance(self._ids, ByteText) and not self._config.speculate else None
+
+    def extend(self, prompt: str) -> str:
+        """Add a prompt and its continuation to the text, and return both.
+
+        Raises:
+            ConfigError: the text still has no token.
+        """
+        added = self._ids.encode(prompt) if self._tokens else _encoded(self._ids, prompt)
+        self._tokens += added
+        pieces = [self._ids.decode(added)]
+        self._write(pieces[0])
+        for piece in self._continue():
+            pieces.append(piece)
+            self._write(piece)
+        return "".join(pieces)
+
+    def _continue(self) -> Iterator[str]:
+        """Yield the pieces of the next continuation."""
+        text = Continuation(
+            self._ids,
+            self._tokens,
+            self._reader.vocabulary,
+            self._settings,
+            limit=self._config.max_new_tokens,
+            stop=self._config.stop,
+            seed=self._config.seed + self._turns,
+        )
+        started, unread = 0.0, self._tokens[self._read :]
+        while text.finished is None:
+            logits = self._reader.read(unread)
+            if len(text.tokens) == _UNTIMED:
+                started = time.perf_counter()
+            self._read += len(unread)
+            unread = [text.add(logits)]
+            yield text.take()
+        if started:
+            self.seconds += time.perf_counter() - started
+            self.made += len(text.tokens) - _UNTIMED
+        self._tokens += text.tokens
+        self._turns += 1
+
+
+class DraftSession:
+    """A text by self-speculative decoding, for machines without the engine; see :class:`Session`."""
+
+    made, seconds, share, new_engine = 0, 0.0, None, None  # not known: the whole text comes at the end
+
+    def __init__(self, model: "LanguageModel", ids: TextIds, config: GenerateConfig, write: Write):
+        self._model, self._ids, self._config, self._write = model, ids, config, write
+
+    def extend(self, prompt: str) -> str:
+        """Return a prompt and its continuation."""
+        import torch
+
+        from resnet_bk.inference.speculation import speculate
+
+        tokens = _encoded(self._ids, prompt)
+        drafts = speculate(self._model, torch.tensor([tokens]), self._config.max_new_tokens, self._config.speculate)
+        found = drafts.tokens[0].tolist()
+        text = self._ids.decode(tokens + (found[: found.index(self._ids.end)] if self._ids.end in found else found))
+        self._write(text)
+        return text
+
+
+def _encoded(ids: TextIds, prompt: str) -> list[int]:
+    tokens = ids.encode(prompt)
+    if not tokens:
+        raise ConfigError(f"generate.prompt: got {shown(prompt)}, which has no token; give another text")
+    return tokens
 
 
 def generate_text(
-    model: ResNetBKForCausalLM,
-    tokenizer: Tokenizer,
+    model: "LanguageModel",
+    tokenizer: "Tokenizer",
     prompt: str,
     config: GenerateConfig,
-    write: Callable[[str], None] | None = None,
+    write: Write = lambda piece: None,
 ) -> str:
-    """Return the prompt and its continuation.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: its tokenizer.
-        prompt: text of one token or more.
-        config: settings of sampling.
-        write: called with each piece of the text, whole characters, as soon as it is there.
+    """Return the prompt and its continuation by a model in evaluation mode; arguments as for :class:`Session`.
 
     Raises:
-        ConfigError: the prompt has no token, or config.speculate is set and the model has no early exit.
+        ConfigError: the prompt has no token; config.speculate is set and the model has no early exit; or config.weights
+            is int8 and the engine cannot be used.
     """
-    ids = tokenizer(prompt, return_tensors="pt").to(model.device)["input_ids"]
-    if ids.numel() == 0:
-        raise ConfigError(f"generate.prompt: got {shown(prompt)}, which has no token; give another text")
-    write = write or (lambda piece: None)
-    found, text = ids[0].tolist(), str(tokenizer.decode(ids[0], skip_special_tokens=True))
-    write(text)
-    completed = text_stream(tokenizer)
-    for token in _tokens(model.model, ids, tokenizer.eos_token_id, config):
-        found.append(token)
-        if piece := completed(token):
-            text += piece
-            write(piece)
-    whole = str(tokenizer.decode(found, skip_special_tokens=True))
-    if whole.startswith(text) and whole != text:  # it ends within a character
-        write(whole[len(text) :])
-    return whole
+    return session(model, tokenizer, config, write).extend(prompt)
 
 
-def _tokens(model: LanguageModel, ids: Tensor, end: int | None, config: GenerateConfig) -> Iterator[int]:
-    """Yield the tokens that follow ids (1, N), up to the end of the text.
+def session(
+    model: "LanguageModel", tokenizer: "Tokenizer", config: GenerateConfig, write: Write
+) -> Session | DraftSession:
+    """Return a session with a model; errors as for :func:`generate_text`."""
+    from resnet_bk.engine.decoder import Decoder, decoder_of
+    from resnet_bk.hf import text_ids
+    from resnet_bk.inference.speculation import exits
 
-    Raises:
-        ConfigError: config.speculate is set and the model has no early exit, or config.weights is int8 and the engine
-            cannot be used.
-    """
+    decoder = decoder_of(model) if config.weights == "float32" else Decoder(model, int8=True)
+    if config.weights == "int8" and not decoder.uses_engine():
+        raise ConfigError("generate.weights: got 'int8', allowed with the engine, which needs a CPU and numba")
     if config.speculate:
         try:
-            drafts = speculate(model, ids, config.max_new_tokens, config.speculate)
+            layer = exits(model)
         except ValueError as error:
             raise ConfigError(f"generate.speculate: {error}") from error
-        found = drafts.tokens[0].tolist()
-        yield from found[: found.index(end)] if end in found else found
-        return
-    torch.manual_seed(config.seed)
-    with torch.no_grad():
-        features = model.features(ids)
-    logits = model.head(features.x[:, -1]).detach()
-    decoder = decoder_of(model) if config.weights == "float32" else Decoder(model, int8=True)
-    state: Sequence[Any] | EngineState = features.state
-    for i in range(config.max_new_tokens):
-        token = choose(logits, config.temperature, config.top_p)
-        if token.item() == end:
-            return
-        yield int(token)
-        if i + 1 < config.max_new_tokens:
-            with torch.no_grad():
-                logits, state = decoder.step(token.unsqueeze(1), state)
-            if config.weights == "int8" and not isinstance(state, EngineState):
-                raise ConfigError("generate.weights: got 'int8', allowed with the engine, which needs a CPU and numba")
+        if not decoder.uses_engine():
+            return DraftSession(model, text_ids(tokenizer), config, write)
+        layer.threshold = 1.0  # all blocks, as the text of drafts is verified by
+    return Session(ModelReader(model, decoder), text_ids(tokenizer), config, write)
 
 
-def generate(config: GenerateConfig, console: Console) -> str:
-    """Run the command: continue a prompt, print and return prompt and continuation.
+def keep_engine(model: "LanguageModel", tokenizer: "Tokenizer", folder: Path) -> None:
+    """Put the engine that a model has decoded with into the cache, if the tokenizer is of bytes. folder: the model's."""
+    from resnet_bk.engine.decoder import decoder_of
+    from resnet_bk.hf import text_ids
 
-    The text appears as it is made. Its speed goes to standard error.
+    engine, place = decoder_of(model).engine, engine_files.place(folder, "float32", None)
+    if engine is not None and place is not None and isinstance(text_ids(tokenizer), ByteText):
+        engine_files.store(engine, place)
+
+
+class _Screen:
+    """Prints pieces of a text, several at a time where they come faster than anybody reads."""
+
+    def __init__(self, console: Console):
+        self._console, self._pieces, self._shown = console, [""], 0.0
+
+    def write(self, piece: str) -> None:
+        self._pieces.append(piece)
+        if time.perf_counter() - self._shown > _PAUSE:
+            self.flush()
+
+    def flush(self) -> None:
+        show_piece(self._console, "".join(self._pieces))
+        self._pieces, self._shown = [], time.perf_counter()
+
+
+def generate(config: GenerateConfig, console: Console) -> None:
+    """Run the command: continue a prompt, and lines of standard input if asked to.
+
+    The text appears as it is made. Its speed, and the share of the blocks that ran, go to standard error.
     """
+    prompt, screen = _read_prompt(config), _Screen(console)
+    folder = engine_files.place(model_folder(config.checkpoint), config.weights, config.depth_threshold)
+    text = _open(config, len(prompt.encode()), folder, screen.write)
+    try:
+        text.extend(prompt)
+        while config.interactive:
+            screen.flush()
+            print("\n> ", end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline()):
+                break
+            check_text("generate", prompt=line)
+            text.extend(line)
+    finally:  # also after Ctrl-C
+        screen.flush()
+        show(console, "")
+        if text.seconds:
+            share = f", {text.share:.0%} of the blocks" if text.share is not None else ""
+            speed = f"{text.made:,} tokens in {text.seconds:.3f} s, {text.made / text.seconds:,.0f} a second"
+            print(speed + share, file=sys.stderr)
+    if folder is not None and text.new_engine is not None:
+        engine_files.store(text.new_engine, folder)
+
+
+def _open(config: GenerateConfig, size: int, folder: Path | None, write: Write) -> Session | DraftSession:
+    """Return a session with the model of the settings, with its engine in a folder of the cache if it is there.
+
+    size: bytes of the prompt.
+    """
+    if folder is not None and size <= _SHORT_PROMPT and not config.speculate and asked() is not False:
+        engine = engine_files.stored(folder)
+        if engine is not None:
+            return Session(EngineReader(engine), ByteText(), config, write)
+    from resnet_bk.hf import quiet_transformers
+    from resnet_bk.inference.loading import load
+
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
-    pieces: list[tuple[float, int]] = []  # when each came, and its bytes
-
-    def write(piece: str) -> None:
-        pieces.append((time.perf_counter(), len(piece.encode())))
-        show_piece(console, piece)
-
-    text = generate_text(model, tokenizer, _read_prompt(config), config, write)
-    show(console, "")
-    if len(pieces) > 2 and not config.speculate:  # the first piece waits for compiled code, and drafts come at the end
-        seconds, made = pieces[-1][0] - pieces[1][0], sum(size for _, size in pieces[2:])
-        print(f"{made} bytes in {seconds:.3f} s, {made / seconds:,.0f} bytes/s", file=sys.stderr)
-    return text
+    return session(model.model, tokenizer, config, write)
 
 
 def _read_prompt(config: GenerateConfig) -> str:

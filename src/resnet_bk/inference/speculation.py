@@ -32,6 +32,18 @@ class Drafts:
     rounds: int
 
 
+def exits(model: LanguageModel) -> EarlyExit:
+    """Return the layer with the early exits of a model.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    layer = model.blocks[-1]
+    if not isinstance(layer, EarlyExit) or not len(layer.segments):
+        raise ValueError("model: has no early exit to draft with; train it with model.depth.policy 'exit'")
+    return layer
+
+
 @torch.no_grad()
 def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure: float = 0.5) -> Drafts:
     """Generate the tokens of greedy decoding through all blocks, with fewer runs of the later blocks.
@@ -49,9 +61,7 @@ def speculate(model: LanguageModel, ids: Tensor, new: int, draft: int = 8, sure:
     Raises:
         ValueError: the model has no early exits, `ids` has more than one sequence, or `new` or `draft` is below 1.
     """
-    layer = model.blocks[-1]
-    if not isinstance(layer, EarlyExit) or not len(layer.segments):
-        raise ValueError("model: has no early exit to draft with; train it with model.depth.policy 'exit'")
+    layer = exits(model)
     model.check(ids)
     ids = ids.long()
     if len(ids) != 1:

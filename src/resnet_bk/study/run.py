@@ -10,7 +10,7 @@ import numpy as np
 from resnet_bk.config import EvalConfig, GenerateConfig, TrainConfig
 from resnet_bk.files import json_text, write_whole
 from resnet_bk.folders import BEST, CONFIG, HELD_OUT, METRICS, MODEL, REPORT, RESULTS, train_command
-from resnet_bk.inference.generation import generate_text
+from resnet_bk.inference.generation import generate_text, keep_engine
 from resnet_bk.report import html
 from resnet_bk.report.tables import Console, print_table
 from resnet_bk.report.terminal import say
@@ -46,7 +46,8 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
     say(console, "measuring speed ...")
     costs = measure(model.model, run.held_out.ids, run.bytes_per_token)
     settings = GenerateConfig(str(folder), config.sample, 400, seed=config.seed)
-    sample = generate_text(model, run.tokenizer, config.sample, settings)
+    sample = generate_text(model.model, run.tokenizer, config.sample, settings)
+    keep_engine(model.model, run.tokenizer, folder / MODEL)
     # A run of fewer steps than log_every has logged nothing.
     logged = (folder / METRICS).read_text() if (folder / METRICS).exists() else ""
     metrics = [json.loads(line) for line in logged.splitlines()]

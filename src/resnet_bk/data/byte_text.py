@@ -1,0 +1,42 @@
+"""Texts as byte ids, without torch and tokenizers: byte b has the id b + 3."""
+
+import codecs
+
+from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT
+
+
+class ByteText:
+    """The byte tokenizer, as far as generation needs it.
+
+    Attributes:
+        end: the id that ends a text.
+    """
+
+    end = END_OF_DOCUMENT
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return [byte + BYTE_OFFSET for byte in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids. Special ids are left out; bytes that are not UTF-8 become U+FFFD."""
+        return bytes(i - BYTE_OFFSET for i in ids if i >= BYTE_OFFSET).decode(errors="replace")
+
+    def stream(self, prompt: list[int]) -> "ByteStream":
+        """Return the stream of the text that follows a prompt, whole characters."""
+        return ByteStream()
+
+
+class ByteStream:
+    """The text of one id after the other, in whole characters."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """Return the text that an id completes."""
+        return self._decoder.decode(bytes([token - BYTE_OFFSET])) if token >= BYTE_OFFSET else ""
+
+    def finish(self) -> str:
+        """Return what is left where the ids end within a character."""
+        return self._decoder.decode(b"", final=True)
