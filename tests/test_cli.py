@@ -477,7 +477,7 @@ def test_an_intact_model_is_read(model, capsys):
     assert main(["generate", "model", "def ", "--max_new_tokens", "2"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("def ")
-    assert re.fullmatch(r"(\d+ bytes in [\d.]+ s, [\d,]+ bytes/s\n)?", said.err)
+    assert re.fullmatch(r"([\d,]+ tokens in [\d.]+ s, [\d,]+ a second, \d+% of the blocks\n)?", said.err)
 
 
 def test_settings_of_depth_need_a_model_that_has_it(refused, model):

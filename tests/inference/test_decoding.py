@@ -143,9 +143,6 @@ def test_samples_follow_the_probabilities():
     torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.2]), rtol=0, atol=0.01)
     cold = choose(logits, 0.5).bincount(minlength=3) / 40_000
     torch.testing.assert_close(cold, torch.tensor([25.0, 9.0, 4.0]) / 38, rtol=0, atol=0.01)
-    likely = choose(logits, 1.0, top_p=0.6).bincount(minlength=3) / 40_000  # the fewest that add up to 0.6
-    torch.testing.assert_close(likely, torch.tensor([0.625, 0.375, 0.0]), rtol=0, atol=0.01)
-    assert (choose(logits, 1.0, top_p=1e-6) == 0).all()
 
 
 @pytest.mark.parametrize(

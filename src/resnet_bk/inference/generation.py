@@ -168,7 +168,7 @@ def session(
 
 
 def keep_engine(model: "LanguageModel", tokenizer: "Tokenizer", folder: Path) -> None:
-    """Put the engine that a model has decoded with into the cache, if the tokenizer is of bytes. folder: the model's."""
+    """Put the engine of a model, if it has decoded, into the cache for a model folder; with the byte tokenizer only."""
     from resnet_bk.engine.decoder import decoder_of
     from resnet_bk.hf import text_ids
 
