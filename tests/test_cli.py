@@ -548,7 +548,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(trained, tmp_path, c
     assert first.startswith(
         "resnet-bk: skipping checkpoint-20: run/checkpoints/checkpoint-20/model.safetensors: expected "
     )
-    assert all(" bytes/s" in line for line in others)  # the speed of the text
+    assert others == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", MANIFEST])

@@ -101,8 +101,15 @@ def cache_folder() -> Path | None:
         return None
 
 
-def model_folder(path: str) -> Path:
+def warn(message: str) -> None:
+    """Print a message that is no error on standard error."""
+    print(f"resnet-bk: {visible(message)}", file=sys.stderr)
+
+
+def model_folder(path: str, warn: Callable[[str], None] = warn) -> Path:
     """Return the verified folder of a model: `path`, or a run folder's model, else its newest intact checkpoint.
+
+    warn: called with a message for each damaged checkpoint that is passed over.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
@@ -115,7 +122,7 @@ def model_folder(path: str) -> Path:
             found = "; ".join(["the run has neither a finished model nor an intact checkpoint", *damaged])
             raise CheckpointError(f"{folder}: {found}")
         for message in damaged:
-            print(f"resnet-bk: {visible(message)}", file=sys.stderr)
+            warn(message)
         return newest
     folder = folder / MODEL if (folder / MODEL).exists() else folder
     verify(folder)

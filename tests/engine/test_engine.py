@@ -3,6 +3,8 @@
 Dimensions: B rows, N tokens.
 """
 
+import functools
+import time
 from pathlib import Path
 
 import contract_checks as checks
@@ -22,7 +24,9 @@ from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.engine import interpreter
 from resnet_bk.engine.compiler import engine_of
 from resnet_bk.engine.conversion import from_torch, to_torch
+from resnet_bk.engine.engine import _Faster
 from resnet_bk.engine.instructions import Op
+from resnet_bk.engine.layers import SHARED
 from resnet_bk.engine.state import EngineState
 
 STEPS = 512
@@ -176,13 +180,56 @@ def test_the_interpreter_knows_every_instruction():
     assert [op.name for op in Op if f"op == Op.{op.name}:" not in source] == []
 
 
-@pytest.mark.parametrize("op", [Op.CONV, Op.SCAN, Op.BONDS, Op.GATED_NORM, Op.SWIGLU, Op.LINEAR, Op.NORM, Op.SIGMOID])
+@functools.cache
+def models_by_instruction():
+    """Map each instruction to the first models of TECHNIQUES whose programs have it: (name, model) pairs."""
+    found = {}
+    for name, fields in TECHNIQUES.items():
+        model = checks.build(**fields)
+        for op in np.unique(engine_of(model).code.instructions[:, 0]):
+            found.setdefault(Op(op), []).append((name, model))
+    return found
+
+
+@pytest.mark.parametrize("op", [op for op in Op if op not in (Op.COUNT, Op.LINEAR_OF_BYTES)])
 @torch.no_grad()
 def test_a_missing_instruction_is_caught(op):
-    """The comparison with the model can fail."""
-    model = checks.build()
-    engine, ids = engine_of(model), checks.tokens(model, 2, 20)
-    code = engine.code.instructions
-    code[np.flatnonzero(code[:, 0] == op)[-1], 0] = 0
-    with pytest.raises(AssertionError):
-        checks.close(decoded(engine, ids)[0], model(ids).logits, "without an instruction")
+    """The comparison with the model can fail: in some program, without the last row of this kind, logits differ."""
+    for _, model in models_by_instruction()[op][:8]:
+        engine, ids = engine_of(model), checks.tokens(model, 2, 60)
+        code = engine.code.instructions
+        code[np.flatnonzero(code[:, 0] == op)[-1], 0] = 0
+        got, expected = decoded(engine, ids)[0], model(ids).logits
+        if not (got - expected).abs().max() <= 1e-9 * expected.abs().max():
+            return
+    pytest.fail(f"without {op.name}, logits are the same")
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@torch.no_grad()
+def test_threads_that_share_large_matrices_compute_the_same(int8):
+    torch.manual_seed(0)
+    model = LanguageModel(SHARED // 32 + 3, d_model=32, n_layers=1).eval()
+    engine, ids = engine_of(model, int8), [5, 9, 700, 3, 3, 8]
+    assert isinstance(engine._alone, _Faster)
+    found = []
+    for function in engine._alone._functions:
+        engine._alone, state = function, engine.start()
+        found.append([engine.step([token], state).copy() for token in ids])
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_faster_function_is_called_and_the_other_one_is_measured_now_and_then():
+    calls, slow = [], {"a": 0.0, "b": 0.002}
+
+    def function(name):
+        return lambda: (calls.append(name), time.sleep(slow[name]))
+
+    faster = _Faster(function("a"), function("b"))
+    for _ in range(64):
+        faster()
+    assert calls.count("b") < 8
+    slow |= {"a": 0.002, "b": 0.0}
+    for _ in range(200):
+        faster()
+    assert set(calls[-10:]) == {"b"} or calls[-10:].count("b") > 7

@@ -103,6 +103,17 @@ def test_a_damaged_model_is_refused_although_its_engine_is_stored(text, tmp_path
     assert "damaged" in capsys.readouterr().err
 
 
+def test_checkpoints_that_are_passed_over_are_named_with_a_stored_engine_too(text, capsys):
+    save("run/checkpoints/checkpoint-1")
+    save("run/checkpoints/checkpoint-2")
+    engine_files.Path("run/config.yaml").write_text("{}")
+    engine_files.Path("run/checkpoints/checkpoint-2/model.safetensors").write_bytes(b"")
+    for cached in (False, True):
+        capsys.readouterr()
+        assert main(["generate", "run", "x", "--max_new_tokens", "4"]) == 0
+        assert capsys.readouterr().err.count("skipping checkpoint-2") == 1, cached
+
+
 def test_only_the_newest_engines_stay(text, tmp_path):
     for seed in range(engine_files.KEPT + 2):
         save(seed=seed)
@@ -138,13 +149,14 @@ def test_lines_of_standard_input_continue_the_text(text, monkeypatch, tmp_path):
 
 def test_a_line_is_read_after_the_whole_text_before():
     """The last token of a continuation was chosen, but not read, when the next line comes."""
-    save()
+    save(seed=2)
     model, _ = load("model")
     for reader in (EngineReader(engine_of(model.model)), ModelReader(model.model, decoder_of(model.model))):
         config, pieces = GenerateConfig("model", "ab", max_new_tokens=7, temperature=0), []
         session = Session(reader, ByteText(), config, pieces.append)
         whole = session.extend("ab") + session.extend("cd")
         assert whole == "".join(pieces)
+        assert len(session._tokens) == 18
         ids = torch.tensor([session._tokens[:-7]])
         expected = model.generate(ids, max_new_tokens=7, do_sample=False)[0, -7:].tolist()
         assert session._tokens[-7:] == expected

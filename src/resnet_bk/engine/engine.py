@@ -3,15 +3,45 @@
 Dimensions: B rows, V vocabulary.
 """
 
+import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from resnet_bk.engine.code import Code
-from resnet_bk.engine.interpreter import BLOCKS, TOKEN, run, run_one
+from resnet_bk.engine.instructions import Op
+from resnet_bk.engine.interpreter import BLOCKS, TOKEN, run, run_one, run_one_on_threads
+from resnet_bk.engine.layers import SHARED
 from resnet_bk.engine.state import EngineState
+
+LONGEST_PAUSE = 4096
+
+
+class _Faster:
+    """One of two functions with the same results: the faster one, which is measured again now and then.
+
+    Threads halve the time of large matrices where they are free, and wait for each other where other programs run.
+    """
+
+    def __init__(self, *functions: Callable[..., None]):
+        self._functions, self._seconds = functions, [math.inf] * len(functions)
+        self._best, self._calls, self._pause = 0, 0, 2  # _pause: calls between two measurements of the other function
+
+    def __call__(self, *args: np.ndarray) -> None:
+        self._calls += 1
+        tried = self._best if self._calls % self._pause else 1 - self._best
+        started = time.perf_counter()
+        self._functions[tried](*args)
+        self._seconds[tried] = time.perf_counter() - started
+        if tried == self._best:
+            return
+        if self._seconds[tried] < self._seconds[self._best]:
+            self._best, self._pause = tried, 2
+        else:
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
 
 class Engine:
@@ -24,6 +54,9 @@ class Engine:
         """Create the engine of a compiled model. nested: the places of its state, nested as the model's state is."""
         self.code, self.nested, self._arrays = code, nested, code.arrays
         self._threads = threading.local()
+        matrices = [row for row in code.instructions if row[0] in (Op.LINEAR, Op.LINEAR_OF_BYTES)]
+        large = max((row[3] * row[4] for row in matrices), default=0) >= SHARED
+        self._alone = _Faster(run_one, run_one_on_threads) if large else run_one
 
     def start(self, rows: int = 1) -> EngineState:
         """Return the states of `rows` sequences before their first token."""
@@ -53,7 +86,7 @@ class Engine:
         if scratch is None or len(scratch) < len(state):
             scratch = self._threads.scratch = np.zeros((len(state), code.most), code.weights.dtype)
         state.wholes[:, TOKEN] = ids
-        (run if len(state) > 1 else run_one)(*self._arrays, state.numbers, state.wholes, scratch)
+        (run if len(state) > 1 else self._alone)(*self._arrays, state.numbers, state.wholes, scratch)
         return scratch[: len(state), code.logits : code.logits + code.vocabulary]
 
     def fits(self, state: EngineState) -> bool:

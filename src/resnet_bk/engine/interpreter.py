@@ -1,9 +1,12 @@
 """The interpreter of the engine's programs: one call is one token of each row."""
 
+from functools import partial
+
 from numba import prange
 
 from resnet_bk.engine.instructions import Op
 from resnet_bk.engine.layers import (
+    SHARED,
     embed,
     experts,
     helper,
@@ -11,6 +14,7 @@ from resnet_bk.engine.layers import (
     linear_of_bytes,
     ngrams,
     norm,
+    shared_linear,
     sigmoid_of,
     silu,
     swiglu,
@@ -48,8 +52,8 @@ TOKEN, BLOCKS = 0, 1  # the first whole numbers of a state: the token to read, a
 
 
 @helper
-def step(code, w, b, table, s, n, x):
-    """Run a program for the token of one row."""
+def step(code, w, b, table, s, n, x, threads):
+    """Run a program for the token of one row. threads: None leaves them alone; numba compiles a function for each."""
     token = n[TOKEN]
     n[BLOCKS] = 0
     at = 0
@@ -58,9 +62,15 @@ def step(code, w, b, table, s, n, x):
         op = c[0]
         at += 1
         if op == Op.LINEAR:
-            linear(w, x, c[1], c[2], c[3], c[4], c[5], c[6])
+            if threads is not None and c[3] * c[4] >= SHARED:
+                shared_linear(w, b, x, c[1], c[2], c[3], c[4], c[5], -1, c[6])
+            else:
+                linear(w, x, c[1], c[2], c[3], c[4], c[5], c[6])
         elif op == Op.LINEAR_OF_BYTES:
-            linear_of_bytes(w, b, x, c[1], c[2], c[3], c[4], c[5], c[7], c[6])
+            if threads is not None and c[3] * c[4] >= SHARED:
+                shared_linear(w, b, x, c[1], c[2], c[3], c[4], c[5], c[7], c[6])
+            else:
+                linear_of_bytes(w, b, x, c[1], c[2], c[3], c[4], c[5], c[7], c[6])
         elif op == Op.NORM:
             norm(w, x, c[1], c[2], c[3], c[4])
         elif op == Op.SCAN:
@@ -178,11 +188,17 @@ def step(code, w, b, table, s, n, x):
 @jit_on_one_thread
 def run_one(code, w, b, table, s, n, x):
     """Run a program for the token of the only row."""
-    step(code, w, b, table, s[0], n[0], x[0])
+    step(code, w, b, table, s[0], n[0], x[0], None)
+
+
+@partial(jit, parallel=False)
+def run_one_on_threads(code, w, b, table, s, n, x):
+    """Run a program for the token of the only row; the threads share large matrices."""
+    step(code, w, b, table, s[0], n[0], x[0], True)
 
 
 @jit
 def run(code, w, b, table, s, n, x):
     """Run a program for the tokens of all rows, on the threads there are."""
     for row in prange(len(s)):
-        step(code, w, b, table, s[row], n[row], x[row])
+        step(code, w, b, table, s[row], n[row], x[row], None)

@@ -7,16 +7,17 @@ its state. The functions compute what the modules in :mod:`resnet_bk.layers` do,
 import math
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
-from resnet_bk.jit import OPTIONS
+from resnet_bk.jit import OPTIONS, TASKS
 from resnet_bk.jit.simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
 from resnet_bk.layers.ngram_format import LEVELS, MIX, SHARES, STEP
 
 TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
 EPS = 1e-5  # of norms
+SHARED = 2**18  # numbers of a matrix that several threads multiply with sooner than one
 
-helper = njit(**OPTIONS)
+helper, on_threads = njit(**OPTIONS), njit(parallel=True, nogil=True, **OPTIONS)
 
 
 @helper
@@ -46,9 +47,15 @@ def embed(w, b, x, out, at, width, scales, token):
 
 @helper
 def linear(w, x, out, source, inner, outer, at, bias):
+    part_of_linear(w, x, out, source, inner, 0, outer, at, bias)
+
+
+@helper
+def part_of_linear(w, x, out, source, inner, begin, end, at, bias):
+    """Compute the outputs from `begin`, which begins a tile, to `end`."""
     lanes = LANE_BYTES // w.itemsize
     zero = splat(w.dtype.type(0))
-    for first in range(0, outer, 2 * lanes):
+    for first in range(begin, end, 2 * lanes):
         a, b, c, d = zero, zero, zero, zero
         row = at + first * inner
         for i in range(0, inner - 1, 2):
@@ -75,9 +82,14 @@ def linear(w, x, out, source, inner, outer, at, bias):
 @helper
 def linear_of_bytes(w, b, x, out, source, inner, outer, at, scales, bias):
     """Compute a matrix product with int8 numbers, each output times its scale."""
+    part_of_linear_of_bytes(w, b, x, out, source, inner, 0, outer, at, scales, bias)
+
+
+@helper
+def part_of_linear_of_bytes(w, b, x, out, source, inner, begin, end, at, scales, bias):
     lanes, one = LANE_BYTES // w.itemsize, w.dtype.type(1)
     zero = splat(w.dtype.type(0))
-    for first in range(0, outer, 2 * lanes):
+    for first in range(begin, end, 2 * lanes):
         sums, more = zero, zero
         row = at + first * inner
         for i in range(source, source + inner):
@@ -92,6 +104,19 @@ def linear_of_bytes(w, b, x, out, source, inner, outer, at, scales, bias):
             more += load(w, bias + first + lanes)
         store(x, out + first, sums)
         store(x, out + first + lanes, more)
+
+
+@on_threads
+def shared_linear(w, b, x, out, source, inner, outer, at, scales, bias):
+    """Compute a matrix product, with int8 numbers if there are scales, on the threads there are."""
+    tile = TILE_LANES * (LANE_BYTES // w.itemsize)
+    tiles = (outer + tile - 1) // tile
+    for task in prange(TASKS):
+        begin, end = tiles * task // TASKS * tile, min(outer, tiles * (task + 1) // TASKS * tile)
+        if scales < 0:
+            part_of_linear(w, x, out, source, inner, begin, end, at, bias)
+        else:
+            part_of_linear_of_bytes(w, b, x, out, source, inner, begin, end, at, scales, bias)
 
 
 @helper

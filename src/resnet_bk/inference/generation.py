@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
 from resnet_bk.data.byte_text import ByteText
 from resnet_bk.engine import asked
-from resnet_bk.folders import model_folder
+from resnet_bk.folders import model_folder, warn
 from resnet_bk.inference import engine_files
 from resnet_bk.inference.continuation import Continuation, TextIds
 from resnet_bk.inference.readers import EngineReader, ModelReader, Reader
@@ -199,17 +199,21 @@ def generate(config: GenerateConfig, console: Console) -> None:
     The text appears as it is made. Its speed, and the share of the blocks that ran, go to standard error.
     """
     prompt, screen = _read_prompt(config), _Screen(console)
-    folder = engine_files.place(model_folder(config.checkpoint), config.weights, config.depth_threshold)
-    text = _open(config, len(prompt.encode()), folder, screen.write)
+    messages: list[str] = []
+    folder = engine_files.place(
+        model_folder(config.checkpoint, messages.append), config.weights, config.depth_threshold
+    )
+    engine = None
+    if folder is not None and len(prompt.encode()) <= _SHORT_PROMPT and not config.speculate and asked() is not False:
+        engine = engine_files.stored(folder)
+    if engine is None:
+        text = _load(config, screen.write)  # which has the same messages
+    else:
+        for message in messages:
+            warn(message)
+        text = Session(EngineReader(engine), ByteText(), config, screen.write)
     try:
-        text.extend(prompt)
-        while config.interactive:
-            screen.flush()
-            print("\n> ", end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.readline()):
-                break
-            check_text("generate", prompt=line)
-            text.extend(line)
+        _write_text(text, prompt, config, screen)
     finally:  # also after Ctrl-C
         screen.flush()
         show(console, "")
@@ -221,21 +225,24 @@ def generate(config: GenerateConfig, console: Console) -> None:
         engine_files.store(text.new_engine, folder)
 
 
-def _open(config: GenerateConfig, size: int, folder: Path | None, write: Write) -> Session | DraftSession:
-    """Return a session with the model of the settings, with its engine in a folder of the cache if it is there.
-
-    size: bytes of the prompt.
-    """
-    if folder is not None and size <= _SHORT_PROMPT and not config.speculate and asked() is not False:
-        engine = engine_files.stored(folder)
-        if engine is not None:
-            return Session(EngineReader(engine), ByteText(), config, write)
+def _load(config: GenerateConfig, write: Write) -> Session | DraftSession:
     from resnet_bk.hf import quiet_transformers
     from resnet_bk.inference.loading import load
 
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
     return session(model.model, tokenizer, config, write)
+
+
+def _write_text(text: Session | DraftSession, prompt: str, config: GenerateConfig, screen: _Screen) -> None:
+    text.extend(prompt)
+    while config.interactive:
+        screen.flush()
+        print("\n> ", end="", file=sys.stderr, flush=True)
+        if not (line := sys.stdin.readline()):
+            break
+        check_text("generate", prompt=line)
+        text.extend(line)
 
 
 def _read_prompt(config: GenerateConfig) -> str:

@@ -98,9 +98,12 @@ def jit_on_one_thread(kernel: Callable[..., None]) -> Callable[..., None]:
     return compiled
 
 
-def jit(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Compile a kernel. It runs on the threads that torch may use, or on fewer if numba is limited to fewer."""
-    compiled: Any = numba.njit(parallel=True, nogil=True, **OPTIONS)(kernel)
+def jit(kernel: Callable[..., None], parallel: bool = True) -> Callable[..., None]:
+    """Compile a kernel. It runs on the threads that torch may use, or on fewer if numba is limited to fewer.
+
+    parallel: False if the loops over threads are not in the kernel itself, but in functions that it calls.
+    """
+    compiled: Any = numba.njit(parallel=parallel, nogil=True, **OPTIONS)(kernel)
     compiled._cache = _cache_of(kernel)
 
     @functools.wraps(kernel)
