@@ -17,6 +17,7 @@ from resnet_bk import __version__
 from resnet_bk.config import (
     PRESETS,
     AblateConfig,
+    AdaptConfig,
     ConfigError,
     EvalConfig,
     GenerateConfig,
@@ -52,6 +53,7 @@ _load_yaml = get_loader("yaml")
 
 _COMMANDS = {
     "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
+    "adapt": (AdaptConfig, "Give a trained model techniques, and compare it with itself at several thresholds."),
     "eval": (EvalConfig, "Score a checkpoint: bits per byte and perplexities."),
     "generate": (GenerateConfig, "Continue a prompt."),
     "inspect": (InspectConfig, "Show the FLOPs that a checkpoint uses for each byte of a text, as colors."),
@@ -63,6 +65,7 @@ _COMMANDS = {
 # Imported when the command runs. Arguments: its settings, those of a run (if it has a setting `base`), and a console.
 _FUNCTIONS = {
     "train": "resnet_bk.study.run:train",
+    "adapt": "resnet_bk.study.adapt:adapt",
     "eval": "resnet_bk.study.evaluation:evaluate_checkpoint",
     "generate": "resnet_bk.inference.generation:generate",
     "inspect": "resnet_bk.study.inspection:inspect",
@@ -306,7 +309,7 @@ def _run(command: str, config: Any) -> int:
         from resnet_bk.training.errors import LeakError, NonFiniteError, StoppedError
         from resnet_bk.training.launcher import world_size
 
-    if command != "train" and (count := world_size()) > 1:
+    if command not in ("train", "adapt") and (count := world_size()) > 1:
         message = f"{command}: got {count} processes, allowed 1: only train can share its work; start one process"
         return _fail(message, 2, once=True)
     try:

@@ -74,6 +74,8 @@ class LanguageModel(nn.Module):
 
     # The last result of `_structure_of_state`, with its dtype.
     _structure: tuple[torch.dtype, list[Any]] | None = None
+    # In training, predictions to learn beside the targets: log-probabilities (B, N, V), and their share of the loss.
+    taught: tuple[Tensor, float] | None = None
 
     def __init__(self, vocab_size: int, **fields: Any):
         super().__init__()
@@ -190,8 +192,17 @@ class LanguageModel(nn.Module):
 
         reduction: "none" for that of each target, (B, N); "mean" for their mean over counted targets.
         """
+        if self.taught is not None and self.training:
+            return self._nats_of_taught(x, targets, reduction, *self.taught)
         nats = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction)
         return nats.view_as(targets) if reduction == "none" else nats
+
+    def _nats_of_taught(self, x: Tensor, targets: Tensor, reduction: str, taught: Tensor, share: float) -> Tensor:
+        """As `_nats`, with a share of the cross-entropy with taught predictions; 0 at targets that are not counted."""
+        log_p, counted = self.head(x).log_softmax(-1), targets != -100
+        hard = -log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        nats = (hard.lerp(-(taught.exp() * log_p).sum(-1), share)).masked_fill(~counted, 0)
+        return nats if reduction == "none" else nats.sum() / counted.sum().clamp(min=1)
 
     def check(
         self,

@@ -21,14 +21,12 @@ from resnet_bk.config.checks import (
     visible,
 )
 from resnet_bk.config.commands import (
-    AblateConfig,
     EvalConfig,
     GenerateConfig,
     InspectConfig,
     ReportConfig,
     SealConfig,
     TrainConfig,
-    TuneConfig,
 )
 from resnet_bk.config.data import DataConfig
 from resnet_bk.config.model import (
@@ -40,6 +38,7 @@ from resnet_bk.config.model import (
     ModelConfig,
 )
 from resnet_bk.config.presets import PRESETS, preset, preset_file
+from resnet_bk.config.studies import AblateConfig, AdaptConfig, TuneConfig
 from resnet_bk.config.techniques import (
     DepthConfig,
     ExpertsConfig,
@@ -56,6 +55,7 @@ __all__ = [
     "PRESETS",
     "TECHNIQUES",
     "AblateConfig",
+    "AdaptConfig",
     "AttentionConfig",
     "ConfigError",
     "DataConfig",

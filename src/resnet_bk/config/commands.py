@@ -1,23 +1,18 @@
 """The settings of each command."""
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
 from resnet_bk.config.checks import (
     ConfigError,
-    all_fields,
-    check_choice,
     check_choices,
     check_integer,
     check_range,
     check_text,
-    in_words,
-    number_kind,
     shown,
 )
 from resnet_bk.config.data import DataConfig
-from resnet_bk.config.model import TECHNIQUES, ModelConfig
+from resnet_bk.config.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,13 @@ class TrainConfig:
     init_from: str | None = None
     """Folder of a trained run, of a checkpoint or of a saved model, whose weights are the first ones. Its
     model must have the same shapes and its tokenizer be the same: pass its config.yaml to --config. The optimizer
-    starts anew, and the table of n-gram memory is counted from this run's text."""
+    starts anew, and the table of n-gram memory is counted from this run's text. With other techniques, which
+    `resnet-bk adapt` gives a model, their parameters start as in a new model."""
+    trained: Literal["all", "new"] = "all"
+    """Parameters that are trained: all, or only those that the model of init_from does not have."""
+    distill: float = 0.0
+    """Share of the loss that compares the model's predictions with those of the model of init_from, instead of with
+    the text (Hinton et al. 2015, arXiv:1503.02531)."""
     batch_size: int = 12
     """Sequences in a batch, of model.n_seq tokens each, all processes together."""
     accumulate: int = 1
@@ -102,8 +103,14 @@ class TrainConfig:
         check_range(where, 0, 10, weight_decay=self.weight_decay)
         check_range(where, 1e-6, 1e6, max_grad_norm=self.max_grad_norm)
         check_text(where, output_dir=self.output_dir, report_to=self.report_to, sample=self.sample)
+        check_range(where, 0, 1, distill=self.distill)
         if self.init_from is not None:
             check_text(where, init_from=self.init_from)
+        elif self.distill or self.trained != "all":
+            name, value = ("distill", self.distill) if self.distill else ("trained", self.trained)
+            raise ConfigError(
+                f"{where}.{name}: got {shown(value)} without init_from, allowed with the model to start from"
+            )
         if not self.model.causal:
             raise ConfigError(
                 "model.causal: got False, allowed True: a bidirectional model cannot learn to predict the next token"
@@ -299,93 +306,3 @@ class SealConfig:
 
     def __post_init__(self) -> None:
         check_text("seal", folder=self.folder)
-
-
-@dataclass(frozen=True)
-class AblateConfig:
-    """Settings of `resnet-bk ablate`."""
-
-    base: str
-    """YAML file with settings of `resnet-bk train`: the recipe. All techniques to be switched must be on in it. Set
-    max_steps in it to train all models on equally many tokens, or max_seconds for equal time."""
-    techniques: list[str] | None = None
-    """Techniques to switch, at least two of multiscale, length, depth, sparsity, experts. Default: all that are on in
-    the recipe. With experts off, each token uses all experts."""
-    plan: Literal["full", "half"] = "full"
-    """'full': every combination of techniques. 'half': those with an even number of techniques off, and the one with
-    all switched techniques off; needs at least four techniques."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of training. Each combination is trained once with each seed."""
-    output_dir: str = "runs/ablate"
-    """Folder for the runs, one for each combination and seed. Finished runs in it are not repeated."""
-
-    def __post_init__(self) -> None:
-        where = "ablate"
-        check_choices(where, self)
-        check_text(where, base=self.base, output_dir=self.output_dir)
-        for name, values, least in (("techniques", self.techniques, "two"), ("seeds", self.seeds, "one")):
-            if values is not None and (not values or len(set(values)) < len(values)):
-                raise ConfigError(f"{where}.{name}: got {shown(values)}, allowed at least {least}, without repetition")
-        for technique in self.techniques or ():
-            check_choice(where, tuple(TECHNIQUES), techniques=technique)
-        check_integer(where, 0, 2**31 - 1, **{f"seeds[{i}]": seed for i, seed in enumerate(self.seeds)})
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """Settings of `resnet-bk tune`."""
-
-    base: str
-    """YAML file with settings of `resnet-bk train`: the recipe of every trial."""
-    space: dict[str, list[float]] | None = None
-    """Settings of the recipe to search, with the lowest and highest value: {model.depth.penalty: [0.01, 1.0]}. Any
-    number can be searched. Integers stay integers. The scale is logarithmic if low > 0 and high >= 10 low. Default:
-    threshold, penalty and target of model.depth; with its policy 'exit' the threshold only; with 'none' an error."""
-    output_dir: str = "runs/tune"
-    """Folder for the study and the runs of its trials. An existing study is continued."""
-    trials: int = 20
-    """Number of trials to reach, complete or stopped, including those of earlier calls."""
-    objective: Literal["prefill", "decode"] = "prefill"
-    """Time to minimise. 'prefill': of reading text in parallel. 'decode': of generating it one token at a time."""
-    seed: int = 0
-    """Seed of the search. Each trial trains with the recipe's own seed."""
-    prune: bool = True
-    """Stop a trial at a quarter or a half of training if its training bits per byte are more than 10% above the worst
-    that complete trials had at that point. Needs four complete trials."""
-    max_loss: float = 0.05
-    """Tolerance: the chosen trial is the fastest one whose perplexity per byte is at most (1 + this) times the
-    lowest."""
-
-    def __post_init__(self) -> None:
-        where = "tune"
-        check_choices(where, self)
-        check_text(where, base=self.base, output_dir=self.output_dir)
-        check_integer(where, 1, 10**6, trials=self.trials)
-        check_integer(where, 0, 2**31 - 1, seed=self.seed)
-        check_range(where, 0, 1_000, max_loss=self.max_loss)
-        if self.space is not None:
-            if not isinstance(self.space, dict) or not self.space:
-                raise ConfigError(f"{where}.space: got {shown(self.space)}, allowed {in_words(dict[str, list[float]])}")
-            space = {name: _checked_range(name, bounds) for name, bounds in self.space.items()}
-            object.__setattr__(self, "space", space)
-
-
-def _checked_range(name: str, bounds: list[float]) -> list[float]:
-    """Return [low, high] of a setting to search, as its own type. Raise ConfigError if it cannot be searched."""
-    known, where = all_fields(TrainConfig), "tune.space"
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see resnet-bk train --help"
-        raise ConfigError(f"{where}: unknown setting {shown(name)}; {hint}")
-    kind = number_kind(known[name])
-    if kind is None:
-        raise ConfigError(f"{where}: {name} allows {in_words(known[name])}; only numbers can be searched")
-    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
-        raise ConfigError(f"{where}.{name}: got {shown(bounds)}, allowed two numbers, [low, high]")
-    check_range(where, -1e12, 1e12, **{name: bounds[0]})
-    check_range(where, -1e12, 1e12, **{name: bounds[1]})
-    if kind is int and any(bound != int(bound) for bound in bounds):
-        raise ConfigError(f"{where}.{name}: got {shown(bounds)}, allowed two integers, [low, high]")
-    if not bounds[0] < bounds[1]:
-        raise ConfigError(f"{where}.{name}: got {shown(bounds)}, allowed low < high")
-    return [kind(bound) for bound in bounds]
