@@ -144,20 +144,38 @@ class LanguageModel(nn.Module):
             output.loss = output.losses["cross_entropy"] + weighted_sum(auxiliary)
         return output
 
-    def features(self, ids: Tensor, mask: Tensor | None = None, state: Sequence[Any] | None = None) -> Features:
-        """Compute the input of the head: embed, blocks, norm. Arguments as for :meth:`forward`.
+    def features(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        state: Sequence[Any] | None = None,
+        embeds: Tensor | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Features:
+        """Compute the input of the head: embed, blocks, norm.
 
         With a mask, the tokens of each row are first packed to its front, so layers meet padding only at the end.
+
+        Args:
+            ids, mask, state: as for :meth:`forward`.
+            embeds: (B, N, D), in place of the embeddings of the ids. Layers that read ids still read `ids`.
+            hidden: a list that gets the embeddings and the output of each layer, (B, N, D), the last one normed.
         """
         packing = None if mask is None else Packing(mask)
         tokens = Tokens(ids.long())
         if packing is not None:
             tokens, mask = tokens.map(packing.pack), packing.mask
-        x = self.embed(tokens.ids)
+            embeds = None if embeds is None else packing.pack(embeds)
+        x = self.embed(tokens.ids) if embeds is None else embeds
         if mask is not None:  # so that not even a NaN in an embedding gets from padding to a gradient
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        x, after, records = self.blocks(x, tokens, state, mask)
+        if hidden is not None:
+            hidden.append(x)
+        x, after, records = self.blocks(x, tokens, state, mask, outputs=hidden)
         x = self.norm(x)
+        if hidden is not None:
+            hidden[-1] = x
+            hidden[:] = hidden if packing is None else map(packing.merge, hidden)
         return Features(x if packing is None else packing.merge(x), after, records, packing)
 
     @property

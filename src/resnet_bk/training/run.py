@@ -349,7 +349,7 @@ def _prepare_model(model: ResNetBKForCausalLM, config: TrainConfig, ranks: Ranks
     """
     ids = torch.ones(1, 2, dtype=torch.long)
     with torch.random.fork_rng(devices=[]):
-        model(ids, shift_labels=ids).loss.backward()
+        model(ids, shift_labels=ids, skip_logits=True).loss.backward()
     model.zero_grad(set_to_none=True)
     if config.activation_checkpointing:
         recompute(model)
