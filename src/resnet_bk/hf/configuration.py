@@ -84,7 +84,7 @@ class ResNetBKConfig(PreTrainedConfig):
         special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         _check_special(special, config.vocab_size)
         super().__init__(**special, **others)  # type: ignore[arg-type]
-        # transformers puts the name of a repository before those in a config.json that it downloads; a copy has its own file
+        # Not those of a config.json from a hub, which transformers has prefixed with the name of the repository.
         self.auto_map = {
             "AutoConfig": f"{_MODELING_MODULE}.ResNetBKConfig",
             "AutoModelForCausalLM": f"{_MODELING_MODULE}.ResNetBKForCausalLM",

@@ -22,6 +22,7 @@ from resnet_bk.folders import (
     CONFIG,
     METRICS,
     MODEL,
+    RESULTS,
     TEXT_HASH,
     check_same_run,
     check_same_text,
@@ -157,8 +158,13 @@ def _train(
     checkpoint = ranks.broadcast(
         lambda: str(newest_valid(folder / CHECKPOINTS, functools.partial(say, console), RUN_FILES) or "")
     )
-    if config.init_from is not None and not checkpoint:
-        with ranks.rank_zero_first():
+    with ranks.rank_zero_first():
+        if not checkpoint and (folder / RESULTS).exists():
+            raise ConfigError(
+                f"train.output_dir: {folder} is finished and has no intact checkpoint to continue from; choose "
+                f"another, with --init_from {folder} to start from its weights"
+            )
+        if not checkpoint and config.init_from is not None:
             _start_from(config.init_from, model, data.tokenizer)
     _print_sizes(console, data, model, ranks)
     _prepare_model(model, config, ranks)
@@ -243,6 +249,7 @@ def _add_records(
         if trainer.ranks.is_rank_zero:
             trainer.add_callback(recorder)
             recorder.remove_after(step)
+            (folder / RESULTS).unlink(missing_ok=True)  # of a finished run that goes on; before its settings change
             write_whole(folder / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
             write_whole(folder / TEXT_HASH, data.sha256 + "\n")
         if config.eval_every is not None:
