@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from resnet_bk.adaptive.compose import build
 from resnet_bk.config import BYTE_VOCABULARY, ModelConfig, preset
@@ -41,6 +42,15 @@ class ModelOutput:
     loss: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
+
+
+# For torch.export. Records report to Python; a program that torch has exported has none.
+pytree.register_dataclass(
+    ModelOutput,
+    field_names=["logits", "state", "loss", "losses"],
+    drop_field_names=["records"],
+    serialized_type_name="resnet_bk.ModelOutput",
+)
 
 
 class Features(NamedTuple):
