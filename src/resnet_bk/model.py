@@ -171,7 +171,8 @@ class LanguageModel(nn.Module):
             embeds: (B, N, D), in place of the embeddings of the ids. Layers that read ids still read `ids`.
             hidden: a list that gets the embeddings and the output of each layer, (B, N, D), the last one normed.
         """
-        packing = None if mask is None else Packing(mask)
+        whole = mask.shape[1] if mask is not None and torch.compiler.is_compiling() else None  # a width without a sync
+        packing = None if mask is None else Packing(mask, bound=whole)
         tokens = Tokens(ids.long())
         if packing is not None:
             tokens, mask = tokens.map(packing.pack), packing.mask

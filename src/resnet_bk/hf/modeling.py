@@ -180,6 +180,9 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: torch.nn.Module) -> None:
         self.model.head = value
 
+    def get_decoder(self) -> torch.nn.Module:
+        return self.model
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings as transformers does, and update the configuration of the inner model."""
         embed = super().resize_token_embeddings(*args, **kwargs)
