@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check soak bench gpu clean
+.PHONY: demo test ecosystem check soak bench gpu clean
 
 # torch first and alone: asked for together with other packages, pip may choose a build with CUDA.
 .venv/installed: pyproject.toml constraints.txt
@@ -22,6 +22,14 @@ demo: .venv/installed
 
 test: .venv/triton
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# Examples with trainers and tools of others.
+.venv/ecosystem: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ecosystem]'
+	touch $@
+
+ecosystem: .venv/ecosystem
+	$(BIN)/python -m pytest -m ecosystem tests/ecosystem
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -39,14 +39,36 @@ def test_a_run_is_resumed_only_if_it_is_asked_for(tmp_path, chosen):
     with pytest.raises(ConfigError, match="holds a run already"):
         chosen()
     assert chosen(resume=True)[0] == tmp_path / "run"
-    for text in ("", "[]", "{", "[" * 100_000, "\xff"):
+    for text in ("", "[]", "{", "{}", "[" * 100_000, "\xff"):
         (tmp_path / "run" / "results.json").write_text(text, "latin-1")
         with pytest.raises(ConfigError, match=r"results\.json is damaged; restore it, or remove it"):
             chosen(resume=True)
-    (tmp_path / "run" / "results.json").write_text("{}")
+    (tmp_path / "run" / "results.json").write_text('{"training": {"steps": 1, "seconds": 9.5}}')
     folder, said = chosen(resume=True)
     assert folder == tmp_path / "run-2"
     assert said == [f"{tmp_path / 'run'} is finished; starting a new run in {tmp_path / 'run'}-2"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "goes_on"),
+    [
+        ({"max_steps": 8}, False),
+        ({"max_steps": 7}, False),
+        ({"max_steps": 9}, True),
+        ({"max_seconds": 20.0}, False),
+        ({"max_seconds": 21.0}, True),
+        ({"max_seconds": 21.0, "max_steps": 8}, False),
+    ],
+)
+def test_a_finished_run_goes_on_where_the_budget_leaves_steps(tmp_path, budget, goes_on):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "run" / "results.json").write_text('{"training": {"steps": 8, "seconds": 20.5}}')
+    said = []
+    config = TrainConfig(**{"output_dir": str(tmp_path / "run"), "resume": True, "max_steps": None, **budget})
+    with run_folder(config, said.append) as folder:
+        assert folder == (tmp_path / "run" if goes_on else tmp_path / "run-2")
+    assert ("learning rate" in said[0]) is goes_on
 
 
 def test_folders_of_others_are_refused_even_to_resume(tmp_path, chosen):

@@ -77,7 +77,7 @@ for code in {list(imports)}:
         (OPTIONAL, ["train"], "train"),
         (["rich"], ["generate", "x", "y"], "train"),
         (["optuna"], ["tune", "base"], "study"),
-        (["accelerate"], ["train", "--config", "base"], "train"),
+        (["accelerate", "peft"], ["train", "--config", "base"], "train"),
         (["matplotlib"], ["train", "--config", "base"], "train"),
     ],
     ids=["all", "rich", "optuna", "accelerate", "matplotlib"],

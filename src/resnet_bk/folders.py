@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -29,7 +30,7 @@ HELD_OUT = "held_out_bits_per_byte"  # in the lines of METRICS after whose updat
 
 @contextlib.contextmanager
 def run_folder(config: TrainConfig, report: Callable[[str], None]) -> Iterator[Path]:
-    """Choose this run's folder, a new one or an unfinished one to resume, and hold its lock.
+    """Choose this run's folder, a new one or one whose run goes on, and hold its lock.
 
     See TrainConfig.resume. `report` is called with a line that says what was chosen.
 
@@ -39,7 +40,7 @@ def run_folder(config: TrainConfig, report: Callable[[str], None]) -> Iterator[P
     folder, number = Path(config.output_dir), 1
     while True:
         with files.lock(folder, "train.output_dir"):
-            if not (config.resume and is_begun(folder) and _is_finished(folder)):
+            if not (config.resume and is_begun(folder) and _is_used_up(folder, config)):
                 _check_free(folder, config, report)
                 files.remove_scratch(folder)
                 yield folder
@@ -55,8 +56,8 @@ def is_begun(folder: Path) -> bool:
     return config.exists() and (config.stat().st_size > 0 or bool(saved_steps(folder / CHECKPOINTS)))
 
 
-def _is_finished(folder: Path) -> bool:
-    """Return True if the run in `folder` has results.
+def _is_used_up(folder: Path, config: TrainConfig) -> bool:
+    """Return True if the run in `folder` is finished and the budget of `config` leaves no further steps to it.
 
     Raises:
         ConfigError: a file of the run is not a file, or its results are damaged.
@@ -68,14 +69,13 @@ def _is_finished(folder: Path) -> bool:
     if not results.exists():
         return False
     try:
-        values = json.loads(results.read_bytes())
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
+        training = json.loads(results.read_bytes())["training"]
+        steps, seconds = float(training["steps"]), float(training["seconds"])
+    except (ValueError, RecursionError, TypeError, LookupError) as error:
         raise ConfigError(
             f"train.output_dir: {results} is damaged; restore it, or remove it to have the run scored again"
-        )
-    return True
+        ) from error
+    return steps >= (config.max_steps or math.inf) or seconds >= (config.max_seconds or math.inf)
 
 
 def _check_free(folder: Path, config: TrainConfig, report: Callable[[str], None]) -> None:
@@ -85,7 +85,13 @@ def _check_free(folder: Path, config: TrainConfig, report: Callable[[str], None]
             raise ConfigError(
                 f"train.output_dir: {folder} holds a run already; pass --resume true to continue it, or choose another"
             )
-        report(f"continuing the unfinished run in {folder}")
+        if (folder / RESULTS).exists():
+            report(
+                f"continuing the finished run in {folder} with a larger budget: the learning rate, which had reached "
+                "its end, goes on from where the schedule of the new budget is by now"
+            )
+        else:
+            report(f"continuing the unfinished run in {folder}")
         return
     for path in folder.iterdir():  # what a run killed at its start may have left is no obstacle
         started = path.name in (files.LOCK, CONFIG, TEXT_HASH) or files.is_scratch(path)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from resnet_bk.adaptive.compose import build
 from resnet_bk.config import BYTE_VOCABULARY, ModelConfig, preset
@@ -41,6 +42,15 @@ class ModelOutput:
     loss: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
+
+
+# For torch.export. Records report to Python; a program that torch has exported has none.
+pytree.register_dataclass(
+    ModelOutput,
+    field_names=["logits", "state", "loss", "losses"],
+    drop_field_names=["records"],
+    serialized_type_name="resnet_bk.ModelOutput",
+)
 
 
 class Features(NamedTuple):
@@ -146,20 +156,39 @@ class LanguageModel(nn.Module):
             output.loss = output.losses["cross_entropy"] + weighted_sum(auxiliary)
         return output
 
-    def features(self, ids: Tensor, mask: Tensor | None = None, state: Sequence[Any] | None = None) -> Features:
-        """Compute the input of the head: embed, blocks, norm. Arguments as for :meth:`forward`.
+    def features(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        state: Sequence[Any] | None = None,
+        embeds: Tensor | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Features:
+        """Compute the input of the head: embed, blocks, norm.
 
         With a mask, the tokens of each row are first packed to its front, so layers meet padding only at the end.
+
+        Args:
+            ids, mask, state: as for :meth:`forward`.
+            embeds: (B, N, D), in place of the embeddings of the ids. Layers that read ids still read `ids`.
+            hidden: a list that gets the embeddings and the output of each layer, (B, N, D), the last one normed.
         """
-        packing = None if mask is None else Packing(mask)
+        whole = mask.shape[1] if mask is not None and torch.compiler.is_compiling() else None  # a width without a sync
+        packing = None if mask is None else Packing(mask, bound=whole)
         tokens = Tokens(ids.long())
         if packing is not None:
             tokens, mask = tokens.map(packing.pack), packing.mask
-        x = self.embed(tokens.ids)
+            embeds = None if embeds is None else packing.pack(embeds)
+        x = self.embed(tokens.ids) if embeds is None else embeds
         if mask is not None:  # so that not even a NaN in an embedding gets from padding to a gradient
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        x, after, records = self.blocks(x, tokens, state, mask)
+        if hidden is not None:
+            hidden.append(x)
+        x, after, records = self.blocks(x, tokens, state, mask, outputs=hidden)
         x = self.norm(x)
+        if hidden is not None:
+            hidden[-1] = x
+            hidden[:] = hidden if packing is None else map(packing.merge, hidden)
         return Features(x if packing is None else packing.merge(x), after, records, packing)
 
     @property

@@ -59,7 +59,7 @@ def test_a_sharded_run_is_saved_in_full_and_resumes_with_another_number_of_ranks
     workers.run(first, train, str(tmp_path / "run"), PLAIN, {**settings, "save_every": 3, "max_steps": 3}, first > 1)
     saved = newest(tmp_path / "run")
     verify(saved)
-    assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
+    assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json", ".py"}
     ResNetBKForCausalLM.from_pretrained(saved)
     # a run of three steps has another schedule: compare with one process that does the same
     workers.run(1, train, str(tmp_path / "alone"), PLAIN, {**settings, "save_every": 3, "max_steps": 3}, False)

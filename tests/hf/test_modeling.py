@@ -122,7 +122,13 @@ def test_saving_and_loading_keeps_every_bit_and_the_tying(technique, tied, tmp_p
     model = tiny(torch.float32, tie_word_embeddings=tied, **technique)
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors", MANIFEST}
+    assert files == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_resnet_bk.py",
+        MANIFEST,
+    }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (loaded.model.head.weight is loaded.model.embed.weight) is tied
     assert loaded.num_parameters() == model.num_parameters()

@@ -2,6 +2,7 @@ import json
 import os
 import pkgutil
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,10 @@ def test_train_eval_and_generate_from_the_command_line(place, capsys):
         "text.sha256",
     }
     verify(run / "model")
+    card = (run / "model" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| held-out bits per byte |" in card
+    assert str(place) not in card, "a card is published; the folders of this machine are not"
     assert not [p for p in run.rglob("*") if p.name == "training_args.bin"]
     assert [line["step"] for line in metrics(place)] == [2, 4, 6]
     assert set(metrics(place)[0]) == {
@@ -139,6 +144,47 @@ def test_a_resumed_run_does_not_start_again_from_other_weights(place, monkeypatc
     final = (place / "second" / "checkpoints" / "checkpoint-6" / "model.safetensors").read_bytes()
     assert main([*again, "--resume=true"]) == 0
     assert (place / "second" / "model" / "model.safetensors").read_bytes() == final
+
+
+def test_a_finished_run_goes_on_with_a_larger_budget(place, capsys):
+    """And ends as a run does that is stopped at the same step and resumed with the larger budget."""
+    assert main(arguments(place, "--save_every=2")) == 0
+    shutil.copytree(place / "run", place / "stopped")
+    (place / "stopped" / "results.json").unlink()
+    capsys.readouterr()
+    assert main(arguments(place, "--resume=true", steps=10)) == 0
+    assert "continuing the finished run" in " ".join(capsys.readouterr().out.split())
+    assert main(arguments(place, "--resume=true", f"--output_dir={place / 'stopped'}", steps=10)) == 0
+    assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == 10
+    assert yaml.safe_load((place / "run" / "config.yaml").read_text())["max_steps"] == 10
+    lines = metrics(place)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    assert lines[3]["learning_rate"] > lines[2]["learning_rate"], "the new schedule is not at its end yet"
+    weights = [(place / name / "model" / "model.safetensors").read_bytes() for name in ("run", "stopped")]
+    assert weights[0] == weights[1]
+    assert not (place / "run-2").exists()
+
+
+def test_a_finished_run_does_not_go_on_with_other_settings_or_without_a_checkpoint(place, capsys):
+    assert main(arguments(place)) == 0
+    results = (place / "run" / "results.json").read_bytes()
+    assert main(arguments(place, "--resume=true", "--learning_rate=0.1", steps=10)) == 2
+    assert "train.learning_rate: got 0.1, the run in" in capsys.readouterr().err
+    shutil.rmtree(place / "run" / "checkpoints")
+    assert main(arguments(place, "--resume=true", steps=10)) == 2
+    assert "is finished and has no intact checkpoint to continue from" in capsys.readouterr().err
+    assert (place / "run" / "results.json").read_bytes() == results
+
+
+def test_a_run_that_goes_on_and_is_stopped_is_unfinished(place, monkeypatch):
+    assert main(arguments(place)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module.BKTrainer, "run_training", lambda self, checkpoint: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments(place, "--resume=true", steps=10))
+    assert not (place / "run" / "results.json").exists()
+    assert main(arguments(place, "--resume=true", steps=10)) == 0
+    assert json.loads((place / "run" / "results.json").read_text())["training"]["steps"] == 10
 
 
 def test_the_table_of_n_grams_is_counted_again_from_the_new_text(place):

@@ -225,8 +225,9 @@ def test_the_last_two_checkpoints_are_kept_sealed_and_without_pickles(tmp_path):
         folder = tmp_path / "checkpoints" / name
         verify(folder)
         covered = set(json.loads((folder / "manifest.json").read_text()))
-        assert covered == {path.name for path in folder.iterdir()} - {"manifest.json", "generation_config.json"}
-        assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+        others = {"manifest.json", "generation_config.json", "modeling_resnet_bk.py"}
+        assert covered == {path.name for path in folder.iterdir()} - others
+        assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".py"}
         assert {"model.safetensors", "optimizer.safetensors", "trainer_state.json", "elapsed.json"} <= covered
 
 

@@ -24,9 +24,10 @@ class TrainConfig:
     output_dir: str = "runs/train"
     """Folder for checkpoints, metrics.jsonl and report.html."""
     resume: bool = False
-    """Continue the unfinished run in output_dir, or in output_dir-2, -3, ... if the ones before are finished. If all
-    are finished, or there is none, start a new one. Without this setting, an existing run is an error. A finished run
-    is never overwritten."""
+    """Continue the run in output_dir, or in output_dir-2, -3, ... if the ones before are finished. A finished run
+    continues if max_steps or max_seconds is larger than what it has used; the learning rate then follows the schedule
+    of the new budget. If all runs are finished, or there is none, start a new one. Without this setting, an existing
+    run is an error."""
     init_from: str | None = None
     """Folder of a trained run, of a checkpoint or of a saved model, whose weights are the first ones. Its
     model must have the same shapes and its tokenizer be the same: pass its config.yaml to --config. The optimizer

@@ -367,6 +367,16 @@ class ModelConfig:
         return [name for name in TECHNIQUES if getattr(self, name).is_on(self)]
 
     @property
+    def reads_ids(self) -> list[str]:
+        """Settings by which layers read token ids, not only their embeddings."""
+        readers = {
+            "memory": bool(self.memory.orders),
+            "multiscale.boundaries": bool(self.multiscale.factors) and self.multiscale.reads_bytes,
+            "length.spacing": bool(self.length.bins) and self.length.spacing == "words",
+        }
+        return [name for name, reads in readers.items() if reads]
+
+    @property
     def host_syncs(self) -> list[str]:
         """Names of the techniques that are on and need a host-device sync."""
         return [name for name in self.techniques if getattr(self, name).needs_host_sync]

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from resnet_bk.hf.configuration import ResNetBKConfig
-    from resnet_bk.hf.modeling import RecurrentCache, ResNetBKForCausalLM, on_device
+    from resnet_bk.hf.modeling import ResNetBKForCausalLM, ResNetBKModel, on_device
+    from resnet_bk.hf.outputs import RecurrentCache
     from resnet_bk.hf.tokenizer import byte_tokenizer, load_tokenizer, text_ids, token_file
 
 _NAMES = {
     "configuration": ("ResNetBKConfig",),
-    "modeling": ("RecurrentCache", "ResNetBKForCausalLM", "on_device"),
+    "modeling": ("ResNetBKForCausalLM", "ResNetBKModel", "on_device"),
+    "outputs": ("RecurrentCache",),
     "tokenizer": ("Tokenizer", "byte_tokenizer", "load_tokenizer", "text_ids", "token_file"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
@@ -30,6 +32,7 @@ __all__ = [
     "RecurrentCache",
     "ResNetBKConfig",
     "ResNetBKForCausalLM",
+    "ResNetBKModel",
     "Tokenizer",
     "byte_tokenizer",
     "load_tokenizer",
@@ -57,6 +60,8 @@ def register_model(auto: Any) -> None:
     """Register the model with AutoModelForCausalLM. auto: transformers' module `modeling_auto`."""
     if model := _optional("ResNetBKForCausalLM"):
         auto.AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+        # Trainer's label smoothing and the pipelines look here.
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config_class.model_type] = model.__name__
 
 
 def _optional(name: str) -> Any:

@@ -9,6 +9,17 @@ from transformers import PreTrainedConfig
 from resnet_bk.config import ConfigError, ModelConfig, check_integer, shown, unknown_field
 
 _LARGEST = 1 << 20  # bytes of a config.json
+# A file beside each config.json. transformers runs it in programs that do not import this package, if they allow it.
+_MODELING_MODULE = "modeling_resnet_bk"
+_MODELING = '''"""Classes for ``from_pretrained(..., trust_remote_code=True)``, from the installed package resnet-bk."""
+
+try:
+    from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
+except ImportError as error:
+    raise ImportError(f"this model needs the package resnet-bk ({error}); run: pip install 'resnet-bk[hf]'") from error
+
+__all__ = ["ResNetBKConfig", "ResNetBKForCausalLM"]
+'''
 # Names of ModelConfig's fields here. Every generate() would take `top_k` for the setting of sampling.
 _NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
 # Fields of every configuration, and what transformers itself writes into a config.json or passes on.
@@ -43,6 +54,8 @@ class ResNetBKConfig(PreTrainedConfig):
         "num_hidden_layers": "n_layers",
         "num_attention_heads": "heads",
     }
+    # Trainer's predictions are the logits alone.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "aux_loss"]
     __eq__ = PreTrainedConfig.__eq__  # newer versions of transformers would compare only the fields of PreTrainedConfig
 
     def __init__(
@@ -71,6 +84,11 @@ class ResNetBKConfig(PreTrainedConfig):
         special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         _check_special(special, config.vocab_size)
         super().__init__(**special, **others)  # type: ignore[arg-type]
+        # Not those of a config.json from a hub, which transformers has prefixed with the name of the repository.
+        self.auto_map = {
+            "AutoConfig": f"{_MODELING_MODULE}.ResNetBKConfig",
+            "AutoModelForCausalLM": f"{_MODELING_MODULE}.ResNetBKForCausalLM",
+        }
         for name, value in config.to_dict().items():
             setattr(self, _NAMES[name], value)
         self.n_layers, self.energy = config.blocks, config.energy_kind
@@ -115,6 +133,16 @@ class ResNetBKConfig(PreTrainedConfig):
         if not isinstance(values, dict):
             raise ConfigError(f"{json_file}: expected a mapping of fields to values, got {shown(values)}")
         return values
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the configuration as transformers does, and beside it the file by which it loads without an import."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{_MODELING_MODULE}.py").write_text(_MODELING, "utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: transformers would copy this file instead of the one that `save_pretrained` writes."""
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **others: Any) -> Self:

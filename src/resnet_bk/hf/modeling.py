@@ -1,90 +1,90 @@
 """The model class for ``AutoModelForCausalLM``, ``generate()`` and ``Trainer`` of transformers.
 
-Dimensions: B batch, N positions, V vocabulary.
+Dimensions: B batch, N positions, D model width, V vocabulary.
 """
 
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput as Output
 
 from resnet_bk.checkpoint import MANIFEST, RENAMED, CheckpointError, seal, verify
 from resnet_bk.config import ConfigError
-from resnet_bk.engine.conversion import to_torch
-from resnet_bk.engine.decoder import decoder_of
+from resnet_bk.engine.decoder import KNOWN, decoder_of
 from resnet_bk.engine.state import EngineState
 from resnet_bk.hf.configuration import ResNetBKConfig
+from resnet_bk.hf.inputs import check_cache, check_one_sequence_a_row, check_options, kept_positions, read_inputs
+from resnet_bk.hf.outputs import CACHE, CausalLMOutput, RecurrentCache
+from resnet_bk.layers.block import Block
 from resnet_bk.layers.checks import IDS, TARGETS, check_ids, check_positions
-from resnet_bk.model import LanguageModel
+from resnet_bk.model import Features, LanguageModel
 from resnet_bk.record import mean_losses, weighted_sum
 from resnet_bk.weights import check_finite, check_headers, weight_files
 
-# The name of a cache in outputs and arguments; transformers has renamed it from `past_key_values` to `cache`.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+NAMES = ("input_ids", "labels", "attention_mask", f"{CACHE}.state")  # of what a model checks, in messages
+# Keywords of the forward passes, for hints in messages.
+BASE_KEYWORDS = (
+    *("input_ids", "attention_mask", "cache", "past_key_values", "inputs_embeds", "use_cache", "position_ids"),
+    *("output_hidden_states", "output_attentions", "return_dict"),
+)
+KEYWORDS = (*BASE_KEYWORDS, "labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "skip_logits")
 
 
-class RecurrentCache:
-    """The model's state between calls. Its size does not depend on the length, and it cannot be cropped."""
+class ResNetBKModel(LanguageModel):
+    """A :class:`LanguageModel` that transformers' tools can also call, as the base of a causal model.
 
-    is_compileable = False
-    is_croppable = False
-    is_linear = (False,)  # makes generate() pass only the positions that are not in the cache yet
-
-    def __init__(self, state: Sequence[Any] | EngineState, length: int):
-        self.kept, self.length = state, length
-
-    @property
-    def state(self) -> Sequence[Any]:
-        """The state as :meth:`LanguageModel.forward` takes it."""
-        return to_torch(self.kept)
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        self.kept = state
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"kept": self.state, "length": self.length}  # a state of the engine cannot be pickled
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of positions read so far, including padding."""
-        return self.length
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1  # transformers' value for "no limit"
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace the state of each row i by that of row ``beam_idx[i]``, for beam search."""
-        if isinstance(self.kept, EngineState):
-            self.kept = self.kept.rows(beam_idx.numpy())
-        else:
-            self.kept = pytree.tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.kept)
-
-
-@dataclass
-class CausalLMOutput(CausalLMOutputWithPast):
-    """Output of transformers' causal language models, with the weighted sum of the auxiliary losses.
-
-    Attributes:
-        loss: (), the cross-entropy plus `aux_loss`; None without targets.
-        logits: (B, N or logits_to_keep, V); None in training mode if targets are given.
-        cache: :class:`RecurrentCache`; called past_key_values in older versions of transformers.
-        aux_loss: (), weighted sum of the auxiliary losses, a part of `loss`.
+    Called with the name `input_ids` or `inputs_embeds`, it returns the features before the head instead of logits.
     """
 
-    aux_loss: Tensor | None = None
+    def forward(self, ids: Tensor | None = None, **arguments: Any) -> Any:
+        """Run the model as :meth:`LanguageModel.forward` does; without `ids`, as transformers expects of a base model.
+
+        Args:
+            ids: (B, N), token ids.
+            arguments: those of :meth:`LanguageModel.forward`. Without `ids`: input_ids, attention_mask, cache or
+                past_key_values, inputs_embeds, use_cache, output_hidden_states and return_dict, as in
+                :meth:`ResNetBKForCausalLM.forward`.
+
+        Returns:
+            A :class:`ModelOutput`; without `ids`, a BaseModelOutputWithPast whose `last_hidden_state` (B, N, D) is the
+            input of the head.
+        """
+        if ids is not None:
+            return super().forward(ids, **arguments)
+        given = arguments.get
+        check_options(arguments, BASE_KEYWORDS, given("output_attentions"))
+        cache = given("past_key_values") if given("cache") is None else given("cache")
+        inputs = read_inputs(self, given("input_ids"), given("inputs_embeds"), given("attention_mask"), cache)
+        check_one_sequence_a_row(given("position_ids"), inputs.mask)
+        self.check(inputs.ids, None, inputs.mask, inputs.state, NAMES)
+        hidden: list[Tensor] | None = [] if given("output_hidden_states") else None
+        features = self.features(inputs.ids, inputs.mask, inputs.state, inputs.embeds, hidden)
+        results: dict[str, Any] = {"last_hidden_state": features.x}
+        if hidden is not None:
+            results["hidden_states"] = tuple(hidden)
+        if not self.training if given("use_cache") is None else given("use_cache"):
+            results[CACHE] = RecurrentCache(features.state, inputs.before + inputs.ids.shape[1])
+        return _returned(BaseModelOutputWithPast(**results), given("return_dict"))
+
+
+# The decoder's engine computes what a LanguageModel does; called with ids, the base model is one.
+KNOWN.add(ResNetBKModel)
 
 
 class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
-    """The interface of transformers around a :class:`LanguageModel`, which is the attribute ``model``."""
+    """The interface of transformers around a :class:`LanguageModel`, which is the attribute ``model``.
+
+    `forward` has `labels` in its signature but not `shift_labels`: Trainer would expect every such argument of its
+    batches and would score nothing if one were missing.
+    """
 
     config: ResNetBKConfig
     config_class = ResNetBKConfig
@@ -92,11 +92,12 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _no_split_modules = ["Block", "NgramMemory", "MultiScale", "LearnedLength"]  # noqa: RUF012
     _is_stateful = True
+    supports_gradient_checkpointing = True
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
 
     def __init__(self, config: ResNetBKConfig):
         super().__init__(config)
-        self.model = LanguageModel.from_config(config.model_config())
+        self.model = ResNetBKModel.from_config(config.model_config())
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -163,6 +164,10 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("is_main_process", True):
             seal(Path(save_directory))
 
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Do nothing, see :meth:`ResNetBKConfig.register_for_auto_class`."""
+
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.embed
 
@@ -174,6 +179,9 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: torch.nn.Module) -> None:
         self.model.head = value
+
+    def get_decoder(self) -> torch.nn.Module:
+        return self.model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings as transformers does, and update the configuration of the inner model."""
@@ -187,23 +195,38 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes the cache
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        """Let every n-th block recompute its activations in the backward pass, or none; transformers calls this.
+
+        gradient_checkpointing_func: ignored; blocks use torch's checkpoint without reentrance.
+        """
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for i, block in enumerate(blocks):
+            block.recomputes = enable and i % every_n_layers == 0
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(module.recomputes for module in self.modules() if isinstance(module, Block))
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: RecurrentCache | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: RecurrentCache | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> CausalLMOutput | tuple:
         """Compute next-token logits and, with targets (`labels` or `shift_labels`), the loss.
-
-        In training mode, the logits are None if targets are given.
 
         Assisted decoding does not work: it crops the cache, but a recurrent state cannot be cropped.
 
@@ -213,116 +236,108 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
                 side. It is ignored with a cache and N = 1, where the position counts as a token.
             cache: the cache of the positions before; the sequences continue from there.
             labels: (B, N) int64, the same tokens as input_ids, shifted here. -100 is not counted, nor is padding.
-            shift_labels: (B, N) int64, the token that follows each position, instead of labels. -100 is not counted,
-                nor is any label at padding.
+            inputs_embeds: (B, N, D), embeddings of the tokens, instead of input_ids; for models without a layer that
+                reads ids, see ModelConfig.reads_ids.
             num_items_in_batch: number of counted targets in all accumulated batches. The loss is then multiplied by
                 this batch's share of them.
             use_cache: return a cache; the default is config.use_cache in evaluation mode, False in training.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or a tensor of positions.
+            output_hidden_states: return the `hidden_states` of :class:`CausalLMOutput`; default: as the configuration.
+            output_attentions: not allowed.
             return_dict: False returns a tuple.
             past_key_values: the name of `cache` in older versions of transformers.
+            options: shift_labels (B, N) int64, the token that follows each position, instead of labels; -100 is not
+                counted, nor is any label at padding. skip_logits, True to leave the logits out, so that a large
+                vocabulary never needs (B, N, V) memory. position_ids, which must not restart within a row.
 
         Raises:
-            ValueError, TypeError: an argument does not fit, see :meth:`LanguageModel.forward`.
+            ValueError, TypeError: an argument does not fit, see :meth:`LanguageModel.forward`, or is unknown.
         """
-        cache = past_key_values if cache is None else cache
-        # First the argument with which the others are compared.
-        check_positions("input_ids", input_ids, IDS, None, self.model.embed.weight.device)
-        if cache is not None and not isinstance(cache, RecurrentCache):
-            raise TypeError(f"{CACHE}: expected a RecurrentCache, got {type(cache).__name__}; pass that of the output")
-        if self._decodes(input_ids, cache, labels, shift_labels):
+        wants_hidden, wants_attentions = (
+            getattr(self.config, name) if value is None else value
+            for name, value in (
+                ("output_hidden_states", output_hidden_states),
+                ("output_attentions", output_attentions),
+            )
+        )
+        check_options(options, KEYWORDS, wants_attentions)
+        cache, shift_labels = past_key_values if cache is None else cache, options.get("shift_labels")
+        if not wants_hidden and inputs_embeds is None and self._decodes(input_ids, cache, labels, shift_labels):
+            assert input_ids is not None
             assert cache is not None
             return self._decoded(input_ids, cache, use_cache, logits_to_keep, return_dict)
-        state, before = (None, 0) if cache is None else (cache.state, cache.length)
-        mask = _read_mask(attention_mask, input_ids, cache)
+        inputs = read_inputs(self.model, input_ids, inputs_embeds, attention_mask, cache)
+        check_one_sequence_a_row(options.get("position_ids"), inputs.mask)
         name = "shift_labels"
         if labels is not None and shift_labels is None:
             name = "labels"
-            check_positions(name, labels, TARGETS, input_ids, input_ids.device)
+            check_positions(name, labels, TARGETS, inputs.ids, inputs.ids.device)
             # The token before padding must not predict it.
-            labels = labels if mask is None else labels.masked_fill(~mask, -100)
+            labels = labels if inputs.mask is None else labels.masked_fill(~inputs.mask, -100)
             shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        self.model.check(input_ids, shift_labels, mask, state, ("input_ids", name, "attention_mask", f"{CACHE}.state"))
-        positions = _kept_positions(logits_to_keep)
-        features = self.model.features(input_ids, mask, state)
-        loss = aux_loss = logits = None
+        self.model.check(inputs.ids, shift_labels, inputs.mask, inputs.state, (NAMES[0], name, *NAMES[2:]))
+        positions = kept_positions(logits_to_keep)
+        hidden: list[Tensor] | None = [] if wants_hidden else None
+        features = self.model.features(inputs.ids, inputs.mask, inputs.state, inputs.embeds, hidden)
+        results: dict[str, Any] = {}
         if shift_labels is not None:
-            # If Trainer passes num_items_in_batch, it does not divide by its accumulation steps, so each loss is
-            # multiplied by this batch's share. BKTrainer's batches have no `labels`, so there Trainer passes None and
-            # divides.
-            loss = self.model.cross_entropy(features, shift_labels)
-            share: float | Tensor = 1.0
-            if num_items_in_batch is not None:
-                counted = (features.counted(shift_labels) != -100).sum()
-                share = (counted.double() / torch.as_tensor(num_items_in_batch).clamp(min=1)).to(loss.dtype)
-                loss = loss * share
-            if losses := mean_losses(features.records):
-                aux_loss = torch.as_tensor(weighted_sum(losses)) * share
-                loss = loss + aux_loss
-        if shift_labels is None or not self.training:
-            logits = self.model.head(features.x[:, positions])
-        results: dict[str, Any] = {"loss": loss, "logits": logits, "aux_loss": aux_loss}
+            results["loss"], results["aux_loss"] = self._losses(features, shift_labels, num_items_in_batch)
+        if not options.get("skip_logits"):
+            results["logits"] = self.model.head(features.x[:, positions])
+        if hidden is not None:
+            results["hidden_states"] = tuple(hidden)
         if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
-            results[CACHE] = RecurrentCache(features.state, before + input_ids.shape[1])
-        output = CausalLMOutput(**results)
-        return output if return_dict is None or return_dict else output.to_tuple()
+            results[CACHE] = RecurrentCache(features.state, inputs.before + inputs.ids.shape[1])
+        return _returned(CausalLMOutput(**results), return_dict)
 
-    def _decodes(self, ids: Tensor, cache: RecurrentCache | None, *labels: Tensor | None) -> bool:
+    def _losses(
+        self, features: Features, targets: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the loss, and the weighted sum of the auxiliary losses in it, None without any.
+
+        If Trainer passes num_items_in_batch, it does not divide by its accumulation steps, so each loss is multiplied
+        by this batch's share. BKTrainer's batches have no `labels`, so there Trainer passes None and divides.
+        """
+        loss, aux_loss = self.model.cross_entropy(features, targets), None
+        share: float | Tensor = 1.0
+        if num_items_in_batch is not None:
+            counted = (features.counted(targets) != -100).sum()
+            share = (counted.double() / torch.as_tensor(num_items_in_batch).clamp(min=1)).to(loss.dtype)
+            loss = loss * share
+        if losses := mean_losses(features.records):
+            aux_loss = torch.as_tensor(weighted_sum(losses)) * share
+            loss = loss + aux_loss
+        return loss, aux_loss
+
+    def _decodes(self, ids: Any, cache: RecurrentCache | None, *labels: Tensor | None) -> bool:
         """Return whether a call is a step of decoding, which needs no gradients and no losses."""
-        step = cache is not None and ids.shape[1] == 1 and all(x is None for x in labels)
-        return step and not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if cache is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        check_positions("input_ids", ids, IDS, None, self.model.embed.weight.device)
+        check_cache(cache)
+        return ids.shape[1] == 1 and all(x is None for x in labels)
 
     def _decoded(
         self, ids: Tensor, cache: RecurrentCache, use_cache: bool | None, keep: int | Tensor, return_dict: bool | None
     ) -> CausalLMOutput | tuple:
-        positions, state = _kept_positions(keep), cache.kept
+        positions, state = kept_positions(keep), cache.kept
         if isinstance(state, EngineState):
             if len(state) != len(ids):
                 raise ValueError(f"{CACHE}: has {len(state)} rows, expected those of input_ids, {len(ids)}")
             check_ids("input_ids", ids, self.model.config.vocab_size)
             state = state.copy()  # the cache may be used again
         else:
-            self.model.check(ids, state=state, names=("input_ids", "labels", "attention_mask", f"{CACHE}.state"))
+            self.model.check(ids, state=state, names=NAMES)
         logits, state = decoder_of(self.model).step(ids, state)
         results: dict[str, Any] = {"logits": logits.unsqueeze(1)[:, positions]}
         if use_cache if use_cache is not None else self.config.use_cache:
             results[CACHE] = RecurrentCache(state, cache.length + 1)
-        output = CausalLMOutput(**results)
-        return output if return_dict is None or return_dict else output.to_tuple()
+        return _returned(CausalLMOutput(**results), return_dict)
 
 
-def _read_mask(attention_mask: Any, ids: Tensor, cache: RecurrentCache | None) -> Tensor | None:
-    """Return the mask (B, N) bool that :meth:`ResNetBKForCausalLM.forward` is given, or None.
-
-    Raises:
-        ValueError: attention_mask has another shape, or (checked on the CPU only) other values than 0 and 1.
-        TypeError: it is not a tensor.
-    """
-    length = ids.shape[1]
-    if attention_mask is None or (cache is not None and length == 1):
-        return None
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
-    shapes = [(len(ids), length)] if cache is None else [(len(ids), length), (len(ids), cache.length + length)]
-    if attention_mask.shape not in shapes:
-        got = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask: expected shape {' or '.join(map(str, shapes))}, got {got}")
-    mask = attention_mask[:, -length:]
-    if mask.dtype != torch.bool and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        # elsewhere a host-device sync
-        wrong = mask[(mask != 0) & (mask != 1)]
-        if len(wrong):
-            raise ValueError(f"attention_mask: got {wrong[0].item()}, allowed 1 for tokens and 0 for padding")
-    return mask.bool()
-
-
-def _kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
-    """Return the positions to compute logits for."""
-    if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep  # torch checks the range
-    if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep: got {logits_to_keep!r}, allowed 0 for all, or a number of last positions")
-    return slice(-logits_to_keep, None)
+def _returned(output: Output, return_dict: bool | None) -> Any:
+    """Return an output as a tuple if `return_dict` is False."""
+    return output if return_dict is None or return_dict else output.to_tuple()
 
 
 @contextlib.contextmanager

@@ -97,12 +97,20 @@ class Stack(nn.ModuleList):
         return [layer.layout(x) if hasattr(layer, "layout") else None for layer in self]  # type: ignore[operator]
 
     def forward(
-        self, x: Tensor, tokens: Tokens | None, state: Sequence[Any] | None, mask: Tensor | None
+        self,
+        x: Tensor,
+        tokens: Tokens | None,
+        state: Sequence[Any] | None,
+        mask: Tensor | None,
+        outputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Any], list[Record]]:
+        """Run the layers. outputs: a list to which the output of each layer (B, N, D) is appended."""
         after: list[Any] = []
         records: list[Record] = []
         for i, layer in enumerate(self):
             x, layer_state, layer_records = layer(x, tokens, None if state is None else state[i], mask)
             after.append(layer_state)
             records += layer_records
+            if outputs is not None:
+                outputs.append(x)
         return x, after, records

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from resnet_bk.ops.chunked import SCAN_CHUNK
 from resnet_bk.ops.flops import DELTA, DELTA_BACKWARD
-from resnet_bk.ops.kernels import backend_for, differentiable_vjp, given
+from resnet_bk.ops.kernels import backend_for, differentiable_vjp, empty_states, given
 
 
 def delta_scan(
@@ -55,9 +54,10 @@ def _by_steps(
 def delta_scan_op(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run :func:`delta_scan` and return also the states that enter each chunk, (B, H, M, K, V): y, last, states, e."""
+    """Run :func:`delta_scan` and return also the states that enter each chunk, flattened: y, last, states, e."""
     with torch.autocast(q.device.type, enabled=False):  # autocast would round the inputs of the products
-        return backend_for(q).delta_scan_forward(q, k, v, alpha, beta, s0)
+        y, last, states, error = backend_for(q).delta_scan_forward(q, k, v, alpha, beta, s0)
+    return y, last, states.flatten(), error  # as in `scan_op`
 
 
 @torch.library.custom_op("resnet_bk::delta_scan_backward", mutates_args=())
@@ -65,14 +65,13 @@ def delta_scan_backward(
     grad_y: Tensor, grad_last: Tensor, q: Tensor, k: Tensor, alpha: Tensor, beta: Tensor, states: Tensor, error: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
+        states = states.view(*grad_last.shape[:2], -1, *grad_last.shape[2:])
         return backend_for(q).delta_scan_backward(grad_y, grad_last, q, k, alpha, beta, states, error)
 
 
 @delta_scan_op.register_fake
 def _(q, k, v, alpha, beta, s0):
-    chunks = (q.shape[1] + SCAN_CHUNK - 1) // SCAN_CHUNK
-    states = s0.new_empty(s0.shape[0], s0.shape[1], chunks, s0.shape[2], s0.shape[3])
-    return v.new_empty(v.shape), s0.new_empty(s0.shape), states, v.new_empty(v.shape)
+    return v.new_empty(v.shape), s0.new_empty(s0.shape), empty_states(q, s0), v.new_empty(v.shape)
 
 
 @delta_scan_backward.register_fake

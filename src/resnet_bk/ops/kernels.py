@@ -222,9 +222,13 @@ def green(d: Tensor, w: Tensor, g0: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("resnet_bk::scan", mutates_args=())
 def scan_op(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run :func:`scan` and return also the states that enter each chunk, (B, H, M, K, V), for the backward."""
+    """Run :func:`scan` and return also the states that enter each chunk, (B, H, M, K, V) flattened, for the backward.
+
+    They are flattened because torch.export would tell apart M = 1 and M > 1, and so export for a range of N only.
+    """
     with torch.autocast(q.device.type, enabled=False):  # autocast would round the inputs of the products
-        return backend_for(q).scan_forward(q, k, v, alpha, beta, s0)
+        y, last, states = backend_for(q).scan_forward(q, k, v, alpha, beta, s0)
+    return y, last, states.flatten()
 
 
 @torch.library.custom_op("resnet_bk::scan_backward", mutates_args=())
@@ -232,14 +236,18 @@ def scan_backward(
     grad_y: Tensor, grad_last: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
+        states = states.view(*grad_last.shape[:2], -1, *grad_last.shape[2:])
         return backend_for(q).scan_backward(grad_y, grad_last, q, k, v, alpha, beta, states)
 
 
 @scan_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = (q.shape[1] + SCAN_CHUNK - 1) // SCAN_CHUNK
-    states = s0.new_empty(s0.shape[0], s0.shape[1], chunks, s0.shape[2], s0.shape[3])
-    return v.new_empty(v.shape), s0.new_empty(s0.shape), states
+    return v.new_empty(v.shape), s0.new_empty(s0.shape), empty_states(q, s0)
+
+
+def empty_states(q: Tensor, s0: Tensor) -> Tensor:
+    """Return an uninitialised tensor for the states that enter each chunk, flattened."""
+    return s0.new_empty((q.shape[1] + SCAN_CHUNK - 1) // SCAN_CHUNK * s0.numel())
 
 
 @scan_backward.register_fake

@@ -58,7 +58,7 @@ def ngram_sum_backward(
 
 @ngram_sum.register_fake
 def _(level, tokens, shares, gain, level_vectors, token_vectors, scale) -> Tensor:
-    return token_vectors.new_empty(len(level), token_vectors.shape[1])
+    return token_vectors.new_empty(level.shape[0], token_vectors.shape[1])
 
 
 @ngram_sum_backward.register_fake

@@ -82,7 +82,7 @@ class Packing:
         if base is None:
             base = packed.new_zeros(packed.shape[0], self.length, *packed.shape[2:])
         flat = base.flatten(0, 1)
-        nowhere = len(flat)  # one more row, for the positions that fill up rows
+        nowhere = flat.shape[0]  # one more row, for the positions that fill up rows
         index = torch.where(self.mask, self.index, nowhere).flatten()
         table = F.pad(flat, [0, 0] * (flat.dim() - 1) + [0, 1])
         return table.index_copy(0, index, packed.flatten(0, 1))[:nowhere].view_as(base)

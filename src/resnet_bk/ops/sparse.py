@@ -16,7 +16,15 @@ from resnet_bk.ops.chain import can_read_values
 from resnet_bk.ops.chunked import SCAN_CHUNK, chunks
 from resnet_bk.ops.delta import delta_scan
 from resnet_bk.ops.flops import DELTA, DELTA_BACKWARD, FILL, FILL_BACKWARD, SCAN, SCAN_BACKWARD
-from resnet_bk.ops.kernels import backend_for, differentiable_vjp, given, load_backend, preferred_backend, scan
+from resnet_bk.ops.kernels import (
+    backend_for,
+    differentiable_vjp,
+    empty_states,
+    given,
+    load_backend,
+    preferred_backend,
+    scan,
+)
 from resnet_bk.ops.packing import Packing
 
 
@@ -193,10 +201,11 @@ def sparse_scan_op(
     """Run :func:`sparse_scan` and return also the states that enter each chunk, and the errors.
 
     Returns:
-        y, S, r; the S before each SCAN_CHUNK kept sites, (B, H, chunks, K, V), of which the first is s0; the errors of
-        kept sites (B, M, H, V), with V = 0 without the delta rule.
+        y, S, r; the S before each SCAN_CHUNK kept sites, (B, H, chunks, K, V) flattened as in `scan_op`, of which the
+        first is s0; the errors of kept sites (B, M, H, V), with V = 0 without the delta rule.
     """
-    return backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fade, own, gate, s0, r0, delta)
+    y, s, r, states, error = backend_for(q).sparse_scan_forward(q, k, v, alpha, beta, fade, own, gate, s0, r0, delta)
+    return y, s, r, states.flatten(), error
 
 
 @torch.library.custom_op("resnet_bk::sparse_scan_backward", mutates_args=())
@@ -218,16 +227,15 @@ def sparse_scan_backward(
     error: Tensor,
     delta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    states = states.view(*grad_s.shape[:2], -1, *grad_s.shape[2:])
     saved = (q, k, v, alpha, beta, fade, own, gate, r0, y, states, error)
     return backend_for(q).sparse_scan_backward(grad_y, grad_s, grad_r, *saved, delta=delta)
 
 
 @sparse_scan_op.register_fake
 def _(q, k, v, alpha, beta, fade, own, gate, s0, r0, delta):
-    chunks = (q.shape[1] + SCAN_CHUNK - 1) // SCAN_CHUNK
-    states = s0.new_empty(s0.shape[0], s0.shape[1], chunks, s0.shape[2], s0.shape[3])
     error = v.new_empty(*q.shape[:3], v.shape[3] if delta else 0)
-    return v.new_empty(v.shape), s0.new_empty(s0.shape), r0.new_empty(r0.shape), states, error
+    return v.new_empty(v.shape), s0.new_empty(s0.shape), r0.new_empty(r0.shape), empty_states(q, s0), error
 
 
 @sparse_scan_backward.register_fake

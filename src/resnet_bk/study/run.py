@@ -14,6 +14,7 @@ from resnet_bk.inference.generation import generate_text, keep_engine
 from resnet_bk.report import html
 from resnet_bk.report.tables import Console, print_table
 from resnet_bk.report.terminal import say
+from resnet_bk.study.card import CARD, model_card
 from resnet_bk.study.evaluate import evaluate
 from resnet_bk.study.measure import measure
 from resnet_bk.study.versions import version_lines, versions
@@ -34,7 +35,7 @@ def train(config: TrainConfig, console: Console, on_progress: ProgressCallback |
 
 
 def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
-    """Score and measure a trained model. Write report.html and results.json, then print what is in them.
+    """Score and measure a trained model. Write report.html, a model card and results.json, then print what is in them.
 
     Returns:
         The content of results.json.
@@ -74,6 +75,7 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
             (f"best score while training, {BEST}/", f"{best[HELD_OUT]:.4f} bits per byte after {best['step']:,} steps")
         )
     _write_report(folder, rows, metrics, sample)
+    write_whole(folder / MODEL / CARD, model_card(folder.name, config, rows))
     write_whole(folder / RESULTS, json_text(results))  # last: it marks the run as finished
     print_table(console, f"Run {folder}", rows)
     say(console, "\nSample", style="bold")

@@ -76,7 +76,8 @@ class HeldOut(TrainerCallback):
             for i in range(first, first + self.batches):
                 chosen = (int((i * self.size + j) * self.step) for j in range(self.size))
                 rows = collate([self.windows[index % len(self.windows)] for index in chosen])
-                output = trainer.network(**{name: x.to(trainer.network.device) for name, x in rows.items()})
+                rows = {name: x.to(trainer.network.device) for name, x in rows.items()}
+                output = trainer.network(**rows, skip_logits=True)
                 auxiliary = 0.0 if output.aux_loss is None else output.aux_loss
                 nats += float(output.loss - auxiliary) / self.batches
         return trainer.ranks.mean(nats) / math.log(2) / self.windows.bytes_per_token

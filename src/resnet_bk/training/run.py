@@ -22,6 +22,7 @@ from resnet_bk.folders import (
     CONFIG,
     METRICS,
     MODEL,
+    RESULTS,
     TEXT_HASH,
     check_same_run,
     check_same_text,
@@ -154,12 +155,7 @@ def _train(
     ranks.check_same({config.data.setting: data.sha256}, "give every process the same text and tokenizer")
     torch.manual_seed(config.seed)
     model = ResNetBKForCausalLM(_transformers_config(config, data.tokenizer))
-    checkpoint = ranks.broadcast(
-        lambda: str(newest_valid(folder / CHECKPOINTS, functools.partial(say, console), RUN_FILES) or "")
-    )
-    if config.init_from is not None and not checkpoint:
-        with ranks.rank_zero_first():
-            _start_from(config.init_from, model, data.tokenizer)
+    checkpoint = _begin(config, model, data.tokenizer, console, ranks)
     _print_sizes(console, data, model, ranks)
     _prepare_model(model, config, ranks)
     with ranks.rank_zero_first():
@@ -171,10 +167,10 @@ def _train(
                 raise
             name = "dtype" if "bf16" in str(error) else "report_to"
             raise ConfigError(f"train.{name}: got {getattr(config, name)!r}: {error}") from error
-    recorder = _add_records(trainer, data, step_of(Path(checkpoint)) if checkpoint else 0, console, on_progress)
+    recorder = _add_records(trainer, data, step_of(checkpoint) if checkpoint else 0, console, on_progress)
     try:
         with cpu.large_batches():
-            trainer.run_training(Path(checkpoint) if checkpoint else None)
+            trainer.run_training(checkpoint)
     finally:
         recorder.close()
     weights = gather_weights(model, ranks.is_rank_zero)
@@ -203,6 +199,32 @@ def _train(
         processes=ranks.world_size,
         train_sha256=data.sha256,
     )
+
+
+def _begin(
+    config: TrainConfig, model: ResNetBKForCausalLM, tokenizer: Tokenizer, console: Console, ranks: Ranks
+) -> Path | None:
+    """Return the checkpoint to resume from; without one, return None and copy the weights of config.init_from.
+
+    Raises:
+        ConfigError: the run is finished but has no checkpoint; or as for `_start_from`.
+        CheckpointError: as for `_start_from`.
+    """
+    folder = Path(config.output_dir)
+    checkpoint = ranks.broadcast(
+        lambda: str(newest_valid(folder / CHECKPOINTS, functools.partial(say, console), RUN_FILES) or "")
+    )
+    if checkpoint:
+        return Path(checkpoint)
+    with ranks.rank_zero_first():
+        if (folder / RESULTS).exists():
+            raise ConfigError(
+                f"train.output_dir: {folder} is finished and has no intact checkpoint to continue from; choose "
+                f"another, with --init_from {folder} to start from its weights"
+            )
+        if config.init_from is not None:
+            _start_from(config.init_from, model, tokenizer)
+    return None
 
 
 def _start_from(source: str, model: ResNetBKForCausalLM, tokenizer: Tokenizer) -> None:
@@ -243,6 +265,7 @@ def _add_records(
         if trainer.ranks.is_rank_zero:
             trainer.add_callback(recorder)
             recorder.remove_after(step)
+            (folder / RESULTS).unlink(missing_ok=True)  # of a finished run that goes on; before its settings change
             write_whole(folder / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
             write_whole(folder / TEXT_HASH, data.sha256 + "\n")
         if config.eval_every is not None:
@@ -349,7 +372,7 @@ def _prepare_model(model: ResNetBKForCausalLM, config: TrainConfig, ranks: Ranks
     """
     ids = torch.ones(1, 2, dtype=torch.long)
     with torch.random.fork_rng(devices=[]):
-        model(ids, shift_labels=ids).loss.backward()
+        model(ids, shift_labels=ids, skip_logits=True).loss.backward()
     model.zero_grad(set_to_none=True)
     if config.activation_checkpointing:
         recompute(model)

@@ -206,7 +206,7 @@ class BKTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         anneal(self.network, self.progress)
-        output = model(**inputs)
+        output = model(**inputs, skip_logits=True)
         auxiliary = 0.0 if output.aux_loss is None else output.aux_loss.detach()
         self.cross_entropy.append(output.loss.detach() - auxiliary)
         self.losses.append(output.loss.detach())
