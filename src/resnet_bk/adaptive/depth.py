@@ -90,8 +90,9 @@ class AdaptiveDepth(AdaptiveLayer):
         super().__init__()
         self.settings, self.threshold, self.available = config.depth, config.depth.stops_at, len(stack)
         begin, end, every = self.settings.first, len(stack) - self.settings.after, self.settings.every
-        self.first, self.last = stack.part(0, begin), stack.part(end)
+        self.first = stack.part(0, begin)
         self.segments = nn.ModuleList(stack.part(i, min(i + every, end)) for i in range(begin, end, every))
+        self.last = stack.part(end)
 
     def forward(
         self, x: Tensor, tokens: Tokens, state: Sequence[Any] | None, mask: Tensor | None

@@ -50,6 +50,7 @@ from resnet_bk.training.recorder import ProgressCallback, Recorder
 from resnet_bk.training.sharded import recompute, shard
 from resnet_bk.training.states import gather_weights
 from resnet_bk.training.trainer import BKTrainer
+from resnet_bk.training.transfer import Teacher, transfer
 from resnet_bk.training.windows import Windows
 
 with extra("train"):
@@ -155,12 +156,13 @@ def _train(
     ranks.check_same({config.data.setting: data.sha256}, "give every process the same text and tokenizer")
     torch.manual_seed(config.seed)
     model = ResNetBKForCausalLM(_transformers_config(config, data.tokenizer))
-    checkpoint = _begin(config, model, data.tokenizer, console, ranks)
+    checkpoint, teacher = _begin(config, model, data.tokenizer, console, ranks)
     _print_sizes(console, data, model, ranks)
     _prepare_model(model, config, ranks)
     with ranks.rank_zero_first():
         try:
             trainer = BKTrainer(model, config, data.windows, data.tokenizer, ranks)
+            trainer.teacher = teacher
         # transformers checks the trackers and their packages, and whether the GPU can compute in bfloat16
         except (ValueError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "requires" not in str(error):
@@ -173,6 +175,7 @@ def _train(
             trainer.run_training(checkpoint)
     finally:
         recorder.close()
+        model.model.taught = None
     weights = gather_weights(model, ranks.is_rank_zero)
     ranks.shutdown()
     if trainer.stopped_by is not None:
@@ -203,8 +206,10 @@ def _train(
 
 def _begin(
     config: TrainConfig, model: ResNetBKForCausalLM, tokenizer: Tokenizer, console: Console, ranks: Ranks
-) -> Path | None:
-    """Return the checkpoint to resume from; without one, return None and copy the weights of config.init_from.
+) -> tuple[Path | None, Teacher | None]:
+    """Return the checkpoint to resume from and the model to learn from; None where there is none.
+
+    Without a checkpoint, copy the weights of config.init_from. Freeze what is not to be trained.
 
     Raises:
         ConfigError: the run is finished but has no checkpoint; or as for `_start_from`.
@@ -214,42 +219,50 @@ def _begin(
     checkpoint = ranks.broadcast(
         lambda: str(newest_valid(folder / CHECKPOINTS, functools.partial(say, console), RUN_FILES) or "")
     )
-    if checkpoint:
-        return Path(checkpoint)
     with ranks.rank_zero_first():
-        if (folder / RESULTS).exists():
+        if not checkpoint and (folder / RESULTS).exists():
             raise ConfigError(
                 f"train.output_dir: {folder} is finished and has no intact checkpoint to continue from; choose "
                 f"another, with --init_from {folder} to start from its weights"
             )
-        if config.init_from is not None:
-            _start_from(config.init_from, model, tokenizer)
-    return None
+        teacher = None
+        if config.init_from is not None and not (checkpoint and config.trained == "all" and not config.distill):
+            teacher = _start_from(config, model, tokenizer)
+    return Path(checkpoint) if checkpoint else None, teacher
 
 
-def _start_from(source: str, model: ResNetBKForCausalLM, tokenizer: Tokenizer) -> None:
-    """Copy the weights of a trained model.
+def _start_from(config: TrainConfig, model: ResNetBKForCausalLM, tokenizer: Tokenizer) -> Teacher | None:
+    """Copy the weights of config.init_from, freeze them if only new ones are trained, and return the teacher, if any.
 
     Raises:
         CheckpointError: the folder has no model, or it is damaged.
-        ConfigError: the model or its tokenizer is another one.
+        ConfigError: the model has other shapes or another tokenizer, or all is frozen.
     """
+    source = str(config.init_from)
     folder = model_folder(source).absolute()
-    other = ResNetBKForCausalLM.from_pretrained(folder)
-    theirs, ours = ({name: p.shape for name, p in network.named_parameters()} for network in (other, model))
-    first, second = (network.model.config for network in (other, model))
-    if theirs != ours or first.energy_kind != second.energy_kind or first.memory.orders != second.memory.orders:
-        there, here = (flat(dataclasses.asdict(config)) for config in (first, second))
-        differing = ", ".join(f"{name} ({shown(there[name])})" for name in there if there[name] != here.get(name))
-        raise ConfigError(
-            f"train.init_from: {source!r} is another model, the settings of model that differ are {differing}; train "
-            "with its settings, as in --config RUN/config.yaml"
-        )
+    base = ResNetBKForCausalLM.from_pretrained(folder).model.eval()
+    first, second = base.config, model.model.config
+    there, here = (flat(dataclasses.asdict(settings)) for settings in (first, second))
+    differing = ", ".join(f"{name} ({shown(there[name])})" for name in there if there[name] != here.get(name))
+    refused = f"train.init_from: {source!r} is another model, the settings of model that differ are {differing}"
+    remedy = "train with its settings, as in --config RUN/config.yaml, but for techniques"
+    if first.energy_kind != second.energy_kind or (first.memory.orders and first.memory.orders != second.memory.orders):
+        raise ConfigError(f"{refused}; {remedy}")
     if tokens.tokenizer_digest(load_tokenizer(str(folder))) != tokens.tokenizer_digest(tokenizer):
         raise ConfigError(f"train.init_from: {source!r} has another tokenizer than data.tokenizer; use its tokenizer")
-    with torch.no_grad():  # not the table of n-gram memory, which is counted from the run's own text
-        for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            p.copy_(q)
+    try:
+        new = transfer(base, model.model)  # not the table of n-gram memory, which is counted from the run's own text
+    except ValueError as error:
+        raise ConfigError(f"{refused}: {error}; {remedy}") from error
+    if config.trained == "new":
+        if not new:
+            raise ConfigError(f"train.trained: got 'new', but {source!r} has all parameters of this model; use 'all'")
+        model.requires_grad_(False)
+        for parameter in new:
+            parameter.requires_grad_(True)
+    if torch.cuda.is_available():
+        base.cuda()
+    return Teacher(base, model.model) if config.distill else None
 
 
 def _add_records(

@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ class BKTrainer(Trainer):
         self.begin = 0.0  # progress at the first update of the run, where n-grams were counted before
         self.grad_norm = 0.0  # that of the last update, before clipping
         self.held_out_bits: float | None = None  # a score for the next log line, see HeldOut
+        self.teacher: Callable[[Tensor], Tensor] | None = None  # log-probabilities (B, N, V) to learn, of ids (B, N)
         self.received_signal: int | None = None  # the last signal that this process received
         self.stopped_by: int | None = None  # the signal that stops all ranks
         self.resumed_from: Path | None = None
@@ -206,6 +207,8 @@ class BKTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         anneal(self.network, self.progress)
+        if self.teacher is not None:
+            self.network.model.taught = self.teacher(inputs["input_ids"]), self.config.distill
         output = model(**inputs, skip_logits=True)
         auxiliary = 0.0 if output.aux_loss is None else output.aux_loss.detach()
         self.cross_entropy.append(output.loss.detach() - auxiliary)

@@ -16,7 +16,7 @@ from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.model import LanguageModel
 
 # The layers whose parameters have a role of their own. Where they are nested does not matter: block 3 is block 3,
-# whether adaptive depth drives it or not.
+# whether adaptive depth drives it or not. All layers register the blocks in them in the order in which they run.
 UNITS = (LanguageModel, Block, MultiScale, AdaptiveDepth, LearnedLength, NgramMemory)
 Role = tuple[str, int, str]  # type of the unit, its number among those of the type, name of the parameter in it
 
