@@ -227,7 +227,7 @@ class LanguageModel(nn.Module):
         return nats.view_as(targets) if reduction == "none" else nats
 
     def _nats_of_taught(self, x: Tensor, targets: Tensor, reduction: str, taught: Tensor, share: float) -> Tensor:
-        """As `_nats`, with a share of the cross-entropy with taught predictions; 0 at targets that are not counted."""
+        """Return what `_nats` does, with a share of cross-entropy with taught predictions; 0 at uncounted targets."""
         log_p, counted = self.head(x).log_softmax(-1), targets != -100
         hard = -log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         nats = (hard.lerp(-(taught.exp() * log_p).sum(-1), share)).masked_fill(~counted, 0)

@@ -104,11 +104,11 @@ def test_what_cannot_be_adapted_is_refused(base, capsys, arguments, message):
 
 def test_the_recipe_is_that_of_the_base_but_for_what_changes():
     model = ModelConfig(d_model=32, depth=DepthConfig(policy="act", target=0.5))
-    base = TrainConfig(model=model, learning_rate=0.03, seed=7)
+    base = TrainConfig(model=model, learning_rate=0.03, seed=7, max_steps=1)
     config = AdaptConfig("base", techniques={"depth": {"threshold": 0.9}, "n_seq": 64}, max_seconds=5.0)
     recipe = config.recipe(base)
     assert (recipe.model.depth.target, recipe.model.depth.threshold, recipe.model.n_seq) == (0.5, 0.9, 64)
     assert (recipe.learning_rate, recipe.init_from, recipe.max_steps, recipe.distill) == (0.01, "base", None, 0.5)
     for fields in ({"distill": 0.5}, {"trained": "new"}):
         with pytest.raises(ConfigError, match="allowed with init_from"):
-            TrainConfig(**fields)
+            TrainConfig(**fields, max_steps=1)
