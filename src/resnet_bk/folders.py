@@ -173,7 +173,7 @@ def saved_settings(where: str, folder: Path) -> dict[str, Any]:
     values = read_yaml(where, folder / CONFIG)
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {folder / CONFIG} holds {shown(values)} instead of settings; choose another")
-    return flat(values)
+    return {"optimizer": "adamw", **flat(values)}  # earlier versions had no other one, and no setting
 
 
 def check_same_text(source: str, train_hash: str, folder: Path, where: str = "data.source") -> None:

@@ -110,5 +110,5 @@ def test_the_recipe_is_that_of_the_base_but_for_what_changes():
     assert (recipe.model.depth.target, recipe.model.depth.threshold, recipe.model.n_seq) == (0.5, 0.9, 64)
     assert (recipe.learning_rate, recipe.init_from, recipe.max_steps, recipe.distill) == (0.01, "base", None, 0.5)
     for fields in ({"distill": 0.5}, {"trained": "new"}):
-        with pytest.raises(ConfigError, match="allowed with init_from"):
+        with pytest.raises(ConfigError, match="without init_from"):
             TrainConfig(**fields, max_steps=1)

@@ -48,12 +48,11 @@ class TrainConfig:
     """Stop after this number of seconds of training, all sessions together. The learning rate then follows the clock.
     With max_steps too, whichever is reached first ends the run, and the learning rate follows the one that is further
     along."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """'adamw', or 'muon'. Muon makes the momentum of each matrix of the blocks, and between levels, orthogonal. It
-    updates all other parameters by AdamW. An entry moves about as far with both, so learning_rate and weight_decay
-    serve both."""
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """'muon' or 'adamw'. Muon makes the momentum of each matrix of the blocks, and between levels, orthogonal. It
+    updates all other parameters by AdamW, at the same rate."""
+    learning_rate: float = 0.01
+    """Peak learning rate. With Muon 0.01 serves models of all widths; AdamW needs less for wide ones."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices. Vectors have none."""
     beta2: float = 0.99

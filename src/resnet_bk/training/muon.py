@@ -1,7 +1,8 @@
 """Muon: AdamW, except that the update of a matrix is its momentum made orthogonal.
 
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the scale of the updates of Liu et al. 2025
-(arXiv:2502.16982): an entry moves as far as with AdamW, so that one learning rate and weight decay serve both.
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon). An update has the spectral norm that keeps its effect on
+features the same at every width (Yang et al. 2023, arXiv:2310.17813), so that one learning rate serves models of all
+widths. At a width of 64 an entry moves about as far as with AdamW, which updates other parameters at the same rate.
 
 ``torch.optim.Muon`` is not used: it iterates in bfloat16 on every device, it takes one matrix at a time, and it does
 not know that one parameter may hold several matrices.
@@ -23,7 +24,7 @@ MOMENTUM, STEPS = 0.95, 5
 # make smaller ones up to 485 times as large.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7  # added to norms, so that the update of a gradient of zeros is zero
-RMS = 0.2  # of the entries of an update, about that of AdamW
+NORM = 1.6  # spectral norm of an update of a square matrix; entries of one 64 wide have 0.2, about as with AdamW
 BATCH = 2**24  # numbers that are gathered and made orthogonal at a time; it bounds the memory of sharded training
 
 Group = dict[str, Any]
@@ -107,19 +108,21 @@ def _in_batches(group: Group) -> Iterator[list[Matrices]]:
 
 
 def orthogonalize_(parts: Sequence[Tensor]) -> None:
-    """Replace each matrix by the nearest semi-orthogonal one, about, times ``RMS sqrt(max(rows, columns))``.
+    """Replace each matrix by the nearest semi-orthogonal one, about, times ``NORM sqrt(max(1, outputs / inputs))``.
 
-    parts: (rows, columns) or (number, rows, columns) each; changed in place. Those of one shape, or of its transpose,
-    are computed together.
+    parts: (outputs, inputs), or (number, inputs, outputs) as experts have them; changed in place. Those of one shape,
+    or of its transpose, are computed together.
     """
-    by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    by_shape: dict[torch.Size, list[tuple[Tensor, float]]] = defaultdict(list)
     for x in parts:
+        inputs, outputs = x.shape[-2:] if x.dim() == 3 else reversed(x.shape)
         wide = x if x.shape[-2] <= x.shape[-1] else x.mT
-        by_shape[wide.shape[-2:]].append(wide if wide.dim() == 3 else wide.unsqueeze(0))
-    for shape, stacks in by_shape.items():
-        results = newton_schulz(torch.cat(stacks)).mul_(RMS * math.sqrt(shape[-1]))
-        for x, y in zip(stacks, results.split([len(x) for x in stacks]), strict=True):
-            x.copy_(y)
+        norm = NORM * math.sqrt(max(1, outputs / inputs))
+        by_shape[wide.shape[-2:]].append((wide if wide.dim() == 3 else wide.unsqueeze(0), norm))
+    for stacks in by_shape.values():
+        results = newton_schulz(torch.cat([x for x, _ in stacks])).split([len(x) for x, _ in stacks])
+        for (x, norm), y in zip(stacks, results, strict=True):
+            x.copy_(y.mul_(norm))
 
 
 def newton_schulz(x: Tensor) -> Tensor:
