@@ -299,7 +299,7 @@ def capacity_drop(model: LanguageModel, monkeypatch) -> None:
 
 def padding_is_computed(model: LanguageModel, monkeypatch) -> None:
     """Padding is packed as if it were text."""
-    monkeypatch.setattr("resnet_bk.model.Packing", lambda mask: Packing(torch.ones_like(mask)))
+    monkeypatch.setattr("resnet_bk.model.Packing", lambda mask, **fields: Packing(torch.ones_like(mask), **fields))
 
 
 def padding_is_counted(model: LanguageModel, monkeypatch) -> None:
@@ -308,8 +308,8 @@ def padding_is_counted(model: LanguageModel, monkeypatch) -> None:
 
 def pad_mask_off_by_one(model: LanguageModel, monkeypatch) -> None:
     class Shifted(Packing):
-        def __init__(self, selected):
-            super().__init__(selected)
+        def __init__(self, selected, **fields):
+            super().__init__(selected, **fields)
             self.mask = torch.cat([self.mask[:, 1:], torch.zeros_like(self.mask[:, :1])], dim=1)
 
     monkeypatch.setattr("resnet_bk.model.Packing", Shifted)

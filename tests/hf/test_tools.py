@@ -111,7 +111,7 @@ def test_our_own_training_never_computes_logits(monkeypatch):
     model, ids = make().train(), text()
     monkeypatch.setattr(model.model.head, "forward", lambda *_: pytest.fail("logits were computed"))
     trainer = own.BKTrainer.__new__(own.BKTrainer)
-    trainer.network, trainer.cross_entropy, trainer.losses = model, [], []
+    trainer.network, trainer.cross_entropy, trainer.losses, trainer.teacher = model, [], [], None
     monkeypatch.setattr(own.BKTrainer, "progress", 0.5)
     trainer.compute_loss(model, {"input_ids": ids, "shift_labels": ids}).backward()
 

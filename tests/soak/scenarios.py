@@ -31,7 +31,7 @@ SEARCH = json.dumps({"learning_rate": [0.001, 0.01]})
 TWO_TECHNIQUES = {
     "model": RECIPE["model"] | {"num_experts": 2, "sparsity": {"target": 0.5}, "experts": {"policy": "top_p"}}
 }
-CLOCKS = {"elapsed.json", "trainer_state.json", "manifest.json"}  # differ from run to run
+CLOCKS = {"elapsed.json", "trainer_state.json", "manifest.json", "README.md"}  # differ from run to run
 Trace = list[list[str]]
 Words = Callable[[Path], list[str]]
 
@@ -114,7 +114,8 @@ def left(place: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in logs.read_text().splitlines()] if logs.exists() else []
     logged = [[line[name] for name in ("step", "bits_per_byte", "learning_rate", "grad_norm")] for line in lines]
     rows = [line.split("|")[1:-4] for line in tables.read_text().splitlines() if "|" in line] if tables.exists() else []
-    files = [name for name in tree(place) if not name.startswith("run-2/")]  # the run after one that was finished
+    # Not the run after one that was finished, and compiled models, which a fault may leave out.
+    files = [name for name in tree(place) if not name.startswith(("run-2/", "resnet-bk/engines/"))]
     last = re.compile(rf"(?!run-2/).*/(model|checkpoint-{RECIPE['max_steps']})$")
     whole = {name: found for name, found in sealed(place).items() if last.match(name)}
     text = json.dumps({"files": files, "sealed": whole, "metrics": logged, "trials": rows})

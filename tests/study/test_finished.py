@@ -241,7 +241,7 @@ def test_the_message_says_what_to_do(place):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"learning_rate": 0.5}, r"train\.learning_rate: got 0\.5, the run in run was started with 0\.003; set it"),
+        ({"learning_rate": 0.5}, r"train\.learning_rate: got 0\.5, the run in run was started with 0\.01; set it"),
         ({"max_steps": 5}, r"train\.max_steps: got 5, the finished run in run had 4; set it to that, or choose"),
         ({"max_seconds": 9.0}, r"train\.max_seconds: got 9\.0, the finished run in run had None; set it to that"),
     ],

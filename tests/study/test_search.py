@@ -106,7 +106,7 @@ def test_settings_are_checked_together():
 @pytest.mark.parametrize(("policy", "threshold"), [("act", 0.5), ("skip", 0.5), ("exit", 0.95)])
 def test_the_recipe_is_a_point_of_the_space_with_its_default_threshold(policy, threshold):
     found = recipe_settings(recipe(policy), {"model.depth.threshold": [0.5, 0.99], "learning_rate": [0.001, 0.01]})
-    assert found == {"model.depth.threshold": threshold, "learning_rate": 3e-3}
+    assert found == {"model.depth.threshold": threshold, "learning_rate": 0.01}
     given = recipe_settings(recipe(policy, threshold=0.7), {"model.depth.threshold": [0.5, 0.99]})
     assert given == {"model.depth.threshold": 0.7}
 
