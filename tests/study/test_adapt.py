@@ -88,7 +88,10 @@ def test_an_adapted_run_goes_on_after_a_stop(base):
         (["base", "--max_steps=2", "--techniques", "{dept: {}}"], "did you mean 'depth'?"),
         (["base", "--max_steps=2", "--techniques", "{depth: {policy: exits}}"], "model.depth.policy: got 'exits'"),
         (["base", "--max_steps=2", "--techniques", "{n_layers: 2}"], "the new model has none"),
-        (["base", "--max_steps=2", "--techniques", "{d_model: 32}"], "the new model has one of shape (32,)"),
+        (
+            ["base", "--max_steps=2", "--techniques", "{d_model: 32}"],
+            "embed.weight of LanguageModel 0 has shape (259, 16), the new model has one of shape (259, 32)",
+        ),
         (["base", "--max_steps=2", "--trained=new"], "has all parameters of this model; use 'all'"),
         (["base", "--max_steps=2", "--distill=2"], "distill: got 2.0, allowed 0 to 1"),
         (["base", "--max_steps=2", "--thresholds", "[2]"], "thresholds: got 2.0, allowed 0 to 1"),

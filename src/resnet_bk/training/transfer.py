@@ -28,7 +28,7 @@ def roles(model: LanguageModel) -> dict[Role, nn.Parameter]:
 
     def visit(module: nn.Module, unit: tuple[str, int], path: str) -> None:
         if isinstance(module, UNITS):
-            kind = type(module).__name__
+            kind = "LanguageModel" if isinstance(module, LanguageModel) else type(module).__name__
             unit, path = (kind, counts[kind]), ""
             counts[kind] += 1
         for name, parameter in module.named_parameters(recurse=False):
