@@ -309,7 +309,7 @@ def _run(command: str, config: Any) -> int:
         from resnet_bk.training.errors import LeakError, NonFiniteError, StoppedError
         from resnet_bk.training.launcher import world_size
 
-    if command not in ("train", "adapt") and (count := world_size()) > 1:
+    if command != "train" and (count := world_size()) > 1:
         message = f"{command}: got {count} processes, allowed 1: only train can share its work; start one process"
         return _fail(message, 2, once=True)
     try:

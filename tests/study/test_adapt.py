@@ -12,6 +12,7 @@ from resnet_bk.config.techniques import DepthConfig
 from resnet_bk.inference.loading import load
 from resnet_bk.study import adapt as module
 from resnet_bk.study import run as scored
+from resnet_bk.training.transfer import Teacher
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 6
 MEASURE = scored.measure
@@ -71,13 +72,16 @@ def test_only_new_parameters_change_if_only_they_are_trained(base):
     assert not torch.equal(old[embed], weights("all")[embed])
 
 
-def test_an_adapted_run_goes_on_after_a_stop(base):
-    """The teacher is loaded again: with the same seed, five steps are those of a run that was not stopped."""
-    settings = ["--techniques", EXIT, "--max_steps=5", "--distill=0.7"]
+def test_an_adapted_run_that_is_resumed_has_its_teacher_and_its_frozen_weights_again(base, monkeypatch):
+    settings = ["--techniques", EXIT, "--distill=0.7", "--trained=new", "--max_steps=3"]
     assert main(["adapt", "base", *settings]) == 0
-    assert main(["adapt", "base", *settings, "--output_dir=other", "--max_steps=3"]) == 0
-    assert main(["train", "--config=other/config.yaml", "--max_steps=5", "--resume=true"]) == 0
-    assert weights("other").keys() == weights("runs/adapt").keys()
+    calls, teach = [], Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda self, ids: calls.append(len(ids)) or teach(self, ids))
+    assert main(["train", "--config=runs/adapt/config.yaml", "--max_steps=5", "--resume=true"]) == 0
+    assert calls == [4, 4]  # one batch for each of the two steps that were left
+    old, new = weights(base), weights("runs/adapt")
+    embed = next(name for name in old if name.endswith("embed.weight"))
+    assert torch.equal(old[embed], new[embed])
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class TrainConfig:
     """'muon' or 'adamw'. Muon makes the momentum of each matrix of the blocks, and between levels, orthogonal. It
     updates all other parameters by AdamW, at the same rate."""
     learning_rate: float = 0.01
-    """Peak learning rate. With Muon 0.01 serves models of all widths; AdamW needs less for wide ones."""
+    """Peak learning rate. With Muon 0.01 serves widths of 32 to 128; AdamW needs less for wide models."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices. Vectors have none."""
     beta2: float = 0.99
@@ -239,8 +239,7 @@ class GenerateConfig:
         if self.depth_threshold is not None:
             check_range("generate", 0, 1, depth_threshold=self.depth_threshold)
         check_integer("generate", 0, 1_024, speculate=self.speculate)
-        plain = not self.temperature and not self.stop and self.repetition_penalty == 1 and not self.interactive
-        if self.speculate and not plain and not self.temperature:
+        if self.speculate and (self.stop or self.repetition_penalty != 1 or self.interactive):
             raise ConfigError(
                 f"generate.speculate: got {self.speculate}, allowed without stop, repetition_penalty and interactive"
             )

@@ -43,7 +43,11 @@ class Session:
         """Begin an empty text. write: called with each piece of the text, whole characters, as soon as it is there."""
         self._reader, self._ids, self._config, self._write = reader, ids, config, write
         self._settings = Sampling(
-            config.repetition_penalty, config.temperature, config.top_k, config.top_p, config.min_p
+            repetition_penalty=config.repetition_penalty,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
         )
         self._tokens: list[int] = []  # of the whole text
         self._read, self._turns = 0, 0  # number of tokens that the model has read; of continuations
@@ -148,7 +152,10 @@ def generate_text(
 def session(
     model: "LanguageModel", tokenizer: "Tokenizer", config: GenerateConfig, write: Write
 ) -> Session | DraftSession:
-    """Return a session with a model; errors as for :func:`generate_text`."""
+    """Return a session with a model; errors as for :func:`generate_text`.
+
+    With config.speculate and the engine, the model's exits are closed for good: their threshold becomes 1.
+    """
     from resnet_bk.engine.decoder import Decoder, decoder_of
     from resnet_bk.hf import text_ids
     from resnet_bk.inference.speculation import exits

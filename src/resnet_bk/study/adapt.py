@@ -64,7 +64,7 @@ def adapt(config: AdaptConfig, console: Console) -> dict[str, Any]:
     """Train the adapted model, then score and measure it beside its base.
 
     Returns:
-        The content of adapt.json on rank 0, an empty dictionary on the others.
+        The content of adapt.json.
 
     Raises:
         ConfigError: the base is not a finished run, or its model cannot have the techniques.
@@ -72,8 +72,7 @@ def adapt(config: AdaptConfig, console: Console) -> dict[str, Any]:
     (base,) = read_runs("adapt.run", [config.run])
     recipe = config.recipe(base.config)
     with training.trained(recipe, console) as run:
-        if run is None:
-            return {}
+        assert run is not None  # the command line allows one process
         conclude(run, console)
         say(console, "comparing with the base ...")
         points = list(_points(config, run))

@@ -1,8 +1,8 @@
 """Muon: AdamW, except that the update of a matrix is its momentum made orthogonal.
 
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon). An update has the spectral norm that keeps its effect on
-features the same at every width (Yang et al. 2023, arXiv:2310.17813), so that one learning rate serves models of all
-widths. At a width of 64 an entry moves about as far as with AdamW, which updates other parameters at the same rate.
+features the same at every width (Yang et al. 2023, arXiv:2310.17813), so that one learning rate can serve all widths.
+At a width of 64 an entry moves about as far as with AdamW, which updates other parameters at the same rate.
 
 ``torch.optim.Muon`` is not used: it iterates in bfloat16 on every device, it takes one matrix at a time, and it does
 not know that one parameter may hold several matrices.
