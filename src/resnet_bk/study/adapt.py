@@ -5,7 +5,8 @@ Router-Tuning, arXiv:2410.13184, adapt trained models so).
 """
 
 import dataclasses
-from collections.abc import Iterator
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from resnet_bk.training import run as training
 from resnet_bk.training.run import TrainedRun
 
 RESULTS, TABLE = "adapt.json", "adapt.md"
+ROUNDS = 3  # of measurements of all models in turn, so that changes of the machine affect all of them
 EXIT_THRESHOLDS = [0.9, 0.95, 0.98, 1.0]  # confidences
 
 
@@ -57,7 +59,7 @@ class Point:
         ]
 
 
-HEAD = ["model", "threshold", "bits per byte", "perplexity", "blocks", "FLOPs", "prefill, x base", "decode, x base"]
+HEAD = ["model", "threshold", "bits/byte", "perplexity", "blocks", "FLOPs", "prefill, x base", "decode, x base"]
 
 
 def adapt(config: AdaptConfig, console: Console) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def adapt(config: AdaptConfig, console: Console) -> dict[str, Any]:
         assert run is not None  # the command line allows one process
         conclude(run, console)
         say(console, "comparing with the base ...")
-        points = list(_points(config, run))
+        points = _points(config, run)
         rows = [point.row(points[0]) for point in points]
         write_whole(run.folder / TABLE, f"# {config.run}, adapted\n\n" + markdown_table([HEAD, *rows]))
         results = {"base": config.run, "points": [_values(point) for point in points]}
@@ -85,26 +87,36 @@ def adapt(config: AdaptConfig, console: Console) -> dict[str, Any]:
     return results
 
 
-def _points(config: AdaptConfig, run: TrainedRun) -> Iterator[Point]:
-    """Yield the base, and the adapted model at each threshold."""
-    base, _ = load(config.run)
-    yield _point("base", base.model, None, config, run)
-    model = run.model.model
+def _points(config: AdaptConfig, run: TrainedRun) -> list[Point]:
+    """Return the base, and the adapted model at each threshold."""
+    base, model = load(config.run)[0].model, run.model.model
     layers = [module for module in model.modules() if isinstance(module, AdaptiveDepth)]
-    if not layers:
-        yield _point("adapted", model, None, config, run)
-        return
-    others = config.thresholds or (EXIT_THRESHOLDS if run.config.model.depth.policy == "exit" else [])
-    for threshold in dict.fromkeys([layers[0].threshold, *others]):
+    thresholds: list[float | None] = [None]
+    if layers:
+        others = config.thresholds or (EXIT_THRESHOLDS if run.config.model.depth.policy == "exit" else [])
+        thresholds = list(dict.fromkeys([layers[0].threshold, *others]))
+
+    def chosen(name: str, threshold: float | None) -> LanguageModel:
+        if name == "base":
+            return base
         for layer in layers:
+            assert threshold is not None
             layer.threshold = threshold
-        yield _point("adapted", model, threshold, config, run)
+        return model
 
-
-def _point(name: str, model: LanguageModel, threshold: float | None, config: AdaptConfig, run: TrainedRun) -> Point:
+    keys = [("base", None), *(("adapted", threshold) for threshold in thresholds)]
     scoring = EvalConfig(checkpoint=str(run.folder), max_bytes=config.max_bytes)
-    scores = evaluate(model, run.held_out, run.tokenizer.eos_token_id, scoring, run.held_out_words)
-    return Point(name, threshold, scores, measure(model, run.held_out.ids, run.bytes_per_token))
+    end, words = run.tokenizer.eos_token_id, run.held_out_words
+    scores = [evaluate(chosen(*key), run.held_out, end, scoring, words) for key in keys]
+    rounds = [[measure(chosen(*key), run.held_out.ids, run.bytes_per_token) for key in keys] for _ in range(ROUNDS)]
+    costs = map(_middle, zip(*rounds, strict=True))
+    return [Point(*key, score, cost) for key, score, cost in zip(keys, scores, costs, strict=True)]
+
+
+def _middle(costs: Sequence[Costs]) -> Costs:
+    """Return the costs of one model with the median of its speeds."""
+    prefill, decode = (statistics.median(getattr(c, name) for c in costs) for name in ("prefill", "decode"))
+    return dataclasses.replace(costs[0], prefill=prefill, decode=decode)
 
 
 def _values(point: Point) -> dict[str, Any]:
