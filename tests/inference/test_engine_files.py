@@ -2,20 +2,25 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from resnet_bk.checkpoint import seal
+from resnet_bk import files
+from resnet_bk.checkpoint import CheckpointError, seal
 from resnet_bk.cli import main
 from resnet_bk.config import GenerateConfig
 from resnet_bk.data.byte_text import ByteText
 from resnet_bk.engine.decoder import decoder_of
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.hf.tokenizer import byte_tokenizer
-from resnet_bk.inference import engine_files
+from resnet_bk.inference import engine_files, generation
 from resnet_bk.inference.generation import Session
 from resnet_bk.inference.loading import load
 from resnet_bk.inference.readers import EngineReader, ModelReader
@@ -88,10 +93,137 @@ def test_a_damaged_engine_is_not_used_and_written_again(text, tmp_path, damage):
     assert text(cached=True) == expected
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(text, tmp_path):
+@pytest.mark.parametrize("fault", ["a file", "a long name", "a full disk"])
+def test_a_cache_that_cannot_be_used_is_no_error(text, tmp_path, monkeypatch, fault):
     save()
-    (tmp_path / "cache").write_text("a file")
+    if fault == "a file":
+        (tmp_path / "cache").write_text("a file")
+    elif fault == "a long name":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("x" * 300)))
+    else:
+        full = SafetensorError("Error while serializing: I/O error: No space left on device")
+        monkeypatch.setattr(engine_files.Code, "save", lambda *arguments: (_ for _ in ()).throw(full))
     assert text(cached=False) == text(cached=False)
+
+
+def test_a_file_with_a_valid_manifest_that_is_no_engine_is_written_again(text, tmp_path):
+    save()
+    expected = text(cached=False)
+    (path,) = tmp_path.glob(f"cache/resnet-bk/engines/*/{engine_files.NAME}")
+    path.write_bytes(b"junk")
+    seal(path.parent, (engine_files.NAME,))
+    assert text(cached=False) == expected
+    assert text(cached=True) == expected
+
+
+def test_a_model_that_is_saved_meanwhile_does_not_get_the_place_of_the_first(text, monkeypatch):
+    """The newest checkpoint is chosen when the cache is searched, and again when the model is loaded."""
+    save("run/checkpoints/checkpoint-1")
+    engine_files.Path("run/config.yaml").write_text("{}")
+    own, load_model = text(model="run/checkpoints/checkpoint-1", cached=False), generation._load
+    shutil.rmtree(engine_files.cache_folder())
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            generation, "_load", lambda *rest: (save("run/checkpoints/checkpoint-2", 1), load_model(*rest))[1]
+        )
+        assert text(model="run", cached=False) != own
+    assert text(model="run/checkpoints/checkpoint-1", cached=False) == own
+
+
+def test_a_model_that_is_being_replaced_is_left_to_the_loader(text, monkeypatch):
+    save()
+    expected = text(cached=False)
+
+    def missing(*arguments):
+        raise CheckpointError("model/manifest.json: missing")
+
+    monkeypatch.setattr(generation, "model_folder", missing)
+    assert main(["generate", "model", "def é", "--max_new_tokens", "30"]) == 0
+    assert expected
+
+
+def test_another_tokenizer_is_noticed(text, capsys):
+    save()
+    text(cached=False)
+    for name in engine_files.TOKENIZER:
+        engine_files.Path("model", name).write_text("{broken")
+    assert main(["generate", "model", "x"]) == 2
+    assert "no usable tokenizer" in capsys.readouterr().err
+
+
+def test_numba_that_cannot_start_leaves_the_cache_alone(tmp_path, monkeypatch):
+    save()
+
+    def broken():
+        raise ValueError("No threading layer could be loaded.")
+
+    monkeypatch.setattr(engine_files, "_version", broken)
+    assert engine_files.place(tmp_path / "model", "float32", None) is None
+
+
+def test_folders_of_killed_processes_are_removed_after_a_while(text, tmp_path):
+    save()
+    left = files.scratch(tmp_path / "cache" / "resnet-bk" / "engines" / "0")
+    left.mkdir(parents=True)
+    text(cached=False)
+    assert left.exists()
+    os.utime(left, (0, 0))
+    save(seed=1)
+    text(cached=False)
+    assert not left.exists()
+
+
+def test_the_engine_that_was_used_last_stays(text):
+    for seed in range(engine_files.KEPT):
+        save(f"model-{seed}", seed)
+        text(model=f"model-{seed}", cached=False)
+        time.sleep(0.01)
+    text(model="model-0", cached=True)
+    save("another", 99)
+    text(model="another", cached=False)
+    assert text(model="model-0", cached=True)
+    assert text(model="model-1", cached=False)
+
+
+def test_int8_reads_the_prompt_in_int8_with_and_without_the_cache(text):
+    save(d_model=64)
+    for seed in range(4):
+        more = ("--weights", "int8", "--max_new_tokens", "200", "--seed", str(seed))
+        shutil.rmtree(engine_files.cache_folder(), ignore_errors=True)
+        assert text(*more, cached=False) == text(*more, cached=True)
+
+
+def test_ids_beyond_the_bytes_have_no_text(text):
+    """A vocabulary may be larger than the tokenizer's, as a multiple of 64 is."""
+    save(vocab_size=320)
+    assert text("--temperature", "1", "--max_new_tokens", "100", cached=False) == text(
+        "--temperature", "1", "--max_new_tokens", "100", cached=True
+    )
+    assert ByteText().decode([100, 259, 319, 2]) == "a"
+
+
+def test_logits_that_are_no_numbers_are_one_line(capsys):
+    torch.manual_seed(0)
+    model = ResNetBKForCausalLM(ResNetBKConfig(d_model=16, n_layers=3))
+    with torch.no_grad():
+        model.model.embed.weight *= 1e38
+    model.save_pretrained("model")
+    byte_tokenizer().save_pretrained("model")
+    seal(engine_files.Path("model"))
+    assert main(["generate", "model", "x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_prompt_without_a_token_continues_an_ended_text():
+    class Reader:
+        vocabulary, share, new_engine = 259, None, None
+
+        def read(self, ids):
+            assert ids
+            return np.eye(259, dtype=np.float32)[ByteText.end] * 9
+
+    session = Session(Reader(), ByteText(), GenerateConfig("m", "ab", temperature=0), lambda piece: None)
+    assert session.extend("ab") + session.extend("") + session.extend("c") == "abc"
 
 
 def test_a_damaged_model_is_refused_although_its_engine_is_stored(text, tmp_path, capsys):

@@ -204,7 +204,7 @@ class GenerateConfig:
     """Seed of sampling."""
     weights: Literal["float32", "int8"] = "float32"
     """Numbers in which matrices are read while decoding on a CPU. int8 takes a quarter of the memory, is faster for
-    models larger than the CPU's caches, and rounds; the prompt is read in float32."""
+    models larger than the CPU's caches, and rounds; a prompt is read one token at a time."""
     depth_threshold: float | None = None
     """Replaces model.depth.threshold, as set for training; only for models with adaptive depth. With early exit, 1 runs
     every position through all blocks."""

@@ -5,6 +5,12 @@ import codecs
 from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT
 
 
+def _bytes(token: int) -> bytes:
+    """Return the byte of an id, nothing for special ids and for those beyond the bytes."""
+    byte = token - BYTE_OFFSET
+    return bytes([byte]) if 0 <= byte < 256 else b""
+
+
 class ByteText:
     """The byte tokenizer, as far as generation needs it.
 
@@ -19,8 +25,8 @@ class ByteText:
         return [byte + BYTE_OFFSET for byte in text.encode()]
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids. Special ids are left out; bytes that are not UTF-8 become U+FFFD."""
-        return bytes(i - BYTE_OFFSET for i in ids if i >= BYTE_OFFSET).decode(errors="replace")
+        """Return the text of ids. Ids that are no byte are left out; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(_bytes, ids)).decode(errors="replace")
 
     def stream(self, prompt: list[int]) -> "ByteStream":
         """Return the stream of the text that follows a prompt, whole characters."""
@@ -35,7 +41,7 @@ class ByteStream:
 
     def add(self, token: int) -> str:
         """Return the text that an id completes."""
-        return self._decoder.decode(bytes([token - BYTE_OFFSET])) if token >= BYTE_OFFSET else ""
+        return self._decoder.decode(_bytes(token))
 
     def finish(self) -> str:
         """Return what is left where the ids end within a character."""

@@ -72,9 +72,9 @@ class Decoder:
     ``RESNET_BK_ENGINE=1`` uses the engine wherever it can be used, ``RESNET_BK_ENGINE=0`` never.
     """
 
-    def __init__(self, model: LanguageModel, int8: bool = False):
-        """Create the decoder of a model. int8: its engine stores matrices as int8 numbers."""
-        self.int8, self.asked = int8, asked()
+    def __init__(self, model: LanguageModel):
+        """Create the decoder of a model."""
+        self.asked = asked()
         self._model = weakref.ref(model)  # so that the model can be freed
         self.engine: Engine | None = None
         self._tensors: list[Tensor] = []
@@ -145,7 +145,7 @@ class Decoder:
             from resnet_bk.engine.compiler import engine_of  # numba is imported with the first step
 
             try:
-                self.engine = engine_of(self.model, self.int8)
+                self.engine = engine_of(self.model)
             except (ValueError, CheckpointError):  # its modules do not fit its configuration
                 return None
         self._tensors, self._versions, self._content = tensors, versions, content

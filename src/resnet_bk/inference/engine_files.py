@@ -1,17 +1,24 @@
 """Compiled models in the user's cache folder, so that `resnet-bk generate` starts without torch.
 
-A file belongs to one state of a model folder, one width of the CPU's registers, and one version of the engine.
+A file belongs to one state of a model folder and its tokenizer, one width of the CPU's registers, and one version of
+the engine.
 """
 
 import contextlib
 import functools
 import hashlib
+import os
 import secrets
+import time
+from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from resnet_bk import files
 from resnet_bk.checkpoint import MANIFEST, CheckpointError, seal, verify
+from resnet_bk.engine import asked
 from resnet_bk.engine.code import Code
 from resnet_bk.folders import cache_folder
 
@@ -19,7 +26,9 @@ if TYPE_CHECKING:
     from resnet_bk.engine.engine import Engine
 
 NAME = "engine.safetensors"
-LARGEST, KEPT = 2**29, 4  # bytes of a file; number of files in the cache
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # of a model folder; its manifest does not cover them
+LARGEST, KEPT = 2**29, 4  # bytes of a file; number of files in the cache, those that were used last
+ABANDONED = 3600  # seconds after which a folder that is still being written is that of a killed process
 
 
 def place(model: Path, weights: str, threshold: float | None) -> Path | None:
@@ -31,26 +40,30 @@ def place(model: Path, weights: str, threshold: float | None) -> Path | None:
         threshold: that of adaptive depth, if it replaces the model's.
     """
     cache = cache_folder()
-    if cache is None:
+    if cache is None or asked() is False:
         return None
     try:
-        parts = [(model / MANIFEST).read_bytes(), f"{weights} {threshold}".encode(), _version()]
-    except (ImportError, OSError):  # no numba
+        tokenizer = [path.read_bytes() if path.exists() else b"" for path in (model / name for name in TOKENIZER)]
+        parts = [(model / MANIFEST).read_bytes(), *tokenizer, f"{weights} {threshold}".encode(), _version()]
+    except Exception:  # files cannot be read, or numba is missing or cannot run; it raises many classes then
         return None
     return cache / "engines" / hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
 def stored(folder: Path) -> "Engine | None":
     """Return the engine in a folder of the cache; None if there is none."""
-    if not folder.exists():
-        return None
     try:
+        if not folder.exists():
+            return None
         from resnet_bk.engine.engine import Engine
 
         verify(folder, (NAME,))
-        return Engine(Code.load(folder / NAME))
-    except (OSError, CheckpointError):  # damaged, and soon written again
+        engine = Engine(Code.load(folder / NAME))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # damaged, and soon written again
         return None
+    with contextlib.suppress(OSError):
+        os.utime(folder / MANIFEST)  # used last
+    return engine
 
 
 def store(engine: "Engine", folder: Path) -> None:
@@ -58,7 +71,7 @@ def store(engine: "Engine", folder: Path) -> None:
     code = engine.code
     if sum(x.nbytes for x in code.arrays) > LARGEST:
         return
-    with contextlib.suppress(OSError, CheckpointError):
+    with contextlib.suppress(OSError, CheckpointError, SafetensorError):  # safetensors' own error of a full disk
         scratch = files.scratch(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}"))
         try:
             scratch.mkdir(parents=True)
@@ -69,8 +82,10 @@ def store(engine: "Engine", folder: Path) -> None:
             scratch.rename(folder)
         finally:
             files.remove(scratch)
-        own = [path for path in folder.parent.iterdir() if (path / MANIFEST).exists()]
-        for path in sorted(own, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        paths = list(folder.parent.iterdir())
+        used = {path: (path / MANIFEST).stat().st_mtime for path in paths if (path / MANIFEST).exists()}
+        old = [path for path in paths if files.is_scratch(path) and time.time() - path.stat().st_mtime > ABANDONED]
+        for path in [*sorted(filterfalse(files.is_scratch, used), key=used.__getitem__)[:-KEPT], *old]:
             files.remove(path)
 
 

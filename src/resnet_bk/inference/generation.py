@@ -3,15 +3,18 @@
 torch and transformers are imported only where a model is not in the cache of :mod:`.engine_files`.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
 from resnet_bk.data.byte_text import ByteText
-from resnet_bk.engine import asked
 from resnet_bk.folders import model_folder, warn
 from resnet_bk.inference import engine_files
 from resnet_bk.inference.continuation import Continuation, TextIds
@@ -50,6 +53,7 @@ class Session:
             min_p=config.min_p,
         )
         self._tokens: list[int] = []  # of the whole text
+        self._logits = np.zeros(0, np.float32)  # (V,), after the last token that was read
         self._read, self._turns = 0, 0  # number of tokens that the model has read; of continuations
         self.made, self.seconds = 0, 0.0
 
@@ -90,18 +94,27 @@ class Session:
             seed=self._config.seed + self._turns,
         )
         started, unread = 0.0, self._tokens[self._read :]
-        while text.finished is None:
-            logits = self._reader.read(unread)
-            if len(text.tokens) == _UNTIMED:
-                started = time.perf_counter()
-            self._read += len(unread)
-            unread = [text.add(logits)]
-            yield text.take()
-        if started:
-            self.seconds += time.perf_counter() - started
-            self.made += len(text.tokens) - _UNTIMED
+        try:
+            while text.finished is None:
+                if unread:  # all is read where a text has ended and the next prompt has no token
+                    self._logits = self._reader.read(unread)
+                if len(text.tokens) == _UNTIMED:
+                    started = time.perf_counter()
+                self._read += len(unread)
+                unread = [self._add(text)]
+                yield text.take()
+        finally:  # also after Ctrl-C
+            if started:
+                self.seconds += time.perf_counter() - started
+                self.made += len(text.tokens) - _UNTIMED
         self._tokens += text.tokens
         self._turns += 1
+
+    def _add(self, text: Continuation) -> int:
+        try:
+            return text.add(self._logits)
+        except ValueError as error:
+            raise CheckpointError(f"{self._config.checkpoint}: {error}") from error
 
 
 class DraftSession:
@@ -156,11 +169,11 @@ def session(
 
     With config.speculate and the engine, the model's exits are closed for good: their threshold becomes 1.
     """
-    from resnet_bk.engine.decoder import Decoder, decoder_of
+    from resnet_bk.engine.decoder import decoder_of
     from resnet_bk.hf import text_ids
     from resnet_bk.inference.speculation import exits
 
-    decoder = decoder_of(model) if config.weights == "float32" else Decoder(model, int8=True)
+    decoder = decoder_of(model)
     if config.weights == "int8" and not decoder.uses_engine():
         raise ConfigError("generate.weights: got 'int8', allowed with the engine, which needs a CPU and numba")
     if config.speculate:
@@ -171,7 +184,12 @@ def session(
         if not decoder.uses_engine():
             return DraftSession(model, text_ids(tokenizer), config, write)
         layer.threshold = 1.0  # all blocks, as the text of drafts is verified by
-    return Session(ModelReader(model, decoder), text_ids(tokenizer), config, write)
+    reader: Reader = ModelReader(model, decoder)
+    if config.weights == "int8":
+        from resnet_bk.engine.compiler import engine_of
+
+        reader = EngineReader(engine_of(model, int8=True), is_new=True)
+    return Session(reader, text_ids(tokenizer), config, write)
 
 
 def keep_engine(model: "LanguageModel", tokenizer: "Tokenizer", folder: Path) -> None:
@@ -207,14 +225,16 @@ def generate(config: GenerateConfig, console: Console) -> None:
     """
     prompt, screen = _read_prompt(config), _Screen(console)
     messages: list[str] = []
-    folder = engine_files.place(
-        model_folder(config.checkpoint, messages.append), config.weights, config.depth_threshold
-    )
-    engine = None
-    if folder is not None and len(prompt.encode()) <= _SHORT_PROMPT and not config.speculate and asked() is not False:
+    folder = engine = None
+    with contextlib.suppress(CheckpointError):  # the model is being replaced, or `_load` says what is wrong with it
+        path = model_folder(config.checkpoint, messages.append)
+        folder = engine_files.place(path, config.weights, config.depth_threshold)
+    if folder is not None and len(prompt.encode()) <= _SHORT_PROMPT and not config.speculate:
         engine = engine_files.stored(folder)
     if engine is None:
-        text = _load(config, screen.write)  # which has the same messages
+        text, path = _load(config, screen.write)  # which has the same messages
+        if engine_files.place(path, config.weights, config.depth_threshold) != folder:
+            folder = None  # another model has been saved meanwhile
     else:
         for message in messages:
             warn(message)
@@ -232,13 +252,14 @@ def generate(config: GenerateConfig, console: Console) -> None:
         engine_files.store(text.new_engine, folder)
 
 
-def _load(config: GenerateConfig, write: Write) -> Session | DraftSession:
+def _load(config: GenerateConfig, write: Write) -> tuple[Session | DraftSession, Path]:
+    """Return a session with a loaded model, and the folder of the model."""
     from resnet_bk.hf import quiet_transformers
     from resnet_bk.inference.loading import load
 
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
-    return session(model.model, tokenizer, config, write)
+    return session(model.model, tokenizer, config, write), Path(str(model.name_or_path))
 
 
 def _write_text(text: Session | DraftSession, prompt: str, config: GenerateConfig, screen: _Screen) -> None:

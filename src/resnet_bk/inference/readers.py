@@ -55,9 +55,9 @@ class _Share:
 class EngineReader:
     """Reads with an engine, without torch."""
 
-    new_engine = None
-
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: "Engine", is_new: bool = False):
+        """Begin a text. is_new: the engine was compiled for this text."""
+        self.new_engine = engine if is_new else None
         self._engine, self._state, self._share = engine, engine.start(), _Share()
         self.vocabulary = engine.code.vocabulary
 
