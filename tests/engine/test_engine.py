@@ -147,6 +147,57 @@ def test_blocks_are_counted():
     assert len(set(counted)) > 1
 
 
+@pytest.mark.parametrize("policy", ["act", "skip", "exit"])
+@torch.no_grad()
+def test_each_row_may_have_a_threshold_of_its_own(policy):
+    model = checks.build(n_layers=4, depth={"policy": policy})
+    engine, ids = engine_of(model), checks.tokens(model, 1, 60)
+    state, thresholds = engine.start(3), (0.01, 0.9, 1.0)
+    for row, threshold in enumerate(thresholds):
+        state.span(row, row + 1).set_threshold(threshold)
+    found, _ = decoded(engine, ids.expand(3, -1), state)
+    for row, threshold in enumerate(thresholds):
+        model.blocks[0].threshold = threshold
+        checks.close(found[row : row + 1], model(ids).logits, f"threshold {threshold}")
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(decoded(engine, ids)[0], decoded(engine, ids, from_torch(engine, to_torch(engine.start())))[0])
+
+
+@torch.no_grad()
+def test_rows_read_any_number_of_tokens_at_once():
+    model = checks.build(**TECHNIQUES["memory+multiscale+length+depth+sparsity+experts"])
+    engine, ids = engine_of(model), checks.tokens(model, 3, 40)
+    steps, _ = decoded(engine, ids)
+    state = engine.start(3)
+    for first, end in ((0, 5), (5, 6), (6, 6), (6, 40)):
+        pieces = [ids[0, first:end].tolist(), ids[1, : 40 * (end == 6)].tolist() * (first == 5), ids[2, first:end].tolist()]
+        logits = torch.from_numpy(engine.read(pieces, state).copy())
+        for row in range(3):
+            if pieces[row]:
+                assert torch.equal(logits[row], steps[row, (40 if row == 1 else end) - 1])
+    one = engine.start()
+    engine.read([ids[0, :39].tolist()], one)
+    checks.close(torch.from_numpy(engine.read([ids[0, 39:].tolist()], one).copy()), steps[:1, 39], "one row")
+    with pytest.raises(ValueError, match="pieces: expected 3, one for each row"):
+        engine.read([[1], [2]], state)
+    with pytest.raises(IndexError, match="got 0 to 31, allowed 0 to 30"):
+        engine.read([[1], [2, 31], []], state)
+
+
+@torch.no_grad()
+def test_rows_of_a_state_are_replaced_and_viewed():
+    model = checks.build()
+    engine, ids = engine_of(model), checks.tokens(model, 2, 20)
+    expected, whole = decoded(engine, ids)
+    state = engine.start(3)
+    decoded(engine, ids[:, :10], state.span(0, 2))
+    state.put(2, state.span(0, 1))  # the first row goes on in the last one
+    logits, _ = decoded(engine, ids[:, 10:].flip(0), state.span(1, 3))
+    assert torch.equal(logits, expected[:, 10:].flip(0))
+    state.put(1, engine.start())
+    assert torch.equal(decoded(engine, ids[:1], state.span(1, 2))[0], decoded(engine, ids[:1])[0])
+
+
 @torch.no_grad()
 def test_single_precision_is_close_over_512_steps():
     for name in ("propagator-bonds", "propagator-complex", "sparsity+experts", "words", "memory"):

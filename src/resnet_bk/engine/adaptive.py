@@ -9,7 +9,7 @@ import torch
 
 from resnet_bk.adaptive.boundaries import LONGEST, AfterWords, FixedStride, Router, WordRouter
 from resnet_bk.adaptive.depth import AdaptiveDepth, Halting, Skipping
-from resnet_bk.adaptive.early_exit import NEVER, EarlyExit
+from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.length import LearnedLength, LengthState
 from resnet_bk.adaptive.multiscale import MultiScale, MultiScaleState
 from resnet_bk.adaptive.windows import WindowState
@@ -85,9 +85,8 @@ def multiscale(p: Program, layer: MultiScale, x: int) -> MultiScaleState:
 
 def depth(p: Program, layer: AdaptiveDepth, x: int) -> list[Any]:
     places = [p.stack(layer.first, x)]
-    threshold, stops = p.weight(layer.threshold), []
+    threshold, stops = p.threshold(layer.threshold), []
     if isinstance(layer, EarlyExit):
-        threshold = p.weight(layer.threshold if layer.threshold < 1 else NEVER)
         kind = CONFIDENCES[layer.kind]
         for i, segment in enumerate(layer.stacks):
             with p.scope():

@@ -46,6 +46,7 @@ class Code:
         bytes: int8, the matrices that are stored so.
         table: (rows, columns) int32, that of n-gram memory.
         places: of the parts of a state.
+        thresholds: where the state of a row has thresholds of adaptive depth, which may differ between rows.
         numbers, wholes: of the state of a row.
         most: numbers of scratch memory of a row.
         vocabulary, logits: number of logits, and where they are in the scratch memory.
@@ -57,6 +58,7 @@ class Code:
     bytes: np.ndarray
     table: np.ndarray
     places: tuple[Place, ...]
+    thresholds: tuple[Place, ...]
     numbers: int
     wholes: int
     most: int
@@ -81,5 +83,7 @@ class Code:
         with safe_open(path, "numpy") as file:
             rest: dict[str, Any] = json.loads(file.metadata()["code"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        places: Sequence[Any] = rest.pop("places")
-        return cls(**tensors, **rest, places=tuple(Place(at, tuple(shape), *more) for at, shape, *more in places))
+        for name in ("places", "thresholds"):
+            places: Sequence[Any] = rest.pop(name)
+            rest[name] = tuple(Place(at, tuple(shape), *more) for at, shape, *more in places)
+        return cls(**tensors, **rest)

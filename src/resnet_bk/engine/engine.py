@@ -3,6 +3,7 @@
 Dimensions: B rows, V vocabulary.
 """
 
+import itertools
 import math
 import threading
 import time
@@ -62,7 +63,7 @@ class Engine:
         """Return the states of `rows` sequences before their first token."""
         numbers = np.zeros((rows, self.code.numbers), self.code.weights.dtype)
         state = EngineState(numbers, np.zeros((rows, self.code.wholes), np.int64), self)
-        for place in self.code.places:
+        for place in (*self.code.places, *self.code.thresholds):
             state.part(place)[...] = place.first
         return state
 
@@ -75,19 +76,49 @@ class Engine:
             IndexError: a token is outside the vocabulary.
             ValueError: the number of ids is not that of the rows, or the state is one of another model.
         """
-        code, shape = self.code, np.shape(ids)
-        if shape != (len(state),):
-            raise ValueError(f"ids: expected shape ({len(state)},), one token for each row of the state, got {shape}")
+        if np.shape(ids) != (len(state),):
+            raise ValueError(
+                f"ids: expected shape ({len(state)},), one token for each row of the state, got {np.shape(ids)}"
+            )
+        if len(state) > 1:
+            return self._read(np.asarray(ids, np.int64), np.arange(len(state) + 1), state)
+        scratch = self._scratch(ids[0], ids[0], state)
+        state.wholes[0, TOKEN] = ids[0]
+        self._alone(*self._arrays, state.numbers, state.wholes, scratch)
+        return scratch[:1, self.code.logits : self.code.logits + self.code.vocabulary]
+
+    def read(self, pieces: Sequence[Sequence[int]], state: EngineState) -> np.ndarray:
+        """Read the next tokens of each row, any number of them, and return the logits (B, V) after the last ones.
+
+        The logits of a row that reads no token have no meaning. Otherwise as :meth:`step`.
+
+        Args:
+            pieces: tokens of each row, (B,).
+            state: of the rows; it changes in place.
+        """
+        if len(pieces) != len(state):
+            raise ValueError(f"pieces: expected {len(state)}, one for each row of the state, got {len(pieces)}")
+        if len(pieces) == len(pieces[0]) == 1:
+            return self.step(pieces[0], state)
+        ids = np.fromiter(itertools.chain.from_iterable(pieces), np.int64)
+        return self._read(ids, np.fromiter(itertools.accumulate(map(len, pieces), initial=0), np.int64), state)
+
+    def _read(self, ids: np.ndarray, ends: np.ndarray, state: EngineState) -> np.ndarray:
+        scratch = self._scratch(ids.min(initial=0), ids.max(initial=0), state)
+        run(*self._arrays, state.numbers, state.wholes, scratch, ids, ends)
+        return scratch[: len(state), self.code.logits : self.code.logits + self.code.vocabulary]
+
+    def _scratch(self, least: int, greatest: int, state: EngineState) -> np.ndarray:
+        """Return the scratch memory of this thread, after the checks of a state and of the tokens that it is to read."""
+        code = self.code
         if not self.fits(state):
             raise ValueError("state: is one of another model; pass a state of this model")
-        if min(ids) < 0 or max(ids) >= code.vocabulary:
-            raise IndexError(f"ids: got {min(ids)} to {max(ids)}, allowed 0 to {code.vocabulary - 1}")
-        scratch = getattr(self._threads, "scratch", None)
+        if least < 0 or greatest >= code.vocabulary:
+            raise IndexError(f"ids: got {least} to {greatest}, allowed 0 to {code.vocabulary - 1}")
+        scratch: np.ndarray | None = getattr(self._threads, "scratch", None)
         if scratch is None or len(scratch) < len(state):
             scratch = self._threads.scratch = np.zeros((len(state), code.most), code.weights.dtype)
-        state.wholes[:, TOKEN] = ids
-        (run if len(state) > 1 else self._alone)(*self._arrays, state.numbers, state.wholes, scratch)
-        return scratch[: len(state), code.logits : code.logits + code.vocabulary]
+        return scratch
 
     def fits(self, state: EngineState) -> bool:
         """Return whether a state is one of this model."""

@@ -53,10 +53,10 @@ class Op(IntEnum):
     CARRIED = auto()  # x in place, width, n of since, w of gains, their number
     ADD_GATED = auto()  # x in place, from, gate, width, w of two scales or -1: x + 2 from sigmoid(gate)
     HALT_START = auto()  # out, left, width
-    HALT = auto()  # x, out, left, score, width, w of the threshold, to (stops)
+    HALT = auto()  # x, out, left, score, width, s of the threshold, to (stops)
     HALT_END = auto()  # x in place, out, left, width
-    SKIP = auto()  # score, w of the threshold, to (skipped)
-    EXIT = auto()  # kind, score or logits, vocabulary, w of the threshold, to (exits)
+    SKIP = auto()  # score, s of the threshold, to (skipped)
+    EXIT = auto()  # kind, score or logits, vocabulary, s of the threshold, to (exits)
     WINDOW = auto()  # x, width, x of the weight or -1, n, s, prefix, needed, size, to (no choice is due)
     CHOOSE = auto()  # scores, w of lengths, n, kind, groups, number of lengths, shortest, longest
     KEEP = auto()  # n, size, shortest, spread, by words, to (not kept)

@@ -151,16 +151,16 @@ def step(code, w, b, table, s, n, x, threads):
                 x[c[1] + i] = 0
             x[c[2]] = 1
         elif op == Op.HALT:
-            if halts(w, x, c[1], c[2], c[3], c[4], c[5], c[6]):
+            if halts(x, c[1], c[2], c[3], c[4], c[5], s[c[6]]):
                 at = c[7]
         elif op == Op.HALT_END:
             for i in range(c[4]):
                 x[c[1] + i] = x[c[2] + i] + x[c[3]] * x[c[1] + i]
         elif op == Op.SKIP:
-            if sigmoid_of(x[c[1]]) < w[c[2]]:
+            if sigmoid_of(x[c[1]]) < s[c[2]]:
                 at = c[3]
         elif op == Op.EXIT:
-            if exits(w, x, c[1], c[2], c[3], c[4]):
+            if exits(x, c[1], c[2], c[3], s[c[4]]):
                 at = c[5]
         elif op == Op.WINDOW:
             if not read_window(x, s, n, c):
@@ -198,7 +198,9 @@ def run_one_on_threads(code, w, b, table, s, n, x):
 
 
 @jit
-def run(code, w, b, table, s, n, x):
-    """Run a program for the tokens of all rows, on the threads there are."""
+def run(code, w, b, table, s, n, x, ids, ends):
+    """Run a program for the next tokens of all rows, ids[ends[row]:ends[row + 1]], on the threads there are."""
     for row in prange(len(s)):
-        step(code, w, b, table, s[row], n[row], x[row], None)
+        for at in range(ends[row], ends[row + 1]):
+            n[row, TOKEN] = ids[at]
+            step(code, w, b, table, s[row], n[row], x[row], None)

@@ -31,6 +31,7 @@ class Program:
         byte_parts, bytes: those of matrices in int8, if `int8`.
         scratch, most: numbers of scratch memory in use, and the most of them.
         numbers, wholes: of a state.
+        thresholds: places of those of adaptive depth.
         table: that of n-gram memory.
         vocabulary, logits: number of logits, and where they are in the scratch memory.
         read: adds the instructions that compute the logits of the features at a place.
@@ -48,6 +49,7 @@ class Program:
     most: int = 0
     numbers: int = 0
     wholes: int = 2
+    thresholds: list[Place] = field(default_factory=list)
     table: Tensor | None = None
     vocabulary: int = 0
     logits: int = 0
@@ -134,6 +136,11 @@ class Program:
         self.numbers += math.prod(shape[:-1]) * (padded or shape[-1]) * (2 if imaginary else 1)
         return place
 
+    def threshold(self, value: float) -> int:
+        """Return where a row's state has a threshold of adaptive depth, at first the model's, see :class:`Code`."""
+        self.thresholds.append(self.state(1, first=value))
+        return self.thresholds[-1].at
+
     def whole(self, *shape: int) -> Place:
         """Return a place for whole numbers of a row."""
         place = Place(self.wholes, shape, whole=True)
@@ -153,6 +160,7 @@ class Program:
             bytes=torch.cat([*self.byte_parts, torch.zeros(0, dtype=torch.int8)]).numpy(),
             table=np.zeros((1, 1), np.int32) if self.table is None else self.table.numpy(),
             places=tuple(places),
+            thresholds=tuple(self.thresholds),
             numbers=self.numbers,
             wholes=self.wholes,
             most=self.most,

@@ -29,6 +29,19 @@ class EngineState:
         """Return copies of the states of some rows, such as those that a beam search goes on with."""
         return EngineState(self.numbers[index], self.wholes[index], self.engine)
 
+    def span(self, first: int, end: int) -> "EngineState":
+        """Return the states of some rows in a row. They are not copied: steps change them here too."""
+        return EngineState(self.numbers[first:end], self.wholes[first:end], self.engine)
+
+    def put(self, row: int, other: "EngineState") -> None:
+        """Replace the state of a row by the only one of another state."""
+        self.numbers[row], self.wholes[row] = other.numbers[0], other.wholes[0]
+
+    def set_threshold(self, value: float) -> None:
+        """Let adaptive depth use another threshold in the steps of these rows."""
+        for place in self.engine.code.thresholds:
+            self.part(place)[...] = value
+
     def copy(self) -> "EngineState":
         return EngineState(self.numbers.copy(), self.wholes.copy(), self.engine)
 

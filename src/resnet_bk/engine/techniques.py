@@ -86,9 +86,9 @@ def add_gated(w, x, out, source, gate, width, scales):
 
 
 @helper
-def halts(w, x, at, out, left, score, width, threshold):
+def halts(x, at, out, left, score, width, threshold):
     halt, rest = sigmoid_of(x[score]), x[left]
-    stops = rest - halt <= 1 - w[threshold]
+    stops = rest - halt <= 1 - threshold
     weight = rest if stops else halt
     for i in range(width):
         x[out + i] += weight * x[at + i]
@@ -97,8 +97,8 @@ def halts(w, x, at, out, left, score, width, threshold):
 
 
 @helper
-def exits(w, x, kind, at, vocabulary, threshold):
-    """Return whether a position is sure enough: by its predicted gain, or by its logits."""
+def exits(x, kind, at, vocabulary, threshold):
+    """Return whether a position is sure enough: by its predicted gain, or by its logits. With a threshold of 1, none is."""
     if kind == 0:
         sure = math.exp(-x[at])
     else:
@@ -112,7 +112,7 @@ def exits(w, x, kind, at, vocabulary, threshold):
             weighted += p * (x[at + i] - top)
         entropy = math.log(total) - weighted / total
         sure = 1 / total if kind == 1 else 1 - entropy / math.log(vocabulary)
-    return min(sure, 1) >= w[threshold]
+    return threshold < 1 and min(sure, 1) >= threshold
 
 
 @helper
