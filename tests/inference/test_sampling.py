@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from resnet_bk.inference.sampling import Sampler, Sampling
+from resnet_bk.inference.sampling import Sampler, Sampling, choose
 
 V, DRAWS = 12, 20_000
 
@@ -85,3 +85,28 @@ def test_logits_that_are_no_numbers_are_refused(bad, temperature):
     logits[3] = bad
     with pytest.raises(ValueError, match="logits: one is NaN or infinite"):
         Sampler(Sampling(temperature=temperature), V, [])(logits)
+
+
+def test_texts_together_have_the_tokens_of_each_alone():
+    settings = [
+        *(Sampling(temperature=t) for t in (0, 1e-6, 0.3, 0.7, 1.0, 100.0)),
+        Sampling(temperature=1.0, top_k=3),
+        Sampling(temperature=1.0, top_p=0.5),
+        Sampling(temperature=1.0, min_p=0.1),
+        Sampling(temperature=0.0, repetition_penalty=1.5),
+    ]
+    random = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        alone, together = ([Sampler(s, 259, [3, 4], seed) for seed, s in enumerate(settings)] for _ in range(2))
+        for _ in range(300):
+            logits = (3 * random.standard_normal((len(settings), 259))).astype(dtype)
+            assert choose(together, logits) == [sampler(x) for sampler, x in zip(alone, logits, strict=True)]
+    assert choose(together[2:3], logits[2:3]) == [alone[2](logits[2])]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error_for_all(bad):
+    logits = np.zeros((2, V))
+    logits[1, 3] = bad
+    with pytest.raises(ValueError, match="logits: one is NaN or infinite"):
+        choose([Sampler(Sampling(), V, []), Sampler(Sampling(), V, [])], logits)

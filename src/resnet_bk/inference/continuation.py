@@ -29,6 +29,7 @@ class Continuation:
     """The text that follows a prompt.
 
     Attributes:
+        sampler: chooses the tokens.
         tokens: chosen so far, without the one that ends a text.
         finished: "stop" at the end of the text or before a stop string, "length" at the limit; None before.
     """
@@ -56,7 +57,7 @@ class Continuation:
             seed: of the choices.
         """
         self._end, self._stream = ids.end, ids.stream(prompt)
-        self._choose = Sampler(settings, vocabulary, prompt, seed)
+        self.sampler = Sampler(settings, vocabulary, prompt, seed)
         self._limit, self._stop = limit, [text for text in stop if text]
         self._held = ""  # the end of the text, which may be the beginning of a stop string
         self._ready = ""
@@ -65,15 +66,19 @@ class Continuation:
 
     def add(self, logits: np.ndarray) -> int:
         """Choose and return the next token, given its logits (V,)."""
-        token = self._choose(logits)
+        token = self.sampler(logits)
+        self.accept(token)
+        return token
+
+    def accept(self, token: int) -> None:
+        """Add a token that the sampler has chosen."""
         if token == self._end:
             self._close("stop")
-            return token
+            return
         self.tokens.append(token)
         self._show(self._stream.add(token))
         if self.finished is None and len(self.tokens) >= self._limit:
             self._close("length")
-        return token
 
     def take(self) -> str:
         """Return the text that can be shown and was not yet."""
