@@ -170,7 +170,11 @@ def test_rows_read_any_number_of_tokens_at_once():
     steps, _ = decoded(engine, ids)
     state = engine.start(3)
     for first, end in ((0, 5), (5, 6), (6, 6), (6, 40)):
-        pieces = [ids[0, first:end].tolist(), ids[1, : 40 * (end == 6)].tolist() * (first == 5), ids[2, first:end].tolist()]
+        pieces = [
+            ids[0, first:end].tolist(),
+            ids[1, : 40 * (end == 6)].tolist() * (first == 5),
+            ids[2, first:end].tolist(),
+        ]
         logits = torch.from_numpy(engine.read(pieces, state).copy())
         for row in range(3):
             if pieces[row]:

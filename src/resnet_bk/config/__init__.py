@@ -26,6 +26,7 @@ from resnet_bk.config.commands import (
     InspectConfig,
     ReportConfig,
     SealConfig,
+    ServeConfig,
     TrainConfig,
 )
 from resnet_bk.config.data import DataConfig
@@ -70,6 +71,7 @@ __all__ = [
     "MultiScaleConfig",
     "ReportConfig",
     "SealConfig",
+    "ServeConfig",
     "SparsityConfig",
     "TrainConfig",
     "TuneConfig",

@@ -251,6 +251,64 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """Settings of `resnet-bk serve`."""
+
+    checkpoint: str
+    """Folder of a run or of a model."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 is every IPv4 address of this machine; then give clients a key."""
+    port: int = 8000
+    """Port to listen on. 0 takes any free one."""
+    name: str | None = None
+    """Name of the model for clients. Default: the name of the folder."""
+    api_key_file: str | None = None
+    """File with the key that clients must send as 'Authorization: Bearer KEY'. Default: the environment variable
+    RESNET_BK_API_KEY; without it, no key is needed."""
+    rows: int = 64
+    """Texts that are decoded at the same time."""
+    queue: int = 256
+    """Texts that may wait for a place. Requests beyond that get the status 429."""
+    threads: int | None = None
+    """Threads that decode. Default: one fewer than the CPU has cores, as the answers are sent by another one."""
+    max_tokens: int = 4_096
+    """Largest max_tokens of a request."""
+    max_prompt_tokens: int = 65_536
+    """Largest number of tokens of a prompt."""
+    max_body_bytes: int = 1_048_576
+    """Largest body of a request, in bytes."""
+    timeout: float = 600.0
+    """Seconds after which a request ends with an error, waiting included."""
+    grace: float = 10.0
+    """Seconds that running texts have to end after Ctrl-C or SIGTERM. A second signal ends them at once."""
+    weights: Literal["float32", "int8"] = "float32"
+    """Numbers in which matrices are read. int8 takes a quarter of the memory, is faster for models larger than the
+    CPU's caches, and rounds."""
+    depth_threshold: float | None = None
+    """Replaces model.depth.threshold, as set for training, for requests that do not give their own; only for models
+    with adaptive depth. With early exit, 1 runs every position through all blocks."""
+
+    def __post_init__(self) -> None:
+        where = "serve"
+        check_choices(where, self)
+        check_text(where, checkpoint=self.checkpoint, host=self.host)
+        check_integer(where, 0, 65_535, port=self.port)
+        for name in ("name", "api_key_file"):
+            if getattr(self, name) is not None:
+                check_text(where, **{name: getattr(self, name)})
+        check_integer(where, 1, 4_096, rows=self.rows)
+        check_integer(where, 0, 2**20, queue=self.queue)
+        if self.threads is not None:
+            check_integer(where, 1, 1_024, threads=self.threads)
+        check_integer(where, 1, 2**24, max_tokens=self.max_tokens, max_prompt_tokens=self.max_prompt_tokens)
+        check_integer(where, 1, 2**30, max_body_bytes=self.max_body_bytes)
+        check_range(where, 0.1, 1e6, timeout=self.timeout)
+        check_range(where, 0, 3_600, grace=self.grace)
+        if self.depth_threshold is not None:
+            check_range(where, 0, 1, depth_threshold=self.depth_threshold)
+
+
+@dataclass(frozen=True)
 class InspectConfig:
     """Settings of `resnet-bk inspect`."""
 
