@@ -109,7 +109,7 @@ class Engine:
         return scratch[: len(state), self.code.logits : self.code.logits + self.code.vocabulary]
 
     def _scratch(self, least: int, greatest: int, state: EngineState) -> np.ndarray:
-        """Return the scratch memory of this thread, after the checks of a state and of the tokens that it is to read."""
+        """Return the scratch memory of this thread, after the checks of a state and of the tokens to read."""
         code = self.code
         if not self.fits(state):
             raise ValueError("state: is one of another model; pass a state of this model")

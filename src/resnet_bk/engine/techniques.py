@@ -98,7 +98,7 @@ def halts(x, at, out, left, score, width, threshold):
 
 @helper
 def exits(x, kind, at, vocabulary, threshold):
-    """Return whether a position is sure enough: by its predicted gain, or by its logits. With a threshold of 1, none is."""
+    """Return whether a position is sure enough: by its predicted gain, or by its logits. With 1, none is."""
     if kind == 0:
         sure = math.exp(-x[at])
     else:

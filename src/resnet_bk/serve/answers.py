@@ -20,7 +20,7 @@ def event(content: Any) -> bytes:
 
 
 class Answer:
-    """The answer to one request, made of the pieces of its texts. Text i of n to a prompt has the index prompt * n + i."""
+    """The answer to one request, made of the pieces of its texts. Text i of n to prompt p has the index n p + i."""
 
     def __init__(self, asked: CompletionRequest, ids: TextIds, texts: list[Text]):
         self._asked, self._ids, self._texts = asked, ids, texts

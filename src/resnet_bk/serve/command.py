@@ -83,6 +83,8 @@ def load(config: ServeConfig) -> Served:
     if asked() is False:
         raise ConfigError("RESNET_BK_ENGINE: got '0', allowed 1 for serve, which decodes by the engine; unset it")
     engine, ids = _compiled(config)
+    engine.step((0,), engine.start())  # numba compiles now, not while a client waits
+    engine.read([(0,), (0,)], engine.start(2))
     thresholds = engine.code.thresholds
     threads = config.threads or max(1, (os.cpu_count() or 1) - 1)
     return Served(
