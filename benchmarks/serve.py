@@ -133,6 +133,12 @@ def memory(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", lines)[1]) / 1024
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
 def server(checkpoint: str, options: list[str]) -> Any:
     """Run the server; yield its process and a client."""
@@ -147,37 +153,31 @@ def server(checkpoint: str, options: list[str]) -> Any:
         process.kill()
 
 
-async def measured(client: Client, seconds: float) -> str:
+async def measured(client: Client, pid: int, seconds: float) -> str:
+    """Return the table of the loads of a server."""
     expected = {seed: await client.stream(seed, Load()) for seed in range(SEEDS)}
     rows, speeds = [], {}
     for clients in CLIENTS:
         await run(client, clients, 1.0, expected)  # warm
-        started = time.perf_counter()
+        started, used = time.perf_counter(), cpu_seconds(pid)
         load = await run(client, clients, seconds, expected)
+        used = 1e6 * (cpu_seconds(pid) - used) / load.read
         speeds[clients] = load.read / (time.perf_counter() - started)
         cells = []
         for times in (load.first, load.total):
             cuts = statistics.quantiles(times, n=100)
             cells += [f"{1e3 * cuts[49]:.1f}", f"{1e3 * cuts[98]:.1f}"]
-        rows.append([clients, len(load.total), *cells, f"{speeds[clients]:,.0f}", load.wrong, load.refused])
-    head = [
-        "clients",
-        "streams",
-        "first byte, p50 ms",
-        "p99",
-        "whole text, p50 ms",
-        "p99",
-        "bytes/s",
-        "wrong",
-        "refused",
-    ]
-    return (
-        table(head, rows)
-        + f"\nWith {CLIENTS[-1]} clients the server sends {speeds[CLIENTS[-1]] / speeds[1]:.1f} times as many bytes a second as with one.\n"
-    )
+        rows.append(
+            [clients, len(load.total), *cells, f"{speeds[clients]:,.0f}", f"{used:.1f}", load.wrong, load.refused]
+        )
+    head = ["clients", "streams", "first byte, p50 ms", "p99", "whole text, p50 ms", "p99", "bytes/s", "CPU, µs a byte"]
+    ratio = speeds[CLIENTS[-1]] / speeds[CLIENTS[0]]
+    note = f"{CLIENTS[-1]} clients get {ratio:.1f} times as many bytes a second as one."
+    return table([*head, "wrong", "refused"], rows) + f"\n{note}\n"
 
 
 async def soaked(client: Client, pid: int, minutes: float) -> str:
+    """Return the table of some minutes with everything that may disturb a server."""
     expected = {seed: await client.stream(seed, Load()) for seed in range(SEEDS)}
     rows, statuses = [], {}
     parts = max(2, round(minutes))
@@ -205,10 +205,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, action="append", help="of the engine; may be given several times")
     options = parser.parse_args()
     page = "# Serving\n\n" + conditions(" ".join(["python benchmarks/serve.py", *sys.argv[1:]]))
-    page += f"\nStreams of {TOKENS} bytes, clients on the same {os.cpu_count()} cores, each asks for one stream after the other.\n"
+    page += (
+        f"\nStreams of {TOKENS} bytes. Each client asks for one stream after the other, on the same {os.cpu_count()} "
+    )
+    page += f"cores. Load of the machine before: {os.getloadavg()[0]:.1f}.\n"
     for threads in options.threads or [1]:
         with server(options.checkpoint, ["--threads", str(threads)]) as (process, client):
-            page += f"\n## Threads of the engine: {threads}\n\n" + asyncio.run(measured(client, options.seconds))
+            page += f"\n## Threads of the engine: {threads}\n\n" + asyncio.run(
+                measured(client, process.pid, options.seconds)
+            )
     if options.minutes:
         with server(options.checkpoint, []) as (process, client):
             page += asyncio.run(soaked(client, process.pid, options.minutes))

@@ -75,7 +75,7 @@ class Answer:
         for token in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token.text)
-        top = [token.top and {self._name(i): x for i, x in token.top.items()} for token in tokens]
+        top = [{self._name(i): x for i, x in token.top.items()} if token.top else None for token in tokens]
         return {
             "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],

@@ -101,7 +101,7 @@ class Scheduler:
     # -------------------------------------------------------------------------------------- in the thread
 
     def _run(self) -> None:
-        numba.set_num_threads(min(self._threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(self._threads, numba.get_num_threads()))
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._deadline is not None):
