@@ -205,15 +205,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, action="append", help="of the engine; may be given several times")
     options = parser.parse_args()
     page = "# Serving\n\n" + conditions(" ".join(["python benchmarks/serve.py", *sys.argv[1:]]))
-    page += (
-        f"\nStreams of {TOKENS} bytes. Each client asks for one stream after the other, on the same {os.cpu_count()} "
-    )
-    page += f"cores. Load of the machine before: {os.getloadavg()[0]:.1f}.\n"
+    page += f"\nStreams of {TOKENS} bytes. Each client asks for one stream after the other, on the same cores. "
+    page += f"Load of the machine before: {os.getloadavg()[0]:.1f}.\n"
     for threads in options.threads or [1]:
         with server(options.checkpoint, ["--threads", str(threads)]) as (process, client):
-            page += f"\n## Threads of the engine: {threads}\n\n" + asyncio.run(
-                measured(client, process.pid, options.seconds)
-            )
+            found = asyncio.run(measured(client, process.pid, options.seconds))
+        page += f"\n## Threads of the engine: {threads}\n\n{found}"
     if options.minutes:
         with server(options.checkpoint, []) as (process, client):
             page += asyncio.run(soaked(client, process.pid, options.minutes))

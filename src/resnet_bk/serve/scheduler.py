@@ -176,9 +176,9 @@ class Scheduler:
         for row in ended:
             self.metrics.text.observe(now - self._running[row].since)
         news = [text for text in texts.values() if text.publish()]
+        self._remove(ended)  # first: a client may send its next request at once
         if news:
             self._notify(news)
-        self._remove(ended)
 
     def _remove(self, rows: list[int]) -> None:
         """Let texts leave. The last rows move into the places of theirs."""
@@ -191,7 +191,8 @@ class Scheduler:
             self._running.pop()
 
     def _fail(self, texts: Sequence[Text], error: str) -> None:
+        texts = list(texts)
+        self._running.clear()
         for text in texts:
             text.fail(error)
-        self._notify(list(texts))
-        self._running.clear()
+        self._notify(texts)
