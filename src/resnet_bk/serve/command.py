@@ -159,5 +159,6 @@ def _socket(config: ServeConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
+        why = str(error.strerror).partition(" (while")[0]
         hint = "choose another port, or 0 for any free one"
-        raise ConfigError(f"serve.host, serve.port: cannot listen on {where} ({error.strerror}); {hint}") from error
+        raise ConfigError(f"serve.host, serve.port: cannot listen on {where} ({why}); {hint}") from error

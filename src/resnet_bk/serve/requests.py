@@ -92,16 +92,16 @@ class CompletionRequest(_Strict):
     def _without_nulls(cls, data: Any) -> Any:
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
-    @field_validator("prompt", mode="before")
+    @field_validator("prompt", mode="plain")
     @classmethod
-    def _prompts(cls, value: Any) -> Any:
+    def _prompts(cls, value: Any) -> list[str | list[int]]:
         """Return a list of prompts: of one text, of several, of one list of ids, or of several."""
-        if isinstance(value, str) or (isinstance(value, list) and all(type(x) is int for x in value)):
-            value = [value]
-        kinds = (str, list)
-        if not (isinstance(value, list) and value and any(all(isinstance(x, k) for x in value) for k in kinds)):
+        prompts = [value] if isinstance(value, str) or _are_ids(value) else value
+        if not (isinstance(prompts, list) and prompts):
+            prompts = [None]
+        if not (all(isinstance(x, str) for x in prompts) or all(map(_are_ids, prompts))):
             raise ValueError("allowed a text, a list of texts, a list of token ids, or a list of such lists")
-        return value
+        return prompts
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -145,6 +145,10 @@ class CompletionRequest(_Strict):
         return self.echo and self.logprobs is not None
 
 
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(type(x) is int for x in value)
+
+
 def parsed(body: bytes) -> CompletionRequest:
     """Return the request in a body.
 
@@ -155,7 +159,7 @@ def parsed(body: bytes) -> CompletionRequest:
         return CompletionRequest.model_validate_json(body)
     except ValidationError as errors:
         first: Any = errors.errors(include_url=False)[0]
-        names = [str(part) for part in first["loc"] if not str(part).startswith(("str", "list["))]
+        names = list(map(str, first["loc"]))
         line = _line(first, ".".join(names))
         raise RequestError(line, param=names[0] if names else line.partition(":")[0]) from errors
 

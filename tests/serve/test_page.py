@@ -1,0 +1,117 @@
+"""The page at `/`: self-contained, and in a browser (where there is one) it writes a text in colors."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from serving import NAME, text_of
+
+from resnet_bk.serve.page import headers, page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Elements(HTMLParser):
+    """Attributes of the elements of a page, by name."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_the_page_is_served_with_a_policy_that_allows_itself_only(client):
+    answer = client.get("/")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert answer.text == page(NAME, 4, 0.8, 2**24)
+
+
+def test_nothing_comes_from_elsewhere():
+    text = page("x", 4, None, 10)
+    assert not re.search(r"https?://|//[a-z]|@import|url\(|style=\"|onclick=", text)
+    elements = Elements(text).found
+    assert not [tag for tag, attributes in elements if {"src", "href"} & set(attributes)]
+    labels = {attributes["for"] for tag, attributes in elements if tag == "label" and "for" in attributes}
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+    assert labels <= set(ids)
+    assert len(ids) == len(set(ids))
+    assert ("html", {"lang": "en"}) in elements
+    assert any(attributes.get("name") == "viewport" for _, attributes in elements)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_a_name_cannot_leave_its_place():
+    name = '</script><script>alert(1)</script>"'
+    text = page(name, 4, 0.5, 10)
+    assert text.count("<script") == 2
+    data = re.search(r'<script type="application/json" id="model">(.*?)</script>', text)[1]
+    assert json.loads(data) == {"name": name, "blocks": 4, "threshold": 0.5, "mostTokens": 10}
+    assert headers()["Content-Security-Policy"].count("sha256-") == 2
+
+
+@pytest.fixture(params=["light", "dark"])
+def tab(request, client):
+    """Open the page in a browser; the test fails if the page reports an error."""
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(color_scheme=request.param, viewport={"width": 390, "height": 800})
+        errors = []
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.goto(str(client.base_url))
+        yield tab
+        browser.close()
+    assert errors == []
+
+
+def test_in_a_browser(tab, model):
+    """By the keyboard alone: a prompt, its settings, the text in colors; then stop an endless one."""
+    tab.keyboard.press("End")
+    for _ in range(4):
+        tab.keyboard.press("Backspace")
+    tab.keyboard.type("ab")
+    for value in ("60", "1", "5"):  # tokens, temperature, seed
+        tab.keyboard.press("Tab")
+        tab.keyboard.press("Control+a")
+        tab.keyboard.type(value)
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("document.getElementById('status').textContent.startsWith('60 tokens')")
+    assert tab.locator("#text").text_content() == "ab" + text_of(model, "ab", max_new_tokens=60, seed=5)
+    spans = tab.locator("#text span")
+    titles = [spans.nth(i).get_attribute("title") for i in range(spans.count())]
+    assert all(re.fullmatch(r"\d( \+ \d)* of 4 blocks", title) for title in titles)
+    assert len({spans.nth(i).evaluate("x => getComputedStyle(x).backgroundColor") for i in range(spans.count())}) > 1
+    tab.keyboard.press("Tab")  # the key
+    tab.keyboard.press("Tab")  # the threshold
+    tab.keyboard.press("Home")
+    assert tab.locator("#shown").text_content() == "0.00"
+    tab.locator("#go").focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("document.getElementById('status').textContent.includes(' 1.0 of 4 blocks')")
+    for width in (390, 1280):
+        tab.set_viewport_size({"width": width, "height": 800})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.locator("#tokens").fill("9000000")
+    tab.locator("#go").click()
+    tab.wait_for_function("document.querySelectorAll('#text span').length > 100")
+    tab.keyboard.press("Escape")
+    tab.wait_for_function("document.getElementById('status').textContent.startsWith('stopped after')")
+    assert tab.locator("#go").is_enabled()
+
+
+def test_an_error_is_shown_in_a_browser(tab):
+    tab.locator("#prompt").fill("")
+    tab.locator("#go").click()
+    tab.wait_for_function("document.getElementById('status').textContent.startsWith('prompt: got one without')")
+    tab.close()
