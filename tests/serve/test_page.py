@@ -107,6 +107,9 @@ def test_in_a_browser(tab, model):
     tab.keyboard.press("Enter")
     tab.says("^60 tokens.* 1.0 of 4 blocks a token")
     assert len(before) == len(colors(tab)) == len(before ^ colors(tab)) / 2 == 1
+    tab.locator("#prompt").fill(" " * 400 + "x" * 400)
+    tab.locator("#go").click()
+    tab.says("^60 tokens")
     for width in (390, 1280):
         tab.set_viewport_size({"width": width, "height": 800})
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
