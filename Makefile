@@ -8,7 +8,7 @@ BIN := .venv/bin
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,cpu-fast,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,cpu-fast,serve,dev]'
 	touch $@
 
 demo: .venv/installed

@@ -77,10 +77,11 @@ for code in {list(imports)}:
         (OPTIONAL, ["train"], "train"),
         (["rich"], ["generate", "x", "y"], "train"),
         (["optuna"], ["tune", "base"], "study"),
+        (["fastapi", "uvicorn", "prometheus_client", "pydantic"], ["serve", "x"], "serve"),
         (["accelerate", "peft"], ["train", "--config", "base"], "train"),
         (["matplotlib"], ["train", "--config", "base"], "train"),
     ],
-    ids=["all", "rich", "optuna", "accelerate", "matplotlib"],
+    ids=["all", "rich", "optuna", "serve", "accelerate", "matplotlib"],
 )
 def test_a_command_without_its_extra_is_one_line(tmp_path, missing, arguments, extra):
     (tmp_path / "base").write_text("max_steps: 1\n")

@@ -1,9 +1,6 @@
-"""The server of most tests, where the packages that it needs are installed."""
+"""The server of most tests. Each file skips itself where a package that the server needs is not installed."""
 
 import pytest
-
-for package in ("fastapi", "prometheus_client", "uvicorn", "httpx", "numba"):
-    pytest.importorskip(package)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+pytest.importorskip("serving", exc_type=ImportError)
+
 import torch
 from serving import ENDLESS, NAME, ask, eventually, serving, text_of, texts, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -11,6 +11,9 @@ import time
 
 import httpx
 import pytest
+
+pytest.importorskip("serving", exc_type=ImportError)
+
 import torch
 from serving import tiny
 

@@ -1,6 +1,9 @@
 """OpenAI's own client reads the answers, the streams and the errors."""
 
 import pytest
+
+pytest.importorskip("serving", exc_type=ImportError)
+
 from serving import NAME, serving, text_of
 
 openai = pytest.importorskip("openai")

@@ -6,6 +6,9 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+
+pytest.importorskip("serving", exc_type=ImportError)
+
 from serving import NAME, text_of
 
 from resnet_bk.serve.page import headers, page

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("serving", exc_type=ImportError)
 
 from resnet_bk.inference.sampling import Sampling
 from resnet_bk.serve.requests import RequestError, check_ids, parsed

@@ -5,6 +5,9 @@ import time
 
 import numpy as np
 import pytest
+
+pytest.importorskip("serving", exc_type=ImportError)
+
 from serving import eventually, scheduler_of, text_of
 
 from resnet_bk.data.byte_text import ByteText

@@ -12,12 +12,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 
+from resnet_bk.extras import extra
 from resnet_bk.inference.sampling import choose
 from resnet_bk.serve.metrics import Metrics
 from resnet_bk.serve.texts import Text
+
+with extra("serve"):
+    import numba
 
 if TYPE_CHECKING:
     from resnet_bk.engine.engine import Engine
