@@ -21,11 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numba
 from common import arguments, conditions, publish, table
+
+from resnet_bk.config import ServeConfig
+from resnet_bk.serve.command import load
 
 CLIENTS = (1, 8, 64)
 PROMPT, TOKENS, SEEDS = "def read(self, ", 256, 32
-FUZZED = 500
+FUZZED, STEPS = 500, 1000
 
 
 @dataclass
@@ -127,6 +131,21 @@ async def fuzz(client: Client, count: int) -> dict[int, int]:
     return found
 
 
+def alone(checkpoint: str) -> str:
+    """Return how long the engine takes for a token, without a server, on one thread."""
+    engine = load(ServeConfig(checkpoint, threads=1)).scheduler.engine
+    numba.set_num_threads(1)
+    text, rows = [byte + 3 for byte in Path(__file__).read_bytes()], []
+    for count in CLIENTS:
+        state, times = engine.start(count), []
+        for step in range(STEPS + 1):
+            started = time.perf_counter()
+            engine.read([text[step + 50 * row : step + 50 * row + 1] for row in range(count)], state)
+            times.append(1e6 * (time.perf_counter() - started) / count)
+        rows.append([count, f"{statistics.median(times[1:]):.1f}", f"{1e6 / statistics.median(times[1:]):,.0f}"])
+    return "\n## The engine alone, one thread\n\n" + table(["rows", "µs a byte", "bytes/s"], rows)
+
+
 def memory(pid: int) -> float:
     """Return the resident memory of a process in MB."""
     lines = Path(f"/proc/{pid}/status").read_text()
@@ -207,6 +226,7 @@ def main() -> None:
     page = "# Serving\n\n" + conditions(" ".join(["python benchmarks/serve.py", *sys.argv[1:]]))
     page += f"\nStreams of {TOKENS} bytes. Each client asks for one stream after the other, on the same cores. "
     page += f"Load of the machine before: {os.getloadavg()[0]:.1f}.\n"
+    page += alone(options.checkpoint)
     for threads in options.threads or [1]:
         with server(options.checkpoint, ["--threads", str(threads)]) as (process, client):
             found = asyncio.run(measured(client, process.pid, options.seconds))

@@ -87,8 +87,14 @@ def model(trained, tmp_path):
     [
         ([], "no command; commands: train, adapt, eval, generate, serve, inspect, report, tune, ablate, seal"),
         (["trian"], "unknown command 'trian'; did you mean train?"),
-        (["zzz"], "unknown command 'zzz'; commands: train, adapt, eval, generate, serve, inspect, report, tune, ablate, seal"),
-        ([""], "unknown command ''; commands: train, adapt, eval, generate, serve, inspect, report, tune, ablate, seal"),
+        (
+            ["zzz"],
+            "unknown command 'zzz'; commands: train, adapt, eval, generate, serve, inspect, report, tune, ablate, seal",
+        ),
+        (
+            [""],
+            "unknown command ''; commands: train, adapt, eval, generate, serve, inspect, report, tune, ablate, seal",
+        ),
         (["--versoin"], "command line: unknown option '--versoin'; did you mean --version?"),
         (["eval"], "eval.checkpoint: missing; usage: resnet-bk eval CHECKPOINT"),
         (["tune"], "tune.base: missing; usage: resnet-bk tune BASE"),

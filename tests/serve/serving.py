@@ -39,7 +39,7 @@ def serving(model, key=None, ids=None, **fields):
     """Run a server; yield a client of it."""
     config = ServeConfig("x", name=NAME, **{"rows": 4, "queue": 4, "max_tokens": ENDLESS, **fields})
     scheduler = scheduler_of(model, config.rows, config.queue)
-    code = scheduler._engine.code
+    code = scheduler.engine.code
     threshold = code.thresholds[0].first if code.thresholds else None
     served = Served(NAME, ids or ByteText(), code.vocabulary, code.blocks, threshold, scheduler)
     settings = uvicorn.Config(create_app(served, config, key), log_level="critical", ws="none")

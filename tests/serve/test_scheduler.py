@@ -99,22 +99,22 @@ def test_stopping_lets_texts_end_within_a_limit(model):
 
 
 def test_an_error_of_a_step_ends_its_texts_only(scheduler, model, monkeypatch, caplog):
-    read = scheduler._engine.read
-    monkeypatch.setattr(scheduler._engine, "read", lambda *a: np.full((len(a[0]), 259), np.nan, np.float32))
+    read = scheduler.engine.read
+    monkeypatch.setattr(scheduler.engine, "read", lambda *a: np.full((len(a[0]), 259), np.nan, np.float32))
     text = new()
     scheduler.submit([text])
     assert text.ended.wait(10)
     assert text.news[-1].error.startswith("decoding failed: logits: one is NaN")
     assert "a step of 1 texts failed" in caplog.text
-    monkeypatch.setattr(scheduler._engine, "read", read)
+    monkeypatch.setattr(scheduler.engine, "read", read)
     again = new(seed=1)
     scheduler.submit([again])
     assert whole(again) == text_of(model, "ab", seed=1)
 
 
 def test_prompts_share_the_tokens_of_a_step(scheduler, monkeypatch):
-    sizes, read = [], scheduler._engine.read
-    monkeypatch.setattr(scheduler._engine, "read", lambda p, s: (sizes.append([len(x) for x in p]), read(p, s))[1])
+    sizes, read = [], scheduler.engine.read
+    monkeypatch.setattr(scheduler.engine, "read", lambda p, s: (sizes.append([len(x) for x in p]), read(p, s))[1])
     texts = [new("a" * 1000, 2), new("b" * 900, 2), new("c", 50)]
     scheduler.submit(texts)
     for text in texts:

@@ -1,4 +1,4 @@
-"""What clients get: the JSON of completions, whole and as chunks of a stream, as OpenAI's clients read it."""
+"""Answers to clients: the JSON of completions, whole and as chunks of a stream, as OpenAI's clients read it."""
 
 import json
 import time

@@ -32,7 +32,7 @@ Pieces = AsyncIterator[list[tuple[int, Piece]]]
 
 @dataclass(frozen=True)
 class Served:
-    """What is served.
+    """A model that is served.
 
     Attributes:
         name: of the model.

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""Counts and times of the server, for Prometheus."""
 
 from resnet_bk.extras import extra
 

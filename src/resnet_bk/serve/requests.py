@@ -1,4 +1,4 @@
-"""What clients may ask for: the fields of a completion request, and errors in the form of OpenAI's."""
+"""Requests of clients: the fields of a completion request, and errors in the form of OpenAI's."""
 
 from typing import Any
 

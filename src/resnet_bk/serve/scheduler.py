@@ -42,6 +42,7 @@ class Scheduler:
     """Decodes texts in a thread of its own, which alone uses the engine's state.
 
     Attributes:
+        engine: decodes.
         rows, queue: numbers of texts that are decoded at the same time, and that may wait.
         metrics: counts them.
     """
@@ -49,7 +50,7 @@ class Scheduler:
     def __init__(self, engine: "Engine", rows: int, queue: int, threads: int, metrics: Metrics):
         """Create a scheduler. threads: that the engine uses."""
         self.rows, self.queue, self.metrics = rows, queue, metrics
-        self._engine, self._threads = engine, threads
+        self.engine, self._threads = engine, threads
         self._state, self._blank = engine.start(rows), engine.start()
         self._running: list[Text] = []  # a row each
         self._waiting: deque[Text] = deque()
@@ -143,8 +144,8 @@ class Scheduler:
         started = time.monotonic()
         most = max(1, PROMPT // max(1, sum(text.is_reading for text in texts)))
         state = self._state.span(0, len(texts))
-        logits = self._engine.read([text.take(most) for text in texts], state)
-        blocks = self._engine.blocks(state).tolist()
+        logits = self.engine.read([text.take(most) for text in texts], state)
+        blocks = self.engine.blocks(state).tolist()
         ready = []
         for row, text in enumerate(texts):
             if not text.unread:
