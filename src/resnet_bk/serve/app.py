@@ -27,6 +27,7 @@ with extra("serve"):
     from starlette.requests import ClientDisconnect
 
 _BODY_SECONDS = 30.0  # in which a client sends a body
+_LATE = 10.0  # seconds after the limit of a request in which a client reads the rest of its stream
 Pieces = AsyncIterator[list[tuple[int, Piece]]]
 
 
@@ -82,7 +83,7 @@ def create_app(served: Served, config: ServeConfig, key: str | None) -> FastAPI:
         _submit(scheduler, texts)
         answer, pieces = Answer(asked, served.ids, texts), _arrivals(texts, arrived, config.timeout)
         if asked.stream:
-            return _Stream(answer, pieces, scheduler, texts)
+            return _Stream(answer, pieces, scheduler, texts, config.timeout + _LATE)
         try:
             found = await _unless_gone(request, _all(pieces))
         finally:
@@ -93,7 +94,7 @@ def create_app(served: Served, config: ServeConfig, key: str | None) -> FastAPI:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(served, started)]}
 
-    @app.get("/v1/models/{name}", dependencies=checked)
+    @app.get("/v1/models/{name:path}", dependencies=checked)
     async def model(name: str) -> dict[str, Any]:
         _check_model(name, served)
         return _model(served, started)
@@ -222,14 +223,17 @@ async def _unless_gone(request: Request, found: Awaitable[Any]) -> Any:
 class _Stream(StreamingResponse):
     """An answer as server-sent events. Its texts are cancelled if it does not reach its end."""
 
-    def __init__(self, answer: Answer, pieces: Pieces, scheduler: Scheduler, texts: Sequence[Text]):
+    def __init__(self, answer: Answer, pieces: Pieces, scheduler: Scheduler, texts: Sequence[Text], seconds: float):
+        """Create an answer. seconds: after which a client that does not read it is left."""
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(answer, pieces), headers=headers, media_type="text/event-stream")
-        self._scheduler, self._texts = scheduler, texts
+        self._scheduler, self._texts, self._seconds = scheduler, texts, seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(TimeoutError):  # uvicorn then closes the connection
+                async with asyncio.timeout(self._seconds):
+                    await super().__call__(scope, receive, send)
         finally:
             self._scheduler.cancel(self._texts)
 
