@@ -63,14 +63,14 @@ class Client:
         await reader.readuntil(b"\r\n\r\n")
         return reader, writer, status
 
-    async def stream(self, seed: int, load: Load, leave: bool = False) -> str:
-        """Return the text of a stream, or what there is of it when the client leaves."""
+    async def stream(self, seed: int, load: Load, leave: bool = False) -> str | None:
+        """Return the text of a stream, or what there is of it when the client leaves; None if it was refused."""
         started, pieces = time.perf_counter(), []
         reader, writer, status = await self.open(self.body(seed))
         try:
             if status != 200:
                 load.refused += 1
-                return ""
+                return None
             while line := await reader.readline():
                 if line.startswith(b"data: {"):
                     if not pieces:
@@ -97,7 +97,8 @@ async def run(client: Client, clients: int, seconds: float, expected: dict[int, 
         while time.perf_counter() < end:
             seed, leave = choose.randrange(SEEDS), choose.random() < leaving
             text = await client.stream(seed, load, leave)
-            load.wrong += not expected[seed].startswith(text) if leave else text != expected[seed]
+            if text is not None:
+                load.wrong += not expected[seed].startswith(text) if leave else text != expected[seed]
 
     await asyncio.gather(*(ask(number) for number in range(clients)))
     return load
