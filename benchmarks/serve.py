@@ -224,7 +224,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="of the soak")
     parser.add_argument("--threads", type=int, action="append", help="of the engine; may be given several times")
     options = parser.parse_args()
-    page = "# Serving\n\n" + conditions(" ".join(["python benchmarks/serve.py", *sys.argv[1:]]))
+    command = ["python benchmarks/serve.py RUN", *(f"--threads {threads}" for threads in options.threads or [])]
+    command += [f"--minutes {options.minutes:g}"] if options.minutes else []
+    page = "# Serving\n\n" + conditions(" ".join(command))
     page += f"\nStreams of {TOKENS} bytes. Each client asks for one stream after the other, on the same cores. "
     page += f"Load of the machine before: {os.getloadavg()[0]:.1f}.\n"
     page += alone(options.checkpoint)

@@ -81,7 +81,7 @@ class Engine:
                 f"ids: expected shape ({len(state)},), one token for each row of the state, got {np.shape(ids)}"
             )
         if len(state) > 1:
-            return self._read(np.asarray(ids, np.int64), np.arange(len(state) + 1), state)
+            return self._read(np.ascontiguousarray(ids, np.int64), np.arange(len(state) + 1), state)
         scratch = self._scratch(ids[0], ids[0], state)
         state.wholes[0, TOKEN] = ids[0]
         self._alone(*self._arrays, state.numbers, state.wholes, scratch)
