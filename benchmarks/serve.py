@@ -220,7 +220,7 @@ async def soaked(client: Client, pid: int, minutes: float) -> str:
 def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__)
     parser.add_argument("checkpoint", help="folder of a run or of a model")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each load")
     parser.add_argument("--minutes", type=float, default=0.0, help="of the soak")
     parser.add_argument("--threads", type=int, action="append", help="of the engine; may be given several times")
     options = parser.parse_args()
