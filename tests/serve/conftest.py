@@ -3,14 +3,10 @@
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _texts_do_not_end():
+@pytest.fixture(autouse=True)
+def _texts_do_not_end(monkeypatch):
     """A model with random weights would end a text anywhere."""
-    from resnet_bk.data.byte_text import ByteText
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ByteText, "end", -1)
-        yield
+    monkeypatch.setattr("resnet_bk.data.byte_text.ByteText.end", -1)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """The command ``resnet-bk serve``: load a model, listen, and stop when a signal comes."""
 
+import contextlib
 import os
 import socket
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.config import ConfigError, ServeConfig, read_limited
 from resnet_bk.data.byte_text import ByteText
 from resnet_bk.engine import asked
@@ -100,8 +102,13 @@ def load(config: ServeConfig) -> Served:
 def _compiled(config: ServeConfig) -> tuple["Engine", TextIds]:
     """Return the engine of a model, from the cache if it is there, and its texts as ids."""
     messages: list[str] = []
-    place = engine_files.place(model_folder(config.checkpoint, messages.append), config.weights, config.depth_threshold)
-    stored = engine_files.stored(place) if place is not None else None
+    place = stored = None
+    with contextlib.suppress(CheckpointError):  # `load_model` says what is wrong
+        place = engine_files.place(
+            model_folder(config.checkpoint, messages.append), config.weights, config.depth_threshold
+        )
+    if place is not None:
+        stored = engine_files.stored(place)
     if stored is not None:
         for message in messages:
             warn(message)
@@ -117,6 +124,8 @@ def _compiled(config: ServeConfig) -> tuple["Engine", TextIds]:
         raise ConfigError(f"serve: the engine needs numba ({error}); run: pip install 'resnet-bk[cpu-fast]'") from error
     quiet_transformers()
     whole, tokenizer = load_model(config.checkpoint, config.depth_threshold)
+    if engine_files.place(Path(str(whole.name_or_path)), config.weights, config.depth_threshold) != place:
+        place = None  # another model has been saved meanwhile
     model, ids = whole.model.to("cpu", torch.float32), text_ids(tokenizer)
     if not model.config.causal:
         raise ConfigError(f"serve.checkpoint: {config.checkpoint} is bidirectional, allowed causal models")
