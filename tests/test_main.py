@@ -195,3 +195,17 @@ def test_a_signal_at_any_time(tmp_path, seed):
     process.send_signal(number)
     assert process.communicate(timeout=60)[1] == f"resnet-bk: {word}\n"
     assert process.returncode == code
+
+
+def test_threads_wait_briefly_unless_told_otherwise(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    __main__._set_patience()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    __main__._set_patience()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    __main__._set_patience()
+    assert "GOMP_SPINCOUNT" not in os.environ

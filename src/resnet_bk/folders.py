@@ -25,6 +25,7 @@ CONFIG, TEXT_HASH, METRICS, RESULTS, REPORT, MODEL, BEST, CHECKPOINTS = (
     "best",
     "checkpoints",
 )
+_MODELS = Path(__file__).resolve().parent / "models"
 HELD_OUT = "held_out_bits_per_byte"  # in the lines of METRICS after whose update held-out text was scored
 
 
@@ -112,15 +113,24 @@ def warn(message: str) -> None:
     print(f"resnet-bk: {visible(message)}", file=sys.stderr)
 
 
+BUNDLED = ("fast-python",)  # models that come with this package
+
+
+def named_folder(path: str) -> Path:
+    """Return the folder `path`, or that of a bundled model if `path` is its name and nothing else has that name."""
+    return _MODELS / path if path in BUNDLED and not os.path.lexists(path) else Path(path)
+
+
 def model_folder(path: str, warn: Callable[[str], None] = warn) -> Path:
     """Return the verified folder of a model: `path`, or a run folder's model, else its newest intact checkpoint.
 
+    path: folder, or the name of a bundled model.
     warn: called with a message for each damaged checkpoint that is passed over.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
     """
-    folder = Path(path)
+    folder = named_folder(path)
     if (folder / CONFIG).exists() and not (folder / MODEL).exists():
         damaged: list[str] = []
         newest = newest_valid(folder / CHECKPOINTS, damaged.append)

@@ -6,6 +6,7 @@ Dimensions: B batch, N positions, D model width, V vocabulary size.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from resnet_bk.adaptive.compose import build
 from resnet_bk.config import BYTE_VOCABULARY, ModelConfig, preset
+from resnet_bk.config.saved import saved_config
+from resnet_bk.folders import model_folder
 from resnet_bk.layers.block import Tokens
 from resnet_bk.layers.checks import IDS, MASK, TARGETS, check_ids, check_positions, check_state, structure
 from resnet_bk.layers.embedding import NgramMemory
@@ -21,6 +24,7 @@ from resnet_bk.layers.loss import linear_cross_entropy
 from resnet_bk.layers.norm import Norm
 from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record, mean_losses, weighted_sum
+from resnet_bk.weights import load_weights
 
 
 @dataclass
@@ -112,6 +116,24 @@ class LanguageModel(nn.Module):
             ConfigError: the name or a field is not allowed.
         """
         return cls(vocab_size, **{**preset(name), **fields})
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Return a trained model in float32, in evaluation mode.
+
+        Args:
+            path: folder of a run or of a model, or a name of :data:`resnet_bk.folders.BUNDLED`: "fast-python".
+
+        Raises:
+            CheckpointError: there is no model, or it is damaged.
+            ConfigError: its config.json has settings that no model can have.
+        """
+        folder = model_folder(str(path))
+        model = cls.from_config(saved_config(folder))
+        load_weights(model, folder, "model.")
+        if model.memory is not None:
+            model.memory.check_entries(str(folder))
+        return model.eval()
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:

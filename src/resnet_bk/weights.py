@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_bk.checkpoint import WEIGHTS, CheckpointError, current_name
 from resnet_bk.config import shown
@@ -99,6 +99,22 @@ def read_tensors(
             tensors[name] = file.get_tensor(key).to(expected[name].dtype)
             check_finite(path, name, tensors[name])
     return tensors
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, folder: Path, prefix: str) -> None:
+    """Copy the weights of a model folder, whose names there begin with `prefix`, into a module.
+
+    Raises:
+        CheckpointError: as :func:`read_tensors`.
+    """
+    expected = {f"{prefix}{name}": x for name, x in (*module.named_parameters(), *module.named_buffers())}
+    files = weight_files(folder)
+    found = check_headers(files, expected)
+    for path in files:
+        own = {name: expected[name] for name, file in found.items() if file == path}
+        for name, x in read_tensors(path, own).items():
+            own[name].copy_(x)
 
 
 def check_finite(path: Path, name: str, x: Tensor) -> None:

@@ -143,7 +143,7 @@ class EvalConfig:
     """Settings of `resnet-bk eval`."""
 
     checkpoint: str
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model, or fast-python, a model that comes with this package."""
     source: str | None = None
     """Text to score: 'stdlib', a file, a folder or a hub dataset. Default: the text that the run held out."""
     rows: Literal["documents", "lines"] | None = None
@@ -182,7 +182,7 @@ class GenerateConfig:
     """Settings of `resnet-bk generate`."""
 
     checkpoint: str
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model, or fast-python, a model that comes with this package."""
     prompt: str
     """Text to continue. '-' reads standard input."""
     max_new_tokens: int = 200
@@ -255,7 +255,7 @@ class ServeConfig:
     """Settings of `resnet-bk serve`."""
 
     checkpoint: str
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model, or fast-python, a model that comes with this package."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 is every IPv4 address of this machine; then give clients a key."""
     port: int = 8000
@@ -313,7 +313,7 @@ class InspectConfig:
     """Settings of `resnet-bk inspect`."""
 
     checkpoint: str
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model, or fast-python, a model that comes with this package."""
     text: str
     """Text file to read. '-' reads standard input."""
     max_tokens: int = 2000

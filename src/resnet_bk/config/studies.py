@@ -57,7 +57,8 @@ class AdaptConfig:
     """Settings of `resnet-bk adapt`."""
 
     run: str
-    """Folder of a run of `resnet-bk train`: the base. Its settings are those of the new run, but for those below."""
+    """Folder of a run of `resnet-bk train`, or fast-python: the base. Its settings are those of the new run, but for
+    those below."""
     techniques: dict[str, Any] = field(default_factory=dict)
     """Settings of the model that change: {depth: {policy: exit}}."""
     output_dir: str = "runs/adapt"

@@ -1,14 +1,13 @@
 """The model's configuration in transformers' form: the fields of ModelConfig and the special token ids."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
 from resnet_bk.config import ConfigError, ModelConfig, check_integer, shown, unknown_field
+from resnet_bk.config.saved import NAMES, read_json
 
-_LARGEST = 1 << 20  # bytes of a config.json
 # A file beside each config.json. transformers runs it in programs that do not import this package, if they allow it.
 _MODELING_MODULE = "modeling_resnet_bk"
 _MODELING = '''"""Classes for ``from_pretrained(..., trust_remote_code=True)``, from the installed package resnet-bk."""
@@ -20,8 +19,6 @@ except ImportError as error:
 
 __all__ = ["ResNetBKConfig", "ResNetBKForCausalLM"]
 '''
-# Names of ModelConfig's fields here. Every generate() would take `top_k` for the setting of sampling.
-_NAMES = {f.name: f.name for f in fields(ModelConfig)} | {"top_k": "num_experts_per_tok"}
 # Fields of every configuration, and what transformers itself writes into a config.json or passes on.
 _TRANSFORMERS_FIELDS = {
     *vars(PreTrainedConfig()),
@@ -67,10 +64,10 @@ class ResNetBKConfig(PreTrainedConfig):
         **others: Any,
     ):
         others = {self.attribute_map.get(name, name): value for name, value in others.items()}
-        shape = {name: others.pop(here) for name, here in _NAMES.items() if here in others}
+        shape = {name: others.pop(here) for name, here in NAMES.items() if here in others}
         for name in others:
             if not name.startswith("_") and name not in _TRANSFORMERS_FIELDS:
-                raise unknown_field(name, list(_NAMES.values()), "model")
+                raise unknown_field(name, list(NAMES.values()), "model")
         if (kind := others.get("model_type", self.model_type)) != self.model_type:
             raise ConfigError(
                 f"model_type: got {shown(kind)}, allowed {self.model_type!r}; the model is of another kind"
@@ -90,7 +87,7 @@ class ResNetBKConfig(PreTrainedConfig):
             "AutoModelForCausalLM": f"{_MODELING_MODULE}.ResNetBKForCausalLM",
         }
         for name, value in config.to_dict().items():
-            setattr(self, _NAMES[name], value)
+            setattr(self, NAMES[name], value)
         self.n_layers, self.energy = config.blocks, config.energy_kind
 
     @classmethod
@@ -123,16 +120,7 @@ class ResNetBKConfig(PreTrainedConfig):
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         """Return the fields in a config.json. transformers calls it, and cannot explain all that may go wrong."""
-        if (size := Path(json_file).stat().st_size) > _LARGEST:
-            raise ConfigError(f"{json_file}: got {size} bytes, allowed at most {_LARGEST}; give a model's config.json")
-        try:
-            values = super()._dict_from_json_file(json_file)
-        except (ValueError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{json_file}: expected JSON in UTF-8, got something else ({reason})") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{json_file}: expected a mapping of fields to values, got {shown(values)}")
-        return values
+        return read_json(Path(json_file))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the configuration as transformers does, and beside it the file by which it loads without an import."""
@@ -147,10 +135,10 @@ class ResNetBKConfig(PreTrainedConfig):
     @classmethod
     def from_model_config(cls, config: ModelConfig, **others: Any) -> Self:
         """others: fields that ModelConfig does not have, such as pad_token_id."""
-        return cls(**{_NAMES[name]: value for name, value in config.to_dict().items()}, **others)
+        return cls(**{NAMES[name]: value for name, value in config.to_dict().items()}, **others)
 
     def model_config(self) -> ModelConfig:
-        return ModelConfig.from_dict({name: getattr(self, here) for name, here in _NAMES.items()})
+        return ModelConfig.from_dict({name: getattr(self, here) for name, here in NAMES.items()})
 
     @property
     def heads(self) -> int:

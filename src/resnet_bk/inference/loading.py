@@ -3,10 +3,12 @@
 import contextlib
 from pathlib import Path
 
+import torch
+
 from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.checkpoint import MANIFEST, CheckpointError
 from resnet_bk.config import ConfigError
-from resnet_bk.folders import CHECKPOINTS, MODEL, model_folder
+from resnet_bk.folders import CHECKPOINTS, MODEL, model_folder, named_folder
 from resnet_bk.hf import ResNetBKForCausalLM, Tokenizer, load_tokenizer, on_device
 
 ATTEMPTS = 10  # to read a folder that a training keeps replacing
@@ -19,7 +21,7 @@ def load(path: str, threshold: float | None = None) -> tuple[ResNetBKForCausalLM
     instead.
 
     Args:
-        path: folder of a run or of a model.
+        path: folder of a run or of a model, or the name of a bundled model.
         threshold: replaces the threshold of adaptive depth that the model was trained with.
 
     Raises:
@@ -44,7 +46,7 @@ def load(path: str, threshold: float | None = None) -> tuple[ResNetBKForCausalLM
 
 def _sealed(path: str) -> dict[Path, tuple[int, int]]:
     """Return a value for each sealed folder of a run. It differs if another one takes the place of the folder."""
-    folder, found = Path(path).absolute(), {}
+    folder, found = named_folder(path).absolute(), {}
     for manifest in (folder / MANIFEST, folder / MODEL / MANIFEST, *folder.glob(f"{CHECKPOINTS}/*/{MANIFEST}")):
         with contextlib.suppress(OSError):
             found[manifest.parent] = (manifest.stat().st_ino, manifest.stat().st_mtime_ns)
@@ -53,7 +55,7 @@ def _sealed(path: str) -> dict[Path, tuple[int, int]]:
 
 def _read(folder: Path, threshold: float | None) -> tuple[ResNetBKForCausalLM, Tokenizer]:
     """Return the model and the tokenizer of a verified folder; errors as for :func:`load`."""
-    model = ResNetBKForCausalLM.from_pretrained(folder)
+    model = ResNetBKForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if threshold is not None:
         layers = [module for module in model.modules() if isinstance(module, AdaptiveDepth)]
         if not layers:

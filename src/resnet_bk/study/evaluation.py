@@ -7,7 +7,7 @@ from typing import Any
 from resnet_bk.config import ConfigError, DataConfig, EvalConfig, check_fields, read_yaml
 from resnet_bk.data import corpus
 from resnet_bk.data.tokens import tokenizer_digest
-from resnet_bk.folders import CONFIG, RESULTS
+from resnet_bk.folders import CONFIG, RESULTS, named_folder
 from resnet_bk.hf import quiet_transformers, token_file
 from resnet_bk.inference.loading import load
 from resnet_bk.report.tables import Console, print_table
@@ -22,7 +22,8 @@ def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
     """
     quiet_transformers()
     model, tokenizer = load(config.checkpoint, config.depth_threshold)
-    saved = Path(config.checkpoint) / CONFIG
+    folder = named_folder(config.checkpoint)
+    saved = folder / CONFIG
     data = _saved_data(saved) if saved.exists() else None
     if config.source is not None:
         rows = config.rows or (data or DataConfig()).rows
@@ -37,7 +38,7 @@ def evaluate_checkpoint(config: EvalConfig, console: Console) -> dict[str, Any]:
     tokens, sha256 = token_file(text.held_out, data or DataConfig(), tokenizer)
     if text.note:
         say(console, text.note)
-    if config.source is None and _scored_text(Path(config.checkpoint)) not in (None, sha256):
+    if config.source is None and _scored_text(folder) not in (None, sha256):
         say(console, "the held-out text has changed since the run ended; the model may have been trained on some of it")
     words = corpus.count_words([text.held_out[i] for i in chosen_documents(tokens, config.max_bytes)])
     scores = evaluate(model.model, tokens, tokenizer.eos_token_id, config, words)

@@ -21,7 +21,17 @@ from resnet_bk.config import (
     read_yaml,
     shown,
 )
-from resnet_bk.folders import CHANGEABLE, CONFIG, METRICS, RESULTS, check_same_run, flat, saved_settings, train_command
+from resnet_bk.folders import (
+    CHANGEABLE,
+    CONFIG,
+    METRICS,
+    RESULTS,
+    check_same_run,
+    flat,
+    named_folder,
+    saved_settings,
+    train_command,
+)
 
 LARGEST_RESULTS, LARGEST_METRICS = 16 << 20, 256 << 20  # bytes
 MOST_BITS = 64  # per byte; a model that has learned nothing has 8
@@ -139,7 +149,8 @@ def check_one_text(where: str, folder: Path, text: dict[str, str], first: dict[s
 
 def _read(where: str, folder: str) -> FinishedRun:
     """Read and check one run. where: the setting that names it."""
-    settings, results, metrics = (Path(folder) / name for name in (CONFIG, RESULTS, METRICS))
+    path = named_folder(folder)
+    settings, results, metrics = (path / name for name in (CONFIG, RESULTS, METRICS))
     if not settings.exists():
         raise ConfigError(f"{where}: {folder} is not a run of `resnet-bk train`: {settings} is missing")
     if not results.exists():
@@ -153,7 +164,7 @@ def _read(where: str, folder: str) -> FinishedRun:
     text = _text(where, metrics, LARGEST_METRICS) if metrics.exists() else ""
     with named(metrics):
         lines = _metrics(text)
-    return FinishedRun(folder, config, lines, _read_results(where, Path(folder), logged=bool(lines)))
+    return FinishedRun(folder, config, lines, _read_results(where, path, logged=bool(lines)))
 
 
 def _read_results(where: str, folder: Path, logged: bool | None = None, hint: str = "") -> dict[str, Any]:

@@ -40,6 +40,7 @@ from resnet_bk.hf import (
     quiet_transformers,
     token_file,
 )
+from resnet_bk.model import LanguageModel
 from resnet_bk.report.terminal import say
 from resnet_bk.training import cpu
 from resnet_bk.training.errors import StoppedError
@@ -240,7 +241,7 @@ def _start_from(config: TrainConfig, model: ResNetBKForCausalLM, tokenizer: Toke
     """
     source = str(config.init_from)
     folder = model_folder(source).absolute()
-    base = ResNetBKForCausalLM.from_pretrained(folder).model.eval()
+    base = LanguageModel.from_pretrained(folder)
     first, second = base.config, model.model.config
     there, here = (flat(dataclasses.asdict(settings)) for settings in (first, second))
     differing = ", ".join(f"{name} ({shown(there[name])})" for name in there if there[name] != here.get(name))
