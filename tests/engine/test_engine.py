@@ -84,18 +84,29 @@ SHAPES += [{"d_model": 30, "n_heads": 3, "energy": kind} for kind in ("real", "c
 SHAPES += [{"d_model": 32, "n_heads": 16, "sparsity": {"target": 0.5}}, {"vocab_size": 4097, "d_model": 24}]
 
 
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
+@torch.no_grad()
+def test_four_rows_that_read_a_matrix_together_get_what_each_gets_alone(dtype, int8, monkeypatch):
+    monkeypatch.setattr("numba.get_num_threads", lambda: 1)  # all rows in one group
+    for fields in SHAPES:
+        model = checks.build(**fields).to(dtype)
+        engine, ids = engine_of(model, int8), checks.tokens(model, 7, 24)
+        together, pairs = decoded(engine, ids)[0], [decoded(engine, ids[i : i + 2])[0] for i in range(0, 6, 2)]
+        assert torch.equal(together[:6], torch.cat(pairs)), fields
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_nothing_is_written_beyond_the_memory_of_a_row(dtype):
     """Nothing checks the places that a program names. Numbers behind those of each row must stay."""
     for fields in SHAPES:
         model = checks.build(**fields).to(dtype)
-        engine, ids = engine_of(model), checks.tokens(model, 2, 24)
-        plain = engine.start(2)
+        engine, ids = engine_of(model), checks.tokens(model, 5, 24)
+        plain = engine.start(5)
         p, kind = engine.code, engine.code.weights.dtype
         expected, _ = decoded(engine, ids)
-        engine._threads.scratch = np.full((2, p.most + 64), 7, kind)
-        wide, wholes = np.full((2, p.numbers + 64), 7, kind), np.full((2, p.wholes + 8), 7)
+        engine._threads.scratch = np.full((5, p.most + 64), 7, kind)
+        wide, wholes = np.full((5, p.numbers + 64), 7, kind), np.full((5, p.wholes + 8), 7)
         wide[:, : p.numbers], wholes[:, : p.wholes] = plain.numbers, plain.wholes
         state = EngineState(wide, wholes, engine)
         engine.fits = lambda state: True

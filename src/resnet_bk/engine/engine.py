@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numba
 import numpy as np
 
 from resnet_bk.engine.code import Code
@@ -105,7 +106,8 @@ class Engine:
 
     def _read(self, ids: np.ndarray, ends: np.ndarray, state: EngineState) -> np.ndarray:
         scratch = self._scratch(ids.min(initial=0), ids.max(initial=0), state)
-        run(*self._arrays, state.numbers, state.wholes, scratch, ids, ends)
+        groups = min(numba.get_num_threads(), len(state))
+        run(*self._arrays, state.numbers, state.wholes, scratch, ids, ends, groups)
         return scratch[: len(state), self.code.logits : self.code.logits + self.code.vocabulary]
 
     def _scratch(self, least: int, greatest: int, state: EngineState) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""The interpreter of the engine's programs: one call is one token of each row."""
+"""The interpreter of the engine's programs: a call runs the program once for each token that a row reads."""
 
 from functools import partial
 
+import numpy as np
 from numba import prange
 
 from resnet_bk.engine.instructions import Op
@@ -12,6 +13,7 @@ from resnet_bk.engine.layers import (
     helper,
     linear,
     linear_of_bytes,
+    linear_of_rows,
     ngrams,
     norm,
     shared_linear,
@@ -52,14 +54,21 @@ TOKEN, BLOCKS = 0, 1  # the first whole numbers of a state: the token to read, a
 
 
 @helper
-def step(code, w, b, table, s, n, x, threads):
-    """Run a program for the token of one row. threads: None leaves them alone; numba compiles a function for each."""
+def step(code, at, w, b, table, s, n, x, threads, waits):
+    """Run a program from the row `at` on, for the token of one row of the batch. Return where it stops: at its end.
+
+    Args:
+        threads: None leaves them alone; numba compiles a function for each.
+        waits: None, or it stops before each matrix, to read it together with other rows.
+    """
     token = n[TOKEN]
-    n[BLOCKS] = 0
-    at = 0
+    if at == 0:
+        n[BLOCKS] = 0
     while at < len(code):
         c = code[at]
         op = c[0]
+        if waits is not None and (op == Op.LINEAR or op == Op.LINEAR_OF_BYTES):
+            return at
         at += 1
         if op == Op.LINEAR:
             if threads is not None and c[3] * c[4] >= SHARED:
@@ -183,24 +192,57 @@ def step(code, w, b, table, s, n, x, threads):
                 s[c[3] + i] = x[c[1] + i]
         elif op == Op.END_OF_POSITION:
             end_of_position(s, n, c[1], c[2], c[3], c[4], c[5])
+    return at
+
+
+@helper
+def step_together(code, w, b, table, s, n, x, places):
+    """Run a program for the tokens of several rows, which read each matrix together.
+
+    places: (rows,) int64, where each row is in the program; rows at its end have no token. As programs only jump
+    forward, the rows that are behind go on first, and the others wait for them.
+    """
+    behind = np.empty(len(places), np.int64)
+    for row in range(len(places)):
+        places[row] = step(code, places[row], w, b, table, s[row], n[row], x[row], None, True)
+    at = places.min()
+    while at < len(code):
+        count = 0
+        for row in range(len(places)):
+            behind[count] = row
+            count += places[row] == at
+        linear_of_rows(w, b, x, behind[:count], code[at])
+        for row in behind[:count]:
+            places[row] = step(code, at + 1, w, b, table, s[row], n[row], x[row], None, True)
+        at = places.min()
 
 
 @jit_on_one_thread
 def run_one(code, w, b, table, s, n, x):
     """Run a program for the token of the only row."""
-    step(code, w, b, table, s[0], n[0], x[0], None)
+    step(code, 0, w, b, table, s[0], n[0], x[0], None, None)
 
 
 @partial(jit, parallel=False)
 def run_one_on_threads(code, w, b, table, s, n, x):
     """Run a program for the token of the only row; the threads share large matrices."""
-    step(code, w, b, table, s[0], n[0], x[0], True)
+    step(code, 0, w, b, table, s[0], n[0], x[0], True, None)
 
 
 @jit
-def run(code, w, b, table, s, n, x, ids, ends):
-    """Run a program for the next tokens of all rows, ids[ends[row]:ends[row + 1]], on the threads there are."""
-    for row in prange(len(s)):
-        for at in range(ends[row], ends[row + 1]):
-            n[row, TOKEN] = ids[at]
-            step(code, w, b, table, s[row], n[row], x[row], None)
+def run(code, w, b, table, s, n, x, ids, ends, groups):
+    """Run a program for the next tokens of all rows, ids[ends[row]:ends[row + 1]].
+
+    groups: number of groups of rows; each thread has one at a time.
+    """
+    for group in prange(groups):
+        first, end = len(s) * group // groups, len(s) * (group + 1) // groups
+        places = np.empty(end - first, np.int64)
+        most = (ends[first + 1 : end + 1] - ends[first:end]).max()
+        for i in range(most):
+            for row in range(first, end):
+                unread = ends[row] + i < ends[row + 1]
+                places[row - first] = 0 if unread else len(code)
+                if unread:
+                    n[row, TOKEN] = ids[ends[row] + i]
+            step_together(code, w, b, table, s[first:end], n[first:end], x[first:end], places)

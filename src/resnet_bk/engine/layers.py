@@ -9,6 +9,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from resnet_bk.engine.instructions import Op
 from resnet_bk.jit import OPTIONS, TASKS
 from resnet_bk.jit.simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
 from resnet_bk.layers.ngram_format import LEVELS, MIX, SHARES, STEP
@@ -51,6 +52,23 @@ def linear(w, x, out, source, inner, outer, at, bias):
 
 
 @helper
+def add_products(x, at, left, right, a, b):
+    v = spread(x, at)
+    return a + v * left, b + v * right
+
+
+@helper
+def keep_sums(w, x, out, bias, first, a, b):
+    """Write two registers of outputs from `first` on, with their biases if there are any."""
+    lanes = LANE_BYTES // w.itemsize
+    if bias >= 0:
+        a += load(w, bias + first)
+        b += load(w, bias + first + lanes)
+    store(x, out + first, a)
+    store(x, out + first + lanes, b)
+
+
+@helper
 def part_of_linear(w, x, out, source, inner, begin, end, at, bias):
     """Compute the outputs from `begin`, which begins a tile, to `end`."""
     lanes = LANE_BYTES // w.itemsize
@@ -58,21 +76,15 @@ def part_of_linear(w, x, out, source, inner, begin, end, at, bias):
     for first in range(begin, end, 2 * lanes):
         a, b, c, d = zero, zero, zero, zero
         row = at + first * inner
-        for i in range(0, inner - 1, 2):
-            v = spread(x, source + i)
-            a += v * load(w, row)
-            b += v * load(w, row + lanes)
-            v = spread(x, source + i + 1)
-            c += v * load(w, row + 2 * lanes)
-            d += v * load(w, row + 3 * lanes)
+        for i in range(source, source + inner - 1, 2):
+            a, b = add_products(x, i, load(w, row), load(w, row + lanes), a, b)
+            c, d = add_products(x, i + 1, load(w, row + 2 * lanes), load(w, row + 3 * lanes), c, d)
             row += 4 * lanes
         if inner % 2:
-            v = spread(x, source + inner - 1)
-            a += v * load(w, row)
-            b += v * load(w, row + lanes)
+            a, b = add_products(x, source + inner - 1, load(w, row), load(w, row + lanes), a, b)
         a += c
         b += d
-        if bias >= 0:
+        if bias >= 0:  # not by `keep_sums`, which makes a step of a small model 6% slower
             a += load(w, bias + first)
             b += load(w, bias + first + lanes)
         store(x, out + first, a)
@@ -90,20 +102,88 @@ def part_of_linear_of_bytes(w, b, x, out, source, inner, begin, end, at, scales,
     lanes, one = LANE_BYTES // w.itemsize, w.dtype.type(1)
     zero = splat(w.dtype.type(0))
     for first in range(begin, end, 2 * lanes):
-        sums, more = zero, zero
+        p, q = zero, zero
         row = at + first * inner
         for i in range(source, source + inner):
-            v = spread(x, i)
-            sums += v * load_bytes(b, row, one)
-            more += v * load_bytes(b, row + lanes, one)
+            p, q = add_products(x, i, load_bytes(b, row, one), load_bytes(b, row + lanes, one), p, q)
             row += 2 * lanes
-        sums *= load(w, scales + first)
-        more *= load(w, scales + first + lanes)
-        if bias >= 0:
-            sums += load(w, bias + first)
-            more += load(w, bias + first + lanes)
-        store(x, out + first, sums)
-        store(x, out + first + lanes, more)
+        p *= load(w, scales + first)
+        q *= load(w, scales + first + lanes)
+        keep_sums(w, x, out, bias, first, p, q)
+
+
+@helper
+def linear_of_rows(w, b, x, rows, c):
+    """Run an instruction LINEAR or LINEAR_OF_BYTES for some rows of x: four at a time, which read the matrix once.
+
+    The results are those of each row alone, to the last bit.
+    """
+    fours = len(rows) - len(rows) % 4
+    for i in range(0, fours, 4):
+        if c[0] == Op.LINEAR:
+            linear_of_four(w, x, rows[i : i + 4], c[1], c[2], c[3], c[4], c[5], c[6])
+        else:
+            linear_of_bytes_of_four(w, b, x, rows[i : i + 4], c[1], c[2], c[3], c[4], c[5], c[7], c[6])
+    for row in rows[fours:]:
+        if c[0] == Op.LINEAR:
+            linear(w, x[row], c[1], c[2], c[3], c[4], c[5], c[6])
+        else:
+            linear_of_bytes(w, b, x[row], c[1], c[2], c[3], c[4], c[5], c[7], c[6])
+
+
+@helper
+def linear_of_four(w, x, rows, out, source, inner, outer, at, bias):
+    lanes, width = LANE_BYTES // w.itemsize, x.shape[1]
+    zero = splat(w.dtype.type(0))
+    p, q, r, t = rows[0] * width, rows[1] * width, rows[2] * width, rows[3] * width
+    for first in range(0, outer, 2 * lanes):
+        pa, pb, pc, pd, qa, qb, qc, qd = zero, zero, zero, zero, zero, zero, zero, zero
+        ra, rb, rc, rd, ta, tb, tc, td = zero, zero, zero, zero, zero, zero, zero, zero
+        row = at + first * inner
+        for i in range(source, source + inner - 1, 2):
+            left, right = load(w, row), load(w, row + lanes)
+            pa, pb = add_products(x, p + i, left, right, pa, pb)
+            qa, qb = add_products(x, q + i, left, right, qa, qb)
+            ra, rb = add_products(x, r + i, left, right, ra, rb)
+            ta, tb = add_products(x, t + i, left, right, ta, tb)
+            left, right = load(w, row + 2 * lanes), load(w, row + 3 * lanes)
+            pc, pd = add_products(x, p + i + 1, left, right, pc, pd)
+            qc, qd = add_products(x, q + i + 1, left, right, qc, qd)
+            rc, rd = add_products(x, r + i + 1, left, right, rc, rd)
+            tc, td = add_products(x, t + i + 1, left, right, tc, td)
+            row += 4 * lanes
+        if inner % 2:
+            i, left, right = source + inner - 1, load(w, row), load(w, row + lanes)
+            pa, pb = add_products(x, p + i, left, right, pa, pb)
+            qa, qb = add_products(x, q + i, left, right, qa, qb)
+            ra, rb = add_products(x, r + i, left, right, ra, rb)
+            ta, tb = add_products(x, t + i, left, right, ta, tb)
+        keep_sums(w, x, p + out, bias, first, pa + pc, pb + pd)
+        keep_sums(w, x, q + out, bias, first, qa + qc, qb + qd)
+        keep_sums(w, x, r + out, bias, first, ra + rc, rb + rd)
+        keep_sums(w, x, t + out, bias, first, ta + tc, tb + td)
+
+
+@helper
+def linear_of_bytes_of_four(w, b, x, rows, out, source, inner, outer, at, scales, bias):
+    lanes, width, one = LANE_BYTES // w.itemsize, x.shape[1], w.dtype.type(1)
+    zero = splat(w.dtype.type(0))
+    p, q, r, t = rows[0] * width, rows[1] * width, rows[2] * width, rows[3] * width
+    for first in range(0, outer, 2 * lanes):
+        pa, pb, qa, qb, ra, rb, ta, tb = zero, zero, zero, zero, zero, zero, zero, zero
+        row = at + first * inner
+        for i in range(source, source + inner):
+            left, right = load_bytes(b, row, one), load_bytes(b, row + lanes, one)
+            pa, pb = add_products(x, p + i, left, right, pa, pb)
+            qa, qb = add_products(x, q + i, left, right, qa, qb)
+            ra, rb = add_products(x, r + i, left, right, ra, rb)
+            ta, tb = add_products(x, t + i, left, right, ta, tb)
+            row += 2 * lanes
+        left, right = load(w, scales + first), load(w, scales + first + lanes)
+        keep_sums(w, x, p + out, bias, first, pa * left, pb * right)
+        keep_sums(w, x, q + out, bias, first, qa * left, qb * right)
+        keep_sums(w, x, r + out, bias, first, ra * left, rb * right)
+        keep_sums(w, x, t + out, bias, first, ta * left, tb * right)
 
 
 @on_threads
