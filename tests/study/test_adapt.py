@@ -1,6 +1,8 @@
 """``resnet-bk adapt``: a run with techniques that starts from a trained one, and its comparison with it."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from resnet_bk.cli import main
 from resnet_bk.config import AdaptConfig, ConfigError, ModelConfig, TrainConfig
 from resnet_bk.config.techniques import DepthConfig
 from resnet_bk.inference.loading import load
+from resnet_bk.model import LanguageModel
 from resnet_bk.study import adapt as module
 from resnet_bk.study import run as scored
 from resnet_bk.training.transfer import Teacher
@@ -55,12 +58,30 @@ def test_the_adapted_run_stands_beside_its_base(base, capsys):
     blocks = [point["scores"]["blocks"] for point in points]
     assert blocks[0] is None
     assert blocks[2] <= blocks[1] <= blocks[3]
+    assert [points[0]["difficulty"], points[3]["difficulty"]] == [0, 0]  # every position costs the same
+    assert -1 <= points[1]["difficulty"] <= 1
     table = (base.parent / "runs" / "adapt" / "adapt.md").read_text()
     assert table.count("\n| adapted |") == 3
     assert f"{points[3]['scores']['bits_per_byte']:.4f}" in table
     assert "adapted" in said
     model = load("runs/adapt")[0]
     assert any(isinstance(m, AdaptiveDepth) for m in model.modules())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_compute_that_follows_the_loss_correlates_with_it(monkeypatch, sign):
+    torch.manual_seed(0)
+    ids, model = torch.randint(3, 259, (1, 50)), LanguageModel(259, d_model=16, n_layers=1)
+    loss = module._loss(model, ids)
+    assert loss.shape == (49,)
+    assert loss.mean().item() == pytest.approx(model(ids[:, :-1], targets=ids[:, 1:]).loss.item(), rel=1e-5)
+
+    @contextlib.contextmanager
+    def paid(model):
+        yield SimpleNamespace(by_token=sign * torch.cat([loss, loss[:1]]).unsqueeze(0))
+
+    monkeypatch.setattr(module, "Ledger", paid)
+    assert module._difficulty(model, ids, loss) == pytest.approx(sign)
 
 
 def test_only_new_parameters_change_if_only_they_are_trained(base):

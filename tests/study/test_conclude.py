@@ -45,6 +45,7 @@ def test_a_folder_of_any_name_on_a_console_of_the_user(settings):
     assert results["training"]["steps"] == 2
     printed = console.file.getvalue()
     assert "a[/b]c [bold]:smile: 'é' ␛" in printed
+    assert "resnet-bk serve " in printed  # what to do next
     assert "\x1b" not in printed
 
 

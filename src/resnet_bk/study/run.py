@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from resnet_bk.training import run as training
 from resnet_bk.training.held_out import best_line
 from resnet_bk.training.recorder import ProgressCallback
 from resnet_bk.training.run import TrainedRun
+
+# Commands to go on with, given a run folder and the beginning of a text, and what they do.
+_NEXT = {
+    "resnet-bk generate {0} {1}": "writes a text",
+    "resnet-bk inspect {0} FILE": "shows what each byte of a file costs",
+    "resnet-bk serve {0}": "answers OpenAI's clients, and has a page",
+    "resnet-bk adapt {0} --help": "gives the model techniques",
+}
 
 
 def train(config: TrainConfig, console: Console, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
@@ -82,6 +91,8 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
     say(console, sample)
     written = [f"{MODEL}/", *([f"{BEST}/"] if best else []), *([METRICS] if metrics else []), RESULTS, REPORT]
     say(console, f"\nwrote {folder}: {', '.join(written)}")
+    for command, purpose in _NEXT.items():
+        say(console, f"  {command.format(shlex.quote(str(folder)), shlex.quote(config.sample)):<48} {purpose}")
     return results
 
 
