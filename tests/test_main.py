@@ -2,6 +2,7 @@
 
 import gc
 import io
+import logging
 import os
 import random
 import signal
@@ -28,6 +29,8 @@ def run(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for name in ("stdin", "stdout", "stderr", "unraisablehook"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # restored afterwards
+    for name in ("handlers", "level"):
+        monkeypatch.setattr(logging.getLogger("resnet_bk"), name, getattr(logging.getLogger("resnet_bk"), name))
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -195,6 +198,14 @@ def test_a_signal_at_any_time(tmp_path, seed):
     process.send_signal(number)
     assert process.communicate(timeout=60)[1] == f"resnet-bk: {word}\n"
     assert process.returncode == code
+
+
+def test_what_the_package_logs_is_shown_by_rank_0(run, monkeypatch, capsys):
+    log = logging.getLogger("resnet_bk.jit")
+    assert run(lambda: log.info("compiling") or 0) == 0
+    monkeypatch.setenv("RANK", "1")
+    assert run(lambda: log.info("compiling too") or 0) == 0
+    assert capsys.readouterr().err == "resnet-bk: compiling\n"
 
 
 def test_threads_wait_briefly_unless_told_otherwise(monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -108,6 +109,15 @@ def _set_patience() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def _show_log() -> None:
+    """Show on standard error what the package logs, such as that kernels are being compiled."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("resnet-bk: %(message)s"))
+    log = logging.getLogger("resnet_bk")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
 def main() -> int:
     """Run the command line and return its exit code.
 
@@ -116,6 +126,7 @@ def main() -> int:
     """
     output, received = _open_streams(), _handle_signals()
     _set_patience()
+    _show_log()
     try:
         from resnet_bk import cli
 

@@ -128,6 +128,19 @@ def test_code_for_another_dtype_is_not_run(folder):
     assert sum(again.stats.cache_hits.values()) == 1
 
 
+def test_a_process_that_compiles_says_so_once(folder, caplog):
+    caplog.set_level("INFO", "resnet_bk")
+    jit._say_that_it_compiles.cache_clear()
+    for dtype in (np.float32, np.int64):
+        doubled(compiled(), dtype)
+    (record,) = caplog.records
+    assert "compiling kernels for this machine" in record.message
+    caplog.clear()
+    jit._say_that_it_compiles.cache_clear()
+    assert doubled(compiled(), np.float32) == 42
+    assert not caplog.records  # it was kept
+
+
 def test_a_full_disk_costs_the_cache_only(folder, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -5,6 +5,7 @@ Importing this package raises an ImportError where numba cannot run kernels. It 
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ if numba.version_info[:2] < (0, 63):
     raise ImportError(f"numba {numba.__version__} is too old, 0.63 is needed")
 if getattr(numba.config, "DISABLE_JIT", False):
     raise ImportError("NUMBA_DISABLE_JIT is set, kernels would run a thousand times slower")
+
+_LOG = logging.getLogger(__name__)
 
 
 def _torch_threads() -> int | None:
@@ -47,6 +50,12 @@ class _Cache(FunctionCache):
         self._cache_file._source_stamp = _stamp(Path(kernel.__code__.co_filename).parent)
 
     def load_overload(self, sig: tuple[Any, ...], target_context: Any) -> Any:
+        found = self._stored(sig, target_context)
+        if found is None:
+            _say_that_it_compiles()
+        return found
+
+    def _stored(self, sig: tuple[Any, ...], target_context: Any) -> Any:
         try:
             found = super().load_overload(sig, target_context)
         except Exception:  # damaged files raise the many classes of pickle and LLVM
@@ -59,6 +68,11 @@ class _Cache(FunctionCache):
     def save_overload(self, sig: tuple[Any, ...], data: Any) -> None:
         with contextlib.suppress(Exception):
             super().save_overload(sig, data)
+
+
+@functools.cache
+def _say_that_it_compiles() -> None:
+    _LOG.info("compiling kernels for this machine, half a minute at most; they are kept for the next time")
 
 
 @functools.cache
