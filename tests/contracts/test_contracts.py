@@ -76,7 +76,9 @@ TECHNIQUES = {
         "readout": "diagonal",
         "depth": {"policy": "act", "first": 2, "last": 0, "threshold": 0.9},
     },
+    "act-all-blocks": {"n_layers": 2, "depth": {"policy": "act", "first": 0, "last": 0, "threshold": 0.8}},
     "skip": {"n_layers": 4, "depth": {"policy": "skip"}},
+    "skip-all-blocks": {"n_layers": 2, "depth": {"policy": "skip", "first": 0, "last": 0}},
     "skip-pairs": {"n_layers": 5, "depth": {"policy": "skip", "every": 2, "last": 0}},
     "exit": {"n_layers": 4, "depth": {"policy": "exit", "threshold": 0.7}},
     "exit-probability": {
@@ -135,6 +137,10 @@ TECHNIQUES["all-skip"] = {**TECHNIQUES["+".join(PARTS)], "depth": {"policy": "sk
 TECHNIQUES["memory"] = PARTS["memory"]
 TECHNIQUES["memory-of-one-token"] = {"memory": {"orders": [1], "rows": 16, "successors": 40}}
 TECHNIQUES["memory+exit"] = PARTS["memory"] | TECHNIQUES["exit"]
+TECHNIQUES["memory+exit-before-blocks"] = PARTS["memory"] | {
+    "n_layers": 4,
+    "depth": {"policy": "exit", "first": 0, "every": 2, "threshold": 0.97},
+}
 TECHNIQUES["exit+sparsity+experts"] = {
     **TECHNIQUES["sparsity+experts"],
     "n_layers": 4,

@@ -233,7 +233,8 @@ class DepthConfig(BoundedTechnique):
     add up to the threshold. 'skip' (mixture of depths): before each segment a router decides whether the position runs
     or skips it. 'exit' (early exit): until its confidence about the next token reaches the threshold."""
     first: int = 1
-    """Number of blocks before the first decision, which every position runs."""
+    """Number of blocks before the first decision, which every position runs. With 0 and early exit, n-gram memory alone
+    may decide."""
     last: int = 1
     """Only with policies 'act' and 'skip': number of blocks at the end, which every position runs."""
     every: int = 1
@@ -265,8 +266,8 @@ class DepthConfig(BoundedTechnique):
     def __post_init__(self) -> None:
         where = "model.depth"
         check_choices(where, self)
-        check_integer(where, 1, 1_024, first=self.first, every=self.every)
-        check_integer(where, 0, 1_024, last=self.last)
+        check_integer(where, 1, 1_024, every=self.every)
+        check_integer(where, 0, 1_024, first=self.first, last=self.last)
         check_range(where, 0, 1_000, penalty=self.penalty, exit_weight=self.exit_weight)
         check_range(where, 0, 1, target=self.target, full_depth=self.full_depth)
         check_bound(where, self.bound)
