@@ -33,7 +33,8 @@ ecosystem: .venv/ecosystem
 
 # Runs the notebooks in full and writes them with their outputs.
 notebooks: .venv/ecosystem
-	cd notebooks && ../$(BIN)/jupytext --to ipynb --execute *.py
+	$(BIN)/jupytext --to ipynb notebooks/*.py
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -42,6 +42,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 from resnet_bk.config import DataConfig, ModelConfig, TrainConfig
+from resnet_bk.hf import quiet_transformers
 from resnet_bk.inference.loading import load
 from resnet_bk.report.tables import markdown_table
 from resnet_bk.study.ledger import Ledger
@@ -50,6 +51,8 @@ from resnet_bk.study.run import train
 SECONDS = float(os.environ.get("RESNET_BK_NOTEBOOK_SECONDS", "60"))  # of training, for each model
 RUNS = Path("runs/all_techniques")
 shutil.rmtree(RUNS, ignore_errors=True)  # the runs of an earlier execution
+quiet_transformers()
+silent = Console(quiet=True, force_jupyter=False)
 
 # %% [markdown]
 # ## The models
@@ -100,7 +103,7 @@ results = {}
 for name, fields in MODELS.items():
     folder = RUNS / name.replace(" ", "-").replace(",", "")
     config = TrainConfig(ModelConfig.from_dict(fields), TEXT, output_dir=str(folder), max_seconds=SECONDS)
-    results[name] = train(config, Console(quiet=True))
+    results[name] = train(config, silent)
     print(f"{name}: {results[name]['held_out']['bits_per_byte']:.3f} bits per byte")
 
 # %% [markdown]

@@ -43,11 +43,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resnet_bk.config import DataConfig, ModelConfig, TrainConfig, preset
+from resnet_bk.hf import quiet_transformers
 from resnet_bk.study.run import train
 
 SECONDS = float(os.environ.get("RESNET_BK_NOTEBOOK_SECONDS", "60"))  # of training
 RUN = Path("runs/your_own_text")
 shutil.rmtree(RUN, ignore_errors=True)  # the run of an earlier execution
+quiet_transformers()
+silent = Console(quiet=True, force_jupyter=False)
 
 # %% [markdown]
 # ## The text
@@ -109,7 +112,7 @@ def curves():
 
 
 shown = display("The first score follows soon.", display_id=True)
-results = train(config, Console(quiet=True), lambda progress, bits: shown.update(curves()))
+results = train(config, silent, lambda progress, bits: shown.update(curves()))
 print(f"{results['held_out']['bits_per_byte']:.3f} bits per byte on {results['held_out']['bytes']:,} held-out bytes")
 
 # %% [markdown]
