@@ -81,8 +81,9 @@ print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes
 # the rest.
 #
 # One in ten files is held out. `eval_every` scores them again and again while the model trains, and the figure is drawn
-# anew each time. Where the training score still falls and the held-out score rises, the model begins to learn your files by
-# heart: then more text helps more than more time. The folder `best` of the run keeps the model with the best score.
+# anew each time. The training score is the mean over all updates since the last point, so it lags behind. If it still falls
+# while the held-out score rises, the model begins to learn your files by heart: then more text helps more than more time.
+# The folder `best` of the run keeps the model with the best score.
 
 # %%
 every = max(5, round(SECONDS))  # updates between two scores
@@ -93,6 +94,7 @@ config = TrainConfig(
     max_seconds=SECONDS,
     log_every=every,
     eval_every=every,
+    eval_bytes=131_072,
     sample=PROMPT,
 )
 
