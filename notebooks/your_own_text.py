@@ -118,8 +118,9 @@ results = train(config, silent, lambda progress, bits: shown.update(curves()))
 print(f"{results['held_out']['bits_per_byte']:.3f} bits per byte on {results['held_out']['bytes']:,} held-out bytes")
 
 # %% [markdown]
-# Eight bits per byte would mean that the model knows nothing, and a compressed file would have as many bits as the model
-# needs to predict it. So you can compare the score with that of a compressor on your files.
+# Eight bits per byte would mean that the model knows nothing. A compressor is a yardstick: its files have as many bits as it
+# needs to predict them. It reads all of your files one after another, and the model is scored on files that it has not read,
+# after a training on the others.
 
 # %%
 import lzma
