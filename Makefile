@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test ecosystem check soak bench gpu clean
+.PHONY: demo test ecosystem notebooks check soak bench gpu clean
 
 # torch first and alone: asked for together with other packages, pip may choose a build with CUDA.
 .venv/installed: pyproject.toml constraints.txt
@@ -30,6 +30,11 @@ test: .venv/triton
 
 ecosystem: .venv/ecosystem
 	$(BIN)/python -m pytest -m ecosystem tests/ecosystem
+
+# Runs the notebooks in full and writes them with their outputs.
+notebooks: .venv/ecosystem
+	$(BIN)/jupytext --to ipynb notebooks/*.py
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from resnet_bk.training.length_trainer import LearnedSequenceLengthTrainer
     from resnet_bk.wrapper import AdaptiveSequenceLengthWrapper
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "resnet_bk.config": ("ConfigError", "ModelConfig"),
