@@ -174,7 +174,8 @@ def pareto(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[int], co
     if max(cost[2] for _, cost in points.values()) >= 1e5:
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep="\N{NO-BREAK SPACE}"))
     axes.margins(0.15)
-    _legend(figure)
+    if len(front) > 1:
+        _legend(figure)
     names = [visible(name) for name in points]
     _label(axes, places, names)
     best = "; ".join(names[i] for i in front)
@@ -184,7 +185,7 @@ def pareto(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[int], co
 
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     """Return an empty figure, one of two that stand side by side, and its axes with their labels."""
-    figure = Figure(figsize=(4.6, 3.4), layout="constrained")  # not by pyplot, which chooses a backend for the process
+    figure = Figure(figsize=(4.2, 3.1), layout="constrained")  # not by pyplot, which chooses a backend for the process
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.grid(color=_LINE, linewidth=0.6)
@@ -204,11 +205,11 @@ def _series(number: int) -> dict[str, Any]:
 def _legend(figure: Figure) -> None:
     """Add a legend above the axes, where it hides nothing; each row makes the figure taller."""
     handles, names = figure.axes[0].get_legend_handles_labels()
-    names = [textwrap.fill(name, 50) if len(name) > 50 else name for name in names]
-    columns = 1 if max(map(len, names)) > 18 else 3
+    names = [textwrap.fill(name, 42) if len(name) > 42 else name for name in names]
+    columns = 1 if max(map(len, names)) > 14 else 2
     rows = sum(max(map(len, map(str.splitlines, names[i : i + columns]))) for i in range(0, len(names), columns))
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)
-    legend = figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+    legend = figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name may contain dollar signs
 
