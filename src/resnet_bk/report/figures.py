@@ -52,10 +52,12 @@ def figure_svg(figure: Figure) -> str:
     """Return the figure as an <svg> element, on white. Its text alternative names the axes."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    (axes,) = figure.axes
     with _any_characters(), matplotlib.rc_context(_SETTINGS):
+        for line in axes.lines:
+            line.recache(always=True)  # a line keeps the setting of when it was drawn first
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=nothing)
     text = buffer.getvalue()
-    (axes,) = figure.axes
     name = html.escape(f"Chart: {axes.get_ylabel()} over {axes.get_xlabel()}")
     return _NUMBERED.sub("", text[text.index("<svg") :]).replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
