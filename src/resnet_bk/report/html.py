@@ -66,7 +66,7 @@ def heat_map(pieces: Sequence[tuple[str, float, str]]) -> str:
         f'<span class="{_level(heat)}" title="{_escaped(note)}">{_escaped(text)}</span>' for text, heat, note in pieces
     ]
     rows = [(str(i + 1), text.translate(_SPACES), note) for i, (text, _, note) in enumerate(pieces)]
-    table = table_html(rows, "What each piece of the text cost, in order.", ["", "text", "cost and decisions"])
+    table = table_html(rows, "What each piece of the text cost, in order.", ["number", "text", "cost and decisions"])
     return f"<pre>{''.join(spans)}</pre><details><summary>The same as a table</summary>{table}</details>"
 
 
