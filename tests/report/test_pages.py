@@ -33,7 +33,11 @@ def place(chromium, tmp_path_factory):
         (place / "corpus" / f"{i}.py").write_text(f"# file {i}\n" + TEXT)
     shape = ("--model.d_model=16", "--model.n_layers=3", "--model.n_seq=32", "--model.num_experts=2")
     budget = ("--max_steps=6", "--log_every=1", "--eval_every=3", "--batch_size=2", "--data.source=corpus")
-    runs = {"run": (), "again": ("--seed=1",), "deep": ("--model.multiscale.factors=[4]", "--model.multiscale.layers=[1,1,1]")}
+    runs = {
+        "run": (),
+        "again": ("--seed=1",),
+        "deep": ("--model.multiscale.factors=[4]", "--model.multiscale.layers=[1,1,1]"),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "measure", lambda model, text, size: MEASURE(model, text, size, 1, 32, 2, 1))
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
@@ -177,7 +181,11 @@ def test_text_of_a_figure_can_be_selected_and_printing_is_light(place, chromium,
 FAULTS = {
     "an element that is too wide": ("</h1>", '</h1><div style="width: 2000px">x</div>', "pixels wide"),
     "focus that cannot be seen": ("outline: 3px solid var(--accent)", "outline: none", "focus cannot be seen"),
-    "a box that the keyboard skips": ('role="region" tabindex="0"', 'tabindex="-1" style="width: 99px"', "does not reach"),
+    "a box that the keyboard skips": (
+        'role="region" tabindex="0"',
+        'tabindex="-1" style="width: 99px"',
+        "does not reach",
+    ),
     "faint text": ("--quiet: #595959", "--quiet: #999", "contrast 2.85"),
     "faint text in a chart": ("svg text { fill: var(--text); }", "svg text { fill: #bbb; }", "contrast"),
     "an image of elsewhere": ("</h1>", '</h1><img alt="" src="http://127.0.0.1:9/x.png">', "Content Security Policy"),

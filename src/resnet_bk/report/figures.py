@@ -31,7 +31,7 @@ _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#1a1a1a")  # --s0 to --s
 _MARKERS, _DASHES = "os^Dv<>", ("-", "--", "-.", ":")
 _LINE, _EDGE = "#cccccc", "#767676"
 _VARIABLES = {"#000000": "text", _LINE: "line", _EDGE: "edge", **{color: f"s{i}" for i, color in enumerate(_SERIES)}}
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text that can be selected, searched and read aloud
     "path.simplify": False,  # every point of a curve is drawn
     "font.sans-serif": ["DejaVu Sans"],
@@ -144,7 +144,7 @@ def compared_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float, f
         for number, (name, runs) in enumerate(curves.items()):
             for i, run in enumerate(runs):
                 drawn, _ = thinned(run)
-                own = {"label": visible(name)} if i == 0 else {}
+                own: dict[str, Any] = {"label": visible(name)} if i == 0 else {}
                 place, bits = [line[x] for line in drawn], [line[2] for line in drawn]
                 axes.plot(place, bits, gid=f"curve-{x}-{number}-{i}", markersize=2.5, **own, **_series(number))
         axes.set_yscale("log")  # shows the end of training better
