@@ -129,6 +129,7 @@ def test_the_pareto_figure_has_a_point_and_a_name_for_each_and_the_front(count):
     front = list(range(count))[::-1]
     figure = figures.pareto(points, front, "decode, us per byte")
     (axes,) = figure.axes
+    assert "Bars span the runs" in figure.get_label()
     assert figure.get_label().endswith(f"cheapest first: {'; '.join(f'name {i}' for i in front)}.")
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("decode, us per byte", "held-out bits per byte")
     line, *rest = axes.lines

@@ -181,7 +181,12 @@ def pareto(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[int], co
     names = [visible(name) for name in points]
     _label(axes, places, names)
     best = "; ".join(names[i] for i in front)
-    figure.set_label(f"Lower and further to the left is better. On the Pareto front, cheapest first: {best}.")
+    bars = (
+        " Bars span the runs of a group."
+        if any(low < high for point in points.values() for _, low, high in point)
+        else ""
+    )
+    figure.set_label(f"Lower and further to the left is better.{bars} On the Pareto front, cheapest first: {best}.")
     return figure
 
 
