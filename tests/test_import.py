@@ -53,7 +53,7 @@ def test_an_import_without_its_extra_names_it():
     imports = {
         "from resnet_bk.hf import ResNetBKForCausalLM": "hf",
         "from resnet_bk.study import tune": "study",
-        "from resnet_bk.report import html": "train",
+        "from resnet_bk.report import figures": "train",
         "from resnet_bk.report.terminal import colored": "train",
     }
     code = f"""

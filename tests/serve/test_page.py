@@ -2,18 +2,16 @@
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pytest
 
 pytest.importorskip("serving", exc_type=ImportError)
 
+from browser import SCHEMES, WIDTHS, browser, faults, opened
 from serving import NAME, text_of
 
 from resnet_bk.serve.page import headers, page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Elements(HTMLParser):
@@ -60,28 +58,15 @@ def test_a_name_cannot_leave_its_place():
     assert headers()["Content-Security-Policy"].count("sha256-") == 2
 
 
-@pytest.fixture(params=["light", "dark"])
+@pytest.fixture(params=SCHEMES)
 def tab(request, client):
     """Open the page in a browser; the test fails if its script fails or breaks its policy."""
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    errors = []
-
-    def note(message):
-        if message.type == "error" and "Failed to load resource" not in message.text:
-            errors.append(message.text)
-
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page(color_scheme=request.param, viewport={"width": 390, "height": 800})
-        tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.on("console", note)
-        tab.goto(str(client.base_url))
-        tab.says = lambda text: api.expect(tab.locator("#status")).to_have_text(re.compile(text), timeout=20_000)
+    with browser() as started:
+        tab = opened(started, str(client.base_url), 390, request.param)
+        expect = pytest.importorskip("playwright.sync_api").expect
+        tab.says = lambda text: expect(tab.locator("#status")).to_have_text(re.compile(text), timeout=20_000)
         yield tab
-        browser.close()
-    assert errors == []
+        assert tab.noted == []
 
 
 def colors(tab):
@@ -113,15 +98,53 @@ def test_in_a_browser(tab, model):
     tab.locator("#prompt").fill(" " * 400 + "x" * 400)
     tab.locator("#go").click()
     tab.says("^60 tokens")
-    for width in (390, 1280):
+    for width in WIDTHS:
         tab.set_viewport_size({"width": width, "height": 800})
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert faults(tab) == []
     tab.locator("#tokens").fill("9000000")
     tab.locator("#go").click()
     tab.says("^[0-9]{3,} tokens")
     tab.keyboard.press("Escape")
     tab.says("^stopped after [0-9]{3,} tokens")
     assert tab.locator("#go").is_enabled()
+
+
+def test_the_blocks_of_each_byte_are_in_a_table(tab):
+    tab.locator("#go").click()
+    tab.says("^400 tokens")
+    tab.locator("summary").press("Enter")
+    spans = tab.locator("#text span").evaluate_all("all => all.map(x => [x.textContent, x.title])")
+    rows = tab.locator("#rows tr").evaluate_all("all => all.map(x => [...x.cells].map(y => y.textContent))")
+    spaces = str.maketrans({" ": "␠", "\n": "␊", "\t": "␉"})
+    assert rows == [[str(i), text.translate(spaces), title] for i, (text, title) in enumerate(spans, 1)]
+    assert len(rows) > 200
+    for width in WIDTHS:
+        tab.set_viewport_size({"width": width, "height": 800})
+        assert faults(tab) == []
+    tab.locator("#go").click()
+    tab.says("^400 tokens")
+    assert tab.locator("#rows tr").count() == 0, "of the text before"
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("document.documentElement.style.setProperty('--text', '#555')", "contrast"),
+        ("document.querySelector('label').remove()", "no label: <textarea#prompt>"),
+        ("document.getElementById('text').style.width = '3000px'", "pixels wide"),
+        (
+            "document.getElementById('stop').disabled = false; document.getElementById('stop').tabIndex = -1",
+            "does not reach",
+        ),
+        ("document.getElementById('go').style.outline = 'none'", "focus cannot be seen: <button#go>"),
+    ],
+)
+def test_a_planted_fault_is_found(client, script, message):
+    with browser() as started:
+        tab = opened(started, str(client.base_url), 390, "dark")
+        assert faults(tab) == []
+        tab.evaluate(script)
+        assert [one for one in faults(tab) if message in one]
 
 
 def test_an_error_is_shown_in_a_browser(tab):

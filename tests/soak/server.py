@@ -119,7 +119,7 @@ def serve(path: str) -> None:
 
 def _shorten() -> None:
     """Replace what takes seconds and touches no file: timing, a long sample, drawn figures."""
-    from resnet_bk.report import html
+    from resnet_bk.report import figures
     from resnet_bk.study import run
 
     measure, generate = run.measure, run.generate_text
@@ -127,7 +127,7 @@ def _shorten() -> None:
     run.generate_text = lambda model, tokenizer, prompt, config: generate(
         model, tokenizer, prompt, type(config)(**asdict(config) | {"max_new_tokens": 8})
     )
-    html.figure_svg = lambda figure: "<svg/>"
+    figures.figure_svg = lambda figure: "<svg/>"
 
 
 def _watch(connection: socket.socket) -> None:

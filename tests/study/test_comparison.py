@@ -53,7 +53,7 @@ def make(trained, place, monkeypatch):
 
     Figures are not drawn, because that takes longer than everything else.
     """
-    monkeypatch.setattr(comparison.html, "figure_svg", lambda figure: "<svg></svg>")
+    monkeypatch.setattr(comparison.figures, "figure_svg", lambda figure: "<svg></svg>")
 
     def make(name, bits=2.0, prefill=1e5, settings=(), **changed):
         folder = shutil.copytree(trained / "run", place / name)
@@ -95,17 +95,17 @@ def page_of(*arguments):
 
 def lines_of(page):
     """Return the cells of each row of the table, its head first."""
-    table = re.search(r'<table class="columns">(.*?)</table>', page)[1].replace("<wbr>", "")
-    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>(.*?)</tr>", table)]
+    table = re.sub("<wbr>|</?span[^>]*>", "", re.search(r'<table class="columns">(.*?)</table>', page)[1])
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>(.*?)</tr>", table)]
 
 
 def colored(page):
-    """Return the text of each section in colors, all backgrounds, and all notes."""
-    maps = re.findall(r"<pre>(<span.*?)</pre>", page, re.DOTALL)[1:]  # the first one is the legend
+    """Return the text of each section in colors, all levels, and all notes."""
+    maps = re.findall(r"<pre>(<span.*?)</pre>", page, re.DOTALL)
     texts = ["".join(re.findall(r">([^<]*)</span>", one)) for one in maps]
     return (
         texts,
-        re.findall(r"background:rgb\(([\d,]+)\)", "".join(maps)),
+        re.findall(r'class="(h\d)"', "".join(maps)),
         re.findall(r'title="([^"]+)"', "".join(maps)),
     )
 
@@ -129,7 +129,7 @@ def test_a_page_needs_nothing_but_itself_and_shows_every_part(trained, place):
         "training, s": f"{training['seconds']:,.1f}",
         "training, bytes/s": f"{training['bytes_per_second']:,.0f}",
     }
-    assert page.count("<svg") == page.count("</svg>") == 5
+    assert page.count("<svg") == page.count("</svg>") == 6
     for part in (
         "<h1>Runs compared: 1 run in 1 group</h1>",
         "resnet-bk train --config run/config.yaml",
@@ -170,13 +170,13 @@ def test_the_line_of_a_group_has_medians_and_spreads(make):
 
 def test_each_front_is_that_of_the_medians(make, monkeypatch):
     drawn = {}
-    figure = comparison.html.pareto
+    figure = comparison.figures.pareto
 
     def keep(points, front, label):
         drawn[label] = (points, front)
         return figure(points, front, label)
 
-    monkeypatch.setattr(comparison.html, "pareto", keep)
+    monkeypatch.setattr(comparison.figures, "pareto", keep)
     make("a0", 2.0, 1e6 / 3)
     make("a1", 1.8, 1e6 / 5, [("seed", 1)])
     make("slow", 2.4, 1e6 / 9, [("model.n_heads", 2)])  # worse than a in both
@@ -192,8 +192,8 @@ def test_each_front_is_that_of_the_medians(make, monkeypatch):
 
 def test_curves_are_over_seconds_and_over_bytes_read(make, monkeypatch):
     calls = []
-    figure = comparison.html.compared_curves
-    monkeypatch.setattr(comparison.html, "compared_curves", lambda *args: calls.append(args) or figure(*args))
+    figure = comparison.figures.compared_curves
+    monkeypatch.setattr(comparison.figures, "compared_curves", lambda *args: calls.append(args) or figure(*args))
     make("a")
     make("short", settings=[("seed", 1)], training__bytes_per_second=math.nan)
     metrics = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
@@ -243,14 +243,14 @@ def test_one_text_is_colored_by_the_costs_of_each_group_on_one_scale(make, monke
 
     monkeypatch.setattr(comparison, "spend", scaled)
     page = page_of("a", "b", "c", "--max_tokens", "40")
-    texts, backgrounds, notes = colored(page)
+    texts, levels, notes = colored(page)
     held_out = ("# file 0\n" + TEXT)[:40]  # before anything that HTML escapes
     assert texts == [held_out] * 2
     assert re.findall("<h3>(.*?)</h3>", page) == ["plain (a)", "plain (b)"]
     assert "The beginning of 0.py" in page
     assert AGAIN in page
-    assert set(backgrounds[40:]) == {"236,112,20"}
-    assert "236,112,20" not in backgrounds[:40]
+    assert set(levels[40:]) == {"h7"}
+    assert "h7" not in levels[:40]
     assert "1.00 of the mean; " in notes[1]
 
 

@@ -29,7 +29,7 @@ from resnet_bk.training.trainer import RunControl
 
 TEXT = "def add(a, b):\n    return a + b  # sum\n\n\nfor i in range(10):\n    print(add(i, 2 * i))\n" * 10
 SPACE = {"learning_rate": [0.001, 0.1], "model.num_experts": [1, 4]}
-MEASURE, TRAIN, FIGURE = run.measure, run.train, tune.html.figure_svg
+MEASURE, TRAIN, FIGURE = run.measure, run.train, tune.figures.figure_svg
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def made_up(place, monkeypatch):
         return scored(1 + config.learning_rate, 1e6 * config.learning_rate / config.model.num_experts)
 
     monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(tune.html, "figure_svg", lambda figure: "<svg></svg>")  # takes longer than everything else
+    monkeypatch.setattr(tune.figures, "figure_svg", lambda figure: "<svg></svg>")  # takes longer than everything else
     return runs
 
 
@@ -207,7 +207,7 @@ def test_a_hopeless_trial_ends_at_the_first_rung(made_up, monkeypatch, place, pr
 
 
 def test_what_a_search_writes(made_up, place, monkeypatch):
-    monkeypatch.setattr(tune.html, "figure_svg", FIGURE)
+    monkeypatch.setattr(tune.figures, "figure_svg", FIGURE)
     chosen = searched(trials=8, max_loss=0.02)
     lines = (place / "out" / "pareto.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| trial-")]
@@ -443,7 +443,7 @@ def begun(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(run, "train", train)
-        patch.setattr(tune.html, "figure_svg", lambda figure: "<svg></svg>")
+        patch.setattr(tune.figures, "figure_svg", lambda figure: "<svg></svg>")
         with pytest.raises(KeyboardInterrupt):
             searched(trials=9)
     return place / "out"

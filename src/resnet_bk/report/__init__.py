@@ -1,1 +1,1 @@
-"""Tables, figures, and HTML reports that each fit in one file."""
+"""Tables, figures, and HTML pages that each fit in one file."""

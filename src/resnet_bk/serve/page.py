@@ -7,12 +7,14 @@ import json
 import re
 from pathlib import Path
 
+from resnet_bk.report.html import STYLE
+
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 @functools.cache
 def _template() -> str:
-    return _TEMPLATE.read_text(encoding="utf-8")
+    return _TEMPLATE.read_text(encoding="utf-8").replace("STYLE", STYLE, 1)
 
 
 def page(name: str, blocks: int, threshold: float | None, most_tokens: int) -> str:

@@ -13,12 +13,13 @@ from resnet_bk.files import write_whole
 from resnet_bk.folders import CONFIG, train_command
 from resnet_bk.hf import quiet_transformers
 from resnet_bk.inference.loading import load
-from resnet_bk.report import html
-from resnet_bk.report.html import Figure
+from resnet_bk.report import figures, html
+from resnet_bk.report.figures import Figure
 from resnet_bk.report.terminal import Console, say
 from resnet_bk.study.ablate import BITS, RESPONSES, spread
+from resnet_bk.study.evaluate import count
 from resnet_bk.study.finished import FinishedRun, Group, grouped, read_runs
-from resnet_bk.study.inspection import Spending, check_output, heated, legend, read_beginning, spend
+from resnet_bk.study.inspection import HINT, Spending, check_output, heated, legend, read_beginning, spend
 from resnet_bk.study.search import front
 from resnet_bk.study.versions import version_lines
 
@@ -47,20 +48,17 @@ def report(config: ReportConfig, console: Console) -> list[Group]:
     runs = read_runs("report.runs", config.runs)
     groups = grouped(runs)
     sections = [
+        ("Conditions", html.table_html(_facts(runs), "Settings that all runs have in common.")),
         ("Runs", _table(groups) + _timing_note(runs)),
-        ("Quality and cost", html.paired([_pareto(groups, cost) for cost in COSTS])),
+        ("Quality and cost", figures.figures_html([_pareto(groups, cost) for cost in COSTS])),
         ("Training", _curves(groups)),
         ("Cost of each byte", _colored(groups, text, config)),
     ]
-    found = f"{_count(len(runs), 'run')} in {_count(len(groups), 'group')}"
-    write_whole(page, html.page(f"{TITLE}: {found}", _facts(runs), sections, _footer(runs, config)))
+    found = f"{count(len(runs), 'run')} in {count(len(groups), 'group')}"
+    intro = "Quality, costs and training of finished runs. A group is all runs whose settings differ in the seed only."
+    write_whole(page, html.page(f"{TITLE}: {found}", intro, sections, _footer(runs, config)))
     say(console, f"wrote {page}: {found}")
     return groups
-
-
-def _count(number: int, name: str) -> str:
-    """Return "1 run" or "2 runs"."""
-    return f"{number} {name}" + "s" * (number != 1)
 
 
 def _facts(runs: Sequence[FinishedRun]) -> list[tuple[str, str]]:
@@ -68,9 +66,8 @@ def _facts(runs: Sequence[FinishedRun]) -> list[tuple[str, str]]:
     scored = runs[0].results["held_out"]
     timed = {name: sorted({run.results["costs"][f"{name}_setting"] for run in runs}) for name in ("prefill", "decode")}
     return [
-        ("held-out text", f"{scored['bytes']:,} bytes in {scored['documents']:,} documents"),
+        ("held-out text", f"{scored['bytes']:,} bytes in {count(scored['documents'], 'document')}"),
         *((name, "; ".join(settings)) for name, settings in timed.items()),
-        ("groups", "runs whose settings differ in the seed only; median (range)"),
     ]
 
 
@@ -87,7 +84,8 @@ def _table(groups: Sequence[Group]) -> str:
         for name, (_, digits) in MEASURES.items():
             row.append(spread(_values(group, name), digits))
         rows.append(row)
-    return html.table_html(rows, ["techniques", "runs", *MEASURES])
+    caption = "One row for each group: the median, and the range in parentheses where a group has several runs."
+    return html.table_html(rows, caption, ["techniques", "runs", *MEASURES])
 
 
 def _timing_note(runs: Sequence[FinishedRun]) -> str:
@@ -103,12 +101,12 @@ def _timing_note(runs: Sequence[FinishedRun]) -> str:
 def _pareto(groups: Sequence[Group], cost: str) -> Figure:
     """Draw quality against one cost."""
 
-    def spreads(name: str) -> list[html.Spread]:
+    def spreads(name: str) -> list[figures.Spread]:
         return [(statistics.median(v), min(v), max(v)) for v in (_values(group, name) for group in groups)]
 
     names = [group.name for group in groups]
     points = dict(zip(names, zip(spreads(f"held-out {BITS}"), spreads(cost), strict=True), strict=True))
-    return html.pareto(points, front([(bits[0], own[0]) for bits, own in points.values()]), cost)
+    return figures.pareto(points, front([(bits[0], own[0]) for bits, own in points.values()]), cost)
 
 
 def _curves(groups: Sequence[Group]) -> str:
@@ -119,8 +117,8 @@ def _curves(groups: Sequence[Group]) -> str:
     if not any(lines.values()):
         return note
     in_bytes = all(run.config.data.tokenizer == "byte" for group in groups for run in group.runs)
-    figure = html.compared_curves(lines, f"million {'bytes' if in_bytes else 'tokens'} read")
-    return html.figures_html([figure]) + note
+    drawn = figures.compared_curves(lines, f"million {'bytes' if in_bytes else 'tokens'} read")
+    return figures.figures_html(drawn) + note
 
 
 def _curve(run: FinishedRun) -> list[tuple[float, float, float]]:
@@ -163,7 +161,7 @@ def _colored(groups: Sequence[Group], text: str | None, config: ReportConfig) ->
         return failures
     flops = [cost for pieces, _ in costs.values() for _, cost, _ in pieces]
     low, high = min(flops), max(flops)
-    intro = f"The beginning of {name}, on one scale for all models. Hover over a character for details."
+    intro = f"The beginning of {name}, on one scale for all models. {HINT}"
     parts = [html.paragraph(intro + source), legend(low, high)]
     for group in groups:
         if found := costs.get(group.runs[0].folder):

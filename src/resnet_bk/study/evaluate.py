@@ -67,10 +67,15 @@ class Scores:
             ("held-out perplexity per byte", f"{values['perplexity_per_byte']:.4f}"),
             ("perplexity per token", f"{values['perplexity_per_token']:.4g}"),
             ("perplexity per word", f"{values['perplexity_per_word']:.4g}"),
-            ("held-out text", f"{self.bytes:,} bytes in {self.documents} documents"),
+            ("held-out text", f"{self.bytes:,} bytes in {count(self.documents, 'document')}"),
             ("context", self.context),
         ]
         return rows if self.blocks is None else [*rows, ("blocks per token", f"{self.blocks:.2f}")]
+
+
+def count(number: int, name: str) -> str:
+    """Return "1 run" or "2,000 runs"."""
+    return f"{number:,} {name}" + "s" * (number != 1)
 
 
 def _exp(x: float) -> float:

@@ -31,6 +31,7 @@ from resnet_bk.study.measure import rank_correlation
 from resnet_bk.study.versions import version_lines
 
 TITLE = "What the model spends"
+HINT = "The pointer on a character shows its figures; the table below the text has them all."
 _BYTES_PER_TOKEN, _LEAST_BYTES = 256, 1 << 16  # read of a text for each token to look at, and in all at least
 
 
@@ -114,12 +115,16 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, float]:
     stages = _stages(ledger)
     pieces = heated(spending.pieces(), low, high)
     words = ["resnet-bk", "inspect", config.checkpoint, config.text, "--max_tokens", str(config.max_tokens)]
+    seen = html.paragraph(f"The stronger the color, the more the model computes there. {HINT}")
+    whole = f"All {len(cost):,} tokens together, in the order of the computation."
     sections = [
-        ("Byte by byte", legend(low, high) + html.heat_map(pieces)),
-        ("FLOPs by layer", html.table_html(stages)),
+        ("Costs and decisions", html.table_html(rows, "Means over the tokens below, where nothing else is said.")),
+        ("Byte by byte", seen + legend(low, high) + html.heat_map(pieces)),
+        ("FLOPs by layer", html.table_html(stages, whole, ["layer", "FLOPs", "share"])),
     ]
+    intro = "FLOPs (floating-point operations) that the model executes to predict a text, for each of its tokens."
     title = f"{TITLE}: {config.checkpoint} on {config.text}"
-    write_whole(page, html.page(title, rows, sections, [*version_lines(), shlex.join(words)]))
+    write_whole(page, html.page(title, intro, sections, [*version_lines(), shlex.join(words)]))
     console.print(colored((piece, heat) for piece, heat, _ in pieces))
     print_table(console, f"{config.checkpoint} on {config.text}", rows)
     print_table(console, "FLOPs by layer", stages)
@@ -249,10 +254,9 @@ def _decided(records: list[Record], length: int) -> list[list[str]]:
 
 
 def legend(low: float, high: float) -> str:
-    """Return the color scale as HTML. low, high: FLOPs of heat 0 and 1."""
-    low, high = low / 1e6, high / 1e6
-    steps = [(f" {low + (high - low) * i / 7:.2f} ", i / 7, "MFLOPs per token") for i in range(8)]
-    return html.heat_map([("MFLOPs per token: ", 0.0, ""), *steps])
+    """Return the color scale as HTML. low, high: FLOPs of heat 0 and 1; where they are equal, there is one color."""
+    heats = [i / (html.LEVELS - 1) for i in range(html.LEVELS if high > low else 1)]
+    return html.scale("MFLOPs per token", [(f"{(low + (high - low) * heat) / 1e6:.2f}", heat) for heat in heats])
 
 
 def _stages(ledger: Ledger) -> list[tuple[str, str, str]]:

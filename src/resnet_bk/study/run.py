@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from resnet_bk.config import EvalConfig, GenerateConfig, TrainConfig
 from resnet_bk.files import json_text, write_whole
 from resnet_bk.folders import BEST, CONFIG, HELD_OUT, METRICS, MODEL, REPORT, RESULTS, train_command
 from resnet_bk.inference.generation import generate_text, keep_engine
-from resnet_bk.report import html
+from resnet_bk.report import figures, html
 from resnet_bk.report.tables import Console, print_table
 from resnet_bk.report.terminal import say
 from resnet_bk.study.card import CARD, model_card
@@ -31,6 +30,7 @@ _NEXT = {
     "resnet-bk serve {0}": "answers OpenAI's clients, and has a page",
     "resnet-bk adapt {0} --help": "gives the model techniques",
 }
+SAMPLE = 400  # tokens of the text that the model writes
 
 
 def train(config: TrainConfig, console: Console, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
     scores = evaluate(model.model, run.held_out, run.tokenizer.eos_token_id, scoring, run.held_out_words)
     say(console, "measuring speed ...")
     costs = measure(model.model, run.held_out.ids, run.bytes_per_token)
-    settings = GenerateConfig(str(folder), config.sample, 400, seed=config.seed)
+    settings = GenerateConfig(str(folder), config.sample, SAMPLE, seed=config.seed)
     sample = generate_text(model.model, run.tokenizer, config.sample, settings)
     keep_engine(model.model, run.tokenizer, folder / MODEL)
     # A run of fewer steps than log_every has logged nothing.
@@ -83,7 +83,7 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
         rows.append(
             (f"best score while training, {BEST}/", f"{best[HELD_OUT]:.4f} bits per byte after {best['step']:,} steps")
         )
-    _write_report(folder, rows, metrics, sample)
+    _write_report(run, rows, metrics, sample)
     write_whole(folder / MODEL / CARD, model_card(folder.name, config, rows))
     write_whole(folder / RESULTS, json_text(results))  # last: it marks the run as finished
     print_table(console, f"Run {folder}", rows)
@@ -96,8 +96,18 @@ def conclude(run: TrainedRun, console: Console) -> dict[str, Any]:
     return results
 
 
-def _write_report(folder: Path, rows: list[tuple[str, str]], metrics: list[dict[str, float]], sample: str) -> None:
+def _write_report(run: TrainedRun, rows: list[tuple[str, str]], metrics: list[dict[str, float]], sample: str) -> None:
+    """Write report.html. rows: name and value of each result; metrics: lines of metrics.jsonl."""
+    folder = run.folder
+    intro = (
+        "One model: its scores on text that it was not trained on, its costs, the curves of its training, and a text."
+    )
+    timed = "Times were measured on the machine that the end of this page names."
+    written = html.paragraph(f"The model wrote at most {SAMPLE} tokens after the prompt {run.config.sample!r}.")
+    sections = [
+        ("Scores and costs", html.table_html(rows, timed)),
+        ("Training", figures.figures_html(figures.training_curves(metrics) if metrics else [])),
+        ("Sample", written + html.preformatted(sample)),
+    ]
     footer = [*version_lines(), train_command(folder / CONFIG)]
-    curves = html.figures_html([html.training_curves(metrics)] if metrics else [])
-    sections = [("Training", curves), ("Sample", html.preformatted(sample))]
-    write_whole(folder / REPORT, html.page(f"ResNet-BK run {folder.name}", rows, sections, footer))
+    write_whole(folder / REPORT, html.page(f"ResNet-BK run {folder.name}", intro, sections, footer))

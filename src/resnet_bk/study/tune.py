@@ -39,7 +39,7 @@ from resnet_bk.config import (
 )
 from resnet_bk.files import LOCK, is_scratch, lock, remove_scratch, write_whole
 from resnet_bk.hf import load_tokenizer
-from resnet_bk.report import html
+from resnet_bk.report import figures
 from resnet_bk.report.tables import Console, markdown_table, print_table
 from resnet_bk.report.terminal import say
 from resnet_bk.study import run
@@ -354,7 +354,7 @@ def _write(study: optuna.Study, config: TuneConfig, recipe: TrainConfig) -> tupl
     if chosen is None:
         return rows, None
     axes = [(point.bits_per_byte, point.ms_per_kb) for point in points]
-    write_whole(folder / FIGURE, html.figure_svg(html.trade_off(axes, sorted(front), chosen, label)))
+    write_whole(folder / FIGURE, figures.figure_svg(figures.trade_off(axes, sorted(front), chosen, label)))
     settings = with_settings(recipe, points[chosen].settings | {"output_dir": str(folder / "chosen"), "resume": False})
     write_whole(folder / CHOSEN, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
     return rows, points[chosen]
