@@ -167,8 +167,8 @@ Markdown(markdown_table([HEAD, *map(row, MODELS)]))
 # Models that compute less per byte also take more training steps in the same time. Therefore the score shows both sides of
 # a technique: what it loses by computing less, and what it gains by reading more text.
 #
-# In the figure, a model is better the further it lies to the lower left. A technique is worth its complexity where its
-# point lies below the line between the two plain models.
+# In the figure, a model is better the further it lies to the lower left. A line joins the two plain models. A technique is
+# worth its complexity if neither of them lies to the lower left of its point: then no plain model is better and cheaper.
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
