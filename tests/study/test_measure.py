@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from resnet_bk.engine.decoder import decoder_of
 from resnet_bk.model import LanguageModel
+from resnet_bk.study import measure as module
 from resnet_bk.study.measure import greedy, measure, rank_correlation
 
 TEXT = np.random.default_rng(0).integers(0, 31, 500, dtype=np.uint16)  # shorter than the prefill
@@ -42,6 +44,26 @@ def test_rates_are_positive_and_the_model_is_left_as_it_was():
     assert costs.decode > 0
     assert (costs.prefill_setting, costs.decode_setting) == ("2 x 16 tokens", "1 sequence, 3 tokens")
     assert model.training
+
+
+@torch.no_grad()
+def test_decoding_reads_the_text_with_the_engine_or_the_model(monkeypatch):
+    model = LanguageModel(31, d_model=16, n_layers=2, depth={"policy": "exit"}).eval()
+    read = {"EngineReader": [], "ModelReader": []}
+    for name, found in read.items():
+        kind = getattr(module, name)
+        monkeypatch.setattr(
+            kind, "read", lambda self, ids, found=found, read=kind.read: found.append(ids) or read(self, ids)
+        )
+    tokens = TEXT[:70].tolist()
+    monkeypatch.setattr(decoder_of(model), "asked", False)
+    assert module.one_by_one(model, tokens) > 0
+    expected = [tokens[:64], *([token] for token in tokens[64:])]
+    assert (read["ModelReader"], read["EngineReader"]) == (expected, [])
+    monkeypatch.setattr(decoder_of(model), "asked", None)
+    if decoder_of(model).uses_engine():
+        assert module.one_by_one(model, tokens) > 0
+        assert (read["ModelReader"], read["EngineReader"]) == (expected, expected)
 
 
 @torch.no_grad()

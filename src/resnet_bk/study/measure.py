@@ -4,6 +4,7 @@ Dimensions: B sequences, N tokens.
 """
 
 import statistics
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.clock import timed
 from resnet_bk.engine.decoder import decoder_of
+from resnet_bk.inference.readers import EngineReader, ModelReader, Reader
 from resnet_bk.model import LanguageModel
+
+PROMPT = 64  # tokens before those that are decoded
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,13 @@ def measure(
     bytes_per_token: float,
     batch: int = 8,
     length: int = 2048,
-    new: int = 256,
+    new: int = 512,
     repeats: int = 5,
 ) -> Costs:
-    """Measure prefill of a batch, and greedy decoding of one sequence after a prompt of 64 tokens.
+    """Measure prefill of a batch, and decoding: one sequence, token by token, after a prompt of 64 tokens.
+
+    Decoding reads the text, so what adaptive compute decides is what it decides for real text. A model's own likeliest
+    text soon repeats itself, which is easy.
 
     Args:
         model: left in the mode, training or evaluation, that it was in.
@@ -68,7 +75,7 @@ def measure(
         bytes_per_token: mean over the text, to convert tokens into bytes.
         batch: sequences of the prefill.
         length: tokens of each sequence of the prefill.
-        new: tokens to decode.
+        new: tokens to read one by one.
         repeats: timed runs, after one that is not timed.
     """
     device = model.embed.weight.device
@@ -80,7 +87,8 @@ def measure(
             model(row.unsqueeze(0))
     flops = counter.get_total_flops() / ids.numel()
     prefill = [timed(lambda: model(ids, logits=False), device)[1] for _ in range(repeats + 1)][1:]
-    decode = [timed(lambda: greedy(model, ids[:1, :64], new), device)[1] for _ in range(repeats + 1)][1:]
+    tokens = np.resize(text[: PROMPT + new], PROMPT + new).tolist()
+    decode = [one_by_one(model, tokens) for _ in range(repeats + 1)][1:]
     model.train(was_training)
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -90,6 +98,24 @@ def measure(
         decode=new * bytes_per_token / statistics.median(decode),
         decode_setting=f"1 sequence, {new} tokens",
     )
+
+
+def one_by_one(model: LanguageModel, tokens: list[int]) -> float:
+    """Return the seconds in which tokens after the first PROMPT ones are read one at a time, as `generate` does it.
+
+    Each is followed by the choice of the likeliest next one.
+    """
+    decoder = decoder_of(model)
+    reader: Reader = ModelReader(model, decoder)
+    if decoder.uses_engine():
+        from resnet_bk.engine.compiler import engine_of  # imports numba
+
+        reader = EngineReader(engine_of(model))
+    reader.read(tokens[:PROMPT])
+    started = time.perf_counter()
+    for token in tokens[PROMPT:]:
+        reader.read([token]).argmax()
+    return time.perf_counter() - started
 
 
 @torch.no_grad()
