@@ -69,8 +69,7 @@ class Settings(_Generated):
 
     def lines(self, name: str) -> list[str]:
         kind: Any = all_fields(TrainConfig)[name]
-        text = " ".join((kind.__doc__ or "").split())
-        return [text, "", "```{program} resnet-bk train", "```", "", *section(kind, f"{name}.")]
+        return [kind.__doc__ or "", "", "```{program} resnet-bk train", "```", "", *section(kind, f"{name}.")]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
