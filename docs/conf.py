@@ -26,6 +26,7 @@ extensions = [
 exclude_patterns = ["_build", "_ext"]
 nitpicky = True
 default_role = "code"  # docstrings write `name`
+smartquotes = False  # quoted values are there to be typed
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
@@ -42,9 +43,13 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = f"ResNet-BK {release}"
 html_copy_source = False
-html_theme_options = {} if not repository else {
-    "source_repository": f"https://github.com/{repository}/",
-    "source_branch": "main",
-    "source_directory": "docs/",
-}
+html_theme_options = (
+    {}
+    if not repository
+    else {
+        "source_repository": f"https://github.com/{repository}/",
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
+)
 linkcheck_anchors = False

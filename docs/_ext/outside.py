@@ -1,7 +1,7 @@
 """Links from pages to files outside docs/, such as a page of measurements or an example.
 
-Pages are read on GitHub too, so these links are relative. On the site they lead to the repository's page of the file, if
-conf.py has a `repository`, else to a copy of the file.
+Pages are read on GitHub too, so these links are relative. On the site they lead to the repository's page of the file,
+if conf.py has a `repository`, else to a copy of the file.
 """
 
 import os

@@ -6,6 +6,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from typing import Any
@@ -22,16 +23,25 @@ from resnet_bk.config import TrainConfig, all_fields, in_words, is_section
 def default(field: Field) -> str:
     """Return the default of a setting as YAML writes it."""
     value = field.default if field.default_factory is MISSING else field.default_factory()
-    return "required" if value is MISSING else f"default `{json.dumps(value)}`"
+    if value is MISSING:
+        return "required"
+    return f"default `{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def markdown(text: str) -> str:
+    """Return a help text as Markdown: what is between backticks is a literal, nothing else has a meaning."""
+    parts = text.split("`")
+    return "`".join(x if i % 2 else re.sub(r"([\\*_<\[\]])", r"\\\1", x) for i, x in enumerate(parts))
 
 
 def option(name: str, field: Field, text: str) -> Iterator[str]:
     """Yield the lines of one setting: name, allowed values, default, and help text."""
-    positional = default(field) == "required"
-    yield f"```{{option}} {name.upper() if positional else f'--{name}'}"
-    yield f"{in_words(field.type)}; {default(field)}"
+    given = default(field)
+    allowed = re.sub("'([^']*)'", r"`\1`", in_words(field.type))
+    yield f"```{{option}} {name.upper() if given == 'required' else f'--{name}'}"
+    yield f"{markdown(allowed)}; {given}"
     yield ""
-    yield text.replace("*.py", r"\*.py").replace("'*'", r"'\*'")
+    yield markdown(text)
     yield "```"
     yield ""
 

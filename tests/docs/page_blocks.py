@@ -71,10 +71,11 @@ def blocks(text: str) -> list[Block]:
 def commands(code: str) -> Iterator[list[str]]:
     """Yield the arguments of each `resnet-bk` in a shell block, those under torchrun and accelerate too."""
     for line in code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        for i, word in enumerate(words):
-            if word == "resnet-bk" or words[max(0, i - 1) : i + 1] == ["-m", "resnet_bk"]:
-                yield words[i + 1 :]
+        words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
+        if words[:1] == ["resnet-bk"]:
+            yield words[1:]
+        elif "resnet_bk" in words:  # torchrun ... -m resnet_bk
+            yield words[words.index("resnet_bk") + 1 :]
 
 
 @contextlib.contextmanager

@@ -242,8 +242,8 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
                 this batch's share of them.
             use_cache: return a cache; the default is config.use_cache in evaluation mode, False in training.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or a tensor of positions.
-            output_hidden_states: return the `hidden_states` of :class:`resnet_bk.hf.outputs.CausalLMOutput`; default: as
-                the configuration.
+            output_hidden_states: return the `hidden_states` of :class:`resnet_bk.hf.outputs.CausalLMOutput`; default:
+                as the configuration.
             output_attentions: not allowed.
             return_dict: False returns a tuple.
             past_key_values: the name of `cache` in older versions of transformers.
