@@ -34,7 +34,7 @@ _FENCE = re.compile(
     r"^(?:<!-- (?P<mark>[^:\n]*): (?P<value>[^\n]*) -->\n)?(?P<indent> *)```(?P<kind>[^\n]*)\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
-STARTS_WITHIN = 60  # seconds, of a block in the background
+STARTS_WITHIN = 120  # seconds, of a block in the background
 
 
 @dataclass(frozen=True)
