@@ -397,7 +397,9 @@ def test_several_sources_on_the_command_line_and_in_a_file(parsed, tmp_path):
 def test_what_lists_of_texts_and_mappings_of_settings_allow(refused):
     assert refused(*train("--data.include", "3")).endswith("allowed a list of texts")
     found = refused("adapt", "runs/base", "--techniques", "3", "--max_steps", "1")
-    assert found == "adapt.techniques: got '3', allowed a mapping of settings to values, such as {depth: {policy: exit}}"
+    assert (
+        found == "adapt.techniques: got '3', allowed a mapping of settings to values, such as {depth: {policy: exit}}"
+    )
 
 
 def test_bad_sources_on_the_command_line(refused, tmp_path):
