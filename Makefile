@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test ecosystem notebooks check soak bench gpu clean
+.PHONY: demo test ecosystem notebooks docs docs-test links check soak bench gpu clean
 
 # torch first and alone: asked for together with other packages, pip may choose a build with CUDA.
 .venv/installed: pyproject.toml constraints.txt
@@ -35,6 +35,21 @@ ecosystem: .venv/ecosystem
 notebooks: .venv/ecosystem
 	$(BIN)/jupytext --to ipynb notebooks/*.py
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# The site, docs/_build/html/index.html, without a warning; then every code block of its pages.
+docs: .venv/docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
+	$(MAKE) docs-test
+
+docs-test: .venv/docs
+	$(BIN)/python -m pytest -m docs tests/docs
+
+# Links to other sites; needs a network.
+links: .venv/docs
+	$(BIN)/sphinx-build --quiet --builder linkcheck docs docs/_build/links
 
 check: .venv/installed
 	$(BIN)/ruff check .

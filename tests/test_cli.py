@@ -394,6 +394,14 @@ def test_several_sources_on_the_command_line_and_in_a_file(parsed, tmp_path):
     assert parsed("train", "--config", "c.yaml", "--data.sources", "null")[1].data.shares == {"stdlib": 1.0}
 
 
+def test_what_lists_of_texts_and_mappings_of_settings_allow(refused):
+    assert refused(*train("--data.include", "3")).endswith("allowed a list of texts")
+    found = refused("adapt", "runs/base", "--techniques", "3", "--max_steps", "1")
+    assert (
+        found == "adapt.techniques: got '3', allowed a mapping of settings to values, such as {depth: {policy: exit}}"
+    )
+
+
 def test_bad_sources_on_the_command_line(refused, tmp_path):
     allowed = "allowed a mapping of sources to weights, such as {stdlib: 0.7, docs: 0.3} or null"
     for value in ("x", "[a, b]", "{a: b}", "{a: [1]}"):

@@ -81,7 +81,7 @@ class Features(NamedTuple):
 class LanguageModel(nn.Module):
     """A causal language model on the BK core, or a bidirectional encoder with ``causal=False``.
 
-    Every keyword is a field of :class:`resnet_bk.config.ModelConfig`; an example is
+    Every keyword is a field of :class:`resnet_bk.ModelConfig`; an example is
     ``LanguageModel(256, d_model=64, n_layers=4, n_seq=128, num_experts=4, top_k=1)``. Time and memory are linear in N.
     The state has a constant size.
     """
@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
         """Return a new model with the settings of a preset.
 
         Args:
-            name: one of :data:`resnet_bk.config.PRESETS`: "plain", "quality", "balanced", "fast".
+            name: one of ``resnet_bk.config.PRESETS``: "plain", "quality", "balanced", "fast".
             vocab_size: number of token ids.
             fields: fields of ModelConfig that replace those of the preset. A section that is given, such as `sparsity`,
                 replaces the preset's whole section; the two are not merged.
@@ -122,7 +122,7 @@ class LanguageModel(nn.Module):
         """Return a trained model in float32, in evaluation mode.
 
         Args:
-            path: folder of a run or of a model, or a name of :data:`resnet_bk.folders.BUNDLED`: "fast-python".
+            path: folder of a run or of a model, or a name of ``resnet_bk.folders.BUNDLED``: "fast-python".
 
         Raises:
             CheckpointError: there is no model, or it is damaged.

@@ -29,7 +29,7 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
     """A language model with learned length around the blocks of an existing model.
 
     ``AdaptiveSequenceLengthWrapper(base_model=model, max_seq_len=128, num_length_bins=8, length_penalty=0.01)``: every
-    further keyword is a field of :class:`resnet_bk.config.LengthConfig`. The base model is not changed. Its modules are
+    further keyword is a field of ``resnet_bk.config.LengthConfig``. The base model is not changed. Its modules are
     shared, so training either model trains both. The predictor and the bypass are new.
 
     ``wrapper(ids)`` is ``base_model(ids)``. ``wrapper(ids, use_adaptive_length=True)`` chooses lengths and also
@@ -83,7 +83,7 @@ class AdaptiveSequenceLengthWrapper(LanguageModel):
         Args:
             ids: (B, N) integer token ids.
             use_adaptive_length: run with learned length.
-            others: arguments of :meth:`LanguageModel.forward`. A state fits only the mode that returned it.
+            others: arguments of :meth:`resnet_bk.LanguageModel.forward`. A state fits only the mode that returned it.
         """
         if not use_adaptive_length:
             return self.base_model(ids, **others)

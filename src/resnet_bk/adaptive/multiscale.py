@@ -204,9 +204,10 @@ class MultiScaleState(NamedTuple):
 class ChunkRecord(Record):
     """Decisions of multi-scale.
 
-    closes: (B, N) bool, True where a chunk ends.
-    probability: (B, N), the router's probability of a boundary, before the limit on the length of a chunk. None for
-        boundaries that are not learned.
+    Attributes:
+        closes: (B, N) bool, True where a chunk ends.
+        probability: (B, N), the router's probability of a boundary, before the limit on the length of a chunk. None for
+            boundaries that are not learned.
     """
 
     closes: Tensor

@@ -278,12 +278,14 @@ def in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
-        return "a list of integers, such as [4] or [2, 2]"
+        return "a list of texts" if str in get_args(kind) else "a list of integers, such as [4] or [2, 2]"
     if get_origin(kind) is list:
         return f"a list, each {in_words(*get_args(kind))}"
     if get_origin(kind) is dict:
         if float in get_args(kind):
             return "a mapping of sources to weights, such as {stdlib: 0.7, docs: 0.3}"
+        if Any in get_args(kind):
+            return "a mapping of settings to values, such as {depth: {policy: exit}}"
         return "a mapping of settings to [low, high], such as {learning_rate: [0.001, 0.01]}"
     if get_origin(kind) in _UNIONS:
         return " or ".join(map(in_words, get_args(kind)))

@@ -38,7 +38,7 @@ _TRANSFORMERS_FIELDS = {
 class ResNetBKConfig(PreTrainedConfig):
     """``config.json`` of a ResNet-BK model.
 
-    The fields are those of :class:`resnet_bk.config.ModelConfig`, whose ``top_k`` is called ``num_experts_per_tok``
+    The fields are those of :class:`resnet_bk.ModelConfig`, whose ``top_k`` is called ``num_experts_per_tok``
     here.
 
     Raises:

@@ -39,7 +39,7 @@ KEYWORDS = (*BASE_KEYWORDS, "labels", "shift_labels", "num_items_in_batch", "log
 
 
 class ResNetBKModel(LanguageModel):
-    """A :class:`LanguageModel` that transformers' tools can also call, as the base of a causal model.
+    """A :class:`resnet_bk.LanguageModel` that transformers' tools can also call, as the base of a causal model.
 
     Called with the name `input_ids` or `inputs_embeds`, it returns the features before the head instead of logits.
     """
@@ -80,7 +80,7 @@ KNOWN.add(ResNetBKModel)
 
 
 class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
-    """The interface of transformers around a :class:`LanguageModel`, which is the attribute ``model``.
+    """The interface of transformers around a :class:`resnet_bk.LanguageModel`, which is the attribute ``model``.
 
     `forward` has `labels` in its signature but not `shift_labels`: Trainer would expect every such argument of its
     batches and would score nothing if one were missing.
@@ -242,7 +242,8 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
                 this batch's share of them.
             use_cache: return a cache; the default is config.use_cache in evaluation mode, False in training.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or a tensor of positions.
-            output_hidden_states: return the `hidden_states` of :class:`CausalLMOutput`; default: as the configuration.
+            output_hidden_states: return the `hidden_states` of :class:`resnet_bk.hf.outputs.CausalLMOutput`; default:
+                as the configuration.
             output_attentions: not allowed.
             return_dict: False returns a tuple.
             past_key_values: the name of `cache` in older versions of transformers.
@@ -251,7 +252,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
                 vocabulary never needs (B, N, V) memory. position_ids, which must not restart within a row.
 
         Raises:
-            ValueError, TypeError: an argument does not fit, see :meth:`LanguageModel.forward`, or is unknown.
+            ValueError, TypeError: an argument does not fit, see :meth:`resnet_bk.LanguageModel.forward`, or is unknown.
         """
         wants_hidden, wants_attentions = (
             getattr(self.config, name) if value is None else value

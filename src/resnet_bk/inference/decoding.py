@@ -41,7 +41,7 @@ class StaticStep:
 
         Raises:
             ValueError: a technique of the model needs a host-device sync; the model has experts and is on a GPU without
-                bfloat16; or the state is not one of the model, see :meth:`LanguageModel.forward`.
+                bfloat16; or the state is not one of the model, see :meth:`resnet_bk.LanguageModel.forward`.
             TypeError: a part of the state has another type or dtype.
         """
         if syncs := model.config.host_syncs:
@@ -140,8 +140,9 @@ def generate(
 
     Raises:
         ValueError: `new` or `sync_every` is below 1, `temperature` is negative or not finite, `stop` is outside the
-            vocabulary, or a row ends with padding; also as :class:`StaticStep` and :meth:`LanguageModel.forward`.
-        TypeError: as :meth:`LanguageModel.forward`.
+            vocabulary, or a row ends with padding; also as :class:`StaticStep` and
+            :meth:`resnet_bk.LanguageModel.forward`.
+        TypeError: as :meth:`resnet_bk.LanguageModel.forward`.
     """
     if new < 1 or sync_every < 1:
         raise ValueError(f"new, sync_every: expected 1 or more, got {new} and {sync_every}")

@@ -26,7 +26,7 @@ class NgramMemory(AdaptiveLayer):
     :meth:`count`, in seconds for a whole corpus. Before, it is empty.
 
     A model must not be trained on the text that its table was counted from: what follows could be read there, so the
-    model would learn to trust the table more than it may on other text. Training therefore reads :attr:`held_back`, a
+    model would learn to trust the table more than it may on other text. Training therefore reads ``held_back``, a
     table without the text of the step, if there is one.
 
     Engram (arXiv:2601.07372) and BLT (arXiv:2412.09871) look up trained vectors by n-gram; infini-gram

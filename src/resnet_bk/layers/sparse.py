@@ -24,8 +24,9 @@ OWN = 0.2  # initial part of its own value that a left-out site reads
 class SparsityRecord(Record):
     """Decisions of learned sparsity.
 
-    kept: (B, N) bool, True for sites that the core computed; False for padding.
-    sites: scalar int64, number of sites, without padding.
+    Attributes:
+        kept: (B, N) bool, True for sites that the core computed; False for padding.
+        sites: scalar int64, number of sites, without padding.
     """
 
     kept: Tensor

@@ -107,7 +107,7 @@ def _warn(message: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend inside the context. The environment variable RESNET_BK_BACKEND does so for a whole process.
 
-    A forced ``triton`` is used without the check that :func:`backend_for` requires.
+    A forced ``triton`` is used without the check that ``backend_for`` requires.
     """
     global _forced
     previous, _forced = _forced, name
