@@ -169,7 +169,7 @@ def test_every_extra_that_is_named_exists(about):
     named |= set(re.findall(r"\bextra\(\"([\w-]+)\"\)", text))
     named |= {name for path in PAGES for name in re.findall(r"[Ee]xtra `([\w-]+)`", path.read_text())}
     assert {"all", "hf", "train", "data", "cpu-fast", "gpu", "dev", "ecosystem"} <= named <= extras
-    table = (ROOT / "docs" / "usage.md").read_text().partition("| extra | adds |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "install.md").read_text().partition("| extra | adds |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == extras - {"dev"}
 
 
