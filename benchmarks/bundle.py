@@ -22,8 +22,8 @@ MODELS = Path(resnet_bk.__file__).parent / "models"
 NOTE = """
 ## Weights
 
-They are rounded to bfloat16 and have {bits:.4f} bits per byte on the held-out text; the table is of those before. Its speeds
-are those of a machine that other programs kept busy.
+They are rounded to bfloat16 and have {bits:.4f} bits per byte on the held-out text; the table is of those before. Its
+speeds are those of a machine that other programs kept busy.
 
 ## Text, licence, limits
 
