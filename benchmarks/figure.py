@@ -1,4 +1,4 @@
-"""Draw docs/peers.svg, the README's figure, from the tables of a results page of benchmarks/peers.py.
+"""Draw docs/peers.svg, a figure of docs/results.md, from the tables of a results page of benchmarks/peers.py.
 
     python benchmarks/figure.py [--page benchmarks/results/PAGE.md] [--out docs/peers.svg]
 
