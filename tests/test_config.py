@@ -618,7 +618,7 @@ def test_words_are_refused_where_tokens_are_not_bytes():
     ("fields", "message"),
     [
         ({"policy": "halt"}, "policy: got 'halt', allowed 'none', 'act', 'skip', 'exit'"),
-        ({"first": 0}, "first: got 0, allowed an integer from 1"),
+        ({"first": -1}, "first: got -1, allowed an integer from 0"),
         ({"every": 0}, "every: got 0, allowed an integer from 1"),
         ({"last": -1}, "last: got -1, allowed an integer from 0"),
         ({"threshold": 1.5}, "threshold: got 1.5, allowed 0 to 1"),

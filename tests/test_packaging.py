@@ -11,6 +11,7 @@ import tomllib
 import venv
 import zipfile
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import bundle
@@ -22,7 +23,8 @@ from resnet_bk.config import PRESETS
 from resnet_bk.folders import BUNDLED
 
 for package in ("build", "hatchling", "hatch_fancy_pypi_readme", "pip"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'resnet-bk[dev]'")
+    if find_spec(package) is None:  # not imported: once pip is, setuptools, which torch needs, fails in this process
+        pytest.skip(f"{package} is not installed: pip install 'resnet-bk[dev]'", allow_module_level=True)
 requirements = pytest.importorskip("packaging.requirements")
 
 ROOT = Path(__file__).resolve().parent.parent
