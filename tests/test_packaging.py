@@ -11,7 +11,6 @@ import tomllib
 import venv
 import zipfile
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import bundle
@@ -22,8 +21,9 @@ from resnet_bk import __version__
 from resnet_bk.config import PRESETS
 from resnet_bk.folders import BUNDLED
 
-for package in ("build", "hatchling", "hatch_fancy_pypi_readme", "pip"):
-    if find_spec(package) is None:  # not imported: once pip is, setuptools, which torch needs, fails in this process
+# Looked up by name: once somebody looks for the module pip, setuptools, which torch needs, fails in this process.
+for package in ("build", "hatchling", "hatch-fancy-pypi-readme", "pip"):
+    if not list(metadata.distributions(name=package)):
         pytest.skip(f"{package} is not installed: pip install 'resnet-bk[dev]'", allow_module_level=True)
 requirements = pytest.importorskip("packaging.requirements")
 
