@@ -30,9 +30,9 @@ from trained import (
 )
 
 from resnet_bk.adaptive.depth import AdaptiveDepth
+from resnet_bk.inference.decoding import generate
 from resnet_bk.inference.speculation import speculate
 from resnet_bk.model import LanguageModel
-from resnet_bk.study.measure import greedy
 
 SEEDS, BATCH, STEPS, LAYERS = (0, 1, 2), 12, 600, 8
 SHAPE = {"d_model": 64, "n_seq": 256, "num_experts": 1}
@@ -211,8 +211,8 @@ def speculation(rows: Tensor) -> str:
     for seed in SEEDS:
         model = everywhere(load("exit", seed))
         for prompt in prompts:
-            full = greedy(model, prompt, 200)
-            runs: dict[str, Any] = {"full": lambda m=model, p=prompt: greedy(m, p, 200)}
+            full = generate(model, prompt, 200)
+            runs: dict[str, Any] = {"full": lambda m=model, p=prompt: generate(m, p, 200)}
             runs |= {str(k): (lambda m=model, p=prompt, k=k: speculate(m, p, 200, k)) for k in DRAFTS}
             times = interleaved(runs, 3)
             for k in DRAFTS:

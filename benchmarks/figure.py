@@ -47,7 +47,7 @@ def column(page: str, name: str) -> dict[str, float]:
         elif index is not None and not cells:
             return found
         elif index is not None and not cells[0].startswith("---"):
-            found[cells[0]] = float(cells[index].split()[0])
+            found[cells[0]] = float(cells[index].split()[0].replace(",", ""))
     raise SystemExit(f"page: got no table with a column {name!r}; give a results page of benchmarks/peers.py")
 
 

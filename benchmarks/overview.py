@@ -1,9 +1,11 @@
 """Draw the figure of the README, docs/overview.svg, from the pages in benchmarks/results: ``python overview.py``."""
 
+import math
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+from figure import column
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -12,32 +14,22 @@ OURS, OTHERS, LIGHT = "#0072b2", "#7f7f7f", "#c8c8c8"  # told apart by brightnes
 FAMILIES = ("ours", "Llama", "GPT-2", "Mamba-2")
 
 
-def rows_of(page: Path) -> list[list[str]]:
-    """Return the cells of all rows of tables on a page."""
-    lines = page.read_text("utf-8").splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-
-
-def first_number(cell: str) -> float:
-    """Return the number that a cell begins with, which is the median where there is a range."""
-    return float(cell.split()[0].replace(",", ""))
-
-
 def best_bits() -> dict[tuple[str, bool], float]:
     """Return the best bits per byte of each family, without and with n-gram memory."""
     found: dict[tuple[str, bool], float] = {}
-    for cells in rows_of(LEARNING):
-        family = cells[1].split()[0]
-        if family in FAMILIES:
-            key = family, cells[2] == "yes"
-            found[key] = min(found.get(key, 9.0), first_number(cells[8]))
+    for line in LEARNING.read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| 240 "):
+            key = cells[1].split()[0], cells[2] == "yes"
+            found[key] = min(found.get(key, math.inf), float(cells[8].split()[0]))
     return found
 
 
 def decoding() -> dict[str, float]:
     """Return bytes per second of models of four layers of width 128, ours on the engine."""
-    rows = {cells[0]: first_number(cells[1]) for cells in rows_of(DECODE) if cells[1][:1].isdigit()}
-    return {name: rows["plain, 4 blocks of 128" if name == "ours" else name] for name in FAMILIES}
+    page = DECODE.read_text("utf-8")
+    ours = column(page, "engine, bytes/s")["plain, 4 blocks of 128"]
+    return {"ours": ours, **column(page, "bytes/s")}
 
 
 def draw(path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from resnet_bk import LanguageModel
+from resnet_bk.inference.decoding import generate
 from resnet_bk.inference.speculation import speculate
-from resnet_bk.study.measure import greedy
 
 
 def model(seed=0, n_layers=4, attention=None, memory=None, **depth) -> LanguageModel:
@@ -55,7 +55,7 @@ def test_tokens_are_those_of_full_depth(draft, sure):
         trained(),
     ):
         drafts = speculate(net, ids.int(), 50, draft, sure)
-        assert torch.equal(drafts.tokens, greedy(net, ids, 50))
+        assert torch.equal(drafts.tokens, generate(net, ids, 50))
         assert drafts.accepted <= drafts.drafted
         assert drafts.accepted + drafts.rounds + 1 >= 50
 
@@ -75,7 +75,7 @@ def test_the_threshold_of_the_model_does_not_matter():
     ids = torch.randint(31, (1, 9))
     for threshold in (0.0, 0.05, 1.0):
         net = model(threshold=threshold)
-        expected = greedy(model(threshold=1.0), ids, 40)
+        expected = generate(model(threshold=1.0), ids, 40)
         assert torch.equal(speculate(net, ids, 40, 4, 0.0).tokens, expected)
 
 

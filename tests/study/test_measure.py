@@ -1,13 +1,14 @@
-"""Measured costs, greedy decoding and rank correlation."""
+"""Measured costs, decoding at temperature 0 and rank correlation."""
 
 import numpy as np
 import pytest
 import torch
 
 from resnet_bk.engine.decoder import decoder_of
+from resnet_bk.inference.decoding import generate
 from resnet_bk.model import LanguageModel
 from resnet_bk.study import measure as module
-from resnet_bk.study.measure import greedy, measure, rank_correlation
+from resnet_bk.study.measure import measure, rank_correlation
 
 TEXT = np.random.default_rng(0).integers(0, 31, 500, dtype=np.uint16)  # shorter than the prefill
 
@@ -89,7 +90,7 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(readout, energy):
     ids = prompt
     for _ in range(20):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(greedy(model, prompt, 20), ids[:, 6:])
+    assert torch.equal(generate(model, prompt, 20), ids[:, 6:])
     assert len(set(ids[0, 6:].tolist())) > 3
 
 

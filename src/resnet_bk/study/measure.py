@@ -118,17 +118,6 @@ def one_by_one(model: LanguageModel, tokens: list[int]) -> float:
     return time.perf_counter() - started
 
 
-@torch.no_grad()
-def greedy(model: LanguageModel, ids: torch.Tensor, new: int) -> torch.Tensor:
-    """Return the `new` likeliest next tokens after ids (B, N), as (B, new). Time and memory per token are constant."""
-    output, tokens = model(ids), []
-    logits, state = output.logits[:, -1], output.state
-    for _ in range(new):
-        tokens.append(logits.argmax(-1, keepdim=True))
-        logits, state = decoder_of(model).step(tokens[-1], state)
-    return torch.cat(tokens, dim=1)
-
-
 def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     """Return Spearman's rank correlation of two tensors of one size, 0 if one is constant.
 
