@@ -17,9 +17,9 @@ from torch import Tensor
 from trained import Run, Trained, bits, prefill, scored, training_step, worse
 
 from resnet_bk.config import PRESETS, preset
+from resnet_bk.inference.decoding import generate
 from resnet_bk.model import LanguageModel
 from resnet_bk.study.ledger import Ledger, plain_flops
-from resnet_bk.study.measure import greedy
 
 SHAPE = {name: value for name, value in preset("plain").items() if name != "n_layers"}
 
@@ -87,7 +87,7 @@ def clock(rows: Tensor) -> str:
 
     def decode(model: LanguageModel) -> None:
         with torch.no_grad():
-            greedy(model.eval(), rows[3:4, :64], 100)
+            generate(model.eval(), rows[3:4, :64], 100)
 
     kinds = {"prefill": prefill(rows), "training step": training_step(rows), "decoding": decode}
     found = TRAINED.speeds(kinds, lambda name: "plain")

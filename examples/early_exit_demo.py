@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from resnet_bk import LanguageModel, encode
+from resnet_bk.inference.decoding import generate
 from resnet_bk.inference.speculation import speculate
-from resnet_bk.study.measure import greedy
 
 PROMPT, NEW = "def read(self, size=-1):\n", 300
 
@@ -54,7 +54,7 @@ def main() -> None:
         exits.threshold = threshold
         console.print(f"\nthreshold {threshold}", style="bold")
         report(model, held_out, console)
-        text, milliseconds = timed(lambda: greedy(model, prompt, NEW))
+        text, milliseconds = timed(lambda: generate(model, prompt, NEW))
         with torch.no_grad():
             blocks = model(torch.cat([prompt, text], dim=1)).records[0].mean_blocks
         table.add_row(f"threshold {threshold}", f"{milliseconds:.2f}", f"{blocks:.2f}")

@@ -45,10 +45,10 @@ from rich.console import Console
 
 from resnet_bk.config import DataConfig, ModelConfig, TrainConfig
 from resnet_bk.hf import quiet_transformers
+from resnet_bk.inference.decoding import generate
 from resnet_bk.inference.loading import load
 from resnet_bk.report.tables import markdown_table
 from resnet_bk.study.ledger import Ledger
-from resnet_bk.study.measure import greedy
 from resnet_bk.study.run import train
 
 SECONDS = float(os.environ.get("RESNET_BK_NOTEBOOK_SECONDS", "60"))  # of training, for each model
@@ -122,7 +122,7 @@ ids = torch.frombuffer(bytearray(code[:4096]), dtype=torch.uint8).long().view(4,
 ids = ids.to(models["plain"].head.weight.device)
 ACTIONS = {
     "prefill": lambda model: model(ids, logits=False),
-    "decoding": lambda model: greedy(model, ids[:1, :64], 100),
+    "decoding": lambda model: generate(model, ids[:1, :64], 100),
 }
 SIZES = {"prefill": ids.numel(), "decoding": 100}  # bytes
 
