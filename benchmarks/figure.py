@@ -95,8 +95,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE, help="results page of benchmarks/peers.py")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/peers.svg", help="figure to write")
     options = parser.parse_args()
-    matplotlib.rcParams["svg.hashsalt"] = "peers"  # ids in the file do not change from run to run
-    draw(options.page.read_text()).savefig(options.out, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context({"svg.hashsalt": "peers"}):  # ids in the file do not change from run to run
+        draw(options.page.read_text()).savefig(options.out, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":

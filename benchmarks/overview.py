@@ -34,7 +34,11 @@ def decoding() -> dict[str, float]:
 
 def draw(path: Path) -> None:
     """Draw the figure."""
-    mpl.rcParams.update({"svg.hashsalt": "resnet-bk", "font.size": 10, "svg.fonttype": "none"})
+    with mpl.rc_context({"svg.hashsalt": "resnet-bk", "font.size": 10, "svg.fonttype": "none"}):
+        _draw(path)
+
+
+def _draw(path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.9), layout="constrained")
     places = range(len(FAMILIES))[::-1]
     bits, speeds = best_bits(), decoding()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 
 from resnet_bk.config import visible
@@ -35,9 +36,11 @@ def test_a_figure_is_one_svg_element_with_a_name_and_text_as_text():
         assert len(drawn(text, {loss: "loss", speed: "speed"}[text])) == len(METRICS)
 
 
-def test_ids_are_unique_among_figures_and_colors_are_the_pages():
+@pytest.mark.parametrize("salt", [None, "of the user"])
+def test_ids_are_unique_among_figures_and_colors_are_the_pages(salt):
     metrics = [line | {"held_out_bits_per_byte": 3.0} for line in METRICS]
-    page = figures.figures_html([*figures.training_curves(metrics), *figures.compared_curves(CURVES, "bytes")])
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        page = figures.figures_html([*figures.training_curves(metrics), *figures.compared_curves(CURVES, "bytes")])
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     used = {*re.findall('href="#([^"]+)"', page), *re.findall(r"url\(#([^)]+)\)", page)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import random
 import shutil
 import socket
 from functools import partial
@@ -40,13 +41,19 @@ BASE = flat(
 SETTINGS = [name for name, kind in all_fields(TrainConfig).items() if not is_section(kind) and name not in MAY_DIFFER]
 
 
+def free_port():
+    """Return a port that nothing uses, below those that a system gives to connections: no program gets it by chance."""
+    while True:
+        port = random.randint(10_000, 32_000)
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 def ranks(server, place, *options, fault=NO_FAULT):
     """Run `train` with one rank for each of `options`, with a fault on rank 0, and return the outcomes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     size = len(options)
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     running = []
     for rank, more in enumerate(options):
         environment = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}

@@ -35,6 +35,7 @@ _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text that can be selected, searched and read aloud
     "path.simplify": False,  # every point of a curve is drawn
     "font.sans-serif": ["DejaVu Sans"],
+    "svg.hashsalt": None,  # with one salt, the markers of all figures of a page would have the same ids
 }
 # What matplotlib numbers: several figures on one page would have the same ids.
 _NUMBERED = re.compile(r' id="(?:\w+\.)?[a-zA-Z]\w*_\d+"')
