@@ -89,6 +89,7 @@ def train(
     first: tuple[int, int] = (1, 8),
     clock: Callable[[], float] = time.perf_counter,
     optimizer: Literal["adamw", "muon"] = "adamw",
+    watch: Callable[[float], None] | None = None,
 ) -> dict[str, float]:
     """Train with a cosine schedule and gradient clipping at 1.
 
@@ -105,6 +106,7 @@ def train(
         first: sequences and tokens of a pass before the clock starts, in which kernels are compiled.
         clock: returns seconds. With one thread and `time.process_time`, other programs on the machine matter little.
         optimizer: see :func:`resnet_bk.training.optimizers.create`.
+        watch: is called with the seconds so far before each step; its own time does not count.
 
     Returns:
         "steps", "seconds" and "first_gradient_norm".
@@ -119,6 +121,9 @@ def train(
         progress = max(done / steps if steps else 0.0, elapsed / seconds if seconds else 0.0)
         if progress >= 1:
             return {"steps": done, "seconds": elapsed, "first_gradient_norm": first_norm}
+        if watch is not None:
+            watch(elapsed)
+            started = clock() - elapsed
         x, y = draw()
         if done == 0 and seconds:  # the first draw may count n-grams: the learning rate rises from here
             progress = begin = min(0.9, (clock() - started) / seconds)

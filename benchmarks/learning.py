@@ -127,7 +127,7 @@ def gpt2(window: int, width: int, layers: int) -> HuggingFace:
 
 
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train one model for seconds of a core, and score it."""
+    """Train one model for seconds of a core, and score it; "curve" has (seconds, bits per byte) while it trains."""
     torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     contestant = Contestant(*spec["contestant"])
@@ -137,11 +137,22 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     draw = partial(next, batches(model.memory, training, contestant.window, spec["seed"], counting))
     budget = {"seconds": spec["seconds"], "clock": time.process_time}
     recipe = {"learning_rate": contestant.learning_rate, "optimizer": contestant.optimizer}
-    record = train(model.loss, model, draw, **recipe, **budget)
-    model.eval()  # reads the table of the whole training text
+    due = [spec["seconds"] / 2**i for i in range(7, 0, -1)]
+    curve = []
+
+    def watch(elapsed: float) -> None:
+        if due and elapsed >= due[0]:
+            del due[0]
+            model.eval()  # reads the table of the whole training text
+            curve.append((round(elapsed, 1), mean_nats(model.loss, held_out, contestant.window, 2**16) / math.log(2)))
+            model.train()
+
+    record = train(model.loss, model, draw, watch=watch, **recipe, **budget)
+    model.eval()
     nats = mean_nats(model.loss, held_out, contestant.window, SCORED)
     parameters = sum(p.numel() for p in model.parameters())
-    return {"bits_per_byte": nats / math.log(2), "parameters": parameters, **counting, **record}
+    bits = nats / math.log(2)
+    return {"bits_per_byte": bits, "parameters": parameters, "curve": curve, **counting, **record}
 
 
 def page(results: list[dict[str, Any]]) -> str:
