@@ -1,4 +1,4 @@
-"""Numbers that README.md and docs/results.md quote are those of the pages in benchmarks/results, rounded."""
+"""Numbers in the tables of README.md and docs are those of the pages in benchmarks/results, rounded."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?!\w*[a-wyz]|\.\d)")  # as in 12, 1,200, 0.51 and 12.7x
 PAGE = re.compile(r"\((?:\.\./)?(benchmarks/results/[^)]+\.md)\)")
+LINK = re.compile(r"results\.md#([\w-]+)\)")
 SECTION = re.compile(r"\(docs/results\.md#([^)]+)\)")
 
 
@@ -30,6 +31,10 @@ def sections(text):
     return dict(zip(anchors, parts[2::2], strict=True))
 
 
+PAGES = [
+    ROOT / "docs/faq.md",
+    *(path for part in ("tutorials", "techniques") for path in (ROOT / "docs" / part).glob("*.md")),
+]
 RESULTS = sections((ROOT / "docs/results.md").read_text("utf-8"))
 
 
@@ -41,6 +46,15 @@ def pages_of(section):
 def test_tables_of_results_are_those_of_their_pages(anchor):
     rows = [line for line in RESULTS[anchor].splitlines() if line.startswith("|")]
     assert unknown(numbers("\n".join(rows)), pages_of(RESULTS[anchor])) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_tables_of_the_site_are_those_of_the_sections_that_stand_before_them(path):
+    section = ""
+    for part in re.split(r"\n\s*\n", path.read_text("utf-8")):
+        section = "".join(RESULTS[name] for name in LINK.findall(part)) or section
+        rows = [line for line in part.splitlines() if line.lstrip().startswith("|")]
+        assert unknown(numbers("\n".join(rows)), numbers(section) + pages_of(section)) == []
 
 
 def test_results_in_the_readme_are_those_of_the_sections_that_they_link():
