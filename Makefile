@@ -35,6 +35,7 @@ ecosystem: .venv/ecosystem
 notebooks: .venv/ecosystem
 	$(BIN)/jupytext --to ipynb notebooks/*.py
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+
 .venv/docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
@@ -45,7 +46,7 @@ docs: .venv/docs
 	$(MAKE) docs-test
 
 docs-test: .venv/docs
-	$(BIN)/python -m pytest -m docs tests/docs
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m docs tests/docs
 
 # Links to other sites; needs a network.
 links: .venv/docs
