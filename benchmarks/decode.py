@@ -115,7 +115,7 @@ def of_models(text: np.ndarray) -> str:
     """Compare the engine with torch, and with other families."""
     models = {
         "plain, 4 blocks of 128": made(d_model=128, n_layers=4),
-        "`fast`": LanguageModel.from_preset("fast", BYTES).eval(),
+        "`fast`": LanguageModel.from_preset("fast", BYTES, memory={}).eval(),
         "`balanced`": LanguageModel.from_preset("balanced", BYTES).eval(),
         "all techniques": made(**EVERYTHING),
     }

@@ -27,9 +27,9 @@ BALANCED = preset("balanced")
 NARROW, SMALL = "balanced, 48 and 96 wide", "plain, 3 blocks 64 wide"
 LONG, SHORT = ", as long as plain", ", 0.35 as long as plain"
 
-# name -> fields of the model
+# name -> fields of the model; all without n-gram memory
 BY_STEPS: dict[str, dict[str, Any]] = {
-    **{name: preset(name) for name in PRESETS},
+    **{name: preset(name) | {"memory": {}} for name in PRESETS},
     NARROW: BALANCED
     | {"d_model": 48, "d_ff": 66, "multiscale": BALANCED["multiscale"] | {"widths": [96], "hidden": [132]}},
     "plain, 3 blocks": {"n_layers": 3},

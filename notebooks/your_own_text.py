@@ -88,7 +88,7 @@ print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes
 # %%
 every = max(5, round(SECONDS))  # updates between two scores
 config = TrainConfig(
-    model=ModelConfig.from_dict(preset("fast") | {"memory": {"orders": [1, 2, 3, 4, 6, 8, 12], "rows": 262_144}}),
+    model=ModelConfig.from_dict(preset("fast")),
     data=DataConfig(source=str(FOLDER), val_fraction=0.1),
     output_dir=str(RUN),
     max_seconds=SECONDS,

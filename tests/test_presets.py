@@ -17,6 +17,7 @@ def test_each_is_a_model_and_nothing_else(name):
     model = LanguageModel.from_preset(name)
     assert model.config.blocks == (4 if name == "fast" else 8)
     assert bool(model.config.techniques) == (name != "plain")
+    assert (model.memory is not None) == (name == "fast")
 
 
 def test_they_are_ordered_from_the_most_to_the_fewest_flops():
@@ -64,7 +65,7 @@ def test_on_the_command_line(parsed, form):
     config = parsed("train", *form, "--model.n_seq", "512", "--seed", "3", "--max_steps", "1")
     assert isinstance(config, TrainConfig)
     assert (config.model.multiscale.layers, config.model.n_seq, config.seed) == ((2, 2, 0), 512, 3)
-    assert config.model.techniques == ["multiscale"]
+    assert config.model.techniques == ["memory", "multiscale"]
 
 
 def test_a_file_of_that_name_comes_first(parsed, tmp_path):

@@ -107,7 +107,8 @@ class LanguageModel(nn.Module):
         """Return a new model with the settings of a preset.
 
         Args:
-            name: one of ``resnet_bk.config.PRESETS``: "plain", "quality", "balanced", "fast".
+            name: one of ``resnet_bk.config.PRESETS``: "plain", "quality", "balanced", "fast". The last has n-gram
+                memory, whose table is empty until ``memory.count`` is called; ``memory={}`` leaves it out.
             vocab_size: number of token ids.
             fields: fields of ModelConfig that replace those of the preset. A section that is given, such as `sparsity`,
                 replaces the preset's whole section; the two are not merged.

@@ -204,6 +204,17 @@ def test_the_table_of_n_grams_is_counted_again_from_the_new_text(place):
     assert ord("f") + 3 in tokens[0] - tokens[1]
 
 
+def test_the_table_has_at_most_one_row_for_each_token_of_the_text(place):
+    memory = ("--model.memory.orders=[1, 2]", "--model.memory.rows=1000000")
+    assert main(arguments(place, *memory)) == 0
+    assert main(arguments(place, *memory, "--resume=true", steps=10)) == 0
+    model = ResNetBKForCausalLM.from_pretrained(place / "run" / "model").model
+    held_out = json.loads((place / "run" / "results.json").read_text())["held_out"]
+    tokens = sum(path.stat().st_size + 1 for path in (place / "corpus").glob("*.py"))  # bytes and the end of each
+    assert len(model.memory.entries) == tokens - held_out["bytes"] - held_out["documents"]
+    assert yaml.safe_load((place / "run" / "config.yaml").read_text())["model"]["memory"]["rows"] == 1_000_000
+
+
 @pytest.mark.parametrize("memory", [(), ("--model.memory.orders=[1, 2]", "--model.memory.rows=500")])
 def test_a_run_on_several_sources(place, capsys, monkeypatch, memory):
     monkeypatch.setenv("COLUMNS", "300")

@@ -156,7 +156,7 @@ def _train(
         config, data = _prepare_data(config, ranks)
     ranks.check_same({config.data.setting: data.sha256}, "give every process the same text and tokenizer")
     torch.manual_seed(config.seed)
-    model = ResNetBKForCausalLM(_transformers_config(config, data.tokenizer))
+    model = ResNetBKForCausalLM(_transformers_config(config, data))
     checkpoint, teacher = _begin(config, model, data.tokenizer, console, ranks)
     _print_sizes(console, data, model, ranks)
     _prepare_model(model, config, ranks)
@@ -394,6 +394,10 @@ def _prepare_model(model: ResNetBKForCausalLM, config: TrainConfig, ranks: Ranks
         shard(on_device(model))
 
 
-def _transformers_config(config: TrainConfig, tokenizer: Tokenizer) -> ResNetBKConfig:
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return ResNetBKConfig.from_model_config(config.model, **ids)
+def _transformers_config(config: TrainConfig, data: _Data) -> ResNetBKConfig:
+    """Return the settings of the model. Its n-gram memory has no more rows than the training text has tokens."""
+    ids = {"pad_token_id": data.tokenizer.pad_token_id, "eos_token_id": data.tokenizer.eos_token_id}
+    memory = config.model.memory
+    rows = min(memory.rows, len(data.windows.tokens.ids))
+    model = dataclasses.replace(config.model, memory=dataclasses.replace(memory, rows=rows))
+    return ResNetBKConfig.from_model_config(model, **ids)
