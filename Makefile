@@ -63,7 +63,7 @@ soak: .venv/installed
 	RESNET_BK_SOAK_TABLE=$${RESNET_BK_SOAK_TABLE:-runs/soak.md} $(BIN)/python -m pytest -m soak
 
 bench: .venv/installed
-	cd benchmarks && for name in ops decode mixers energies recall memory learning tinyshakespeare multiscale length depth sparsity experts together peers; do ../$(BIN)/python $$name.py || exit; done
+	cd benchmarks && for name in ops decode mixers energies recall memory learning tinyshakespeare multiscale length depth sparsity experts together fronts peers; do ../$(BIN)/python $$name.py || exit; done
 
 # All of it on one GPU, ten minutes, in the environment at hand: PYTHON is used as it is where it has torch and
 # transformers, so that the torch that fits the card stays. Elsewhere in the environment of `make demo`.

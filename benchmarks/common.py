@@ -214,7 +214,7 @@ def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: P
                 return result
         command = [sys.executable, script, "--cell", json.dumps(cell)]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=one_thread).stdout
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one_thread).stdout
         result = {"cell": cell, "code": code, **json.loads(output.splitlines()[-1])}
         with log.open("a") as file:
             file.write(json.dumps(result) + "\n")

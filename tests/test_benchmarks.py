@@ -1,6 +1,7 @@
 """Benchmarks in miniature.
 
 - On a GPU: it runs on a CPU too, it refuses wrong numbers, a failure stays on its page.
+- Fronts: a technique pays only where nothing else is as good and as fast.
 - Recall: peers compute their recurrences, tasks have the answers that they define.
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import common
 import energies
+import fronts
 import gpu_kernels
 import pytest
 import recall
@@ -186,3 +188,22 @@ def test_energies_trains_compares_and_times(monkeypatch):
         results.append({"cell": cell, **found, "bits_per_byte": bits})
     assert "| 2.5000 | 2.2500 | -0.2500 |" in energies.quality(results)
     assert energies.speed().count("\n") == 2 + len(energies.SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("bits", "clocks", "pays"),
+    [
+        (1.2, (9.0, 9.0), ["does not pay here"]),  # two plain blocks are as good, and faster
+        (1.2, (4.0, 9.0), ["pays in reading"]),
+        (1.0, (19.0, 19.0), ["pays in reading and decoding"]),  # nothing is as good
+    ],
+)
+def test_a_technique_pays_where_nothing_as_good_is_as_fast(bits, clocks, pays):
+    scores = {"plain, 1": 1.3, "plain, 2": 1.2, "plain, 8": 1.1, "early exit, 0.9": bits, "early exit, 1": 1.1}
+    speeds = {"plain, 1": 3.0, "plain, 2": 5.0, "plain, 8": 20.0, "early exit, 1": 21.0}
+    times = {
+        clock: {name: [x] for name, x in (speeds | {"early exit, 0.9": own}).items()}
+        for clock, own in zip(fronts.CLOCKS, clocks, strict=True)
+    }
+    rows = [line for line in fronts.verdicts([scores], [times]).splitlines() if line.startswith("| early exit")]
+    assert [row.split(" | ")[-1].removesuffix(" |") for row in rows] == pays
