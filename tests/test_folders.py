@@ -6,7 +6,7 @@ import pytest
 
 from resnet_bk import files
 from resnet_bk.config import ConfigError, DataConfig, ModelConfig, TrainConfig
-from resnet_bk.folders import check_same_run, check_same_text, is_begun, run_folder
+from resnet_bk.folders import cache_folder, check_same_run, check_same_text, is_begun, run_folder
 
 
 def settings(folder, resume=False):
@@ -122,3 +122,14 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path, chosen, name):
     os.mkfifo(tmp_path / "run" / name)
     with pytest.raises(ConfigError, match="is not a file; move it away"):
         chosen(resume=True)
+
+
+@pytest.mark.parametrize("given", [None, "", "relative/cache"])
+def test_caches_are_in_the_home_directory_unless_an_absolute_path_is_given(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert cache_folder() == tmp_path / ".cache" / "resnet-bk"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert cache_folder() == tmp_path / "other" / "resnet-bk"

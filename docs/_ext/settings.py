@@ -69,7 +69,7 @@ class Command(_Generated):
     """A command: what it does, its usage line, its settings."""
 
     def lines(self, name: str) -> list[str]:
-        kind, text = cli._COMMANDS[name]
+        kind, text = cli.COMMANDS[name]
         usage = " ".join(["resnet-bk", name, *cli._positional(name).values(), "[--config FILE] [--SETTING VALUE ...]"])
         return [text, "", "```text", usage, "```", "", f"```{{program}} resnet-bk {name}", "```", "", *section(kind)]
 

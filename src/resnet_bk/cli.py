@@ -52,7 +52,8 @@ with extra("train"):
 
 _load_yaml = get_loader("yaml")
 
-_COMMANDS = {
+# name: its configuration, a line of help
+COMMANDS = {
     "train": (TrainConfig, "Train a model, score it on held-out text, measure its speed, write a report."),
     "adapt": (AdaptConfig, "Give a trained model techniques, and compare it with itself at several thresholds."),
     "eval": (EvalConfig, "Score a checkpoint: bits per byte and perplexities."),
@@ -93,7 +94,7 @@ def _parser() -> ArgumentParser:
         description="Language models that spend compute where the text is hard.",
     )
     commands = parser.add_subcommands(dest="command")
-    for name, (config, text) in _COMMANDS.items():
+    for name, (config, text) in COMMANDS.items():
         command = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=text)
         preset = f", or a model to start from: {', '.join(PRESETS)}" if config is TrainConfig else ""
         command.add_argument("--config", action="config", help=f"YAML file with any of the settings below{preset}.")
@@ -118,7 +119,7 @@ def _load_value(text: str) -> Any:
 
 def _positional(command: str | None) -> dict[str, str]:
     """Map each setting without a default to its text in the usage line; RUN... stands for a list of runs."""
-    every = fields(_COMMANDS[command][0]) if command else ()
+    every = fields(COMMANDS[command][0]) if command else ()
     names = {f.name: get_origin(f.type) is list for f in every if f.default is f.default_factory is MISSING}
     return {name: f"{name.removesuffix('s').upper()}..." if many else name.upper() for name, many in names.items()}
 
@@ -177,7 +178,7 @@ def _check_no_whole_section(arguments: Sequence[str], kind: type) -> None:
 
 def _settings(command: str | None) -> dict[str, str]:
     """Map the dotted name of each setting of a command to what it allows, in words."""
-    return {name: in_words(kind) for name, kind in all_fields(_COMMANDS[command][0]).items()} if command else {}
+    return {name: in_words(kind) for name, kind in all_fields(COMMANDS[command][0]).items()} if command else {}
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
@@ -194,10 +195,10 @@ def _explain(error: Exception, command: str | None) -> str:
     text, allowed = str(error), _settings(command)
     where, usage = f"{command}." if command else "", " ".join(_positional(command).values())
     if match := re.search(r"invalid choice: '(.*)' \(choose from", text, re.DOTALL):
-        near = _nearest(match[1], list(_COMMANDS))
-        return f"unknown command {shown(match[1])}; {near or 'commands: ' + ', '.join(_COMMANDS)}"
+        near = _nearest(match[1], list(COMMANDS))
+        return f"unknown command {shown(match[1])}; {near or 'commands: ' + ', '.join(COMMANDS)}"
     if 'expected "command"' in text:
-        return f"no command; commands: {', '.join(_COMMANDS)}"
+        return f"no command; commands: {', '.join(COMMANDS)}"
     if match := re.search(r"[Uu]nrecognized arguments: ([^\s=]*)", text):
         name = match[1].lstrip("-")
         if name in allowed:
@@ -263,10 +264,10 @@ def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, A
         ConfigError: anything is wrong with the arguments or with a configuration file.
     """
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    command = command if command in _COMMANDS else None
+    command = command if command in COMMANDS else None
     try:
         if command:
-            config, _ = _COMMANDS[command]
+            config, _ = COMMANDS[command]
             _check_no_whole_section(arguments, config)
             # a preset has no budget, so it cannot be the recipe of another command
             presets = PRESETS if command == "train" and given_as == "--config" else ()
@@ -277,7 +278,7 @@ def _parse(arguments: Sequence[str], given_as: str = "--config") -> tuple[str, A
         parsed = parser.parse_args(arguments)
         values = dict(vars(parser.instantiate(parsed)[parsed.command]))
         values.pop("config", None)
-        return parsed.command, _COMMANDS[parsed.command][0](**values)
+        return parsed.command, COMMANDS[parsed.command][0](**values)
     except ConfigError:
         raise
     # of the parser and its loaders

@@ -101,9 +101,13 @@ def _check_free(folder: Path, config: TrainConfig, report: Callable[[str], None]
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of files that can be made again; None if the user has no home directory."""
+    """Return the folder of files that can be made again; None if the user has no home directory.
+
+    XDG_CACHE_HOME names its parent. A relative path there is ignored, as the XDG Base Directory Specification wants it.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-bk"
+        return (given if given.is_absolute() else Path.home() / ".cache") / "resnet-bk"
     except RuntimeError:
         return None
 

@@ -27,7 +27,7 @@ def test_every_section_and_command_has_its_place(cli):
     written = (DOCS / "reference" / "settings.md").read_text()
     assert set(re.findall(r"^```\{settings\} (.*)$", written, flags=re.MULTILINE)) == sections
     written = (DOCS / "reference" / "commands.md").read_text()
-    assert re.findall(r"^```\{command\} (.*)$", written, flags=re.MULTILINE) == list(cli._COMMANDS)
+    assert re.findall(r"^```\{command\} (.*)$", written, flags=re.MULTILINE) == list(cli.COMMANDS)
 
 
 def test_every_public_name_has_its_place():
@@ -48,7 +48,7 @@ def test_every_setting_of_every_command_is_on_the_site(cli):
     texts = dict(re.findall(r'id="cmdoption-resnet-bk-([^"]*)">(.*?)</dd>', pages, flags=re.DOTALL))
     texts = {name: " ".join(unescape(re.sub("<[^>]*>", "", text)).split()) for name, text in texts.items()}
     missing = []
-    for command, (kind, _) in cli._COMMANDS.items():
+    for command, (kind, _) in cli.COMMANDS.items():
         for name in all_fields(kind):
             owner, f = kind, None
             for part in name.split("."):
