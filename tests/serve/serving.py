@@ -15,6 +15,7 @@ from resnet_bk.engine.compiler import engine_of
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer
 from resnet_bk.inference.generation import generate_text
 from resnet_bk.serve.app import Served, create_app
+from resnet_bk.serve.connections import Connection
 from resnet_bk.serve.metrics import Metrics
 from resnet_bk.serve.scheduler import Scheduler
 
@@ -42,7 +43,7 @@ def serving(model, key=None, ids=None, **fields):
     code = scheduler.engine.code
     threshold = code.thresholds[0].first if code.thresholds else None
     served = Served(NAME, ids or ByteText(), code.vocabulary, code.blocks, threshold, scheduler)
-    settings = uvicorn.Config(create_app(served, config, key), log_level="critical", ws="none")
+    settings = uvicorn.Config(create_app(served, config, key), log_level="critical", ws="none", http=Connection)
     server, listening = uvicorn.Server(settings), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
