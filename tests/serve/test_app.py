@@ -13,12 +13,14 @@ import pytest
 pytest.importorskip("serving", exc_type=ImportError)
 
 import torch
-from serving import ENDLESS, NAME, ask, eventually, serving, text_of, texts, tiny
+from serving import ENDLESS, NAME, ask, eventually, gauge, serving, text_of, texts, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from resnet_bk.hf import text_ids
 from resnet_bk.serve import app
+
+LISTED = f"allowed at most {ENDLESS + 65536}"
 
 
 def chunks(answer):
@@ -42,12 +44,6 @@ def open_stream(client, **fields):
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     connection.sendall(head.encode() + b"\r\n\r\n" + body)
     return connection
-
-
-def gauge(client, name):
-    """Return a number of /metrics."""
-    line = next(x for x in client.get("/metrics").text.splitlines() if x.startswith(f"resnet_bk_{name} "))
-    return float(line.split()[1])
 
 
 def error_of(answer):
@@ -294,11 +290,16 @@ def test_a_key_is_needed_where_there_is_one(model):
         ({"prompt": "a" * 70_000}, 400, "prompt: got 70000 tokens, allowed at most 65536"),
         ({"prompt": ["a"] * 9}, 400, "prompt: got 9 prompts with n = 1, allowed at most 8 texts"),
         ({"max_tokens": ENDLESS + 1}, 400, f"max_tokens: got {ENDLESS + 1}, allowed at most {ENDLESS}"),
+        (
+            {"logprobs": 0, "n": 3},
+            400,
+            f"logprobs: got {3 * ENDLESS} tokens to list in all texts, {LISTED}",
+        ),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty: got 0.5, allowed 0; repetition_penalty is similar"),
     ],
 )
 def test_requests_that_are_refused(client, fields, status, message):
-    answer = ask(client, **fields)
+    answer = ask(client, **({"max_tokens": ENDLESS} | fields))
     assert (answer.status_code, error_of(answer)["message"]) == (status, message)
     assert error_of(answer)["param"] == next(iter(fields))
 
@@ -317,6 +318,8 @@ def test_other_addresses_methods_types_and_sizes_are_refused(client):
     assert client.get(f"/v1/models/{NAME}").json()["id"] == NAME
     assert client.post("/v1/completions", content=b"{}").status_code == 415  # what any page could send
     headers = {"Content-Type": "application/json"}
+    other = client.post("/v1/completions", content=b"{}", headers={"Content-Type": "x" * 9999})
+    assert len(error_of(other)["message"]) < 200
     large = client.post("/v1/completions", content=b" " * (2**20 + 1), headers=headers)
     assert large.status_code == 413
     assert "allowed at most" in error_of(large)["message"]
