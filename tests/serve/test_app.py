@@ -162,6 +162,15 @@ def test_logprobs_are_the_models(client, model):
     assert only["usage"]["completion_tokens"] == 0
 
 
+@pytest.mark.parametrize("prompt", [[0xC3], [0xC3, 0xA9, 0xF0, 0x9F], [0xFF, 0x61]])
+def test_offsets_count_characters_where_a_prompt_ends_within_one(client, prompt):
+    ids = [byte + 3 for byte in prompt]
+    choice = ask(client, ids, max_tokens=6, logprobs=0, echo=True, seed=1).json()["choices"][0]
+    assert choice["text"].startswith(bytes(prompt).decode(errors="replace"))
+    found, only = choice["logprobs"], ask(client, ids, max_tokens=6, seed=1).json()["choices"][0]["text"]
+    assert found["text_offset"][len(ids)] == len(choice["text"]) - len(only)
+
+
 def test_blocks_are_those_that_the_threshold_lets_run(client):
     def blocks(threshold):
         choice = ask(client, seed=0, blocks=True, depth_threshold=threshold).json()["choices"][0]
@@ -313,7 +322,9 @@ def test_a_threshold_without_adaptive_depth_is_refused():
 def test_other_addresses_methods_types_and_sizes_are_refused(client):
     assert error_of(client.get("/v2/models"))["message"].startswith("GET /v2/models: Not Found; see /v1/models")
     assert client.get("/v2/models").status_code == 404
-    assert client.get("/v1/completions").status_code == 405
+    assert (found := client.get("/v1/completions")).status_code == 405
+    assert found.headers["allow"] == "POST"
+    assert client.head("/healthz").status_code == 200  # what monitors ask
     assert error_of(client.get("/v1/models/x"))["code"] == "model_not_found"
     assert client.get(f"/v1/models/{NAME}").json()["id"] == NAME
     assert client.post("/v1/completions", content=b"{}").status_code == 415  # what any page could send

@@ -95,9 +95,11 @@ def test_a_second_signal_does_not_wait(server):
 
 def test_a_client_that_does_not_read_is_left_quietly_at_the_end(server):
     process, port = server("--grace", "0")
-    content = json.dumps(body(ENDLESS, stream=True, blocks=True, n=8)).encode()
+    content = json.dumps(body(ENDLESS, stream=True, logprobs=20)).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
-    with socket.create_connection(("127.0.0.1", port)) as stream:
+    with socket.socket() as stream:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        stream.connect(("127.0.0.1", port))
         stream.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
         time.sleep(3)  # until the buffers between both are full
         process.send_signal(signal.SIGTERM)

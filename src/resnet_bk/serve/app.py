@@ -103,7 +103,7 @@ def create_app(served: Served, config: ServeConfig, key: str | None) -> FastAPI:
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> Response:
         return PlainTextResponse("ok\n")
 

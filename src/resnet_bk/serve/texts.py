@@ -89,7 +89,7 @@ class Text:
         self._tokens: list[Token] = []
         self._shown: list[str] = []  # pieces of the text in `_tokens`
         if wanted.scores_prompt:
-            self._tokens.append(Token(prompt[0], self._prompt_stream.add(prompt[0]), None, None, 0))
+            self._tokens.append(Token(prompt[0], self._next_of_prompt(), None, None, 0))
 
     @property
     def is_reading(self) -> bool:
@@ -111,8 +111,12 @@ class Text:
 
     def score(self, logits: np.ndarray, blocks: int) -> None:
         """Score the next token of the prompt, given the logits (V,) for it."""
-        token = self._next[self._read]
-        self._tokens.append(self._scored(token, self._prompt_stream.add(token), logits, blocks))
+        self._tokens.append(self._scored(self._next[self._read], self._next_of_prompt(), logits, blocks))
+
+    def _next_of_prompt(self) -> str:
+        """Return the text of the next token of the prompt; with the last one, what is left within a character."""
+        text = self._prompt_stream.add(self._next[self._read])
+        return text + self._prompt_stream.finish() if self.unread == 1 else text
 
     def accept(self, token: int, logits: np.ndarray, blocks: int) -> None:
         """Add a chosen token, and read it next. logits: (V,), that it was chosen by."""
