@@ -15,6 +15,7 @@ from resnet_bk.engine.compiler import engine_of
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer
 from resnet_bk.inference.generation import generate_text
 from resnet_bk.serve.app import Served, create_app
+from resnet_bk.serve.connections import Connection
 from resnet_bk.serve.metrics import Metrics
 from resnet_bk.serve.scheduler import Scheduler
 
@@ -35,14 +36,15 @@ def scheduler_of(model, rows=4, queue=4):
 
 
 @contextlib.contextmanager
-def serving(model, key=None, ids=None, **fields):
-    """Run a server; yield a client of it."""
+def serving(model, key=None, ids=None, idle=5, **fields):
+    """Run a server; yield a client of it. idle: seconds in which a connection must begin a request."""
     config = ServeConfig("x", name=NAME, **{"rows": 4, "queue": 4, "max_tokens": ENDLESS, **fields})
     scheduler = scheduler_of(model, config.rows, config.queue)
     code = scheduler.engine.code
     threshold = code.thresholds[0].first if code.thresholds else None
     served = Served(NAME, ids or ByteText(), code.vocabulary, code.blocks, threshold, scheduler)
-    settings = uvicorn.Config(create_app(served, config, key), log_level="critical", ws="none")
+    app, more = create_app(served, config, key), {"ws": "none", "http": Connection, "timeout_keep_alive": idle}
+    settings = uvicorn.Config(app, log_config=None, **more)
     server, listening = uvicorn.Server(settings), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -58,6 +60,12 @@ def text_of(model, prompt, **fields):
     """Return what `resnet-bk generate` writes after a prompt."""
     settings = GenerateConfig("x", prompt, **{"max_new_tokens": 30, "temperature": 1.0, **fields})
     return generate_text(model.model, byte_tokenizer(), prompt, settings).removeprefix(prompt)
+
+
+def gauge(client, name):
+    """Return a number of /metrics."""
+    line = next(x for x in client.get("/metrics").text.splitlines() if x.startswith(f"resnet_bk_{name} "))
+    return float(line.split()[1])
 
 
 def ask(client, prompt="ab", **fields):

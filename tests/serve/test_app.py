@@ -13,12 +13,14 @@ import pytest
 pytest.importorskip("serving", exc_type=ImportError)
 
 import torch
-from serving import ENDLESS, NAME, ask, eventually, serving, text_of, texts, tiny
+from serving import ENDLESS, NAME, ask, eventually, gauge, serving, text_of, texts, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from resnet_bk.hf import text_ids
 from resnet_bk.serve import app
+
+LISTED = f"allowed at most {ENDLESS + 65536}"
 
 
 def chunks(answer):
@@ -42,12 +44,6 @@ def open_stream(client, **fields):
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     connection.sendall(head.encode() + b"\r\n\r\n" + body)
     return connection
-
-
-def gauge(client, name):
-    """Return a number of /metrics."""
-    line = next(x for x in client.get("/metrics").text.splitlines() if x.startswith(f"resnet_bk_{name} "))
-    return float(line.split()[1])
 
 
 def error_of(answer):
@@ -164,6 +160,15 @@ def test_logprobs_are_the_models(client, model):
     assert only["choices"][0]["text"] == "abc"
     assert only["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(scores[:2].tolist(), abs=1e-4)
     assert only["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize("prompt", [[0xC3], [0xC3, 0xA9, 0xF0, 0x9F], [0xFF, 0x61]])
+def test_offsets_count_characters_where_a_prompt_ends_within_one(client, prompt):
+    ids = [byte + 3 for byte in prompt]
+    choice = ask(client, ids, max_tokens=6, logprobs=0, echo=True, seed=1).json()["choices"][0]
+    assert choice["text"].startswith(bytes(prompt).decode(errors="replace"))
+    found, only = choice["logprobs"], ask(client, ids, max_tokens=6, seed=1).json()["choices"][0]["text"]
+    assert found["text_offset"][len(ids)] == len(choice["text"]) - len(only)
 
 
 def test_blocks_are_those_that_the_threshold_lets_run(client):
@@ -294,11 +299,16 @@ def test_a_key_is_needed_where_there_is_one(model):
         ({"prompt": "a" * 70_000}, 400, "prompt: got 70000 tokens, allowed at most 65536"),
         ({"prompt": ["a"] * 9}, 400, "prompt: got 9 prompts with n = 1, allowed at most 8 texts"),
         ({"max_tokens": ENDLESS + 1}, 400, f"max_tokens: got {ENDLESS + 1}, allowed at most {ENDLESS}"),
+        (
+            {"logprobs": 0, "n": 3},
+            400,
+            f"logprobs: got {3 * ENDLESS} tokens to list in all texts, {LISTED}",
+        ),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty: got 0.5, allowed 0; repetition_penalty is similar"),
     ],
 )
 def test_requests_that_are_refused(client, fields, status, message):
-    answer = ask(client, **fields)
+    answer = ask(client, **({"max_tokens": ENDLESS} | fields))
     assert (answer.status_code, error_of(answer)["message"]) == (status, message)
     assert error_of(answer)["param"] == next(iter(fields))
 
@@ -312,11 +322,15 @@ def test_a_threshold_without_adaptive_depth_is_refused():
 def test_other_addresses_methods_types_and_sizes_are_refused(client):
     assert error_of(client.get("/v2/models"))["message"].startswith("GET /v2/models: Not Found; see /v1/models")
     assert client.get("/v2/models").status_code == 404
-    assert client.get("/v1/completions").status_code == 405
+    assert (found := client.get("/v1/completions")).status_code == 405
+    assert found.headers["allow"] == "POST"
+    assert client.head("/healthz").status_code == 200  # what monitors ask
     assert error_of(client.get("/v1/models/x"))["code"] == "model_not_found"
     assert client.get(f"/v1/models/{NAME}").json()["id"] == NAME
     assert client.post("/v1/completions", content=b"{}").status_code == 415  # what any page could send
     headers = {"Content-Type": "application/json"}
+    other = client.post("/v1/completions", content=b"{}", headers={"Content-Type": "x" * 9999})
+    assert len(error_of(other)["message"]) < 200
     large = client.post("/v1/completions", content=b" " * (2**20 + 1), headers=headers)
     assert large.status_code == 413
     assert "allowed at most" in error_of(large)["message"]

@@ -106,6 +106,8 @@ def test_a_body_that_is_no_request_is_one_line(body, message):
 def test_ids_outside_the_vocabulary_are_refused():
     check_ids([0, 9], 10)
     check_ids([], 10)
+    with pytest.raises(RequestError, match=r"got the token id 1000+\.\.\., allowed 0 to 9"):
+        check_ids([3, 10**4200], 10)
     for wrong in (-1, 10, 10**30):
         with pytest.raises(RequestError, match=f"got the token id {wrong}, allowed 0 to 9"):
             check_ids([3, wrong], 10)

@@ -100,16 +100,63 @@ def test_stopping_lets_texts_end_within_a_limit(model):
 
 def test_an_error_of_a_step_ends_its_texts_only(scheduler, model, monkeypatch, caplog):
     read = scheduler.engine.read
-    monkeypatch.setattr(scheduler.engine, "read", lambda *a: np.full((len(a[0]), 259), np.nan, np.float32))
+    monkeypatch.setattr(scheduler.engine, "read", lambda *a: 1 / 0)
     text = new()
     scheduler.submit([text])
     assert text.ended.wait(10)
-    assert text.news[-1].error.startswith("decoding failed: logits: one is NaN")
+    assert text.news[-1].error == "decoding failed: division by zero"
     assert "a step of 1 texts failed" in caplog.text
     monkeypatch.setattr(scheduler.engine, "read", read)
     again = new(seed=1)
     scheduler.submit([again])
     assert whole(again) == text_of(model, "ab", seed=1)
+
+
+def test_a_text_whose_logits_are_not_finite_ends_alone(scheduler, model, monkeypatch, caplog):
+    read = scheduler.engine.read
+
+    def damaged(pieces, state):
+        logits = read(pieces, state)
+        for row, piece in enumerate(pieces):
+            if 3 in piece:  # the byte 0, which a prompt has
+                state.numbers[row] = np.nan
+        return np.where(np.isnan(state.numbers).any(1, keepdims=True), np.float32(np.nan), logits)
+
+    monkeypatch.setattr(scheduler.engine, "read", damaged)
+    texts = [new("ab", seed=1, limit=40), new("a\0" * 300), new("cd", seed=2, limit=50), new("e\0")]
+    scheduler.submit(texts)
+    assert whole(texts[0]) == text_of(model, "ab", seed=1, max_new_tokens=40)
+    assert whole(texts[2]) == text_of(model, "cd", seed=2, max_new_tokens=50)
+    for text in texts[1::2]:
+        assert text.ended.wait(10)
+        assert text.news[-1].error.startswith("decoding failed: logits: one is NaN")
+    assert "a text failed" in caplog.text
+    eventually(lambda: not scheduler._running)
+
+
+def test_counts_of_texts_balance(scheduler, monkeypatch):
+    """Every text that was accepted has ended, was cancelled, or has failed; never two of them."""
+    texts = [new(limit=10 + i, seed=i) for i in range(5)]
+    scheduler.submit(texts)
+    whole(texts[0])
+    scheduler.cancel(texts)
+    eventually(lambda: not scheduler._running)
+    read = scheduler.engine.read
+
+    def step(pieces, state):  # both texts end in the step in which their client leaves
+        scheduler.cancel(ending)
+        return read(pieces, state)
+
+    monkeypatch.setattr(scheduler.engine, "read", step)
+    ending = [new(limit=1), new(limit=1)]
+    scheduler.submit(ending)
+    eventually(lambda: not scheduler._running and not scheduler._waiting)
+    monkeypatch.setattr(scheduler.engine, "read", lambda *a: 1 / 0)
+    scheduler.submit([new()])
+    eventually(lambda: scheduler.metrics.failed._value.get() == 1)
+    counts = scheduler.metrics
+    ended = sum(bucket.get() for bucket in counts.text._buckets)
+    assert counts.texts._value.get() == 8 == ended + counts.cancelled._value.get() + 1
 
 
 def test_prompts_share_the_tokens_of_a_step(scheduler, monkeypatch):

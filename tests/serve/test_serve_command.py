@@ -93,6 +93,20 @@ def test_a_second_signal_does_not_wait(server):
     stream.close()
 
 
+def test_a_client_that_does_not_read_is_left_quietly_at_the_end(server):
+    process, port = server("--grace", "0")
+    content = json.dumps(body(ENDLESS, stream=True, logprobs=20)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    with socket.socket() as stream:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        stream.connect(("127.0.0.1", port))
+        stream.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+        time.sleep(3)  # until the buffers between both are full
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert process.stderr.read() == ""
+
+
 def test_the_second_start_needs_no_torch_and_writes_the_same(server, tmp_path):
     texts = []
     for _ in range(2):
@@ -132,6 +146,8 @@ def test_what_cannot_be_served_is_one_line(folder, tmp_path, capsys, monkeypatch
         port = taken.getsockname()[1]
         message = f"serve.host, serve.port: cannot listen on 127.0.0.1 port {port} (Address already in use); choose"
         assert refused(capsys, folder, "--port", port).startswith(message)
+    for host in ("a" * 70, "a..b"):
+        assert "(not a name)" in refused(capsys, folder, "--port", 0, "--host", host)
     assert refused(capsys, folder, "--port", 70_000) == "serve.port: got 70000, allowed an integer from 0 to 65535"
     (tmp_path / "key").write_text("\n")
     found = refused(capsys, folder, "--port", 0, "--api_key_file", tmp_path / "key")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_NOT_FINITE = "logits: one is NaN or infinite; the model is damaged or its training has diverged"
+NOT_FINITE = "logits: one is NaN or infinite; the model is damaged or its training has diverged"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Sampler:
         token = int(logits.argmax())
         greatest = float(logits[token])  # NaN if there is one
         if not math.isfinite(greatest):
-            raise ValueError(_NOT_FINITE)
+            raise ValueError(NOT_FINITE)
         if settings.temperature > 0:
             token = self._draw(_likely(np.exp((logits - greatest) / settings.temperature, dtype=np.float64), settings))
         if settings.repetition_penalty != 1:
@@ -86,7 +86,7 @@ def choose(samplers: Sequence[Sampler], logits: np.ndarray) -> list[int]:
     tokens = logits.argmax(1)
     greatest = np.take_along_axis(logits, tokens[:, None], 1)
     if not np.isfinite(greatest).all():
-        raise ValueError(_NOT_FINITE)
+        raise ValueError(NOT_FINITE)
     found: list[int] = tokens.tolist()
     drawn = [row for row, x in enumerate(samplers) if x.settings.temperature > 0 and x.settings.is_plain]
     if drawn:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resnet_bk.config import ServeConfig
+from resnet_bk.config import ServeConfig, shown
 from resnet_bk.extras import extra
 from resnet_bk.inference.continuation import TextIds
 from resnet_bk.serve.answers import DONE, Answer, event
@@ -103,7 +103,7 @@ def create_app(served: Served, config: ServeConfig, key: str | None) -> FastAPI:
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> Response:
         return PlainTextResponse("ok\n")
 
@@ -149,6 +149,10 @@ def _texts(asked: CompletionRequest, served: Served, config: ServeConfig, wake: 
         for i in range(asked.n)
     ]
     prompts = [_ids(prompt, served, config.max_prompt_tokens) for prompt in asked.prompt]
+    listed = asked.n * sum(asked.max_tokens + asked.scores_prompt * len(ids) for ids in prompts)
+    if asked.logprobs is not None and listed > (most := config.max_prompt_tokens + config.max_tokens):
+        message = f"logprobs: got {listed} tokens to list in all texts, allowed at most {most}"
+        raise RequestError(message, param="logprobs")
     return [Text(served.ids, ids, served.vocabulary, want, wake) for ids in prompts for want in wanted]
 
 
@@ -271,17 +275,17 @@ async def _body(request: Request, most: int) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # no other site's page may send this type without asking first
         got = request.headers.get("content-type", "")
-        raise RequestError(f"Content-Type: got {got!r}, allowed 'application/json'", 415)
-    body, close = b"", {"Connection": "close"}
+        raise RequestError(f"Content-Type: got {shown(got)}, allowed 'application/json'", 415)
+    body = b""
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for piece in request.stream():
                 body += piece
                 if len(body) > most:
-                    raise RequestError(f"body: got more than {most} bytes, allowed at most that", 413, headers=close)
+                    raise RequestError(f"body: got more than {most} bytes, allowed at most that", 413)
     except TimeoutError as error:
         message = f"body: did not come within {_BODY_SECONDS:g} s; send the request again"
-        raise RequestError(message, 408, headers=close) from error
+        raise RequestError(message, 408, headers={"Connection": "close"}) from error
     return body
 
 

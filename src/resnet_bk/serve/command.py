@@ -1,5 +1,6 @@
 """The command ``resnet-bk serve``: load a model, listen, and stop when a signal comes."""
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -17,6 +18,7 @@ from resnet_bk.inference import engine_files
 from resnet_bk.inference.continuation import TextIds
 from resnet_bk.report.terminal import Console, say
 from resnet_bk.serve.app import Served, create_app
+from resnet_bk.serve.connections import Connection
 from resnet_bk.serve.metrics import Metrics
 from resnet_bk.serve.scheduler import Scheduler
 
@@ -43,7 +45,13 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._scheduler.stop(0 if self.force_exit else self._grace)
+        asyncio.get_running_loop().call_later(self._grace + _LATE, self._leave)
         await super().shutdown(sockets)
+
+    def _leave(self) -> None:
+        """Leave the clients that do not read their answers."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def serve(config: ServeConfig, console: Console) -> None:
@@ -62,12 +70,12 @@ def serve(config: ServeConfig, console: Console) -> None:
         app = create_app(served, config, key)
         settings = uvicorn.Config(
             app,
+            http=Connection,
             access_log=False,
             log_level="warning",
             server_header=False,
             ws="none",
             timeout_keep_alive=_IDLE,
-            timeout_graceful_shutdown=int(config.grace + _LATE),
         )
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         say(console, f"{served.name} at http://{address}/ and http://{address}/v1; Ctrl-C ends it")
@@ -167,7 +175,7 @@ def _socket(config: ServeConfig) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        why = str(error.strerror).partition(" (while")[0]
+    except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be the name of a host
+        why = str(getattr(error, "strerror", "not a name")).partition(" (while")[0]
         hint = "choose another port, or 0 for any free one"
         raise ConfigError(f"serve.host, serve.port: cannot listen on {where} ({why}); {hint}") from error

@@ -20,6 +20,8 @@ class Metrics:
         self.requests = Counter("resnet_bk_requests", "Requests answered.", ["path", "status"], registry=registry)
         self.prompt_tokens = Counter("resnet_bk_prompt_tokens", "Tokens of prompts read.", registry=registry)
         self.tokens = Counter("resnet_bk_generated_tokens", "Tokens generated.", registry=registry)
+        self.texts = Counter("resnet_bk_texts", "Texts accepted.", registry=registry)
+        self.failed = Counter("resnet_bk_failed_texts", "Texts that ended with an error.", registry=registry)
         self.cancelled = Counter("resnet_bk_cancelled_texts", "Texts whose clients have left.", registry=registry)
         self.waiting = Gauge("resnet_bk_waiting_texts", "Texts that wait for a place.", registry=registry)
         self.running = Gauge("resnet_bk_running_texts", "Texts that are decoded.", registry=registry)

@@ -184,4 +184,4 @@ def check_ids(prompt: list[int], vocabulary: int) -> None:
     """Raise RequestError unless all ids are in the vocabulary."""
     if prompt and not 0 <= min(prompt) <= max(prompt) < vocabulary:
         wrong = next(i for i in prompt if not 0 <= i < vocabulary)
-        raise RequestError(f"prompt: got the token id {wrong}, allowed 0 to {vocabulary - 1}", param="prompt")
+        raise RequestError(f"prompt: got the token id {shown(wrong)}, allowed 0 to {vocabulary - 1}", param="prompt")

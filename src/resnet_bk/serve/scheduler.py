@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from resnet_bk.extras import extra
-from resnet_bk.inference.sampling import choose
+from resnet_bk.inference.sampling import NOT_FINITE, choose
 from resnet_bk.serve.metrics import Metrics
 from resnet_bk.serve.texts import Text
 
@@ -80,6 +80,7 @@ class Scheduler:
             if len(self._waiting) + len(self._running) + len(texts) > self.rows + self.queue:
                 raise BusyError
             self._waiting.extend(texts)
+            self.metrics.texts.inc(len(texts))
             self._changed.notify()
 
     def cancel(self, texts: Sequence[Text]) -> None:
@@ -137,7 +138,9 @@ class Scheduler:
 
     def _step(self) -> None:
         """Let every running text read its next tokens, and choose one if it has read all."""
-        self._remove([row for row, text in enumerate(self._running) if text.is_cancelled])
+        gone = [row for row, text in enumerate(self._running) if text.is_cancelled]
+        self.metrics.cancelled.inc(len(gone))
+        self._remove(gone)
         texts = self._running
         if not texts:
             return
@@ -146,8 +149,13 @@ class Scheduler:
         state = self._state.span(0, len(texts))
         logits = self.engine.read([text.take(most) for text in texts], state)
         blocks = self.engine.blocks(state).tolist()
-        ready = []
+        ready, failed = [], np.flatnonzero(~np.isfinite(logits.max(1))).tolist()
+        for row in failed:  # such as one whose state has overflowed: the others go on
+            texts[row].error = f"decoding failed: {NOT_FINITE}"
+            logging.getLogger(__name__).error("a text failed: %s", NOT_FINITE)
         for row, text in enumerate(texts):
+            if text.error is not None:
+                continue
             if not text.unread:
                 ready.append(row)
             elif text.wanted.scores_prompt:
@@ -157,7 +165,7 @@ class Scheduler:
         for text in first:
             self.metrics.first_token.observe(now - text.since)
         self.metrics.step.observe(now - started)
-        self._publish(first, [row for row in ready if texts[row].finished is not None], now)
+        self._publish(first, sorted([*failed, *(row for row in ready if texts[row].finished is not None)]), now)
 
     def _choose(self, rows: list[int], logits: np.ndarray, blocks: list[int]) -> list[Text]:
         """Choose the next tokens of the texts in some rows; return the texts whose first tokens these are."""
@@ -178,7 +186,10 @@ class Scheduler:
         if now - self._published > PAUSE:
             texts, self._published = {id(text): text for text in self._running}, now
         for row in ended:
-            self.metrics.text.observe(now - self._running[row].since)
+            if self._running[row].error is None:
+                self.metrics.text.observe(now - self._running[row].since)
+            else:
+                self.metrics.failed.inc()
         news = [text for text in texts.values() if text.publish()]
         self._remove(ended)  # first: a client may send its next request at once
         if news:
@@ -187,8 +198,7 @@ class Scheduler:
     def _remove(self, rows: list[int]) -> None:
         """Let texts leave. The last rows move into the places of theirs."""
         for row in reversed(rows):
-            text, last = self._running[row], len(self._running) - 1
-            self.metrics.cancelled.inc(text.is_cancelled)
+            last = len(self._running) - 1
             if row < last:
                 self._state.put(row, self._state.span(last, last + 1))
                 self._running[row] = self._running[last]
@@ -197,6 +207,7 @@ class Scheduler:
     def _fail(self, texts: Sequence[Text], error: str) -> None:
         texts = list(texts)
         self._running.clear()
+        self.metrics.failed.inc(len(texts))
         for text in texts:
             text.fail(error)
         self._notify(texts)

@@ -67,7 +67,7 @@ class Text:
     """A text, from the prompt on. The scheduler's thread writes to it, the client's task takes pieces out of `news`.
 
     Attributes:
-        unread: tokens that the model has not read yet.
+        error: why the text ends early; None while nothing is wrong.
         continuation: the text after the prompt.
         news: pieces for the client.
         wake: to be called, in the thread of the client's task, when there are news.
@@ -76,7 +76,9 @@ class Text:
     """
 
     def __init__(self, ids: TextIds, prompt: list[int], vocabulary: int, wanted: Wanted, wake: Callable[[], None]):
-        self.wanted, self.prompt, self.unread, self.wake = wanted, prompt, prompt, wake
+        self.wanted, self.prompt, self.wake = wanted, prompt, wake
+        self._next, self._read = prompt, 0  # tokens for the model, and how many of them it has read
+        self.error: str | None = None
         self.continuation = Continuation(
             ids, prompt, vocabulary, wanted.sampling, limit=wanted.limit, stop=wanted.stop, seed=wanted.seed
         )
@@ -87,30 +89,40 @@ class Text:
         self._tokens: list[Token] = []
         self._shown: list[str] = []  # pieces of the text in `_tokens`
         if wanted.scores_prompt:
-            self._tokens.append(Token(prompt[0], self._prompt_stream.add(prompt[0]), None, None, 0))
+            self._tokens.append(Token(prompt[0], self._next_of_prompt(), None, None, 0))
 
     @property
     def is_reading(self) -> bool:
         """True until the prompt has been read."""
-        return len(self.unread) > 1
+        return self.unread > 1
+
+    @property
+    def unread(self) -> int:
+        """Number of tokens that the model has not read yet."""
+        return len(self._next) - self._read
 
     def take(self, most: int) -> list[int]:
         """Return at most this many unread tokens, as the model is about to read them."""
         if self.wanted.scores_prompt:
             most = 1
-        piece, self.unread = self.unread[:most], self.unread[most:]
+        piece = self._next[self._read : self._read + most]
+        self._read += len(piece)
         return piece
 
     def score(self, logits: np.ndarray, blocks: int) -> None:
         """Score the next token of the prompt, given the logits (V,) for it."""
-        token = self.unread[0]
-        self._tokens.append(self._scored(token, self._prompt_stream.add(token), logits, blocks))
+        self._tokens.append(self._scored(self._next[self._read], self._next_of_prompt(), logits, blocks))
+
+    def _next_of_prompt(self) -> str:
+        """Return the text of the next token of the prompt; with the last one, what is left within a character."""
+        text = self._prompt_stream.add(self._next[self._read])
+        return text + self._prompt_stream.finish() if self.unread == 1 else text
 
     def accept(self, token: int, logits: np.ndarray, blocks: int) -> None:
         """Add a chosen token, and read it next. logits: (V,), that it was chosen by."""
         text, before = self.continuation, len(self.continuation.tokens)
         text.accept(token)
-        self.unread = [token]
+        self._next, self._read = [token], 0
         if self._asks_for_tokens:
             self._shown.append(text.take())
             if len(text.tokens) > before:
@@ -133,8 +145,8 @@ class Text:
 
     def publish(self) -> bool:
         """Put what is new into `news`. Returns True if there is something."""
-        piece = Piece("".join([*self._shown, self.continuation.take()]), self._tokens, self.finished)
-        if not (piece.text or piece.tokens or piece.finished):
+        piece = Piece("".join([*self._shown, self.continuation.take()]), self._tokens, self.finished, self.error)
+        if not (piece.text or piece.tokens or piece.finished or piece.error):
             return False
         self._tokens, self._shown = [], []
         self.news.append(piece)
@@ -142,4 +154,5 @@ class Text:
 
     def fail(self, error: str) -> None:
         """End the text with an error, as the last of its news."""
-        self.news.append(Piece("", [], error=error))
+        self.error = error
+        self.publish()
