@@ -28,6 +28,7 @@ from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.layers.matrices import Matrices
 from resnet_bk.model import LanguageModel
 
+SCORES = 7  # of 64 KiB while a model trains, each after twice as long as the one before
 MEMORY = {"orders": ORDERS, "rows": LARGEST, "successors": SUCCESSORS}
 
 
@@ -55,20 +56,18 @@ SEARCH = [
     )
 ]
 SEARCH_SECONDS = 240
-MINUTES = [  # the best of the search; "ours" is the best with memory, wider models are better without
-    Contestant("ours", 64, 4, "muon", 0.01, 1024),
-    Contestant("Llama", 96, 4, "muon", 0.006, 256),
-    Contestant("GPT-2", 96, 4, "muon", 0.012, 256),
-    Contestant("Mamba-2", 96, 4, "muon", 0.01, 256),
-]
-HOUR = [  # two sizes of each family that is close; rates as above, for updates of one spectral norm
-    Contestant("ours", 96, 5, "muon", 0.008, 1024),
-    Contestant("Llama", 128, 6, "muon", 0.007, 512),
-    Contestant("ours", 64, 4, "muon", 0.01, 1024),
+OTHERS = [  # the best of the search, whose updates had entries of one size; rates for those of one spectral norm
     Contestant("Llama", 96, 4, "muon", 0.007, 256),
     Contestant("GPT-2", 96, 4, "muon", 0.014, 256),
     Contestant("Mamba-2", 96, 4, "muon", 0.012, 256),
 ]
+SMALL, WIDE = Contestant("ours", 64, 4, "muon", 0.01, 1024), Contestant("ours", 96, 5, "muon", 0.008, 256)
+CHOSEN = {  # (with memory, for an hour) -> contestants; an hour has two sizes of each family that is close
+    (True, False): [SMALL, *OTHERS],
+    (False, False): [WIDE, *OTHERS],
+    (True, True): [WIDE._replace(window=1024), Contestant("Llama", 128, 6, "muon", 0.007, 512), SMALL, *OTHERS],
+    (False, True): [WIDE._replace(window=1024), Contestant("Llama", 128, 6, "muon", 0.007, 512), SMALL, *OTHERS],
+}
 FAMILIES = ("ours", "Llama", "GPT-2", "Mamba-2")
 
 
@@ -137,7 +136,7 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     draw = partial(next, batches(model.memory, training, contestant.window, spec["seed"], counting))
     budget = {"seconds": spec["seconds"], "clock": time.process_time}
     recipe = {"learning_rate": contestant.learning_rate, "optimizer": contestant.optimizer}
-    due = [spec["seconds"] / 2**i for i in range(7, 0, -1)]
+    due = [spec["seconds"] / 2**i for i in range(SCORES, 0, -1)]
     curve = []
 
     def watch(elapsed: float) -> None:
@@ -193,6 +192,18 @@ def page(results: list[dict[str, Any]]) -> str:
     return table(header, rows)
 
 
+def curves(results: list[dict[str, Any]]) -> str:
+    """Return a table of held-out bits per byte while each model trains, for those with one budget."""
+    last = results[-1]["cell"]["seconds"]
+    rows = []
+    for r in (r for r in results if r["cell"]["seconds"] == last):
+        (family, width, layers, *_), memory = r["cell"]["contestant"], "yes" if r["cell"]["memory"] else "no"
+        rows.append(
+            [f"{family} {width} x {layers}", memory, r["cell"]["seed"], *(f"{bits:.3f}" for _, bits in r["curve"])]
+        )
+    return table(["model", "memory", "seed", *(f"{last / 2**i:g} s" for i in range(SCORES, 0, -1))], rows)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cell", type=json.loads, help="internal: one training run, as JSON")
@@ -215,7 +226,7 @@ def main() -> None:
             for seconds in options.seconds
             for seed in options.seeds
             for memory in options.memory
-            for c in (HOUR if seconds >= 1200 else MINUTES)
+            for c in CHOSEN[memory == "yes", seconds >= 1200]
             if c.family in options.only
         ]
     results = run_cells(__file__, cells, workers=options.workers, log=options.log)
@@ -226,7 +237,8 @@ def main() -> None:
         f"the embeddings. Bits per byte on {SCORED // 1024} KiB of held-out text in windows as long as those of the "
         "training: median (least to greatest).\n\n"
     )
-    publish(text + page(results), options.out)
+    text += page(results) + "\nWhile they train, on the first 64 KiB:\n\n" + curves(results)
+    publish(text, options.out)
 
 
 if __name__ == "__main__":
