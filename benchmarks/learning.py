@@ -28,7 +28,7 @@ from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.layers.matrices import Matrices
 from resnet_bk.model import LanguageModel
 
-SCORES = 7  # of 64 KiB while a model trains, each after twice as long as the one before
+SCORES, WATCHED = 8, 2**16  # scores of a curve; bytes of each
 MEMORY = {"orders": ORDERS, "rows": LARGEST, "successors": SUCCESSORS}
 
 
@@ -136,22 +136,28 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     draw = partial(next, batches(model.memory, training, contestant.window, spec["seed"], counting))
     budget = {"seconds": spec["seconds"], "clock": time.process_time}
     recipe = {"learning_rate": contestant.learning_rate, "optimizer": contestant.optimizer}
-    due = [spec["seconds"] / 2**i for i in range(SCORES, 0, -1)]
-    curve = []
+    curve: list[tuple[float, float]] = []
+
+    def bits(limit: int) -> float:
+        model.eval()  # reads the table of the whole training text
+        nats = mean_nats(model.loss, held_out, contestant.window, limit)
+        model.train()
+        return nats / math.log(2)
 
     def watch(elapsed: float) -> None:
-        if due and elapsed >= due[0]:
-            del due[0]
-            model.eval()  # reads the table of the whole training text
-            curve.append((round(elapsed, 1), mean_nats(model.loss, held_out, contestant.window, 2**16) / math.log(2)))
-            model.train()
+        due = max((x for x in score_times(spec["seconds"]) if x <= elapsed), default=0.0)
+        if due > (curve[-1][0] if curve else 0.0) and elapsed < 1.2 * due:  # later, n-grams were counted at that time
+            curve.append((due, bits(WATCHED)))
 
     record = train(model.loss, model, draw, watch=watch, **recipe, **budget)
-    model.eval()
-    nats = mean_nats(model.loss, held_out, contestant.window, SCORED)
+    curve.append((spec["seconds"], bits(WATCHED)))
     parameters = sum(p.numel() for p in model.parameters())
-    bits = nats / math.log(2)
-    return {"bits_per_byte": bits, "parameters": parameters, "curve": curve, **counting, **record}
+    return {"bits_per_byte": bits(SCORED), "parameters": parameters, "curve": curve, **counting, **record}
+
+
+def score_times(seconds: float) -> list[float]:
+    """Return when a training of so many seconds is scored: each time after twice as long, the last one at its end."""
+    return [seconds / 2**i for i in range(SCORES - 1, -1, -1)]
 
 
 def page(results: list[dict[str, Any]]) -> str:
@@ -193,15 +199,15 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def curves(results: list[dict[str, Any]]) -> str:
-    """Return a table of held-out bits per byte while each model trains, for those with one budget."""
+    """Return a table of held-out bits per byte while each model trains, for the last budget."""
     last = results[-1]["cell"]["seconds"]
     rows = []
     for r in (r for r in results if r["cell"]["seconds"] == last):
         (family, width, layers, *_), memory = r["cell"]["contestant"], "yes" if r["cell"]["memory"] else "no"
-        rows.append(
-            [f"{family} {width} x {layers}", memory, r["cell"]["seed"], *(f"{bits:.3f}" for _, bits in r["curve"])]
-        )
-    return table(["model", "memory", "seed", *(f"{last / 2**i:g} s" for i in range(SCORES, 0, -1))], rows)
+        found = dict(r["curve"])
+        scores = [f"{found[x]:.3f}" if x in found else "" for x in score_times(last)]
+        rows.append([f"{family} {width} x {layers}", memory, r["cell"]["seed"], *scores])
+    return table(["model", "memory", "seed", *(f"{x:.3g} s" for x in score_times(last))], rows)
 
 
 def main() -> None:
@@ -237,7 +243,7 @@ def main() -> None:
         f"the embeddings. Bits per byte on {SCORED // 1024} KiB of held-out text in windows as long as those of the "
         "training: median (least to greatest).\n\n"
     )
-    text += page(results) + "\nWhile they train, on the first 64 KiB:\n\n" + curves(results)
+    text += page(results) + f"\nWhile they train, on the first {WATCHED // 1024} KiB:\n\n" + curves(results)
     publish(text, options.out)
 
 
