@@ -19,7 +19,7 @@ TECHNIQUES = {
     "complex": {"energy": "complex"},
     "diagonal": {"readout": "diagonal"},
     "memory": {"memory": {"orders": [1, 2], "rows": 5000}},
-    "words": {"multiscale": {"factors": [3], "layers": [1, 1, 0], "boundaries": "whitespace", "bound": 1.0}},
+    "words": {"multiscale": {"factors": [3], "layers": [1, 3, 0], "boundaries": "whitespace", "bound": 1.0}},
     "act": {"depth": {"policy": "act", "bound": 1.0}},
     "sparse": {"sparsity": {"target": 0.5, "bound": 1.0}},
 }
@@ -31,7 +31,12 @@ def text(length, seed=0):
 
 def make(fields):
     torch.manual_seed(0)
-    return ResNetBKForCausalLM(ResNetBKConfig(d_model=16, n_layers=2, **fields)).double().eval()
+    model = ResNetBKForCausalLM(ResNetBKConfig(d_model=16, n_layers=4, **fields)).double().eval()
+    with torch.no_grad():  # decisions of both kinds
+        for name, p in model.named_parameters():
+            if "units." in name or "routers." in name:
+                p.normal_()
+    return model
 
 
 def exported(model, **keywords):
@@ -75,7 +80,7 @@ def test_the_cache_of_a_program_continues_in_the_model():
 @torch.no_grad()
 def test_a_language_model_exports_with_its_state():
     torch.manual_seed(0)
-    model, ids = LanguageModel(259, d_model=16, n_layers=2).eval(), text(40)
+    model, ids = LanguageModel(259, d_model=16, n_layers=4).eval(), text(40)
     output = torch.export.export(model, (text(70),), dynamic_shapes=(DYNAMIC,)).module()(ids)
     assert isinstance(output, ModelOutput)
     torch.testing.assert_close(output.logits, model(ids).logits)

@@ -55,7 +55,7 @@ class Packing:
         self.bound = bound
         self.counts = selected.sum(1)
         width = packed_width(self.counts, self.tile, None if bound is None else min(bound, self.length))
-        if bound is not None and width < self.length:
+        if bound is not None and (torch.compiler.is_exporting() or width < self.length):
             torch._assert_async(
                 (self.counts <= width).all(),
                 "more positions selected than capacity allows: raise bound, or leave it out",
@@ -89,5 +89,10 @@ class Packing:
 
 
 def capacity(share: float | None, positions: int) -> int | None:
-    """Return a share of `positions`, rounded up; None, which means no cap, where the share is None."""
-    return None if share is None else math.ceil(share * positions)
+    """Return a share of `positions`, rounded up; None, which means no cap, where the share is None.
+
+    While torch exports a program, whose shapes must not depend on the text, all positions stand for None.
+    """
+    if share is None:
+        return positions if torch.compiler.is_exporting() else None
+    return math.ceil(share * positions)
