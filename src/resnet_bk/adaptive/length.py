@@ -51,7 +51,8 @@ class LengthState(NamedTuple):
             0 in mode truncate.
         result: (B, D), output of the deep blocks at the last kept position.
         since: (B,) int64, number of positions after the last kept one; 0 if the last position was kept.
-        since_word: (B,) int64, number of positions after the last end of a word.
+        after_word: (B,) int64, number of positions after the last end of a word. (Not `since_word`: torch.export
+            mistakes a field for another whose name begins with its own.)
         last_id: (B,) int64, the last token.
     """
 
@@ -61,7 +62,7 @@ class LengthState(NamedTuple):
     open: Tensor
     result: Tensor
     since: Tensor
-    since_word: Tensor
+    after_word: Tensor
     last_id: Tensor
 
 
@@ -177,7 +178,7 @@ class LearnedLength(AdaptiveLayer):
         sampled = self.training and self.settings.sampled
         windows, window = read_windows(self.predictor, self.window, x, mask, past.window, sampled)
         words = self._ends_of_words(tokens.ids, past)
-        kept = mask & self._kept(windows, words, past.since_word)
+        kept = mask & self._kept(windows, words, past.after_word)
         everything = self.training and not sampled
         deep = self._run_deep(x, tokens, mask if everything else kept, mask, past)
         since = since_last(kept, past.since)
@@ -199,7 +200,7 @@ class LearnedLength(AdaptiveLayer):
             open=deep.open,
             result=deep.result,
             since=last_entry(since, padded, past.since),
-            since_word=last_entry(since_last(words, past.since_word), padded, past.since_word),
+            after_word=last_entry(since_last(words, past.after_word), padded, past.after_word),
             last_id=last_entry(tokens.ids, padded, past.last_id),
         )
         return out, after, [record, *records, *deep.records]
@@ -219,7 +220,7 @@ class LearnedLength(AdaptiveLayer):
             open=sums,
             result=x.new_zeros(batch, width),
             since=none,
-            since_word=none,
+            after_word=none,
             last_id=none,
         )
 

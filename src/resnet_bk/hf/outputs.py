@@ -60,6 +60,10 @@ pytree.register_pytree_node(
     lambda cache: ([list(cache.state), cache.length], None),
     lambda parts, _: RecurrentCache(*parts),
     serialized_type_name="resnet_bk.RecurrentCache",
+    flatten_with_keys_fn=lambda cache: (
+        [(pytree.GetAttrKey("state"), list(cache.state)), (pytree.GetAttrKey("length"), cache.length)],
+        None,
+    ),
 )
 
 
