@@ -4,6 +4,7 @@ Dimensions: B batch, N positions, M packed length.
 """
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -91,8 +92,9 @@ class Packing:
 def capacity(share: float | None, positions: int) -> int | None:
     """Return a share of `positions`, rounded up; None, which means no cap, where the share is None.
 
-    While torch exports a program, whose shapes must not depend on the text, all positions stand for None.
+    While torch exports a program, None counts as 1, because shapes must not depend on the text.
     """
-    if share is None:
-        return positions if torch.compiler.is_exporting() else None
-    return math.ceil(share * positions)
+    if torch.compiler.is_exporting():  # in integers: torch.export.save cannot write math.ceil
+        parts = Fraction(1 if share is None else share).limit_denominator(1_000_000)
+        return -(-positions * parts.numerator // parts.denominator)
+    return None if share is None else math.ceil(share * positions)
