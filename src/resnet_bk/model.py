@@ -61,9 +61,11 @@ pytree.register_dataclass(
     drop_field_names=["records"],
     serialized_type_name="resnet_bk.ModelOutput",
 )
-# So that torch.export.save can write programs that take or return states.
-for _state in (AttentionState, ChainState, LengthState, MultiScaleState, PropagatorState, SparseState, WindowState):
+# So that torch.export.save and load handle programs that take or return states, without pickles of unknown classes.
+_STATES = (AttentionState, ChainState, LengthState, MultiScaleState, PropagatorState, SparseState, WindowState)
+for _state in _STATES:
     pytree._register_namedtuple(_state, serialized_type_name=f"resnet_bk.{_state.__name__}")
+torch.serialization.add_safe_globals(list(_STATES))
 
 
 class Features(NamedTuple):

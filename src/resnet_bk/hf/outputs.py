@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -55,6 +56,7 @@ class RecurrentCache:
             self.kept = pytree.tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.kept)
 
 
+# For torch.export, and so that a saved program may have a cache among its example inputs.
 pytree.register_pytree_node(
     RecurrentCache,
     lambda cache: ([list(cache.state), cache.length], None),
@@ -65,6 +67,7 @@ pytree.register_pytree_node(
         None,
     ),
 )
+torch.serialization.add_safe_globals([RecurrentCache])
 
 
 @dataclass
