@@ -3,6 +3,7 @@
 import copy
 import io
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -123,6 +124,28 @@ def test_a_saved_program_continues_from_any_cache(name):
         assert got[CACHE].get_seq_length() == before + length
         later = text(3, seed=1)
         close(program(input_ids=later, **{CACHE: got[CACHE]}).logits, model(later, **{CACHE: whole[CACHE]}).logits)
+
+
+LOAD = """
+import sys
+import torch
+from resnet_bk.hf import ResNetBKForCausalLM
+program = torch.export.load(sys.argv[1])
+inputs = program.example_inputs[1]
+torch.save(program.module()(**inputs).logits, sys.argv[2])
+"""
+
+
+@torch.no_grad()
+def test_another_process_loads_a_program_that_takes_a_cache(tmp_path):
+    model = make({})
+    inputs = {"input_ids": text(9), CACHE: model(text(40))[CACHE]}
+    torch.export.save(exported(model, **inputs), tmp_path / "program.pt2")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "program.pt2"), str(tmp_path / "logits")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "weights_only" not in done.stderr, "it holds nothing that torch would unpickle unasked"
+    close(torch.load(tmp_path / "logits"), model(**inputs).logits)
 
 
 @pytest.mark.parametrize("name", ["bonds", "attention", "words"])

@@ -291,7 +291,7 @@ class MultiScale(AdaptiveLayer):
     @property
     def _rounds_up(self) -> bool:
         """True if the packed length is whole tiles. A program that torch exports for any N must not have a length 1."""
-        return self.boundaries.by_content or torch.compiler.is_exporting()
+        return bool(self.boundaries.by_content) or torch.compiler.is_exporting()
 
     def _capacity(self, positions: int, fresh: bool) -> int | None:
         """Return how many chunks per row the packed tensors hold.
