@@ -14,14 +14,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resnet_bk.adaptive.compose import build
+from resnet_bk.adaptive.length import LengthState
+from resnet_bk.adaptive.multiscale import MultiScaleState
+from resnet_bk.adaptive.windows import WindowState
 from resnet_bk.config import BYTE_VOCABULARY, ModelConfig, preset
 from resnet_bk.config.saved import saved_config
 from resnet_bk.folders import model_folder
+from resnet_bk.layers.attention import AttentionState
 from resnet_bk.layers.block import Tokens
 from resnet_bk.layers.checks import IDS, MASK, TARGETS, check_ids, check_positions, check_state, structure
 from resnet_bk.layers.embedding import NgramMemory
 from resnet_bk.layers.loss import linear_cross_entropy
+from resnet_bk.layers.mixer import ChainState
 from resnet_bk.layers.norm import Norm
+from resnet_bk.ops import PropagatorState, SparseState
 from resnet_bk.ops.packing import Packing
 from resnet_bk.record import Record, mean_losses, weighted_sum
 from resnet_bk.weights import load_weights
@@ -55,6 +61,11 @@ pytree.register_dataclass(
     drop_field_names=["records"],
     serialized_type_name="resnet_bk.ModelOutput",
 )
+# So that torch.export.save and load handle programs that take or return states, without pickles of unknown classes.
+_STATES = (AttentionState, ChainState, LengthState, MultiScaleState, PropagatorState, SparseState, WindowState)
+for _state in _STATES:
+    pytree._register_namedtuple(_state, serialized_type_name=f"resnet_bk.{_state.__name__}")
+torch.serialization.add_safe_globals(list(_STATES))
 
 
 class Features(NamedTuple):

@@ -46,6 +46,34 @@ def test_sft_on_prompts_and_answers_in_a_file(tmp_path):
     assert trains(trainer)
 
 
+def test_sft_of_packed_rows_is_refused_in_one_line(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    arguments, data = (
+        trl.SFTConfig(**settings(tmp_path, packing=True, max_length=64)),
+        datasets.Dataset.from_list(ANSWERS),
+    )
+    trainer = trl.SFTTrainer(make(), arguments, train_dataset=data, processing_class=byte_tokenizer())
+    with pytest.raises(ValueError, match="several sequences in a row, expected one; switch off packing"):
+        trainer.train()
+
+
+def test_sft_scores_held_out_rows_and_recomputes(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    arguments = trl.SFTConfig(**settings(tmp_path, max_length=64, gradient_checkpointing=True))
+    data = {"train_dataset": datasets.Dataset.from_list(ANSWERS), "eval_dataset": datasets.Dataset.from_list(ANSWERS)}
+    trainer = trl.SFTTrainer(make(num_experts=3), arguments, **data, processing_class=byte_tokenizer())
+    assert trains(trainer)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_kto(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{**x, "label": i % 2 == 0} for i, x in enumerate(ANSWERS)])
+    arguments = trl.KTOConfig(**settings(tmp_path, max_length=64))
+    models = {"model": make(), "ref_model": make()}
+    assert trains(trl.KTOTrainer(**models, args=arguments, train_dataset=rows, processing_class=byte_tokenizer()))
+
+
 def test_dpo(tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     pairs = [{"prompt": x["prompt"], "chosen": x["completion"], "rejected": "?"} for x in ANSWERS]
@@ -96,6 +124,15 @@ def test_low_rank_adapters_train_and_merge(experts, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     loaded = ResNetBKForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_prompt_trains_and_generates():
+    peft = pytest.importorskip("peft")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=1)
+    model, ids = peft.get_peft_model(make(), prompt), torch.randint(97, 123, (2, 9))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert [p.shape for p in model.parameters() if p.grad is not None] == [(4, 16)]
+    assert model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[0] == 2
 
 
 def test_our_own_training_reads_what_datasets_streams(tmp_path, monkeypatch):

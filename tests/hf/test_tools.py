@@ -8,9 +8,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    DynamicCache,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM, byte_tokenizer
+from resnet_bk.hf.outputs import CACHE
 from resnet_bk.layers.block import Block
 from resnet_bk.training import trainer as own
 
@@ -77,6 +86,18 @@ def test_trainer_smooths_labels_that_it_shifts(tmp_path):
     nats = -log_p.gather(-1, batch["labels"][:, 1:, None]).mean()
     expected = 0.9 * nats - 0.1 * log_p.mean()
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trainer_predicts_texts_of_several_lengths(tmp_path):
+    tokenizer = byte_tokenizer()
+    data = [{"input_ids": tokenizer("x" * n)["input_ids"]} for n in (3, 9, 14, 1)]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = Trainer(make(num_experts=3), arguments(tmp_path), train_dataset=data, data_collator=collator)
+    trainer.train()
+    found = trainer.predict(data)
+    assert found.predictions.shape == (4, 14, 259)
+    assert found.metrics["test_loss"] > 0
 
 
 def test_labels_are_the_one_argument_that_counts_as_labels():
@@ -155,6 +176,27 @@ def test_embeddings_of_tokens_are_as_good_as_the_tokens():
         assert torch.equal(model.generate(inputs_embeds=embeds, **settings), model.generate(ids, **settings)[:, 20:])
 
 
+def test_the_gradient_reaches_embeddings_that_are_given():
+    """As learned prompts need it."""
+    model, ids = make(), text()
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embeds, labels=ids).loss.backward()
+    assert (embeds.grad[:, :-1].norm(dim=-1) > 0).all()
+
+
+@torch.no_grad()
+def test_beams_and_caches_continue_from_embeddings():
+    model, ids = make(), text()
+    embeds = model.get_input_embeddings()(ids)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    beams = model.generate(inputs_embeds=embeds, num_beams=3, **settings)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, **settings)[:, 20:])
+    assert torch.equal(model.generate(ids, inputs_embeds=embeds, **settings), model.generate(ids, **settings))
+    mixed = torch.cat([torch.randn(2, 3, 16), embeds], dim=1)
+    later = model(ids[:, 4:], **{CACHE: model(inputs_embeds=mixed[:, :7])[CACHE]}).logits
+    torch.testing.assert_close(later, model(inputs_embeds=mixed).logits[:, 7:], rtol=1e-4, atol=1e-4)
+
+
 def test_embeddings_are_refused_in_one_line_where_they_do_not_fit():
     embeds = torch.zeros(2, 5, 16)
     words = {"factors": [2], "layers": [1, 1, 0], "boundaries": "whitespace"}
@@ -189,6 +231,29 @@ def test_hidden_states_are_given():
     assert [step[-1].shape[1] for step in generated.hidden_states] == [20, 1, 1]
 
 
+@torch.no_grad()
+def test_hidden_states_of_a_padded_row_are_those_of_the_row_alone():
+    model, ids = make(n_layers=4, multiscale={"factors": [2]}), text()
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    padded = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    alone = model(ids[:1, 6:], output_hidden_states=True).hidden_states
+    assert len(padded) == 1 + len(model.model.blocks)
+    for one, other in zip(padded, alone, strict=True):
+        torch.testing.assert_close(one[:1, 6:], other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_hidden_states_in_training_have_a_gradient_and_follow_the_logits():
+    model, ids = make().train(), text()
+    model.gradient_checkpointing_enable()
+    loss, logits, hidden = model(ids, labels=ids, output_hidden_states=True, return_dict=False)
+    assert loss.dim() == 0
+    assert logits.shape == (2, 20, 259)
+    hidden[1].square().sum().backward()
+    assert model.model.embed.weight.grad.abs().sum() > 0
+
+
 def test_attentions_are_refused_in_one_line():
     model, ids = make(), text()
     settings = {"max_new_tokens": 2, "return_dict_in_generate": True}
@@ -199,6 +264,9 @@ def test_attentions_are_refused_in_one_line():
     ):
         with pytest.raises(ValueError, match="output_attentions: got True, allowed False"):
             call(ids, output_attentions=True)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions: got True, allowed False"):
+        model(ids)
 
 
 # ------------------------------------------------------------------------------------------------ keywords
@@ -211,6 +279,23 @@ def test_a_cache_is_read_under_either_name():
     cache = first["cache" if "cache" in first else "past_key_values"]
     for name in ("cache", "past_key_values"):
         torch.testing.assert_close(model(ids[:, 9:], **{name: cache}).logits, whole[:, 9:], rtol=1e-4, atol=1e-4)
+
+
+def test_caches_that_would_be_ignored_are_errors():
+    model, ids = make(), text()
+    one, other = model(ids[:, :5])[CACHE], model(ids[:, :9])[CACHE]
+    for call in (model, model.base_model):
+        with pytest.raises(ValueError, match="cache, past_key_values: got both, expected one of them"):
+            call(input_ids=ids, cache=one, past_key_values=other)
+        call(input_ids=ids, cache=one, past_key_values=one)
+        with pytest.raises(TypeError, match="expected a RecurrentCache, got DynamicCache"):
+            call(input_ids=ids, past_key_values=DynamicCache())
+
+
+def test_misspelt_keywords_of_generate_are_errors():
+    for name in ("past_key_value", "attention_masks", "input_embed"):
+        with pytest.raises(ValueError, match=name):
+            make().generate(text(), max_new_tokens=2, **{name: text()})
 
 
 def test_unknown_keywords_are_errors():
@@ -227,6 +312,8 @@ def test_unknown_keywords_are_errors():
         model.base_model(input_id=ids)
     with pytest.raises(ValueError, match="position_ids: got a restart within a row"):
         model(ids, position_ids=torch.arange(20).expand(2, -1) % 7)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: several sequences in a row, expected one"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 7, 20]), max_length_q=13)
     expected = model(ids).logits
     for harmless in ({"position_ids": torch.arange(20).expand(2, -1)}, {"token_type_ids": 0 * ids}, {"any": None}):
         assert torch.equal(model(ids, **harmless).logits, expected)
@@ -248,6 +335,31 @@ def test_blocks_recompute_where_transformers_asks_for_it(tmp_path):
     assert not any(block.recomputes for block in blocks)
     Trainer(model, arguments(tmp_path, gradient_checkpointing=True), train_dataset=rows()).train()
     assert all(block.recomputes for block in blocks)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "technique", [{"num_experts": 3}, {"n_layers": 4, "depth": {"policy": "act"}}, {"sparsity": {"target": 0.5}}]
+)
+def test_recomputed_techniques_have_the_same_gradients(technique):
+    model, ids = make(**technique).train(), text()
+    plain = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    torch.testing.assert_close(torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters())), plain)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_frozen_blocks_recompute_for_the_few_weights_that_train():
+    """As adapters need it."""
+    model, ids = make().train(), text()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    for name, p in model.named_parameters():
+        p.requires_grad_("out_proj" in name)
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        f"model.blocks.{i}.mixer.out_proj.weight" for i in range(2)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- the hub

@@ -33,7 +33,7 @@ from resnet_bk.layers.block import AdaptiveLayer, Stack, Tokens
 from resnet_bk.layers.feedforward import SwiGLU
 from resnet_bk.layers.matrices import Matrices
 from resnet_bk.layers.norm import Norm
-from resnet_bk.ops.packing import TILE
+from resnet_bk.ops.packing import TILE, capacity
 from resnet_bk.record import Loss, Record, TaskLoss
 
 DISTILLATION = 0.3  # weight of the distance between what the bypass and the deep blocks return
@@ -51,7 +51,8 @@ class LengthState(NamedTuple):
             0 in mode truncate.
         result: (B, D), output of the deep blocks at the last kept position.
         since: (B,) int64, number of positions after the last kept one; 0 if the last position was kept.
-        since_word: (B,) int64, number of positions after the last end of a word.
+        after_word: (B,) int64, number of positions after the last end of a word. (Not `since_word`: torch.export
+            mistakes a field for another whose name begins with its own.)
         last_id: (B,) int64, the last token.
     """
 
@@ -61,7 +62,7 @@ class LengthState(NamedTuple):
     open: Tensor
     result: Tensor
     since: Tensor
-    since_word: Tensor
+    after_word: Tensor
     last_id: Tensor
 
 
@@ -177,7 +178,7 @@ class LearnedLength(AdaptiveLayer):
         sampled = self.training and self.settings.sampled
         windows, window = read_windows(self.predictor, self.window, x, mask, past.window, sampled)
         words = self._ends_of_words(tokens.ids, past)
-        kept = mask & self._kept(windows, words, past.since_word)
+        kept = mask & self._kept(windows, words, past.after_word)
         everything = self.training and not sampled
         deep = self._run_deep(x, tokens, mask if everything else kept, mask, past)
         since = since_last(kept, past.since)
@@ -199,7 +200,7 @@ class LearnedLength(AdaptiveLayer):
             open=deep.open,
             result=deep.result,
             since=last_entry(since, padded, past.since),
-            since_word=last_entry(since_last(words, past.since_word), padded, past.since_word),
+            after_word=last_entry(since_last(words, past.after_word), padded, past.after_word),
             last_id=last_entry(tokens.ids, padded, past.last_id),
         )
         return out, after, [record, *records, *deep.records]
@@ -219,7 +220,7 @@ class LearnedLength(AdaptiveLayer):
             open=sums,
             result=x.new_zeros(batch, width),
             since=none,
-            since_word=none,
+            after_word=none,
             last_id=none,
         )
 
@@ -241,6 +242,8 @@ class LearnedLength(AdaptiveLayer):
         first: the call is at the start of its sequences, so at the start of a window.
         """
         touched = (kept.shape[1] - 1 + (0 if first else self.window - 1)) // self.window + 1
+        if torch.compiler.is_exporting():  # a program returns no records, and for any N no size may be 1
+            touched = windows.chosen.shape[1]
         return LengthRecord(
             losses=self._losses(windows),
             predicted_lengths=windows.chosen[:, :touched],
@@ -259,19 +262,25 @@ class LearnedLength(AdaptiveLayer):
 
         selected: (B, N) bool, the kept positions, or all tokens in training with the expected loss.
         """
-        if past.deep is not None and not bool(selected.any()):  # many steps of decoding
+        bound = capacity(None, x.shape[1])
+        if bound is None and past.deep is not None and not bool(selected.any()):  # many steps of decoding
             still_open = past.open + (with_one(x) * mask.unsqueeze(-1)).sum(1) if self.pools else past.open
             return DeepResult(past.result.unsqueeze(1).expand_as(x), past.deep, still_open, past.result, 0, [])
-        chunks = Chunks(selected, TILE)
+        chunks = Chunks(selected, TILE, bound)
         ends, still_open = chunks.ends, past.open
         packed = ends.pack(x)
         if self.pools:
             sums, still_open = chunks.sums(with_one(x), mask.to(past.open.dtype), past.open)
             total, number = sums.split([x.shape[2], 1], dim=-1)
             packed = packed + self.down((total / number.clamp(min=1)).to(x.dtype) - packed)
-        groups = self._groups(ends.counts.clamp(min=1) if past.deep is None else ends.counts)
-        y, deep_state, records = run_rows(self.deep, packed, tokens.map(ends.pack), past.deep, ends, groups)
-        computed = sum(len(rows) * ends.width(ends.counts[rows]) for rows in groups)
+        tokens = tokens.map(ends.pack)
+        if bound is not None:
+            y, deep_state, records = self.deep(packed, tokens, past.deep, ends.mask)
+            computed = ends.mask.numel()
+        else:
+            groups = self._groups(ends.counts.clamp(min=1) if past.deep is None else ends.counts)
+            y, deep_state, records = run_rows(self.deep, packed, tokens, past.deep, ends, groups)
+            computed = sum(len(rows) * ends.width(ends.counts[rows]) for rows in groups)
         y = y.to(x.dtype)
         result = last_entry(y, ends.mask, past.result)
         return DeepResult(chunks.spread(past.result, y), deep_state, still_open, result, computed, records)
@@ -295,7 +304,13 @@ class LearnedLength(AdaptiveLayer):
         return x + self.bypass(self.norm(x), None)[0]
 
     def _merge(self, x: Tensor, y: Tensor, kept: Tensor, mask: Tensor, since: Tensor) -> Tensor:
-        """Return y (B, N, D) at kept positions and the bypass at the others. The bypass is computed only there."""
+        """Return y (B, N, D) at kept positions and the bypass at the others.
+
+        The bypass is computed only there, but everywhere in a program that torch exports.
+        """
+        if torch.compiler.is_exporting():
+            shallow = self._bypass(x, y if self.pools else None, since)
+            return torch.where(kept.unsqueeze(-1), y, shallow.to(y.dtype))
         rest = (mask & ~kept).flatten().nonzero().squeeze(1)
         if not len(rest):
             return y

@@ -256,8 +256,9 @@ class MultiScale(AdaptiveLayer):
         )
         since = since_last(closes, past.since)
         fresh = state is None
-        if fresh or self.bound is not None or bool(closes.any()):
-            chunks = Chunks(closes, TILE if self.boundaries.by_content else 1, self._capacity(x.shape[1], fresh))
+        bound = self._capacity(x.shape[1], fresh)
+        if fresh or bound is not None or bool(closes.any()):
+            chunks = Chunks(closes, TILE if self._rounds_up else 1, bound)
             coarse, still_open = self.down.pool(x, chunks, past.open, mask)
             y, inner, records = self._inside(coarse, chunks, tokens, past.inner, fresh and mask is None)
             y = self.up.expand(y).to(x.dtype)
@@ -287,6 +288,11 @@ class MultiScale(AdaptiveLayer):
         none = torch.zeros(batch, dtype=torch.int64, device=x.device)
         return MultiScaleState(still_open, None, x.new_zeros(batch, width), none, none)
 
+    @property
+    def _rounds_up(self) -> bool:
+        """True if the packed length is whole tiles. A program that torch exports for any N must not have a length 1."""
+        return bool(self.boundaries.by_content) or torch.compiler.is_exporting()
+
     def _capacity(self, positions: int, fresh: bool) -> int | None:
         """Return how many chunks per row the packed tensors hold.
 
@@ -297,7 +303,7 @@ class MultiScale(AdaptiveLayer):
             return capacity(self.bound, positions)
         if fresh:
             return positions // self.factor
-        return None if self.bound is None else -(-positions // self.factor)
+        return None if capacity(self.bound, positions) is None else -(-positions // self.factor)
 
     def _inside(
         self, coarse: Tensor, chunks: Chunks, tokens: Tokens, state: Any, unpadded_start: bool
@@ -317,7 +323,7 @@ class MultiScale(AdaptiveLayer):
         if ends.bound is not None:
             # With a fixed stride, every row then has exactly M chunks, so no mask is needed. With bound 0, M is still
             # 1, and the chunk does not exist.
-            regular = unpadded_start and not self.boundaries.by_content and ends.bound > 0
+            regular = unpadded_start and not self._rounds_up and ends.bound > 0
             return self.inner(coarse, tokens.map(ends.pack), state, None if regular else ends.mask)
         rows = torch.arange(len(coarse), device=coarse.device) if state is None else ends.counts.nonzero().squeeze(1)
         return run_rows(self.inner, coarse, tokens.map(ends.pack), state, ends, [rows])

@@ -117,7 +117,7 @@ class Windows(NamedTuple):
         cell = place * cells // span
         start = -(-cell * span // cells)
         is_last = (place + 1) * cells // span > cell
-        since = torch.cat([since_word.unsqueeze(1), since_last(words, since_word)[:, :-1]], dim=1) + 1
+        since = torch.cat([since_word.unsqueeze(1), since_last(words, since_word)], dim=1)[:, :-1] + 1
         return (since > place - start) & (words | is_last)
 
 

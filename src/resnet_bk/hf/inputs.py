@@ -57,6 +57,17 @@ def read_inputs(network: LanguageModel, input_ids: Any, inputs_embeds: Any, atte
     return Inputs(input_ids, inputs_embeds, mask, state, before)
 
 
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """Return the cache, which may be given under either name.
+
+    Raises:
+        ValueError: two different caches are given.
+    """
+    if cache is None or past_key_values is None or cache is past_key_values:
+        return past_key_values if cache is None else cache
+    raise ValueError("cache, past_key_values: got both, expected one of them; they are two names of one argument")
+
+
 def check_cache(cache: Any) -> None:
     if cache is not None and not isinstance(cache, RecurrentCache):
         raise TypeError(f"{CACHE}: expected a RecurrentCache, got {type(cache).__name__}; pass that of the output")
@@ -67,11 +78,13 @@ def check_options(options: Mapping[str, Any], known: Sequence[str], output_atten
 
     Raises:
         TypeError: an unknown keyword, which might be meant to change the result.
-        ValueError: attentions are wanted.
+        ValueError: attentions are wanted, or a row holds several sequences.
     """
     if output_attentions:
         raise ValueError("output_attentions: got True, allowed False; no layer of these models returns attentions")
     for name in options:
+        if name.startswith("cu_seq_lens"):  # as trainers say that they pack
+            raise ValueError(f"{name}: several sequences in a row, expected one; switch off packing and padding_free")
         if options[name] is not None and name not in known and name not in UNUSED:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -21,7 +21,14 @@ from resnet_bk.config import ConfigError
 from resnet_bk.engine.decoder import KNOWN, decoder_of
 from resnet_bk.engine.state import EngineState
 from resnet_bk.hf.configuration import ResNetBKConfig
-from resnet_bk.hf.inputs import check_cache, check_one_sequence_a_row, check_options, kept_positions, read_inputs
+from resnet_bk.hf.inputs import (
+    check_cache,
+    check_one_sequence_a_row,
+    check_options,
+    kept_positions,
+    one_cache,
+    read_inputs,
+)
 from resnet_bk.hf.outputs import CACHE, CausalLMOutput, RecurrentCache
 from resnet_bk.layers.block import Block
 from resnet_bk.layers.checks import IDS, TARGETS, check_ids, check_positions
@@ -61,7 +68,7 @@ class ResNetBKModel(LanguageModel):
             return super().forward(ids, **arguments)
         given = arguments.get
         check_options(arguments, BASE_KEYWORDS, given("output_attentions"))
-        cache = given("past_key_values") if given("cache") is None else given("cache")
+        cache = one_cache(given("cache"), given("past_key_values"))
         inputs = read_inputs(self, given("input_ids"), given("inputs_embeds"), given("attention_mask"), cache)
         check_one_sequence_a_row(given("position_ids"), inputs.mask)
         self.check(inputs.ids, None, inputs.mask, inputs.state, NAMES)
@@ -262,7 +269,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
             )
         )
         check_options(options, KEYWORDS, wants_attentions)
-        cache, shift_labels = past_key_values if cache is None else cache, options.get("shift_labels")
+        cache, shift_labels = one_cache(cache, past_key_values), options.get("shift_labels")
         if not wants_hidden and inputs_embeds is None and self._decodes(input_ids, cache, labels, shift_labels):
             assert input_ids is not None
             assert cache is not None

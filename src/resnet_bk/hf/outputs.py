@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -55,12 +56,18 @@ class RecurrentCache:
             self.kept = pytree.tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.kept)
 
 
+# For torch.export, and so that a saved program may have a cache among its example inputs.
 pytree.register_pytree_node(
     RecurrentCache,
     lambda cache: ([list(cache.state), cache.length], None),
     lambda parts, _: RecurrentCache(*parts),
     serialized_type_name="resnet_bk.RecurrentCache",
+    flatten_with_keys_fn=lambda cache: (
+        [(pytree.GetAttrKey("state"), list(cache.state)), (pytree.GetAttrKey("length"), cache.length)],
+        None,
+    ),
 )
+torch.serialization.add_safe_globals([RecurrentCache])
 
 
 @dataclass

@@ -107,10 +107,13 @@ class Attention(Mixer):
         """
         batch, length = q.shape[:2]
         fold = 1 if length == 1 else self.fold
-        missing = -length % fold
+        folds = -(-length // fold)
+        if torch.compiler.is_exporting():  # one more: for any N, no size may be 1 at some lengths only
+            folds += 1
+        missing = folds * fold - length
         if missing:  # fill up the last fold; as C <= W, each added query reads a position, so no softmax is NaN
             q, read = F.pad(q, (0, 0, 0, 0, 0, missing)), F.pad(read, (0, 0, 0, missing))
-        q = q.unflatten(1, (-1, fold)).flatten(0, 1)  # (B F, C, H, K)
+        q = q.unflatten(1, (folds, fold)).flatten(0, 1)  # (B F, C, H, K)
         read = read.unfold(1, fold + self.window - 1, fold).mT.flatten(0, 1)  # (B F, C + W - 1, 2 D + 2)
         k, v = read[..., :-FLAGS].unflatten(-1, (2, self.heads, self.width)).unbind(2)
         turn, band = self._tables(fold, read)

@@ -90,9 +90,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Record]]:
         tokens = x.flatten(0, 1)
-        mask = tokens.new_ones(len(tokens), dtype=torch.bool) if mask is None else mask.flatten()
+        mask = tokens.new_ones(tokens.shape[0], dtype=torch.bool) if mask is None else mask.flatten()
         exact = torch.promote_types(x.dtype, torch.float32)
-        logits = self.router(_whole_tiles(tokens))[: len(tokens)].to(exact)
+        logits = self.router(_whole_tiles(tokens))[: tokens.shape[0]].to(exact)
         probabilities = logits.softmax(-1)  # (T, A)
         chosen, used = self._choose(logits, probabilities)  # (T, K)
         used = used & mask.unsqueeze(-1)
@@ -104,7 +104,7 @@ class Experts(nn.Module):
         # _run_each reads the group sizes, a host-device sync. Grouped products in bfloat16 leave them on the device.
         grouped = computed_in(tokens) == torch.bfloat16 and (tokens.is_cuda or torch.compiler.is_compiling())
         results = (self._run_grouped if grouped else self._run_each)(tokens, source, counts)
-        source, expert = source[: len(results)], expert[: len(results)]
+        source, expert = source[: results.shape[0]], expert[: results.shape[0]]
         gates = F.pad(probabilities, (0, 1))[source, expert].unsqueeze(-1).to(x.dtype)
         y = torch.zeros_like(tokens).index_add(0, source, results * gates)
         number_used, load = (used & (chosen < self.experts)).sum(-1), counts[: self.experts]
@@ -177,7 +177,7 @@ class Experts(nn.Module):
         their gate is 0.
         """
         ends = counts[: self.experts].cumsum(0).int()
-        computes = (torch.arange(len(source), device=tokens.device) < ends[-1]).unsqueeze(-1)
+        computes = (torch.arange(source.shape[0], device=tokens.device) < ends[-1]).unsqueeze(-1)
         x, dtype = tokens[source], torch.bfloat16
         # grouped_mm does not write rows beyond the last group, forward or backward, so both `where` leave them out.
         rows = torch.where(computes, x, 0).to(dtype)
@@ -187,7 +187,7 @@ class Experts(nn.Module):
     def _expert(self, e: int, tokens: Tensor, own: Tensor) -> Tensor:
         """Run expert e on its own tokens: rows `own` (R,) of tokens (T, D), -> (R, D)."""
         x = tokens[_whole_tiles(own)]  # filled up with token 0; cut off below
-        return (swiglu(x @ self.up[e].to(tokens.dtype)) @ self.down[e].to(tokens.dtype))[: len(own)]
+        return (swiglu(x @ self.up[e].to(tokens.dtype)) @ self.down[e].to(tokens.dtype))[: own.shape[0]]
 
 
 def computed_in(x: Tensor) -> torch.dtype:
@@ -202,8 +202,8 @@ def _whole_tiles(rows: Tensor) -> Tensor:
     A matrix product rounds the rows of its last, partial tile differently, and a token's bits must not depend on how
     many other tokens there are.
     """
-    missing = -len(rows) % TILE
-    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows
+    missing = -rows.shape[0] % TILE
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if torch.compiler.is_exporting() or missing else rows
 
 
 def feed_forward(config: ModelConfig) -> SwiGLU | Experts:

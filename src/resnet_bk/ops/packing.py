@@ -4,6 +4,7 @@ Dimensions: B batch, N positions, M packed length.
 """
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Packing:
         self.bound = bound
         self.counts = selected.sum(1)
         width = packed_width(self.counts, self.tile, None if bound is None else min(bound, self.length))
-        if bound is not None and width < self.length:
+        if bound is not None and (torch.compiler.is_exporting() or width < self.length):
             torch._assert_async(
                 (self.counts <= width).all(),
                 "more positions selected than capacity allows: raise bound, or leave it out",
@@ -89,5 +90,11 @@ class Packing:
 
 
 def capacity(share: float | None, positions: int) -> int | None:
-    """Return a share of `positions`, rounded up; None, which means no cap, where the share is None."""
+    """Return a share of `positions`, rounded up; None, which means no cap, where the share is None.
+
+    While torch exports a program, None counts as 1, because shapes must not depend on the text.
+    """
+    if torch.compiler.is_exporting():  # in integers: torch.export.save cannot write math.ceil
+        parts = Fraction(1 if share is None else share).limit_denominator(1_000_000)
+        return -(-positions * parts.numerator // parts.denominator)
     return None if share is None else math.ceil(share * positions)
