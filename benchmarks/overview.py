@@ -1,27 +1,37 @@
 """Draw the figure of the README, docs/overview.svg, from the pages in benchmarks/results: ``python overview.py``."""
 
-import math
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from figure import column
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-LEARNING, DECODE = RESULTS / "2026-11-30-epyc-2-cores-learning.md", RESULTS / "2026-11-30-epyc-2-cores-decode.md"
-OURS, OTHERS, LIGHT = "#0072b2", "#7f7f7f", "#c8c8c8"  # told apart by brightness too
-FAMILIES = ("ours", "Llama", "GPT-2", "Mamba-2")
+LEARNING = RESULTS / "2026-11-30-epyc-2-cores-learning-curves.md"
+DECODE = RESULTS / "2026-11-30-epyc-2-cores-decode.md"
+# Colors that color-blind people tell apart, and a marker each.
+FAMILIES = {
+    "ours": ("#0072b2", "o"),
+    "Llama": ("#d55e00", "s"),
+    "GPT-2": ("#009e73", "^"),
+    "Mamba-2": ("#cc79a7", "D"),
+}
+FIRST = 15  # seconds; before, all scores are off the axes
+Curve = tuple[list[float], list[float]]  # seconds, bits per byte
 
 
-def best_bits() -> dict[tuple[str, bool], float]:
-    """Return the best bits per byte of each family, without and with n-gram memory."""
-    found: dict[tuple[str, bool], float] = {}
-    for line in LEARNING.read_text("utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| 240 "):
-            key = cells[1].split()[0], cells[2] == "yes"
-            found[key] = min(found.get(key, math.inf), float(cells[8].split()[0]))
+def curves(page: str) -> dict[tuple[str, bool], Curve]:
+    """Return the held-out scores of each family while it trains, without and with n-gram memory."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    start = next(i for i, cells in enumerate(lines) if cells[:3] == ["model", "memory", "seed"])
+    seconds = [float(cell.removesuffix(" s")) for cell in lines[start][3:]]
+    found = {}
+    for name, memory, _, *scores in lines[start + 2 :]:
+        points = [(s, float(x)) for s, x in zip(seconds, scores, strict=True) if x and s >= FIRST]
+        found[name.split()[0], memory == "yes"] = [s for s, _ in points], [x for _, x in points]
     return found
 
 
@@ -35,37 +45,38 @@ def decoding() -> dict[str, float]:
 def draw(path: Path) -> None:
     """Draw the figure."""
     with mpl.rc_context({"svg.hashsalt": "resnet-bk", "font.size": 10, "svg.fonttype": "none"}):
-        _draw(path)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.3), layout="constrained")
+        _draw_curves(left, curves(LEARNING.read_text("utf-8")))
+        _draw_speeds(right, decoding())
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, metadata={"Date": None}, facecolor="white")
+        plt.close(figure)
 
 
-def _draw(path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.9), layout="constrained")
+def _draw_curves(axes: Axes, found: dict[tuple[str, bool], Curve]) -> None:
+    for (name, with_memory), (seconds, bits) in found.items():
+        color, marker = FAMILIES[name]
+        style = "-" if with_memory else ":"
+        axes.plot(seconds, bits, style, color=color, marker=marker, markersize=4, label=name if with_memory else None)
+    for style, text in (("-", "with memory"), (":", "without")):
+        axes.plot([], [], style, color="black", label=text)
+    axes.set(xscale="log", xticks=[15, 30, 60, 120, 240], xticklabels=[15, 30, 60, 120, 240], ylim=(1, 3.4))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="seconds of training on one core", ylabel="bits per byte, 64 KiB held out")
+    axes.set_title("Learning (lower is better)", loc="left")
+    axes.legend(frameon=False, loc="upper right", labelspacing=0.25, borderaxespad=0)
+
+
+def _draw_speeds(axes: Axes, speeds: dict[str, float]) -> None:
     places = range(len(FAMILIES))[::-1]
-    bits, speeds = best_bits(), decoding()
-    for place, name in zip(places, FAMILIES, strict=True):
-        color = OURS if name == "ours" else OTHERS
-        without, with_memory = bits[name, False], bits[name, True]
-        left.plot([with_memory, without], [place, place], color=LIGHT, zorder=1)
-        left.scatter(without, place, s=60, facecolors="white", edgecolors=color)
-        left.scatter(with_memory, place, s=60, color=color)
-        for value in (without, with_memory):
-            left.annotate(f"{value:.2f}", (value, place), (0, 7), textcoords="offset points", ha="center")
-        right.barh(place, speeds[name], color=color, height=0.6)
-        right.annotate(f"{speeds[name]:,.0f}", (speeds[name], place), (4, 0), textcoords="offset points", va="center")
-    for with_memory, text in ((True, "with n-gram memory"), (False, "without")):
-        left.annotate(text, (bits["ours", with_memory], 3), (0, 21), textcoords="offset points", ha="center")
-    left.set(yticks=places, yticklabels=FAMILIES, ylim=(-0.5, 4.1), xlim=(0.9, 1.5))
-    left.set_xlabel("held-out bits per byte (lower is better)")
-    left.set_title("After 240 s of training on one core", loc="left")
-    right.set(yticks=places, yticklabels=("ours, engine", *(f"{name}, torch" for name in FAMILIES[1:])))
-    right.set_xlabel("bytes per second (higher is better)")
-    right.set_title("Decoding, four layers of width 128, one thread", loc="left")
-    right.set_xlim(0, 1.2 * max(speeds.values()))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
-    plt.close(figure)
+    for place, (name, (color, _)) in zip(places, FAMILIES.items(), strict=True):
+        axes.barh(place, speeds[name], color=color, height=0.6)
+        axes.annotate(f"{speeds[name]:,.0f}", (speeds[name], place), (4, 0), textcoords="offset points", va="center")
+    axes.set(yticks=places, yticklabels=["ours, engine", *(f"{name}, torch" for name in list(FAMILIES)[1:])])
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel="bytes per second, one thread (higher is better)", xlim=(0, 1.2 * max(speeds.values())))
+    axes.set_title("Decoding, 4 layers of width 128", loc="left")
 
 
 if __name__ == "__main__":
