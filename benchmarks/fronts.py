@@ -103,7 +103,9 @@ def path_of(spec: dict[str, Any]) -> Path:
 def load(spec: dict[str, Any]) -> LanguageModel:
     """Return a trained model, whose table is empty."""
     model = build(spec["model"])
-    model.load_state_dict(load_file(path_of(spec)), strict=False)  # named_parameters has a tied head once
+    missing, unexpected = model.load_state_dict(load_file(path_of(spec)), strict=False)
+    assert not unexpected
+    assert all(name == "head.weight" or name.endswith("entries") for name in missing)  # tied; the table
     return model.eval()
 
 

@@ -207,3 +207,9 @@ def test_a_technique_pays_where_nothing_as_good_is_as_fast(bits, clocks, pays):
     }
     rows = [line for line in fronts.verdicts([scores], [times]).splitlines() if line.startswith("| early exit")]
     assert [row.split(" | ")[-1].removesuffix(" |") for row in rows] == pays
+
+
+def test_every_kind_of_model_of_the_fronts_can_be_built(monkeypatch):
+    monkeypatch.setitem(fronts.SHAPE, "memory", {"orders": [1, 2], "rows": 100})
+    for name, kind in fronts.KINDS.items():
+        assert bool(fronts.build(name).config.techniques[1:]) == bool(kind.technique)  # memory is the first

@@ -198,6 +198,8 @@ def test_a_capacity_in_integers_is_the_share_rounded_up():
     program = torch.export.export(Positions(), (torch.zeros(2, 70),), dynamic_shapes=(DYNAMIC,)).module()
     for n, expected in ((10, [10, 10, 7, 4, 0]), (299, [299, 299, 210, 100, 0])):
         assert [len(x) for x in program(torch.zeros(2, n))] == expected
+        assert [capacity(share, n) for share in (1.0, 0.7, 1 / 3, 0.0)] == expected[1:]
+    assert [capacity(share, 1600) for share in (0.07, 1e-7, None)] == [112, 1, None]
 
 
 def test_outputs_are_trees_of_tensors():
@@ -215,7 +217,7 @@ def test_outputs_are_trees_of_tensors():
 
 @pytest.mark.skipif(shutil.which("c++") is None or sys.platform != "linux", reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own use of torch
-@pytest.mark.parametrize("name", ["bonds", "experts"])
+@pytest.mark.parametrize("name", ["bonds", pytest.param("experts", marks=pytest.mark.soak)])
 @torch.no_grad()
 def test_a_package_of_a_forward_pass_runs(name, tmp_path):
     model = make(TECHNIQUES[name]).float()

@@ -13,7 +13,7 @@ pytest.importorskip("serving", exc_type=ImportError)
 
 from serving import ENDLESS, NAME, ask, eventually, gauge, serving
 
-from resnet_bk.serve.connections import MOST_HEAD
+from resnet_bk.serve.connections import HEAD_LIMIT
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -49,11 +49,35 @@ def test_a_connection_whose_request_does_not_come_is_closed(model, head):
         assert 0.9 < time.monotonic() - started < 5
 
 
-def test_a_stream_may_be_longer_than_the_time_for_a_request(model):
+@pytest.mark.parametrize(
+    ("sent", "more"),
+    [
+        (GET, b"\r\n"),
+        (GET.replace(b"\r\n\r\n", b"\r\nContent-Length: 9\r\n\r\n"), b"a"),
+        (post().replace(b"application/json", b"text/plain")[:-5], b"a"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n", b"a"),
+    ],
+    ids=["an empty line", "a body of GET", "another type", "too large"],
+)
+def test_a_byte_after_an_answer_does_not_keep_a_connection(model, sent, more):
+    with serving(model, idle=1) as client, connect(client) as connection:
+        connection.sendall(sent)
+        assert connection.recv(2**16)
+        started = time.monotonic()
+        connection.sendall(more)
+        received(connection)
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("further", [b"", post() + GET[:10]], ids=["alone", "with the start of another request"])
+def test_a_stream_may_be_longer_than_the_time_for_a_request(model, further):
     with serving(model, idle=1, timeout=2.5) as client, connect(client) as connection:
-        connection.sendall(post(max_tokens=ENDLESS, stream=True))
-        while b"longer than the 2.5 s" not in (piece := connection.recv(2**16)):
+        connection.sendall(post(max_tokens=ENDLESS, stream=True) + further)
+        found = b""
+        while b"longer than the 2.5 s" not in found:
+            piece = connection.recv(2**16)
             assert piece
+            found = found[-100:] + piece
 
 
 @pytest.mark.parametrize(
@@ -63,7 +87,7 @@ def test_a_stream_may_be_longer_than_the_time_for_a_request(model):
         (b"\x16\x03\x01\x02\x00\x01", "Invalid HTTP request"),
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", "Invalid HTTP request"),
         (post().replace(b"Host: x", b"Content-Length: -1"), "Invalid HTTP request"),
-        (b"GET / HTTP/1.1\r\nX: " + b"a" * MOST_HEAD, f"HTTP: got more than {MOST_HEAD} bytes of headers"),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * HEAD_LIMIT, f"HTTP: got more than {HEAD_LIMIT} bytes of headers"),
     ],
 )
 def test_what_is_not_http_gets_an_error_in_the_form_of_all_others(client, sent, message):
@@ -80,7 +104,8 @@ def test_a_body_far_beyond_the_limit_gets_its_answer(client):
     """The server reads what is still on its way. If it closed the connection, the client would see a reset."""
     headers = {"Content-Type": "application/json"}
     assert client.post("/v1/completions", content=b" " * 20_000_000, headers=headers).status_code == 413
-    assert client.post("/v1/completions", content=(b" " * 60_000 for _ in range(99)), headers=headers).is_client_error
+    pieces = (b" " * 60_000 for _ in range(99))
+    assert client.post("/v1/completions", content=pieces, headers=headers).status_code == 413
 
 
 def test_requests_sent_at_once_are_answered_in_turn(client):

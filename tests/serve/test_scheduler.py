@@ -153,10 +153,10 @@ def test_counts_of_texts_balance(scheduler, monkeypatch):
     eventually(lambda: not scheduler._running and not scheduler._waiting)
     monkeypatch.setattr(scheduler.engine, "read", lambda *a: 1 / 0)
     scheduler.submit([new()])
-    eventually(lambda: scheduler.metrics.failed._value.get() == 1)
-    counts = scheduler.metrics
-    ended = sum(bucket.get() for bucket in counts.text._buckets)
-    assert counts.texts._value.get() == 8 == ended + counts.cancelled._value.get() + 1
+    count = scheduler.metrics.registry.get_sample_value
+    eventually(lambda: count("resnet_bk_failed_texts_total") == 1)
+    ended = count("resnet_bk_text_seconds_count")
+    assert count("resnet_bk_texts_total") == 8 == ended + count("resnet_bk_cancelled_texts_total") + 1
 
 
 def test_prompts_share_the_tokens_of_a_step(scheduler, monkeypatch):

@@ -53,8 +53,8 @@ class MemoryConfig(Technique):
     """Numbers of tokens that are looked up, in ascending order. [2, 3, 4, 5, 6, 8, 12] suits bytes. Empty: off."""
     rows: int = 262_144
     """Number of entries of the table, for all orders. What occurred most often stays. An entry takes
-    4 (1 + successors) bytes in the saved model; a training has up to five tables in memory. `resnet-bk train` makes at
-    most one for each token of the training text."""
+    4 (1 + successors) bytes in the saved model; each process of a training has up to five tables in memory.
+    `resnet-bk train` makes at most one entry for each token of the training text."""
     successors: int = 4
     """Number of next tokens in an entry, the most frequent ones."""
 

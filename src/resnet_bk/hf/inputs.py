@@ -82,9 +82,9 @@ def check_options(options: Mapping[str, Any], known: Sequence[str], output_atten
     """
     if output_attentions:
         raise ValueError("output_attentions: got True, allowed False; no layer of these models returns attentions")
+    for name in (name for name in options if name.startswith("cu_seq_lens") and options[name] is not None):
+        raise ValueError(f"{name}: several sequences in a row, expected one; switch off packing and padding_free")
     for name in options:
-        if name.startswith("cu_seq_lens"):  # as trainers say that they pack
-            raise ValueError(f"{name}: several sequences in a row, expected one; switch off packing and padding_free")
         if options[name] is not None and name not in known and name not in UNUSED:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -111,7 +111,9 @@ class Attention(Mixer):
         if torch.compiler.is_exporting():  # one more: for any N, no size may be 1 at some lengths only
             folds += 1
         missing = folds * fold - length
-        if missing:  # fill up the last fold; as C <= W, each added query reads a position, so no softmax is NaN
+        if (
+            missing
+        ):  # fill up the last fold. Queries of an added one may read nothing: their result, which is cut off, is 0
             q, read = F.pad(q, (0, 0, 0, 0, 0, missing)), F.pad(read, (0, 0, 0, missing))
         q = q.unflatten(1, (folds, fold)).flatten(0, 1)  # (B F, C, H, K)
         read = read.unfold(1, fold + self.window - 1, fold).mT.flatten(0, 1)  # (B F, C + W - 1, 2 D + 2)

@@ -4,7 +4,6 @@ Dimensions: B batch, N positions, M packed length.
 """
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -90,11 +89,11 @@ class Packing:
 
 
 def capacity(share: float | None, positions: int) -> int | None:
-    """Return a share of `positions`, rounded up; None, which means no cap, where the share is None.
+    """Return a share of `positions`, in millionths, rounded up; None, which means no cap, where the share is None.
 
     While torch exports a program, None counts as 1, because shapes must not depend on the text.
     """
-    if torch.compiler.is_exporting():  # in integers: torch.export.save cannot write math.ceil
-        parts = Fraction(1 if share is None else share).limit_denominator(1_000_000)
-        return -(-positions * parts.numerator // parts.denominator)
-    return None if share is None else math.ceil(share * positions)
+    if share is None and not torch.compiler.is_exporting():
+        return None
+    millionths = 1_000_000 if share is None else math.ceil(round(share * 1_000_000, 3))
+    return -(-positions * millionths // 1_000_000)  # in integers, which torch.export.save can write

@@ -150,9 +150,11 @@ def _texts(asked: CompletionRequest, served: Served, config: ServeConfig, wake: 
     ]
     prompts = [_ids(prompt, served, config.max_prompt_tokens) for prompt in asked.prompt]
     listed = asked.n * sum(asked.max_tokens + asked.scores_prompt * len(ids) for ids in prompts)
-    if asked.logprobs is not None and listed > (most := config.max_prompt_tokens + config.max_tokens):
-        message = f"logprobs: got {listed} tokens to list in all texts, allowed at most {most}"
-        raise RequestError(message, param="logprobs")
+    name = "blocks" if asked.logprobs is None else "logprobs"
+    if (asked.logprobs is not None or asked.blocks) and listed > (
+        limit := config.max_prompt_tokens + config.max_tokens
+    ):
+        raise RequestError(f"{name}: got {listed} tokens to list in all texts, allowed at most {limit}", param=name)
     return [Text(served.ids, ids, served.vocabulary, want, wake) for ids in prompts for want in wanted]
 
 

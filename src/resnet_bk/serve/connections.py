@@ -10,13 +10,13 @@ from resnet_bk.serve.requests import RequestError
 with extra("serve"):
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MOST_HEAD = 2**20  # bytes of a request line and its headers
+HEAD_LIMIT = 2**20  # bytes of a request line and its headers
 
 
 class Connection(HttpToolsProtocol):
     """A connection that is closed if the head of a request is too large, or does not come within some seconds."""
 
-    _late: TimerHandle | None = None  # runs while a head is expected or incomplete
+    _timer: TimerHandle | None = None  # runs while a head is expected or incomplete
     _head = 0  # bytes received meanwhile
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
@@ -25,30 +25,44 @@ class Connection(HttpToolsProtocol):
         self._expect_head()
 
     def _expect_head(self) -> None:
-        if self._late is None:
-            self._late = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.timeout_keep_alive, self._give_up)
+
+    @property
+    def _answers(self) -> bool:
+        """True while an answer is being written; uvicorn may not read further requests meanwhile."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self._answers:
+            self._expect_head()
+        else:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._late is not None:
+        if not self._answers:  # uvicorn has stopped its own timer, whatever came
+            self._expect_head()
+        if self._timer is not None:
             self._head += len(data)
-            if self._head > MOST_HEAD and not self.transport.is_closing():
-                self.send_400_response(f"HTTP: got more than {MOST_HEAD} bytes of headers, allowed at most that")
+            if self._head > HEAD_LIMIT and not self.transport.is_closing():
+                self.send_400_response(f"HTTP: got more than {HEAD_LIMIT} bytes of headers, allowed at most that")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._expect_head()
 
     def on_headers_complete(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answers:
             self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete] + [self.cycle]
         super().on_headers_complete()
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-        self._late, self._head = None, 0
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._head = None, 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()

@@ -244,6 +244,7 @@ def _start_from(config: TrainConfig, model: ResNetBKForCausalLM, tokenizer: Toke
     base = LanguageModel.from_pretrained(folder)
     first, second = base.config, model.model.config
     there, here = (flat(dataclasses.asdict(settings)) for settings in (first, second))
+    there.pop("memory.rows")  # the table is not copied
     differing = ", ".join(f"{name} ({shown(there[name])})" for name in there if there[name] != here.get(name))
     refused = f"train.init_from: {source!r} is another model, the settings of model that differ are {differing}"
     remedy = "train with its settings, as in --config RUN/config.yaml, but for techniques"
@@ -333,7 +334,8 @@ def _check_batch(config: TrainConfig, windows: Windows, ranks: Ranks) -> None:
     if config.model.memory.orders and min(map(len, windows.parts(per_step))) < per_step:
         raise ConfigError(
             f"{config.data.setting}: {size}; with model.memory, two parts need the {per_step} windows of an update "
-            "each (batch_size x accumulate); give more text, or lower model.n_seq or batch_size"
+            "each (batch_size x accumulate); give more text, lower model.n_seq or batch_size, or leave the memory out "
+            "with --model.memory.orders '[]'"
         )
     order = sampler(windows, per_step, config.seed, in_parts=bool(config.model.memory.orders))
     check_sources(config.data, windows, order)
@@ -397,7 +399,8 @@ def _prepare_model(model: ResNetBKForCausalLM, config: TrainConfig, ranks: Ranks
 def _transformers_config(config: TrainConfig, data: _Data) -> ResNetBKConfig:
     """Return the settings of the model. Its n-gram memory has no more rows than the training text has tokens."""
     ids = {"pad_token_id": data.tokenizer.pad_token_id, "eos_token_id": data.tokenizer.eos_token_id}
-    memory = config.model.memory
-    rows = min(memory.rows, len(data.windows.tokens.ids))
-    model = dataclasses.replace(config.model, memory=dataclasses.replace(memory, rows=rows))
+    model = config.model
+    if model.memory.orders:
+        rows = min(model.memory.rows, len(data.windows.tokens.ids))
+        model = dataclasses.replace(model, memory=dataclasses.replace(model.memory, rows=rows))
     return ResNetBKConfig.from_model_config(model, **ids)
