@@ -101,5 +101,5 @@ def test_without_a_home_directory_a_setting_names_the_folder_of_token_files(monk
     with pytest.raises(ConfigError, match=r"^data\.cache: .*set data\.cache or XDG_CACHE_HOME"):
         token_cache(DataConfig())
     assert token_cache(DataConfig(cache="here")) == Path("here")
-    monkeypatch.setenv("XDG_CACHE_HOME", "there")
-    assert token_cache(DataConfig()) == Path("there/resnet-bk")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/there")
+    assert token_cache(DataConfig()) == Path("/there/resnet-bk")
