@@ -62,12 +62,15 @@ OTHERS = [  # the best of the search, whose updates had entries of one size; rat
     Contestant("Mamba-2", 96, 4, "muon", 0.012, 256),
 ]
 SMALL, WIDE = Contestant("ours", 64, 4, "muon", 0.01, 1024), Contestant("ours", 96, 5, "muon", 0.008, 256)
-CHOSEN = {  # (with memory, for an hour) -> contestants; an hour has two sizes of each family that is close
-    (True, False): [SMALL, *OTHERS],
-    (False, False): [WIDE, *OTHERS],
-    (True, True): [WIDE._replace(window=1024), Contestant("Llama", 128, 6, "muon", 0.007, 512), SMALL, *OTHERS],
-    (False, True): [WIDE._replace(window=1024), Contestant("Llama", 128, 6, "muon", 0.007, 512), SMALL, *OTHERS],
-}
+LONG = 1200  # seconds from which larger models are tried too
+LARGE = [WIDE._replace(window=1024), Contestant("Llama", 128, 6, "muon", 0.007, 512)]
+
+
+def chosen(memory: bool, seconds: float) -> list[Contestant]:
+    """Return the contestants: the best of minutes; for long trainings, two sizes of each family that is close."""
+    return [*LARGE, SMALL, *OTHERS] if seconds >= LONG else [SMALL if memory else WIDE, *OTHERS]
+
+
 FAMILIES = ("ours", "Llama", "GPT-2", "Mamba-2")
 
 
@@ -146,7 +149,9 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 
     def watch(elapsed: float) -> None:
         due = max((x for x in score_times(spec["seconds"]) if x <= elapsed), default=0.0)
-        if due > (curve[-1][0] if curve else 0.0) and elapsed < 1.2 * due:  # later, n-grams were counted at that time
+        if (
+            due > (curve[-1][0] if curve else 0.0) and elapsed < 1.2 * due
+        ):  # not where the counting of n-grams has outlasted that time
             curve.append((due, bits(WATCHED)))
 
     record = train(model.loss, model, draw, watch=watch, **recipe, **budget)
@@ -232,7 +237,7 @@ def main() -> None:
             for seconds in options.seconds
             for seed in options.seeds
             for memory in options.memory
-            for c in CHOSEN[memory == "yes", seconds >= 1200]
+            for c in chosen(memory == "yes", seconds)
             if c.family in options.only
         ]
     results = run_cells(__file__, cells, workers=options.workers, log=options.log)

@@ -299,10 +299,9 @@ def test_a_key_is_needed_where_there_is_one(model):
         ({"prompt": "a" * 70_000}, 400, "prompt: got 70000 tokens, allowed at most 65536"),
         ({"prompt": ["a"] * 9}, 400, "prompt: got 9 prompts with n = 1, allowed at most 8 texts"),
         ({"max_tokens": ENDLESS + 1}, 400, f"max_tokens: got {ENDLESS + 1}, allowed at most {ENDLESS}"),
-        (
-            {"logprobs": 0, "n": 3},
-            400,
-            f"logprobs: got {3 * ENDLESS} tokens to list in all texts, {LISTED}",
+        *(
+            ({name: value, "n": 3}, 400, f"{name}: got {3 * ENDLESS} tokens to list in all texts, {LISTED}")
+            for name, value in (("logprobs", 0), ("blocks", True))
         ),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty: got 0.5, allowed 0; repetition_penalty is similar"),
     ],
