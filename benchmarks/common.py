@@ -30,6 +30,7 @@ from resnet_bk.layers.sparse import anneal
 from resnet_bk.training import cpu, optimizers
 from resnet_bk.training.trainer import learning_rate_factor
 
+SAVED_EVERY = 300.0  # seconds of a training
 SHARED = Path(os.environ.get("RESNET_BK_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
@@ -89,8 +90,10 @@ def train(
     first: tuple[int, int] = (1, 8),
     clock: Callable[[], float] = time.perf_counter,
     optimizer: Literal["adamw", "muon"] = "adamw",
-    watch: Callable[[float], None] | None = None,
-) -> dict[str, float]:
+    score: Callable[[], float] | None = None,
+    scored: Sequence[float] = (),
+    state: Path | None = None,
+) -> dict[str, Any]:
     """Train with a cosine schedule and gradient clipping at 1.
 
     Args:
@@ -106,24 +109,45 @@ def train(
         first: sequences and tokens of a pass before the clock starts, in which kernels are compiled.
         clock: returns seconds. With one thread and `time.process_time`, other programs on the machine matter little.
         optimizer: see :func:`resnet_bk.training.optimizers.create`.
-        watch: is called with the seconds so far before each step; its own time does not count.
+        score: returns the quality of the model; its own time does not count.
+        scored: seconds after which `score` is called.
+        state: file that gets all that the training needs to go on, every SAVED_EVERY seconds; a training that finds it
+            goes on from there. It is removed at the end.
 
     Returns:
-        "steps", "seconds" and "first_gradient_norm".
+        "steps", "seconds", "first_gradient_norm" and "curve", pairs of seconds and score.
     """
     updates = optimizers.create(model, learning_rate, weight_decay, betas, optimizer)
     x, y = draw()
     loss_of(x[: first[0], : first[1]], y[: first[0], : first[1]]).backward()
     updates.zero_grad()
-    done, started, first_norm, begin = 0, clock(), math.nan, 0.0
+    done, elapsed, first_norm, begin, curve = 0, 0.0, math.nan, 0.0, list[tuple[float, float]]()
+    if state is not None and state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        updates.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        done, elapsed, first_norm, begin, curve = saved["progress"]
+        for _ in range(done):
+            draw()
+    started, last_saved = clock() - elapsed, elapsed
     while True:
         elapsed = clock() - started
         progress = max(done / steps if steps else 0.0, elapsed / seconds if seconds else 0.0)
         if progress >= 1:
-            return {"steps": done, "seconds": elapsed, "first_gradient_norm": first_norm}
-        if watch is not None:
-            watch(elapsed)
-            started = clock() - elapsed
+            if state is not None:
+                state.unlink(missing_ok=True)
+            return {"steps": done, "seconds": elapsed, "first_gradient_norm": first_norm, "curve": curve}
+        due = max((x for x in scored if x <= elapsed), default=0.0)
+        # no score where the counting of n-grams has outlasted its time
+        if score is not None and due > (curve[-1][0] if curve else 0.0) and elapsed < 1.2 * due:
+            curve.append((due, score()))
+        if state is not None and elapsed > last_saved + SAVED_EVERY:
+            parts = {"model": model.state_dict(), "optimizer": updates.state_dict(), "random": torch.get_rng_state()}
+            torch.save({**parts, "progress": (done, elapsed, first_norm, begin, curve)}, state.with_suffix(".new"))
+            state.with_suffix(".new").replace(state)
+            last_saved = elapsed
+        started = clock() - elapsed
         x, y = draw()
         if done == 0 and seconds:  # the first draw may count n-grams: the learning rate rises from here
             progress = begin = min(0.9, (clock() - started) / seconds)
@@ -223,6 +247,14 @@ def run_cells(script: str, cells: Sequence[dict[str, Any]], workers: int, log: P
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(run, cells))
+
+
+def state_file(script: str, cell: dict[str, Any]) -> Path:
+    """Return the file that a cell's training goes on from, see :func:`train`; its folder exists."""
+    name = hashlib.sha256(f"{code_state(script)} {json.dumps(cell)}".encode()).hexdigest()[:16]
+    file = Path("runs/benchmarks") / f"{Path(script).stem}-{name}.state"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def code_state(script: str) -> str:

@@ -22,7 +22,19 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from common import CORPORA, arguments, conditions, interleaved, mean_nats, publish, run_cells, spread, table, train
+from common import (
+    CORPORA,
+    arguments,
+    conditions,
+    interleaved,
+    mean_nats,
+    publish,
+    run_cells,
+    spread,
+    state_file,
+    table,
+    train,
+)
 from learning import MEMORY
 from memory import SCORED, TOKENS, batches
 from safetensors.torch import load_file, save_file
@@ -129,7 +141,8 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     draw = partial(next, batches(model.memory, training, WINDOW, spec["seed"], counting))
     rate = RATE / 3 if adapted else RATE
     budget = {"seconds": spec["seconds"], "clock": time.process_time}
-    record: dict[str, Any] = train(loss_of, model, draw, learning_rate=rate, optimizer="muon", **budget)
+    recipe = {"learning_rate": rate, "optimizer": "muon", "state": state_file(__file__, spec)}
+    record: dict[str, Any] = train(loss_of, model, draw, **recipe, **budget)
     model.eval()
     save_file({name: x.detach().contiguous() for name, x in model.named_parameters()}, path_of(spec))
     scores = {str(point): bits(model, point, held_out) for point in POINTS if point.name == spec["model"]}

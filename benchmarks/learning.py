@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import CORPORA, arguments, conditions, mean_nats, publish, run_cells, spread, table, train
+from common import CORPORA, arguments, conditions, mean_nats, publish, run_cells, spread, state_file, table, train
 from memory import LARGEST, ORDERS, SCORED, SUCCESSORS, TOKENS, batches
 from peers import VOCABULARY, HuggingFace, llama, mamba2, words
 from torch import Tensor, nn
@@ -139,7 +139,6 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     draw = partial(next, batches(model.memory, training, contestant.window, spec["seed"], counting))
     budget = {"seconds": spec["seconds"], "clock": time.process_time}
     recipe = {"learning_rate": contestant.learning_rate, "optimizer": contestant.optimizer}
-    curve: list[tuple[float, float]] = []
 
     def bits(limit: int) -> float:
         model.eval()  # reads the table of the whole training text
@@ -147,17 +146,11 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
         model.train()
         return nats / math.log(2)
 
-    def watch(elapsed: float) -> None:
-        due = max((x for x in score_times(spec["seconds"]) if x <= elapsed), default=0.0)
-        if (
-            due > (curve[-1][0] if curve else 0.0) and elapsed < 1.2 * due
-        ):  # not where the counting of n-grams has outlasted that time
-            curve.append((due, bits(WATCHED)))
-
-    record = train(model.loss, model, draw, watch=watch, **recipe, **budget)
-    curve.append((spec["seconds"], bits(WATCHED)))
+    watched = {"score": partial(bits, WATCHED), "scored": score_times(spec["seconds"])[:-1]}
+    record = train(model.loss, model, draw, **watched, **recipe, **budget, state=state_file(__file__, spec))
+    record["curve"].append((spec["seconds"], bits(WATCHED)))
     parameters = sum(p.numel() for p in model.parameters())
-    return {"bits_per_byte": bits(SCORED), "parameters": parameters, "curve": curve, **counting, **record}
+    return {"bits_per_byte": bits(SCORED), "parameters": parameters, **counting, **record}
 
 
 def score_times(seconds: float) -> list[float]:

@@ -5,6 +5,8 @@
 - Recall: peers compute their recurrences, tasks have the answers that they define.
 """
 
+import contextlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import common
 import energies
 import fronts
 import gpu_kernels
+import numpy as np
 import pytest
 import recall
 import torch
@@ -20,6 +23,7 @@ from gpu_page import Machine, Page
 from peer_mixers import GatedDeltaNet, Mamba2, gated_linear_attention, parameters
 
 from resnet_bk.config import ModelConfig
+from resnet_bk.model import LanguageModel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PARTS = ("Kernels: chunked", "Mixer layers", "Training", "Decoding", "Decoding: a Transformer", "A million tokens")
@@ -142,6 +146,35 @@ def test_peers_are_as_large_as_our_mixer_and_their_states_too(mixer):
 def test_the_state_counts_g_where_it_changes(energy, own):
     model = recall.model_of({"mixer": "ours", "fields": {"energy": energy}, "seed": 0})
     assert recall.state_floats(model) == 2 * 2 * 32**2 + own * 2 * 2 * (2 if energy == "complex" else 1)
+
+
+def test_a_training_that_is_ended_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SAVED_EVERY", 0.0)
+    ids, state = np.random.default_rng(0).integers(0, 9, 1000), tmp_path / "state"
+
+    def trained(ended_after: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = LanguageModel(9, d_model=8, n_layers=2, n_seq=16, num_experts=1)
+        draws = itertools.count()
+        draw = common.batches(ids, 2, 16, seed=0)
+
+        def next_draw():
+            if next(draws) == ended_after:
+                raise KeyboardInterrupt
+            return draw()
+
+        def loss_of(x, y):
+            return torch.rand(()) * model(x, targets=y).loss
+
+        with contextlib.suppress(KeyboardInterrupt):
+            common.train(loss_of, model, next_draw, 6, optimizer="muon", state=state)
+        return model.state_dict()
+
+    wanted = trained(100)
+    assert not state.exists()
+    trained(4)
+    assert state.exists()
+    torch.testing.assert_close(trained(100), wanted, rtol=0, atol=0)
 
 
 def test_a_logged_cell_runs_again_after_a_change_of_the_code(tmp_path):
