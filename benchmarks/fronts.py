@@ -65,15 +65,17 @@ class Kind(NamedTuple):
     adapted: bool = False
 
 
-def words(first: int, inner: int) -> dict[str, Any]:
-    return {"multiscale": {"factors": [4], "layers": [first, inner, 0], "boundaries": "whitespace"}}
+def words(before: int, inner: int, after: int) -> dict[str, Any]:
+    return {"multiscale": {"factors": [4], "layers": [before, inner, after], "boundaries": "whitespace"}}
 
 
 KINDS: dict[str, Kind] = {
     **{f"plain, {n}": Kind({"n_layers": n}) for n in (1, 2, 3, 4, 6, DEPTH)},
-    "words, 2-2-0": Kind(words(2, 2), "multi-scale"),
-    "words, 2-6-0": Kind(words(2, 6), "multi-scale"),
-    "words, 1-3-0": Kind(words(1, 3), "multi-scale"),
+    "words, 0-1-0": Kind(words(0, 1, 0), "multi-scale"),
+    "words, 0-2-0": Kind(words(0, 2, 0), "multi-scale"),
+    "words, 2-2-0": Kind(words(2, 2, 0), "multi-scale"),
+    "words, 1-4-1": Kind(words(1, 4, 1), "multi-scale"),
+    "words, 2-6-0": Kind(words(2, 6, 0), "multi-scale"),
     "early exit": Kind({"depth": {"policy": "exit", "first": 0, "every": 2}}, "early exit", adapted=True),
     "act": Kind({"depth": {"policy": "act", "target": 0.5}}, "adaptive computation time", adapted=True),
     "skip": Kind({"depth": {"policy": "skip", "target": 0.5}}, "mixture of depths", adapted=True),
