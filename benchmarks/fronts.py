@@ -73,6 +73,7 @@ KINDS: dict[str, Kind] = {
     **{f"plain, {n}": Kind({"n_layers": n}) for n in (1, 2, 3, 4, 6, DEPTH)},
     "words, 0-1-0": Kind(words(0, 1, 0), "multi-scale"),
     "words, 0-2-0": Kind(words(0, 2, 0), "multi-scale"),
+    "words, 1-2-0": Kind(words(1, 2, 0), "multi-scale"),
     "words, 2-2-0": Kind(words(2, 2, 0), "multi-scale"),
     "words, 1-4-1": Kind(words(1, 4, 1), "multi-scale"),
     "words, 2-6-0": Kind(words(2, 6, 0), "multi-scale"),
