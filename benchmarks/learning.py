@@ -61,7 +61,7 @@ OTHERS = [  # the best of the search, whose updates had entries of one size; rat
     Contestant("GPT-2", 96, 4, "muon", 0.014, 256),
     Contestant("Mamba-2", 96, 4, "muon", 0.012, 256),
 ]
-SMALL, WIDE = Contestant("ours", 64, 4, "muon", 0.01, 1024), Contestant("ours", 96, 5, "muon", 0.008, 256)
+SMALL, WIDE = Contestant("ours", 64, 3, "muon", 0.01, 1024), Contestant("ours", 96, 5, "muon", 0.008, 256)
 LONG = 1200  # seconds from which larger models are tried too
 LARGE = [WIDE._replace(window=1024), Contestant("Llama", 128, 6, "muon", 0.007, 512)]
 
@@ -75,11 +75,12 @@ FAMILIES = ("ours", "Llama", "GPT-2", "Mamba-2")
 
 
 class Ours(nn.Module):
-    """A LanguageModel, with the blocks of the preset `fast` (widths of 64) or one more on words."""
+    """A LanguageModel with one block on bytes, or without memory two, and the others on words."""
 
     def __init__(self, contestant: Contestant, memory: bool):
         super().__init__()
-        shape = words(2, contestant.layers - 2, 0)
+        on_bytes = 1 if memory else 2
+        shape = words(on_bytes, contestant.layers - on_bytes, 0)
         fields = {"d_model": contestant.width, "n_seq": contestant.window, "num_experts": 1, **shape}
         self.model = LanguageModel(VOCABULARY, **fields, memory=MEMORY if memory else {})
         self.memory = self.model.memory

@@ -76,7 +76,7 @@ print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes
 # %% [markdown]
 # ## Training
 #
-# The preset `fast` is made for minutes on a CPU: two blocks run on bytes, two run once per word. The n-gram memory counts
+# The preset `fast` is made for minutes on a CPU: one block runs on bytes, two run once per word. The n-gram memory counts
 # the training text before the training starts. It looks up which bytes followed the last few, so that the blocks can learn
 # the rest.
 #

@@ -17,7 +17,7 @@ TECHNIQUES = {
     "complex": ({"energy": "complex"}, None),
     "diagonal": ({"readout": "diagonal"}, None),
     "attention": ({"attention": {"every": 2, "window": 7}}, None),
-    "memory": ({"memory": {"orders": [1, 2], "rows": 5000}}, None),
+    "memory": ({"memory": {"orders": [1, 2], "rows": 5000, "recent": [1, 3], "recent_rows": 50}}, None),
     "fixed chunks": ({"multiscale": CHUNKS}, None),
     "words": ({"multiscale": {**CHUNKS, "boundaries": "whitespace"}}, "multiscale"),
     "learned chunks": ({"multiscale": {**CHUNKS, "boundaries": "learned"}}, "multiscale"),

@@ -73,7 +73,7 @@ def test_a_batch_without_counted_targets_has_a_loss_of_zero(fields, limit, monke
         {"readout": "diagonal", "energy": "complex"},
         {"causal": False},
         {"attention": {"every": 1, "window": 4}},
-        {"memory": {"orders": [1, 2, 3], "rows": 100}},
+        {"memory": {"orders": [1, 2, 3], "rows": 100, "recent": [1, 2], "recent_rows": 20}},
     ],
 )
 def test_a_nan_in_padding_reaches_nothing(fields):
@@ -167,7 +167,7 @@ def test_layers_import_in_one_direction_only():
 
     floors = [
         {"jit"},
-        {"config", "checkpoint", "clock", "extras", "files", "folders", "record", "weights", "ops"},
+        {"config", "checkpoint", "clock", "extras", "files", "folders", "ngram_format", "record", "weights", "ops"},
         {"layers"},
         {"adaptive", "data"},
         {"model", "report"},

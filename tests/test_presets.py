@@ -15,7 +15,7 @@ TEXT = "def forward(self, x):\n    return self.head(self.norm(x))\n" * 4
 def test_each_is_a_model_and_nothing_else(name):
     assert set(yaml.safe_load(preset_file(name).read_text())) == {"model"}
     model = LanguageModel.from_preset(name)
-    assert model.config.blocks == (4 if name == "fast" else 8)
+    assert model.config.blocks == (3 if name == "fast" else 8)
     assert bool(model.config.techniques) == (name != "plain")
     assert (model.memory is not None) == (name == "fast")
 
@@ -64,7 +64,7 @@ def parsed(monkeypatch, tmp_path):
 def test_on_the_command_line(parsed, form):
     config = parsed("train", *form, "--model.n_seq", "512", "--seed", "3", "--max_steps", "1")
     assert isinstance(config, TrainConfig)
-    assert (config.model.multiscale.layers, config.model.n_seq, config.seed) == ((2, 2, 0), 512, 3)
+    assert (config.model.multiscale.layers, config.model.n_seq, config.seed) == ((1, 2, 0), 512, 3)
     assert config.model.techniques == ["memory", "multiscale"]
 
 

@@ -23,7 +23,7 @@ from resnet_bk.folders import model_folder
 from resnet_bk.layers.attention import AttentionState
 from resnet_bk.layers.block import Tokens
 from resnet_bk.layers.checks import IDS, MASK, TARGETS, check_ids, check_positions, check_state, structure
-from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.layers.embedding import NgramMemory, RecentState
 from resnet_bk.layers.loss import linear_cross_entropy
 from resnet_bk.layers.mixer import ChainState
 from resnet_bk.layers.norm import Norm
@@ -62,7 +62,9 @@ pytree.register_dataclass(
     serialized_type_name="resnet_bk.ModelOutput",
 )
 # So that torch.export.save and load handle programs that take or return states, without pickles of unknown classes.
-_STATES = (AttentionState, ChainState, LengthState, MultiScaleState, PropagatorState, SparseState, WindowState)
+_STATES = (
+    *(AttentionState, ChainState, LengthState, MultiScaleState, PropagatorState, RecentState, SparseState, WindowState),
+)
 for _state in _STATES:
     pytree._register_namedtuple(_state, serialized_type_name=f"resnet_bk.{_state.__name__}")
 torch.serialization.add_safe_globals(list(_STATES))

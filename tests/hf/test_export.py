@@ -29,6 +29,7 @@ TECHNIQUES = {
     "attention": {"attention": {"every": 2, "window": 8}},
     "wide attention": {"attention": {"every": 2, "window": 300}},
     "memory": {"memory": {"orders": [1, 2], "rows": 5000}},
+    "recent": {"memory": {"recent": [1, 2], "recent_rows": 50}},
     "experts": {"num_experts": 4, "num_experts_per_tok": 2},
     "conditional experts": {"num_experts": 4, "experts": {"policy": "top_p", "identity": 1, "zero": 1}},
     "chunks": {"multiscale": CHUNKS},

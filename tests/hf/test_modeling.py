@@ -51,6 +51,7 @@ TECHNIQUES += [
     pytest.param({"attention": {"every": 2, "window": 5}}, id="attention"),
     pytest.param({"attention": {"every": 1, "window": 40}}, id="attention-wide"),
     pytest.param({"memory": {"orders": [1, 3, 6], "rows": 5000}}, id="memory"),
+    pytest.param({"memory": {"recent": [1, 3, 6], "recent_rows": 50}}, id="recent"),
 ]
 V = 31
 
@@ -268,7 +269,7 @@ def test_experts_per_token_are_not_taken_for_a_sampling_setting():
     assert ResNetBKConfig.from_model_config(model.model.config).model_config() == model.model.config
 
 
-@pytest.mark.parametrize("memory", [{}, {"orders": [1, 2], "rows": 2000}])
+@pytest.mark.parametrize("memory", [{}, {"orders": [1, 2], "rows": 2000, "recent": [1]}])
 def test_the_vocabulary_can_grow(memory):
     model = tiny(memory=memory)
     before = model(ids(1, 8)).logits

@@ -51,7 +51,7 @@ def test_tokens_are_those_of_full_depth(draft, sure):
     for net in (
         model(2, first=2),
         model(2, first=2, attention={"every": 2, "window": 6}),
-        model(2, memory={"orders": [1, 3]}),
+        model(2, memory={"orders": [1, 3], "recent": [1, 2], "recent_rows": 50}),
         trained(),
     ):
         drafts = speculate(net, ids.int(), 50, draft, sure)

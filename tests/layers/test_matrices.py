@@ -16,7 +16,7 @@ MODELS = {
     "length": {"length": {"bins": 2, "max_length": 8, "mode": "pool"}},
     "sparsity": {"sparsity": {"target": 0.5}},
     "depth": {"depth": {"policy": "exit", "first": 1, "every": 1}},
-    "memory": {"memory": {"orders": [1, 2], "rows": 61}},
+    "memory": {"memory": {"orders": [1, 2], "rows": 61, "recent": [1]}},
     "attention": {"attention": {"every": 2, "window": 4}},
     "diagonal": {"readout": "diagonal"},
 }

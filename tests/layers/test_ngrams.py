@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resnet_bk.layers import ngrams
-from resnet_bk.layers.ngram_format import LEVELS
+from resnet_bk.ngram_format import LEVELS
 
 ORDERS, VOCABULARY = (1, 2, 5), 7
 

@@ -5,7 +5,7 @@ N-gram memory comes before all of them.
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_bk.adaptive.depth import Halting, Skipping
 from resnet_bk.adaptive.early_exit import EarlyExit
@@ -13,14 +13,16 @@ from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.config import ModelConfig
 from resnet_bk.layers.block import Block, Stack
-from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
 
 Read = Callable[[Tensor], Tensor]  # the model's map from features (..., D) to logits (..., V)
 
 
 def build(config: ModelConfig, read: Read) -> Stack:
     """Return all layers of a model, from the embedding to the norm before the head."""
-    memory = [NgramMemory(config)] if config.memory.orders else []
+    memory: list[nn.Module] = [NgramMemory(config)] if config.memory.orders else []
+    if config.memory.recent:
+        memory.append(RecentNgrams(config))
     return learned_length(config, Stack([*memory, *build_stack(config, read)]), read)
 
 

@@ -134,7 +134,7 @@ class ModelConfig:
                         f"model.{name}: got {getattr(self, name)} with model.energy = {self.energy_kind!r}, allowed "
                         "with 'bonds'; leave it out"
                     )
-        if self.memory.orders:
+        if self.memory.is_on(self):
             check_integer(where, 1, 2**23, vocab_size=self.vocab_size)
         if self.attention.every:
             self._check_attention()
@@ -370,7 +370,7 @@ class ModelConfig:
     def reads_ids(self) -> list[str]:
         """Settings by which layers read token ids, not only their embeddings."""
         readers = {
-            "memory": bool(self.memory.orders),
+            "memory": self.memory.is_on(self),
             "multiscale.boundaries": bool(self.multiscale.factors) and self.multiscale.reads_bytes,
             "length.spacing": bool(self.length.bins) and self.length.spacing == "words",
         }

@@ -47,7 +47,7 @@ def check_bound(where: str, bound: float | None) -> None:
 
 @dataclass(frozen=True)
 class MemoryConfig(Technique):
-    """N-gram memory: what followed the last few tokens in the training text, counted and looked up."""
+    """N-gram memory: what followed the last few tokens, in the training text or earlier in the same text, looked up."""
 
     orders: tuple[int, ...] = ()
     """Numbers of tokens that are looked up, in ascending order. [2, 3, 4, 5, 6, 8, 12] suits bytes. Empty: off."""
@@ -57,17 +57,25 @@ class MemoryConfig(Technique):
     `resnet-bk train` makes at most one entry for each token of the training text."""
     successors: int = 4
     """Number of next tokens in an entry, the most frequent ones."""
+    recent: tuple[int, ...] = ()
+    """Numbers of tokens that are looked up in the text so far, in ascending order: what followed them the last time.
+    [2, 3, 4, 6, 8, 12] suits bytes. Empty: off."""
+    recent_rows: int = 16_384
+    """Number of entries of the table of the text so far, for all of these lengths. What came last stays. An entry takes
+    8 bytes in the state of each sequence."""
 
     def __post_init__(self) -> None:
         where = "model.memory"
-        object.__setattr__(self, "orders", integers(where, "orders", self.orders, 1, 64))
-        if list(self.orders) != sorted(set(self.orders)):
-            raise ConfigError(f"{where}.orders: got {list(self.orders)}, allowed different lengths in ascending order")
-        check_integer(where, 1, 2**24, rows=self.rows)
+        for name in ("orders", "recent"):
+            orders = integers(where, name, getattr(self, name), 1, 64)
+            object.__setattr__(self, name, orders)
+            if list(orders) != sorted(set(orders)):
+                raise ConfigError(f"{where}.{name}: got {list(orders)}, allowed different lengths in ascending order")
+        check_integer(where, 1, 2**24, rows=self.rows, recent_rows=self.recent_rows)
         check_integer(where, 1, 64, successors=self.successors)
 
     def is_on(self, model: "ModelConfig") -> bool:
-        return bool(self.orders)
+        return bool(self.orders or self.recent)
 
 
 @dataclass(frozen=True)

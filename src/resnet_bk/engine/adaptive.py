@@ -3,6 +3,7 @@
 Dimensions: D model width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from resnet_bk.engine.blocks import feed_forward
 from resnet_bk.engine.instructions import Op
 from resnet_bk.engine.program import Place, Program
 from resnet_bk.layers.block import Stack
-from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.layers.embedding import NgramMemory, NgramVectors, RecentNgrams, RecentState
 from resnet_bk.layers.score import Score
 
 KINDS: dict[type, int] = {FixedStride: 0, AfterWords: 1, Router: 2, WordRouter: 3}
@@ -25,16 +26,26 @@ CONFIDENCES = {"gain": 0, "probability": 1, "entropy": 2}
 
 
 def memory(p: Program, layer: NgramMemory, x: int) -> Place:
-    place, vectors = p.whole(layer.reach), layer.vectors
-    if len(vectors.token_vectors) != p.vocabulary:
-        raise ValueError(f"memory: has vectors of {len(vectors.token_vectors)} tokens, expected {p.vocabulary}")
+    place = p.whole(layer.reach)
     layer.check_entries("memory")
     p.table = layer.entries
-    orders = sorted(layer.orders)
-    weights = [p.weight(v) for v in (vectors.gain, vectors.level_vectors, vectors.token_vectors, vectors.scale)]
-    width = vectors.token_vectors.shape[1]
-    p.emit(Op.NGRAMS, x, place.at, layer.reach, p.weight(list(map(float, orders))), len(orders), *weights, width)
+    p.emit(Op.NGRAMS, x, place.at, layer.reach, *_ngrams(p, layer.orders, layer.vectors))
     return place
+
+
+def recent(p: Program, layer: RecentNgrams, x: int) -> RecentState:
+    reach = max(layer.orders)
+    ids, entries = p.whole(reach), p.whole(layer.rows)
+    p.emit(Op.RECENT, x, ids.at, reach, *_ngrams(p, layer.orders, layer.vectors), entries.at, layer.rows)
+    return RecentState(ids, entries)  # type: ignore[arg-type]
+
+
+def _ngrams(p: Program, orders: Sequence[int], vectors: NgramVectors) -> list[int]:
+    """Store orders and vectors; return the operands."""
+    if len(vectors.token_vectors) != p.vocabulary:
+        raise ValueError(f"memory: has vectors of {len(vectors.token_vectors)} tokens, expected {p.vocabulary}")
+    weights = [p.weight(v) for v in (vectors.gain, vectors.level_vectors, vectors.token_vectors, vectors.scale)]
+    return [p.weight(list(map(float, sorted(orders)))), len(orders), *weights, vectors.token_vectors.shape[1]]
 
 
 def _score(p: Program, module: Score, source: int) -> int:

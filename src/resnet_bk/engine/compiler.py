@@ -10,19 +10,20 @@ from resnet_bk.adaptive.depth import Halting, Skipping
 from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import MultiScale
-from resnet_bk.engine.adaptive import depth, length, memory, multiscale
+from resnet_bk.engine.adaptive import depth, length, memory, multiscale, recent
 from resnet_bk.engine.blocks import block
 from resnet_bk.engine.code import Place
 from resnet_bk.engine.engine import Engine
 from resnet_bk.engine.instructions import Op
 from resnet_bk.engine.program import Program
 from resnet_bk.layers.block import Block, Stack
-from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
 from resnet_bk.model import LanguageModel
 
 COMPILERS: dict[type[nn.Module], Callable[[Program, Any, int], Any]] = {
     Block: block,
     NgramMemory: memory,
+    RecentNgrams: recent,
     MultiScale: multiscale,
     LearnedLength: length,
     EarlyExit: depth,

@@ -23,7 +23,7 @@ from resnet_bk.engine.conversion import from_torch, to_torch
 from resnet_bk.engine.state import EngineState
 from resnet_bk.layers.attention import Attention
 from resnet_bk.layers.block import Block, Stack
-from resnet_bk.layers.embedding import NgramMemory, NgramVectors
+from resnet_bk.layers.embedding import NgramMemory, NgramVectors, RecentNgrams
 from resnet_bk.layers.feedforward import Experts, SwiGLU
 from resnet_bk.layers.mixer import DiagonalMixer, Energies, PropagatorMixer, ShortConv
 from resnet_bk.layers.norm import Norm
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 KNOWN = {
     *(LanguageModel, Stack, Block, nn.ModuleList, nn.Linear, nn.Embedding, Norm, Score),
     *(PropagatorMixer, DiagonalMixer, Attention, ShortConv, Energies, SparseBKCore),
-    *(SwiGLU, Experts, NgramMemory, NgramVectors, Halting, Skipping, EarlyExit),
+    *(SwiGLU, Experts, NgramMemory, NgramVectors, RecentNgrams, Halting, Skipping, EarlyExit),
     *(MultiScale, LearnedDownsampling, LearnedUpsampling, FixedStride, AfterWords, Router, WordRouter),
     *(LearnedLength, SequenceLengthPredictor),
 }

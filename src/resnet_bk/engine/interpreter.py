@@ -16,6 +16,7 @@ from resnet_bk.engine.layers import (
     linear_of_rows,
     ngrams,
     norm,
+    recent_ngrams,
     shared_linear,
     sigmoid_of,
     silu,
@@ -130,6 +131,8 @@ def step(code, at, w, b, table, s, n, x, threads, waits):
             embed(w, b, x, c[1], c[2], c[3], c[4], token)
         elif op == Op.NGRAMS:
             ngrams(w, table, x, n, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], token)
+        elif op == Op.RECENT:
+            recent_ngrams(w, x, n, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11], c[12], token)
         elif op == Op.SCORE:
             v = w.dtype.type(0)
             for i in range(c[3]):

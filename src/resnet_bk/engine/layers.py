@@ -12,7 +12,7 @@ from numba import njit, prange
 from resnet_bk.engine.instructions import Op
 from resnet_bk.jit import OPTIONS, TASKS
 from resnet_bk.jit.simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
-from resnet_bk.layers.ngram_format import LEVELS, MIX, SHARES, STEP
+from resnet_bk.ngram_format import LEVEL_AT, LEVELS, MIX, SHARES, STEP, TAG_AT
 
 TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
 EPS = 1e-5  # of norms
@@ -244,6 +244,39 @@ def ngrams(w, table, x, n, out, past, reach, orders, count, gain, levels, tokens
         n[past + i] = n[past + i + 1]
     if reach:
         n[past + reach - 1] = token + 1
+
+
+@helper
+def recent_ngrams(w, x, n, out, past, reach, orders, count, gain, levels, tokens, scale, width, table, rows, token):
+    """Enter the token as what followed the contexts before it; then add what those that end with it have."""
+    for writes in (True, False):
+        key = np.int64(0)
+        found = 0
+        for length in range(1, reach + 1):
+            key = (key + n[past + reach - length] + 1) * np.int64(STEP)
+            if found == count or w[orders + found] != length:
+                continue
+            mixed = (key ^ (key >> 29)) * np.int64(MIX)
+            slot = table + ((((mixed >> 32) & 0xFFFFFFFF) * rows) >> 32)
+            tag = (mixed >> 12) & 0xFFFF
+            if writes:
+                value = (tag << TAG_AT) | token
+                times = n[slot] >> LEVEL_AT if n[slot] & ((1 << LEVEL_AT) - 1) == value else 0
+                n[slot] = (min(times + 1, LEVELS - 1) << LEVEL_AT) | value
+            else:
+                here = found * LEVELS
+                if (n[slot] >> TAG_AT) & 0xFFFF == tag and n[slot] >> LEVEL_AT > 0:
+                    here += n[slot] >> LEVEL_AT
+                    follows = tokens + (n[slot] & ((1 << TAG_AT) - 1)) * width
+                    for i in range(width):
+                        x[out + i] += w[gain + here] * w[scale + found * width + i] * w[follows + i]
+                for i in range(width):
+                    x[out + i] += w[levels + here * width + i]
+            found += 1
+        if writes:
+            for i in range(reach - 1):
+                n[past + i] = n[past + i + 1]
+            n[past + reach - 1] = token + 1
 
 
 @helper

@@ -32,6 +32,7 @@ from resnet_bk.hf.inputs import (
 from resnet_bk.hf.outputs import CACHE, CausalLMOutput, RecurrentCache
 from resnet_bk.layers.block import Block
 from resnet_bk.layers.checks import IDS, TARGETS, check_ids, check_positions
+from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
 from resnet_bk.model import Features, LanguageModel
 from resnet_bk.record import mean_losses, weighted_sum
 from resnet_bk.weights import check_finite, check_headers, weight_files
@@ -97,7 +98,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ResNetBKConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["Block", "NgramMemory", "MultiScale", "LearnedLength"]  # noqa: RUF012
+    _no_split_modules = ["Block", "NgramMemory", "RecentNgrams", "MultiScale", "LearnedLength"]  # noqa: RUF012
     _is_stateful = True
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
@@ -194,8 +195,9 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
         """Resize the embeddings as transformers does, and update the configuration of the inner model."""
         embed = super().resize_token_embeddings(*args, **kwargs)
         self.model.config = dataclasses.replace(self.model.config, vocab_size=self.config.vocab_size)
-        if self.model.memory is not None:
-            self.model.memory.resize(self.config.vocab_size)
+        for layer in self.model.blocks:
+            if isinstance(layer, NgramMemory | RecentNgrams):
+                layer.resize(self.config.vocab_size)
         return embed
 
     @classmethod

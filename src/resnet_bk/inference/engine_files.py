@@ -95,6 +95,6 @@ def _version() -> bytes:
     from resnet_bk.jit.simd import LANE_BYTES
 
     package = Path(__file__).parent.parent
-    sources = sorted([*package.glob("engine/*.py"), package / "layers" / "ngram_format.py"])
+    sources = sorted([*package.glob("engine/*.py"), package / "ngram_format.py"])
     content = b"\0".join(path.read_bytes() for path in sources)
     return hashlib.sha256(content + str(LANE_BYTES).encode()).digest()

@@ -79,7 +79,7 @@ def _say_that_it_compiles() -> None:
 def _stamp(folder: Path) -> tuple[tuple[float, int], ...]:
     """Return the times and sizes of the files that kernels in a folder may inline."""
     package = Path(__file__).parent.parent
-    constants = package / "layers" / "ngram_format.py", package / "config" / "__init__.py"
+    constants = package / "ngram_format.py", package / "config" / "__init__.py"
     files = sorted({*folder.glob("*.py"), *package.glob("jit/*.py"), *constants})
     return tuple((status.st_mtime, status.st_size) for status in (file.stat() for file in files))
 

@@ -1,7 +1,9 @@
-"""N-gram memory: what followed the last few tokens in the training text, looked up instead of computed.
+"""N-gram memory: what followed the last few tokens in the training text or earlier, looked up instead of computed.
 
 Dimensions: B batch, N positions, D model width, V vocabulary, O orders, S successors of an entry.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ from resnet_bk.config import ModelConfig
 from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
 from resnet_bk.layers.mixer import last_positions
-from resnet_bk.layers.ngram_format import LEVELS, TAG_BITS
+from resnet_bk.ngram_format import LEVELS, TAG_BITS
 from resnet_bk.ops.ngram_sum import ngram_sum
+from resnet_bk.ops.recent_ngrams import recent_ngrams
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
@@ -47,7 +50,7 @@ class NgramMemory(AdaptiveLayer):
         self.orders, self.vocab_size = memory.orders, config.vocab_size
         self.reach = max(self.orders) - 1  # number of tokens before a position that its n-grams have
         self.register_buffer("entries", torch.zeros(memory.rows, 1 + memory.successors, dtype=torch.int32))
-        self.vectors = NgramVectors(config)
+        self.vectors = NgramVectors(config, len(memory.orders), memory.successors)
 
     def layout(self, x: Tensor) -> Tensor:
         """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
@@ -77,13 +80,8 @@ class NgramMemory(AdaptiveLayer):
 
     def resize(self, vocab_size: int) -> None:
         """Change the number of token ids: new ones get new vectors; ids that are gone leave the table."""
-        if vocab_size == self.vocab_size:
-            return
-        old, self.vocab_size = self.vectors.token_vectors, vocab_size
-        new = old.new_empty(vocab_size, old.shape[1]).normal_(std=0.02)
-        kept = min(len(old), vocab_size)
-        new[:kept] = old.detach()[:kept]
-        self.vectors.token_vectors = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.vocab_size = vocab_size
+        self.vectors.resize(vocab_size)
         self.entries[:, 1:][self.entries[:, 1:] >> 8 >= vocab_size] = 0
 
     def check_entries(self, where: str) -> None:
@@ -117,6 +115,63 @@ class NgramMemory(AdaptiveLayer):
         return x + y, last_positions(state, ids, mask), []
 
 
+class RecentState(NamedTuple):
+    """State of recent n-grams.
+
+    Attributes:
+        ids: (B, max(orders)) int64, the last ids plus 1; 0 before the start of a sequence.
+        entries: (B, R) int64, the table of each sequence, see :mod:`resnet_bk.ngram_format`.
+    """
+
+    ids: Tensor
+    entries: Tensor
+
+
+class RecentNgrams(AdaptiveLayer):
+    """Add to each position what followed its last n tokens where they came before, (B, N, D) -> (B, N, D).
+
+    For each order n, a table of the sequence so far has the token that followed the last time, and how many times in a
+    row it was this one. The layer adds a vector made of these. An attention head that finds earlier occurrences of the
+    last tokens and copies what followed, an induction head, has to be learned; this one does not (Akyurek et al. 2024,
+    arXiv:2401.12973, hard-wire such heads into Transformers and recurrent models).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        memory = config.memory
+        self.orders, self.rows = memory.recent, memory.recent_rows
+        self.vectors = NgramVectors(config, len(memory.recent), 1)
+
+    def layout(self, x: Tensor) -> RecentState:
+        """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
+        return RecentState(*(torch.zeros(len(x), n, dtype=torch.int64, device=x.device) for n in self._sizes))
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return max(self.orders), self.rows
+
+    def resize(self, vocab_size: int) -> None:
+        """Change the number of token ids: new ones get new vectors."""
+        self.vectors.resize(vocab_size)
+
+    def forward(
+        self, x: Tensor, tokens: Tokens, state: RecentState | None, mask: Tensor | None
+    ) -> tuple[Tensor, RecentState, list[Record]]:
+        """Add what the table has, which the tokens enter."""
+        ids = tokens.ids.long()
+        past = self.layout(x) if state is None else state
+        window = torch.cat([past.ids, ids + 1], dim=1)
+        contexts = ngrams.slots(window, self.orders, self.rows)
+        slot, tag = (torch.stack(part, dim=-1) for part in zip(*contexts, strict=True))
+        lengths = torch.full_like(ids[:, 0], ids.shape[1]) if mask is None else mask.sum(1)
+        level, token, entries = recent_ngrams(slot, tag, ids, lengths, past.entries)
+        found = ngrams.Found(level, token.unsqueeze(-1), (level > 0).unsqueeze(-1))
+        y = self.vectors(found).to(x.dtype)
+        if mask is not None:
+            y = y.masked_fill(~mask.unsqueeze(-1), 0)
+        return x + y, RecentState(last_positions(past.ids, ids + 1, mask), entries), []
+
+
 class NgramVectors(nn.Module):
     """Map what was found at (B, N) positions to vectors (B, N, D), see :mod:`resnet_bk.ops.ngram_sum`.
 
@@ -127,14 +182,25 @@ class NgramVectors(nn.Module):
         level_vectors: (O LEVELS, D), added for each order and level.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, orders: int, successors: int):
+        """Create the vectors. orders: O. successors: S."""
         super().__init__()
-        orders, width = len(config.memory.orders), config.d_model
-        self.flops = 2.0 * orders * config.memory.successors * width  # per position
+        width = config.d_model
+        self.flops = 2.0 * orders * successors * width  # per position
         self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, width).normal_(std=0.02))
         self.gain = nn.Parameter(torch.ones(orders * LEVELS))
         self.scale = nn.Parameter(torch.ones(orders, width))
         self.level_vectors = nn.Parameter(torch.zeros(orders * LEVELS, width))
+
+    def resize(self, vocab_size: int) -> None:
+        """Change the number of token ids: new ones get new vectors."""
+        old = self.token_vectors
+        if vocab_size == len(old):
+            return
+        new = old.new_empty(vocab_size, old.shape[1]).normal_(std=0.02)
+        kept = min(len(old), vocab_size)
+        new[:kept] = old.detach()[:kept]
+        self.token_vectors = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def forward(self, found: ngrams.Found) -> Tensor:
         level = found.level + torch.arange(0, len(self.gain), LEVELS, device=found.level.device)

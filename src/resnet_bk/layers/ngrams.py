@@ -1,6 +1,6 @@
 """Counts of n-grams: what followed the last few tokens in a text, in one hashed table.
 
-See :mod:`resnet_bk.layers.ngram_format` for an entry of the table. Contexts of all orders share the table. Where
+See :mod:`resnet_bk.ngram_format` for an entry of the table. Contexts of all orders share the table. Where
 several have one slot, the most frequent one keeps it.
 
 Dimensions: B batch, N positions, O orders, S successors of an entry, T tokens of a text.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_bk.layers.ngram_format import HASH_BITS, LEVELS, MIX, SHARES, STEP, TAG_BITS
+from resnet_bk.ngram_format import HASH_BITS, LEVELS, MIX, SHARES, STEP, TAG_BITS
 
 CHUNK = 2**15  # tokens that are hashed at a time: the numbers stay in the cache, and torch uses one thread
 PART = 2**26  # tokens that are sorted at a time; counting needs about 50 bytes for each

@@ -27,6 +27,7 @@ from resnet_bk.ops.numba_gates import (
     swiglu_forward,
 )
 from resnet_bk.ops.numba_ngram_sum import ngram_sum_backward, ngram_sum_forward
+from resnet_bk.ops.numba_recent_ngrams import recent_ngrams
 from resnet_bk.ops.numba_sparse import sparse_scan_backward, sparse_scan_forward
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "mixer_inputs_forward",
     "ngram_sum_backward",
     "ngram_sum_forward",
+    "recent_ngrams",
     "scan_backward",
     "scan_forward",
     "sparse_scan_backward",

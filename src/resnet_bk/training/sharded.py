@@ -84,6 +84,10 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup | None = None
         raise ConfigError(
             f"model.{on[0]}: is on, allowed in sequences that one process holds; turn it off to split them"
         )
+    if config.memory.recent:
+        raise ConfigError(
+            "model.memory.recent: is on, allowed in sequences that one process holds; turn it off to split them"
+        )
     if not config.causal:
         raise ConfigError("model.causal: got False, allowed True for sequences that are split over processes")
     for module in model.modules():

@@ -12,12 +12,12 @@ from resnet_bk.adaptive.depth import AdaptiveDepth
 from resnet_bk.adaptive.length import LearnedLength
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.layers.block import Block
-from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
 from resnet_bk.model import LanguageModel
 
 # The layers whose parameters have a role of their own. Where they are nested does not matter: block 3 is block 3,
 # whether adaptive depth drives it or not. All layers register the blocks in them in the order in which they run.
-UNITS = (LanguageModel, Block, MultiScale, AdaptiveDepth, LearnedLength, NgramMemory)
+UNITS = (LanguageModel, Block, MultiScale, AdaptiveDepth, LearnedLength, NgramMemory, RecentNgrams)
 Role = tuple[str, int, str]  # type of the unit, its number among those of the type, name of the parameter in it
 
 

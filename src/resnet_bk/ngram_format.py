@@ -1,6 +1,6 @@
-"""The entries of the table of n-gram memory, and the constants of its hash. The engine reads them without torch.
+"""The entries of the tables of n-grams, and the constants of their hash. The engine reads them without torch.
 
-An entry of the table belongs to a context, the last n tokens. It holds the tokens that followed most often:
+An entry of n-gram memory belongs to a context, the last n tokens. It holds the tokens that followed most often:
 
     entries[slot] = [tag << 8 | level, next << 8 | share, next << 8 | share, ...]      int32
 
@@ -8,8 +8,15 @@ An entry of the table belongs to a context, the last n tokens. It holds the toke
 - level: how often the context occurred, 1 + 2 log2(count) rounded down, at most LEVELS - 1; 0 in an empty entry.
 - next: a token. share: 255 count(next) / (count + kinds), where `kinds` different tokens followed; the rest is for
   those that never did (method C of Witten and Bell 1991). It is rounded up: 0 is for a place without a token.
+
+An entry of recent n-grams holds the token that followed last in the sequence so far:
+
+    entries[slot] = level << 40 | tag << 24 | next                                     int64
+
+- level: how many times in a row it was this token, at most LEVELS - 1; 0 in an empty entry.
 """
 
 STEP, MIX = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # odd 64-bit constants (Knuth's MMIX generator)
 HASH_BITS, TAG_BITS = 32, 16  # bits of a hash that choose the slot, and bits of the tag
 LEVELS, SHARES = 16, 255
+TAG_AT, LEVEL_AT = 24, 24 + TAG_BITS  # bits of an entry of recent n-grams, from which on it has them
