@@ -24,12 +24,13 @@ from transformers.pytorch_utils import Conv1D
 
 from resnet_bk.config import MemoryConfig, ModelConfig
 from resnet_bk.layers.block import Tokens
-from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
 from resnet_bk.layers.matrices import Matrices
 from resnet_bk.model import LanguageModel
 
 SCORES, WATCHED = 8, 2**16  # scores of a curve; bytes of each
-MEMORY = {"orders": ORDERS, "rows": LARGEST, "successors": SUCCESSORS}
+RECENT = [2, 3, 4, 6, 8, 12]
+MEMORY = {"orders": ORDERS, "rows": LARGEST, "successors": SUCCESSORS, "recent": RECENT}
 
 
 class Contestant(NamedTuple):
@@ -68,7 +69,8 @@ LARGE = [WIDE._replace(window=1024), Contestant("Llama", 128, 6, "muon", 0.007, 
 
 def chosen(memory: bool, seconds: float) -> list[Contestant]:
     """Return the contestants: the best of minutes; for long trainings, two sizes of each family that is close."""
-    return [*LARGE, SMALL, *OTHERS] if seconds >= LONG else [SMALL if memory else WIDE, *OTHERS]
+    others = [c._replace(window=1024) for c in OTHERS] if memory else OTHERS  # recent n-grams want long windows
+    return [*LARGE, SMALL, *others] if seconds >= LONG else [SMALL if memory else WIDE, *others]
 
 
 FAMILIES = ("ours", "Llama", "GPT-2", "Mamba-2")
@@ -101,11 +103,13 @@ class Peer(nn.Module):
             vocab_size=VOCABULARY, d_model=width, n_seq=window, num_experts=1, memory=MemoryConfig(**MEMORY)
         )
         self.memory = NgramMemory(config) if memory else None
+        self.recent = RecentNgrams(config) if memory else None
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         vectors = self.model.get_input_embeddings()(x)
-        if self.memory is not None:
-            vectors, _, _ = self.memory(vectors, Tokens(x), None, None)
+        for layer in (self.memory, self.recent):
+            if layer is not None:
+                vectors, _, _ = layer(vectors, Tokens(x), None, None)
         return F.cross_entropy(self.model(inputs_embeds=vectors, use_cache=False).logits.flatten(0, 1), y.flatten())
 
     def matrices(self) -> list[Matrices]:
@@ -238,8 +242,9 @@ def main() -> None:
     text = "# Learning per second\n\n" + conditions(" ".join(["python benchmarks/learning.py", *sys.argv[1:]]))
     text += (
         f"\nDefault corpus, {TOKENS} bytes a step, cosine, one thread a run, {options.workers} runs at a time. Memory: "
-        f"n-gram memory of {', '.join(map(str, ORDERS))} bytes, {LARGEST:,} entries, counted within the time; added to "
-        f"the embeddings. Bits per byte on {SCORED // 1024} KiB of held-out text in windows as long as those of the "
+        f"n-gram memory of {', '.join(map(str, ORDERS))} bytes, {LARGEST:,} entries, counted within the time, and "
+        f"recent n-grams of {', '.join(map(str, RECENT))} bytes, {MemoryConfig().recent_rows:,} entries; added to the "
+        f"embeddings. Bits per byte on {SCORED // 1024} KiB of held-out text in windows as long as those of the "
         "training: median (least to greatest).\n\n"
     )
     text += page(results) + f"\nWhile they train, on the first {WATCHED // 1024} KiB:\n\n" + curves(results)

@@ -148,7 +148,7 @@ def test_a_model_on_pieces_equals_the_model_on_the_whole(workers, fields):
 def refusals(rank):
     """What a model with a split sequence does not take."""
     found = []
-    for fields in ({"sparsity": {"target": 0.5}}, {"causal": False}):
+    for fields in ({"sparsity": {"target": 0.5}}, {"causal": False}, {"memory": {"recent": [2]}}):
         with pytest.raises(ConfigError) as caught:
             split_sequences(LanguageModel(40, d_model=16, num_experts=1, **fields))
         found.append(str(caught.value))
@@ -171,5 +171,6 @@ def test_what_cannot_be_split_is_refused_in_one_line(workers):
     messages = workers.run(2, refusals)[0]
     assert messages[0].startswith("model.sparsity: is on, allowed in")
     assert messages[1].startswith("model.causal: got False")
-    assert messages[2].startswith("state: got one")
-    assert messages[3].startswith("mask: got one")
+    assert messages[2].startswith("model.memory.recent: is on")
+    assert messages[3].startswith("state: got one")
+    assert messages[4].startswith("mask: got one")

@@ -8,7 +8,7 @@ from resnet_bk import LanguageModel
 from resnet_bk.config import ConfigError, MemoryConfig
 from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import Tokens
-from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
 from resnet_bk.study.ledger import Ledger
 
 ORDERS, MEMORY = (1, 2, 5), {"orders": [1, 2, 5], "rows": 500, "successors": 3}
@@ -116,7 +116,23 @@ def test_texts_that_are_refused(ids):
         (3, "model.memory.orders: got 3, allowed a list of integers"),
     ],
 )
-def test_orders_that_are_refused(orders, message):
+@pytest.mark.parametrize("name", ["orders", "recent"])
+def test_orders_that_are_refused(orders, message, name):
     with pytest.raises(ConfigError) as caught:
-        MemoryConfig(orders=orders)
-    assert str(caught.value) == message
+        MemoryConfig(**{name: orders})
+    assert str(caught.value) == message.replace("orders", name)
+
+
+def test_recent_ngrams_tell_what_followed_in_the_text_so_far():
+    model = LanguageModel(9, d_model=8, n_layers=1, num_experts=1, memory={"recent": [2], "recent_rows": 1000})
+    layer = model.blocks[0]
+    assert isinstance(layer, RecentNgrams)
+    ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 5, 1, 2]])
+    layer.vectors.token_vectors.data = torch.eye(9, 8)
+    for level in range(3):
+        layer.vectors.gain.data[level] = level
+    added = layer(torch.zeros(1, 11, 8), Tokens(ids), None, None)[0][0]
+    wanted = torch.zeros(11, 8)
+    for position, token, level in ((4, 3, 1), (5, 1, 1), (6, 2, 1), (7, 3, 2), (10, 5, 1)):
+        wanted[position, token] = level
+    torch.testing.assert_close(added, wanted)

@@ -36,7 +36,7 @@ def memory(p: Program, layer: NgramMemory, x: int) -> Place:
 def recent(p: Program, layer: RecentNgrams, x: int) -> RecentState:
     reach = max(layer.orders)
     ids, entries = p.whole(reach), p.whole(layer.rows)
-    p.emit(Op.RECENT, x, ids.at, reach, *_ngrams(p, layer.orders, layer.vectors), entries.at, layer.rows)
+    p.emit(Op.RECENT, x, ids.at, reach, *_ngrams(p, layer.orders, layer.vectors), entries.at, layer.rows, p.vocabulary)
     return RecentState(ids, entries)  # type: ignore[arg-type]
 
 

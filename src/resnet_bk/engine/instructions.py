@@ -16,7 +16,7 @@ class Op(IntEnum):
     # x, n of the last tokens, their number, w of the orders, their number, w of gain, level_vectors, token_vectors and
     # scale, width: x += what the table has
     NGRAMS = auto()
-    RECENT = auto()  # as NGRAMS, then n of the table, number of its entries; the token enters it
+    RECENT = auto()  # as NGRAMS, then n of the table, number of its entries, vocabulary; the token enters it
     COPY = auto()  # x, from, width
     ADD = auto()  # x, from, width: x += from
     SUBTRACT = auto()  # x, from, width

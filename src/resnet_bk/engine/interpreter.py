@@ -132,7 +132,9 @@ def step(code, at, w, b, table, s, n, x, threads, waits):
         elif op == Op.NGRAMS:
             ngrams(w, table, x, n, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], token)
         elif op == Op.RECENT:
-            recent_ngrams(w, x, n, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11], c[12], token)
+            recent_ngrams(
+                w, x, n, c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11], c[12], c[13], token
+            )
         elif op == Op.SCORE:
             v = w.dtype.type(0)
             for i in range(c[3]):

@@ -247,7 +247,9 @@ def ngrams(w, table, x, n, out, past, reach, orders, count, gain, levels, tokens
 
 
 @helper
-def recent_ngrams(w, x, n, out, past, reach, orders, count, gain, levels, tokens, scale, width, table, rows, token):
+def recent_ngrams(
+    w, x, n, out, past, reach, orders, count, gain, levels, tokens, scale, width, table, rows, vocabulary, token
+):
     """Enter the token as what followed the contexts before it; then add what those that end with it have."""
     for writes in (True, False):
         key = np.int64(0)
@@ -264,12 +266,12 @@ def recent_ngrams(w, x, n, out, past, reach, orders, count, gain, levels, tokens
                 times = n[slot] >> LEVEL_AT if n[slot] & ((1 << LEVEL_AT) - 1) == value else 0
                 n[slot] = (min(times + 1, LEVELS - 1) << LEVEL_AT) | value
             else:
-                here = found * LEVELS
-                if (n[slot] >> TAG_AT) & 0xFFFF == tag and n[slot] >> LEVEL_AT > 0:
-                    here += n[slot] >> LEVEL_AT
-                    follows = tokens + (n[slot] & ((1 << TAG_AT) - 1)) * width
+                here, level, follows = found * LEVELS, n[slot] >> LEVEL_AT, n[slot] & ((1 << TAG_AT) - 1)
+                # a state may come from elsewhere: nothing beyond the vectors is read
+                if (n[slot] >> TAG_AT) & 0xFFFF == tag and 0 < level < LEVELS and follows < vocabulary:
+                    here += level
                     for i in range(width):
-                        x[out + i] += w[gain + here] * w[scale + found * width + i] * w[follows + i]
+                        x[out + i] += w[gain + here] * w[scale + found * width + i] * w[tokens + follows * width + i]
                 for i in range(width):
                     x[out + i] += w[levels + here * width + i]
             found += 1
