@@ -69,8 +69,8 @@ LARGE = [WIDE._replace(window=1024), Contestant("Llama", 128, 6, "muon", 0.007, 
 
 def chosen(memory: bool, seconds: float) -> list[Contestant]:
     """Return the contestants: the best of minutes; for long trainings, two sizes of each family that is close."""
-    others = [c._replace(window=1024) for c in OTHERS] if memory else OTHERS  # recent n-grams want long windows
-    return [*LARGE, SMALL, *others] if seconds >= LONG else [SMALL if memory else WIDE, *others]
+    longer = [c._replace(window=1024) for c in OTHERS] if memory else []  # which recent n-grams may want
+    return [*(LARGE if seconds >= LONG else []), SMALL if memory or seconds >= LONG else WIDE, *OTHERS, *longer]
 
 
 FAMILIES = ("ours", "Llama", "GPT-2", "Mamba-2")
@@ -206,11 +206,11 @@ def curves(results: list[dict[str, Any]]) -> str:
     last = results[-1]["cell"]["seconds"]
     rows = []
     for r in (r for r in results if r["cell"]["seconds"] == last):
-        (family, width, layers, *_), memory = r["cell"]["contestant"], "yes" if r["cell"]["memory"] else "no"
+        (family, width, layers, *_, window), memory = r["cell"]["contestant"], "yes" if r["cell"]["memory"] else "no"
         found = dict(r["curve"])
         scores = [f"{found[x]:.3f}" if x in found else "" for x in score_times(last)]
-        rows.append([f"{family} {width} x {layers}", memory, r["cell"]["seed"], *scores])
-    return table(["model", "memory", "seed", *(f"{x:.3g} s" for x in score_times(last))], rows)
+        rows.append([f"{family} {width} x {layers}", memory, window, r["cell"]["seed"], *scores])
+    return table(["model", "memory", "window", "seed", *(f"{x:.3g} s" for x in score_times(last))], rows)
 
 
 def main() -> None:
