@@ -209,8 +209,8 @@ def curves(results: list[dict[str, Any]]) -> str:
         (family, width, layers, *_, window), memory = r["cell"]["contestant"], "yes" if r["cell"]["memory"] else "no"
         found = dict(r["curve"])
         scores = [f"{found[x]:.3f}" if x in found else "" for x in score_times(last)]
-        rows.append([f"{family} {width} x {layers}", memory, window, r["cell"]["seed"], *scores])
-    return table(["model", "memory", "window", "seed", *(f"{x:.3g} s" for x in score_times(last))], rows)
+        rows.append([f"{family} {width} x {layers}, {window}", memory, r["cell"]["seed"], *scores])
+    return table(["model, window", "memory", "seed", *(f"{x:.3g} s" for x in score_times(last))], rows)
 
 
 def main() -> None:

@@ -24,16 +24,14 @@ Curve = tuple[list[float], list[float]]  # seconds, bits per byte
 
 
 def curves(page: str) -> dict[tuple[str, bool], Curve]:
-    """Return the held-out scores of each family while it trains, without and with n-gram memory, in its best window."""
+    """Return the held-out scores of each family while it trains, without and with n-gram memory."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    start = next(i for i, cells in enumerate(lines) if cells[:4] == ["model", "memory", "window", "seed"])
-    seconds = [float(cell.removesuffix(" s")) for cell in lines[start][4:]]
-    found: dict[tuple[str, bool], Curve] = {}
-    for name, memory, _, _, *scores in lines[start + 2 :]:
+    start = next(i for i, cells in enumerate(lines) if cells[:3] == ["model", "memory", "seed"])
+    seconds = [float(cell.removesuffix(" s")) for cell in lines[start][3:]]
+    found = {}
+    for name, memory, _, *scores in lines[start + 2 :]:
         points = [(s, float(x)) for s, x in zip(seconds, scores, strict=True) if x and s >= FIRST]
-        curve = [s for s, _ in points], [x for _, x in points]
-        key = name.split()[0], memory == "yes"
-        found[key] = min(found.get(key, curve), curve, key=lambda c: c[1][-1])
+        found[name.split()[0], memory == "yes"] = [s for s, _ in points], [x for _, x in points]
     return found
 
 
@@ -63,7 +61,7 @@ def _draw_curves(axes: Axes, found: dict[tuple[str, bool], Curve]) -> None:
         axes.plot(seconds, bits, style, color=color, marker=marker, markersize=4, label=name if with_memory else None)
     for style, text in (("-", "with memory"), (":", "without")):
         axes.plot([], [], style, color="black", label=text)
-    axes.set(xscale="log", xticks=[15, 30, 60, 120, 240], xticklabels=[15, 30, 60, 120, 240], ylim=(0.8, 3.4))
+    axes.set(xscale="log", xticks=[15, 30, 60, 120, 240], xticklabels=[15, 30, 60, 120, 240], ylim=(1, 3.4))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="seconds of training on one core", ylabel="bits per byte, 64 KiB held out")
     axes.set_title("Learning (lower is better)", loc="left")

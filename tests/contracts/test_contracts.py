@@ -124,7 +124,7 @@ TECHNIQUES = {
 }
 # One setting of each technique, to be combined: all pairs, and all together.
 PARTS = {
-    "memory": {"memory": {"orders": [1, 3], "rows": 5000, "successors": 2, "recent": [1, 2], "recent_rows": 50}},
+    "memory": {"memory": {"orders": [1, 3], "rows": 5000, "successors": 2}},
     "multiscale": {"multiscale": {"factors": [3], "layers": [1, 3, 0], "boundaries": "learned"}},
     "length": {"length": {**LENGTH, "mode": "pool", "pooling": "attention"}},
     "depth": {"n_layers": 4, "depth": {"policy": "act", "threshold": 0.6}},
@@ -136,7 +136,9 @@ for chosen in [*combinations(PARTS, 2), tuple(PARTS)]:
 TECHNIQUES["all-skip"] = {**TECHNIQUES["+".join(PARTS)], "depth": {"policy": "skip"}}
 TECHNIQUES["memory"] = PARTS["memory"]
 TECHNIQUES["memory-of-one-token"] = {"memory": {"orders": [1], "rows": 16, "successors": 40}}
-TECHNIQUES["recent"] = {"memory": {"recent": [1, 3], "recent_rows": 500}}
+RECENT = {"recent": [1, 3], "recent_rows": 500}
+TECHNIQUES["recent"] = {"memory": RECENT}
+TECHNIQUES["recent+all"] = {**TECHNIQUES["+".join(PARTS)], "memory": PARTS["memory"]["memory"] | RECENT}
 TECHNIQUES["memory+exit"] = PARTS["memory"] | TECHNIQUES["exit"]
 TECHNIQUES["memory+exit-before-blocks"] = PARTS["memory"] | {
     "n_layers": 4,
