@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks/results/2026-11-26-epyc-2-cores-peers.md"
 LENGTH = "N = 2,048"  # the prefill that is shown, and the column of the page that has it
-FAST = "adaptive 64, 2-2-0"  # the shape of the preset `fast`
+FAST = "adaptive 64, 2-2-0"  # the shape that the preset `fast` had
 WINDOWS = ("bits per byte, windows of 256", "bits per byte, windows of 1,024")  # the better one counts
 
 # First word of a model's name -> label, color, marker. Colors of Okabe and Ito, which color-blind readers can tell

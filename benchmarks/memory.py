@@ -183,7 +183,8 @@ def main() -> None:
     torch.set_num_threads(1)
     text = "# N-gram memory\n\n" + conditions(" ".join(["python benchmarks/memory.py", *sys.argv[1:]]))
     text += (
-        f"\nThe preset `fast`, {TOKENS} bytes a step, learning rates {RATES}, cosine, one thread a run, two runs at a "
+        f"\nThe preset `fast` without recent n-grams, {TOKENS} bytes a step, learning rates {RATES}, cosine, "
+        f"one thread a run, two runs at a "
         f"time. Memory of {', '.join(map(str, ORDERS))} bytes, {SUCCESSORS} successors an entry; its "
         f"counting is part of the time. Bits per byte on {SCORED // 1024} KiB of held-out text in windows as "
         "long as those of the training: median (least to greatest).\n\n"

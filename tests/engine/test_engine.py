@@ -299,3 +299,15 @@ def test_the_faster_function_is_called_and_the_other_one_is_measured_now_and_the
     for _ in range(200):
         faster()
     assert set(calls[-10:]) == {"b"} or calls[-10:].count("b") > 7
+
+
+def test_recent_ngrams_of_a_damaged_state_are_not_there():
+    engine = engine_of(checks.build(memory={"recent": [1], "recent_rows": 50}))
+    states = [engine.start(), engine.start()]
+    for state, change in zip(states, (lambda x: 0 * x, lambda x: (x > 0) * (x | 200 << 40 | 2**24 - 1)), strict=True):
+        for token in (5, 6):
+            engine.step([token], state)
+        entries = state.part(engine.code.places[1])
+        entries[...] = change(entries)  # of what followed 5
+    damaged, empty = (engine.step([5], state).copy() for state in states[::-1])
+    assert np.array_equal(damaged, empty)

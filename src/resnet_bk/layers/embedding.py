@@ -144,11 +144,8 @@ class RecentNgrams(AdaptiveLayer):
 
     def layout(self, x: Tensor) -> RecentState:
         """Return a state of sequences x (B, N, D), see :mod:`resnet_bk.layers.block`."""
-        return RecentState(*(torch.zeros(len(x), n, dtype=torch.int64, device=x.device) for n in self._sizes))
-
-    @property
-    def _sizes(self) -> tuple[int, int]:
-        return max(self.orders), self.rows
+        sizes = max(self.orders), self.rows
+        return RecentState(*(torch.zeros(len(x), n, dtype=torch.int64, device=x.device) for n in sizes))
 
     def resize(self, vocab_size: int) -> None:
         """Change the number of token ids: new ones get new vectors."""

@@ -80,13 +80,12 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup | None = None
     if group is None:
         raise ValueError("group: got none; call torch.distributed.init_process_group first")
     config = model.config
-    if on := [name for name in config.techniques if name not in ("memory", "experts")]:
+    on = [name for name in config.techniques if name not in ("memory", "experts")]
+    if config.memory.recent:
+        on.append("memory.recent")
+    if on:
         raise ConfigError(
             f"model.{on[0]}: is on, allowed in sequences that one process holds; turn it off to split them"
-        )
-    if config.memory.recent:
-        raise ConfigError(
-            "model.memory.recent: is on, allowed in sequences that one process holds; turn it off to split them"
         )
     if not config.causal:
         raise ConfigError("model.causal: got False, allowed True for sequences that are split over processes")
