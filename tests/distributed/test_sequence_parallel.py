@@ -114,8 +114,8 @@ def train(rank, fields):
     world = dist.get_world_size() if dist.is_initialized() else 1
     shape = {"d_model": 16, "n_layers": 2, "num_experts": 1, "balance_weight": 0.0}
     model = LanguageModel(40, **shape | fields).double()
-    if "memory" in fields:
-        model.blocks[0].count(np.random.default_rng(0).integers(40, size=20_000))
+    if model.memory is not None:
+        model.memory.count(np.random.default_rng(0).integers(40, size=20_000))
     if world > 1:
         split_sequences(model)
     ids = torch.randint(40, (B, sum(LENGTHS[2])), generator=torch.Generator().manual_seed(1))
@@ -137,6 +137,7 @@ def train(rank, fields):
         {"conv_width": 1},
         ATTENTION,
         {"memory": {"orders": [1, 3], "rows": 5000}},
+        {"memory": {"recent": [1, 2, 9], "recent_rows": 50}},
     ],
     ids=lambda fields: "-".join(fields) or "default",
 )
@@ -148,7 +149,7 @@ def test_a_model_on_pieces_equals_the_model_on_the_whole(workers, fields):
 def refusals(rank):
     """What a model with a split sequence does not take."""
     found = []
-    for fields in ({"sparsity": {"target": 0.5}}, {"causal": False}, {"memory": {"recent": [2]}}):
+    for fields in ({"sparsity": {"target": 0.5}}, {"causal": False}):
         with pytest.raises(ConfigError) as caught:
             split_sequences(LanguageModel(40, d_model=16, num_experts=1, **fields))
         found.append(str(caught.value))
@@ -171,6 +172,5 @@ def test_what_cannot_be_split_is_refused_in_one_line(workers):
     messages = workers.run(2, refusals)[0]
     assert messages[0].startswith("model.sparsity: is on, allowed in")
     assert messages[1].startswith("model.causal: got False")
-    assert messages[2].startswith("model.memory.recent: is on")
-    assert messages[3].startswith("state: got one")
-    assert messages[4].startswith("mask: got one")
+    assert messages[2].startswith("state: got one")
+    assert messages[3].startswith("mask: got one")

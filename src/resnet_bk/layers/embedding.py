@@ -136,6 +136,8 @@ class RecentNgrams(AdaptiveLayer):
     arXiv:2401.12973, hard-wire such heads into Transformers and recurrent models).
     """
 
+    pieces: Pieces | None = None  # see Mixer
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         memory = config.memory
@@ -157,16 +159,24 @@ class RecentNgrams(AdaptiveLayer):
         """Add what the table has, which the tokens enter."""
         ids = tokens.ids.long()
         past = self.layout(x) if state is None else state
+        earlier = ids[:, :0] if self.pieces is None else self.pieces.before(ids)
+        if earlier.shape[1]:
+            _, past = self._look_up(earlier, past, None)
+        found, state = self._look_up(ids, past, mask)
+        y = self.vectors(found).to(x.dtype)
+        if mask is not None:
+            y = y.masked_fill(~mask.unsqueeze(-1), 0)
+        return x + y, state, []
+
+    def _look_up(self, ids: Tensor, past: RecentState, mask: Tensor | None) -> tuple[ngrams.Found, RecentState]:
+        """Return what each token finds, and the state after all of them."""
         window = torch.cat([past.ids, ids + 1], dim=1)
         contexts = ngrams.slots(window, self.orders, self.rows)
         slot, tag = (torch.stack(part, dim=-1) for part in zip(*contexts, strict=True))
         lengths = torch.full_like(ids[:, 0], ids.shape[1]) if mask is None else mask.sum(1)
         level, token, entries = recent_ngrams(slot, tag, ids, lengths, past.entries)
         found = ngrams.Found(level, token.unsqueeze(-1), (level > 0).unsqueeze(-1))
-        y = self.vectors(found).to(x.dtype)
-        if mask is not None:
-            y = y.masked_fill(~mask.unsqueeze(-1), 0)
-        return x + y, RecentState(last_positions(past.ids, ids + 1, mask), entries), []
+        return found, RecentState(last_positions(past.ids, ids + 1, mask), entries)
 
 
 class NgramVectors(nn.Module):

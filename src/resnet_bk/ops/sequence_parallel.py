@@ -4,9 +4,10 @@ What passes from a piece to the next: g of its last site, the state S, and the l
 attention within a window and of n-gram memory. A piece changes g by a Möbius map, and S by a decay (a matrix with the
 delta rule) and a sum; these maps do not grow with its length. So each process computes the map of its own piece, all
 maps are gathered, and each process composes the maps of the pieces before its own. No process waits until another one
-has computed its piece (README, section 8).
+has computed its piece (README, section 8). Recent n-grams alone need all earlier tokens, see :meth:`Pieces.before`.
 
-Dimensions: B batch, N sites of this process's piece, H chains, K key width, V value width, P processes.
+Dimensions: B batch, N sites of this process's piece, M sites of all earlier pieces, H chains, K key width, V value
+width, P processes.
 """
 
 import dataclasses
@@ -65,6 +66,13 @@ class Pieces:
             return x[:, :0]
         ends = self._gather(x[:, -count:])
         return self._mine([torch.zeros_like(ends[0]), *ends[:-1]])
+
+    def before(self, ids: Tensor) -> Tensor:
+        """Return the tokens of all earlier pieces, (B, M) int64. ids: (B, N) int64, those of this piece."""
+        lengths = self._gather(torch.tensor(ids.shape[1], device=ids.device)).tolist()
+        gathered = self._gather(F.pad(ids, (0, max(lengths) - ids.shape[1])))
+        earlier = list(zip(gathered, lengths, strict=True))[: dist.get_rank(self.group)]
+        return torch.cat([ids[:, :0], *(piece[:, :length] for piece, length in earlier)], dim=1)
 
     def green(self, a: Tensor, z: Tensor | complex, hop: Tensor | None = None) -> Tensor:
         """Return g of the site before this piece, (B, H). Arguments as in :func:`resnet_bk.ops.left_green`."""

@@ -12,7 +12,7 @@ from resnet_bk.adaptive.early_exit import EarlyExit
 from resnet_bk.adaptive.multiscale import MultiScale
 from resnet_bk.config import ConfigError
 from resnet_bk.layers.block import Block, Stack
-from resnet_bk.layers.embedding import NgramMemory
+from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
 from resnet_bk.layers.mixer import Mixer
 from resnet_bk.model import LanguageModel
 from resnet_bk.ops.sequence_parallel import Pieces
@@ -81,8 +81,6 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup | None = None
         raise ValueError("group: got none; call torch.distributed.init_process_group first")
     config = model.config
     on = [name for name in config.techniques if name not in ("memory", "experts")]
-    if config.memory.recent:
-        on.append("memory.recent")
     if on:
         raise ConfigError(
             f"model.{on[0]}: is on, allowed in sequences that one process holds; turn it off to split them"
@@ -90,6 +88,6 @@ def split_sequences(model: LanguageModel, group: dist.ProcessGroup | None = None
     if not config.causal:
         raise ConfigError("model.causal: got False, allowed True for sequences that are split over processes")
     for module in model.modules():
-        if isinstance(module, Mixer | NgramMemory):
+        if isinstance(module, Mixer | NgramMemory | RecentNgrams):
             module.pieces = Pieces(group)
     return model
