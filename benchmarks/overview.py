@@ -24,14 +24,16 @@ Curve = tuple[list[float], list[float]]  # seconds, bits per byte
 
 
 def curves(page: str) -> dict[tuple[str, bool], Curve]:
-    """Return the held-out scores of each family while it trains, without and with n-gram memory."""
+    """Return the held-out scores of each family while it trains, without and with n-gram memory, in its best window."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    start = next(i for i, cells in enumerate(lines) if cells[:3] == ["model", "memory", "seed"])
+    start = next(i for i, cells in enumerate(lines) if cells[:3] == ["model, window", "memory", "seed"])
     seconds = [float(cell.removesuffix(" s")) for cell in lines[start][3:]]
-    found = {}
+    found: dict[tuple[str, bool], Curve] = {}
     for name, memory, _, *scores in lines[start + 2 :]:
         points = [(s, float(x)) for s, x in zip(seconds, scores, strict=True) if x and s >= FIRST]
-        found[name.split()[0], memory == "yes"] = [s for s, _ in points], [x for _, x in points]
+        curve, key = ([s for s, _ in points], [x for _, x in points]), (name.split()[0], memory == "yes")
+        if key not in found or curve[1][-1] < found[key][1][-1]:
+            found[key] = curve
     return found
 
 

@@ -77,8 +77,8 @@ print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes
 # ## Training
 #
 # The preset `fast` is made for minutes on a CPU: one block runs on bytes, two run once per word. The n-gram memory counts
-# the training text before the training starts. It looks up which bytes followed the last few, so that the blocks can learn
-# the rest.
+# the training text before the training starts. It looks up which bytes followed the last few there and in the text so far,
+# so that the blocks can learn the rest.
 #
 # One in ten files is held out. `eval_every` scores them again and again while the model trains, and the figure is drawn
 # anew each time. The training score is the mean over all updates since the last point, so it lags behind. If it still falls

@@ -663,12 +663,12 @@ def rotated_by_the_place_in_the_fold(model: LanguageModel, monkeypatch) -> None:
 
 def grams_read_ahead(model: LanguageModel, monkeypatch) -> None:
     """N-grams end at the next position."""
-    look_up = embedding.ngrams.look_up
+    find = embedding.find_ngrams
 
-    def ahead(window, orders, entries):
-        return look_up(torch.cat([window[:, 1:], window[:, -1:]], dim=1), orders, entries)
+    def ahead(window, entries, orders):
+        return find(torch.cat([window[:, 1:], window[:, -1:]], dim=1), entries, orders)
 
-    monkeypatch.setattr(embedding.ngrams, "look_up", ahead)
+    monkeypatch.setattr(embedding, "find_ngrams", ahead)
 
 
 def grams_forgotten(model: LanguageModel, monkeypatch) -> None:

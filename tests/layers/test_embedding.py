@@ -6,9 +6,9 @@ import torch
 
 from resnet_bk import LanguageModel
 from resnet_bk.config import ConfigError, MemoryConfig
-from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import Tokens
 from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
+from resnet_bk.ops.ngram_look_up import find_ngrams
 from resnet_bk.study.ledger import Ledger
 
 ORDERS, MEMORY = (1, 2, 5), {"orders": [1, 2, 5], "rows": 500, "successors": 3}
@@ -35,16 +35,15 @@ def test_vectors_of_what_followed_and_of_how_often():
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     y, state, records = layer(x, Tokens(ids), None, None)
     window = torch.cat([torch.zeros(2, 4, dtype=torch.int64), ids + 1], dim=1)
-    found = ngrams.look_up(window, ORDERS, layer.entries)
+    found = find_ngrams(window, layer.entries, ORDERS)
     gain, vectors = layer.vectors.gain.view(3, -1), layer.vectors.level_vectors.view(3, -1, 16)
-    assert found.level.unique().numel() > 4
+    assert found[..., 0].unique().numel() > 4
     for b in range(2):
         for t in range(11):
             added = torch.zeros(16, dtype=torch.float64)
-            for o in range(3):
-                often = found.level[b, t, o]
+            for o, (often, *successors) in enumerate(found[b, t].tolist()):
                 added += vectors[o, often]
-                for token, share in zip(found.tokens[b, t, o], found.shares[b, t, o].double(), strict=True):
+                for token, share in ((x >> 8, np.float32((x & 255) / 255).item()) for x in successors):
                     added += gain[o, often] * share * layer.vectors.scale[o] * layer.vectors.token_vectors[token]
             torch.testing.assert_close(y[b, t], x[b, t] + added)
     assert records == []

@@ -50,7 +50,7 @@ class MemoryConfig(Technique):
     """N-gram memory: what followed the last few tokens, in the training text or earlier in the same text, looked up."""
 
     orders: tuple[int, ...] = ()
-    """Numbers of tokens that are looked up, in ascending order. [2, 3, 4, 5, 6, 8, 12] suits bytes. Empty: off."""
+    """Numbers of tokens that are looked up, in ascending order. [1, 2, 3, 4, 6, 8, 12, 16] suits bytes. Empty: off."""
     rows: int = 262_144
     """Number of entries of the table, for all orders. What occurred most often stays. An entry takes
     4 (1 + successors) bytes in the saved model; each process of a training has up to five tables in memory.
@@ -61,7 +61,7 @@ class MemoryConfig(Technique):
     """Numbers of tokens that are looked up in the text so far, in ascending order: what followed them the last time.
     [2, 3, 4, 6, 8, 12] suits bytes. Empty: off."""
     recent_rows: int = 16_384
-    """Number of entries of the table of the text so far, for all of these lengths. What came last stays. An entry takes
+    """Number of entries of the table of the text so far, for all of these numbers. What came last stays. An entry takes
     8 bytes in the state of each sequence."""
 
     def __post_init__(self) -> None:

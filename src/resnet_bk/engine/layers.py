@@ -11,8 +11,9 @@ from numba import njit, prange
 
 from resnet_bk.engine.instructions import Op
 from resnet_bk.jit import OPTIONS, TASKS
+from resnet_bk.jit.hashing import longer, place
 from resnet_bk.jit.simd import LANE_BYTES, load, load_bytes, sigmoid, splat, spread, store
-from resnet_bk.ngram_format import LEVEL_AT, LEVELS, MIX, SHARES, STEP, TAG_AT
+from resnet_bk.ngram_format import LEVEL_AT, LEVELS, SHARES, TAG_AT, TAG_BITS
 
 TILE_LANES = 2  # registers of outputs that a pass over the inputs computes; matrices are stored in tiles of that width
 EPS = 1e-5  # of norms
@@ -220,13 +221,12 @@ def ngrams(w, table, x, n, out, past, reach, orders, count, gain, levels, tokens
     found = 0
     for length in range(1, reach + 2):
         new = token + 1 if length == 1 else n[past + reach + 1 - length]
-        key = (key + new + 1) * np.int64(STEP)
+        key = longer(key, new)
         if w[orders + found] != length:
             continue
-        mixed = (key ^ (key >> 29)) * np.int64(MIX)
-        slot = (((mixed >> 32) & 0xFFFFFFFF) * rows) >> 32
+        slot, tag = place(key, rows)
         here = found * LEVELS
-        if table[slot, 0] >> 8 == (mixed >> 12) & 0xFFFF:
+        if table[slot, 0] >> 8 == tag:
             here += table[slot, 0] & 255
             for j in range(successors):
                 share = w.dtype.type(np.float32(table[slot, 1 + j] & 255) / np.float32(SHARES))
@@ -255,12 +255,11 @@ def recent_ngrams(
         key = np.int64(0)
         found = 0
         for length in range(1, reach + 1):
-            key = (key + n[past + reach - length] + 1) * np.int64(STEP)
+            key = longer(key, n[past + reach - length])
             if found == count or w[orders + found] != length:
                 continue
-            mixed = (key ^ (key >> 29)) * np.int64(MIX)
-            slot = table + ((((mixed >> 32) & 0xFFFFFFFF) * rows) >> 32)
-            tag = (mixed >> 12) & 0xFFFF
+            slot, tag = place(key, rows)
+            slot += table
             if writes:
                 value = (tag << TAG_AT) | token
                 times = n[slot] >> LEVEL_AT if n[slot] & ((1 << LEVEL_AT) - 1) == value else 0
@@ -268,7 +267,7 @@ def recent_ngrams(
             else:
                 here, level, follows = found * LEVELS, n[slot] >> LEVEL_AT, n[slot] & ((1 << TAG_AT) - 1)
                 # a state may come from elsewhere: nothing beyond the vectors is read
-                if (n[slot] >> TAG_AT) & 0xFFFF == tag and 0 < level < LEVELS and follows < vocabulary:
+                if (n[slot] >> TAG_AT) & ((1 << TAG_BITS) - 1) == tag and 0 < level < LEVELS and follows < vocabulary:
                     here += level
                     for i in range(width):
                         x[out + i] += w[gain + here] * w[scale + found * width + i] * w[tokens + follows * width + i]

@@ -1,4 +1,4 @@
-"""N-gram memory: what followed the last few tokens in the training text or earlier, looked up instead of computed.
+"""N-gram memory: what followed the last few tokens, looked up in counts of the training text and in the text so far.
 
 Dimensions: B batch, N positions, D model width, V vocabulary, O orders, S successors of an entry.
 """
@@ -15,14 +15,14 @@ from resnet_bk.layers import ngrams
 from resnet_bk.layers.block import AdaptiveLayer, Tokens
 from resnet_bk.layers.mixer import last_positions
 from resnet_bk.ngram_format import LEVELS, TAG_BITS
+from resnet_bk.ops.ngram_look_up import find_ngrams, recent_ngrams
 from resnet_bk.ops.ngram_sum import ngram_sum
-from resnet_bk.ops.recent_ngrams import recent_ngrams
 from resnet_bk.ops.sequence_parallel import Pieces
 from resnet_bk.record import Record
 
 
 class NgramMemory(AdaptiveLayer):
-    """Add to each position what followed its last n tokens in a text, (B, N, D) -> (B, N, D).
+    """Add to each position a vector of what followed its last n tokens in a text, (B, N, D) -> (B, N, D).
 
     For each order n, the entry of the last n tokens in a table (see :mod:`resnet_bk.layers.ngrams`) has the tokens that
     followed and their shares. The layer adds a vector made of these. The table is counted, not trained: by
@@ -37,7 +37,7 @@ class NgramMemory(AdaptiveLayer):
 
     Attributes:
         entries: the table, (rows, 1 + S) int32; saved with the model.
-        held_back: a table that replaces `entries` in training mode; not saved. None: none.
+        held_back: a table that replaces `entries` in training mode, or None; not saved.
     """
 
     pieces: Pieces | None = None  # see Mixer
@@ -48,7 +48,7 @@ class NgramMemory(AdaptiveLayer):
         super().__init__()
         memory = config.memory
         self.orders, self.vocab_size = memory.orders, config.vocab_size
-        self.reach = max(self.orders) - 1  # number of tokens before a position that its n-grams have
+        self.reach = max(self.orders) - 1  # tokens that an n-gram has before its last one
         self.register_buffer("entries", torch.zeros(memory.rows, 1 + memory.successors, dtype=torch.int32))
         self.vectors = NgramVectors(config, len(memory.orders), memory.successors)
 
@@ -100,7 +100,8 @@ class NgramMemory(AdaptiveLayer):
     ) -> tuple[Tensor, Tensor, list[Record]]:
         """Add what the table has.
 
-        The state is the last max(orders) - 1 ids plus 1, (B, max(orders) - 1) int64; 0 before the start of a sequence.
+        The state is the last max(orders) - 1 ids, each plus 1, (B, max(orders) - 1) int64; 0 before the start of a
+        sequence.
         """
         ids = tokens.ids + 1
         if state is None:
@@ -109,7 +110,7 @@ class NgramMemory(AdaptiveLayer):
             state = self.pieces.inputs(ids, self.reach)
         window = torch.cat([state, ids], dim=1)
         entries = self.entries if self.held_back is None or not self.training else self.held_back
-        y = self.vectors(ngrams.look_up(window, self.orders, entries)).to(x.dtype)
+        y = self.vectors(find_ngrams(window, entries, self.orders)).to(x.dtype)
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         return x + y, last_positions(state, ids, mask), []
@@ -119,7 +120,7 @@ class RecentState(NamedTuple):
     """State of recent n-grams.
 
     Attributes:
-        ids: (B, max(orders)) int64, the last ids plus 1; 0 before the start of a sequence.
+        ids: (B, max(orders)) int64, the last ids, each plus 1; 0 before the start of a sequence.
         entries: (B, R) int64, the table of each sequence, see :mod:`resnet_bk.ngram_format`.
     """
 
@@ -128,7 +129,7 @@ class RecentState(NamedTuple):
 
 
 class RecentNgrams(AdaptiveLayer):
-    """Add to each position what followed its last n tokens where they came before, (B, N, D) -> (B, N, D).
+    """Add to each position a vector of what followed its last n tokens last time, (B, N, D) -> (B, N, D).
 
     For each order n, a table of the sequence so far has the token that followed the last time, and how many times in a
     row it was this one. The layer adds a vector made of these. An attention head that finds earlier occurrences of the
@@ -156,7 +157,7 @@ class RecentNgrams(AdaptiveLayer):
     def forward(
         self, x: Tensor, tokens: Tokens, state: RecentState | None, mask: Tensor | None
     ) -> tuple[Tensor, RecentState, list[Record]]:
-        """Add what the table has, which the tokens enter."""
+        """Enter each token in the table, and add what the contexts that end with it find there."""
         ids = tokens.ids.long()
         past = self.layout(x) if state is None else state
         earlier = ids[:, :0] if self.pieces is None else self.pieces.before(ids)
@@ -168,14 +169,11 @@ class RecentNgrams(AdaptiveLayer):
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         return x + y, state, []
 
-    def _look_up(self, ids: Tensor, past: RecentState, mask: Tensor | None) -> tuple[ngrams.Found, RecentState]:
+    def _look_up(self, ids: Tensor, past: RecentState, mask: Tensor | None) -> tuple[Tensor, RecentState]:
         """Return what each token finds, and the state after all of them."""
         window = torch.cat([past.ids, ids + 1], dim=1)
-        contexts = ngrams.slots(window, self.orders, self.rows)
-        slot, tag = (torch.stack(part, dim=-1) for part in zip(*contexts, strict=True))
         lengths = torch.full_like(ids[:, 0], ids.shape[1]) if mask is None else mask.sum(1)
-        level, token, entries = recent_ngrams(slot, tag, ids, lengths, past.entries)
-        found = ngrams.Found(level, token.unsqueeze(-1), (level > 0).unsqueeze(-1))
+        found, entries = recent_ngrams(window, lengths, past.entries, self.orders)
         return found, RecentState(last_positions(past.ids, ids + 1, mask), entries)
 
 
@@ -185,7 +183,7 @@ class NgramVectors(nn.Module):
     Attributes:
         token_vectors: (V, D), of each token that followed; they are summed, weighted by shares and gains.
         gain: (O LEVELS,), for each order and level.
-        scale: (O, D), of the sum of each order.
+        scale: (O, D), a factor for each channel of the sum of each order.
         level_vectors: (O LEVELS, D), added for each order and level.
     """
 
@@ -209,15 +207,7 @@ class NgramVectors(nn.Module):
         new[:kept] = old.detach()[:kept]
         self.token_vectors = nn.Parameter(new, requires_grad=old.requires_grad)
 
-    def forward(self, found: ngrams.Found) -> Tensor:
-        level = found.level + torch.arange(0, len(self.gain), LEVELS, device=found.level.device)
-        y = ngram_sum(
-            level.flatten(0, 1),
-            found.tokens.flatten(0, 1),
-            found.shares.flatten(0, 1).to(self.gain.dtype),
-            self.gain,
-            self.level_vectors,
-            self.token_vectors,
-            self.scale,
-        )
-        return y.unflatten(0, level.shape[:2])
+    def forward(self, found: Tensor) -> Tensor:
+        """Return the vectors. found: (B, N, O, 1 + S) int32, see :mod:`resnet_bk.ngram_format`."""
+        y = ngram_sum(found.flatten(0, 1), self.gain, self.level_vectors, self.token_vectors, self.scale)
+        return y.unflatten(0, found.shape[:2])

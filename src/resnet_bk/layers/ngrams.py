@@ -3,61 +3,20 @@
 See :mod:`resnet_bk.ngram_format` for an entry of the table. Contexts of all orders share the table. Where
 several have one slot, the most frequent one keeps it.
 
-Dimensions: B batch, N positions, O orders, S successors of an entry, T tokens of a text.
+Dimensions: T tokens of a text, S successors of an entry.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_bk.ngram_format import HASH_BITS, LEVELS, MIX, SHARES, STEP, TAG_BITS
+from resnet_bk.ngram_format import LEVELS, SHARES, TAG_BITS
+from resnet_bk.ops.chunked_ngrams import slots
 
 CHUNK = 2**15  # tokens that are hashed at a time: the numbers stay in the cache, and torch uses one thread
 PART = 2**26  # tokens that are sorted at a time; counting needs about 50 bytes for each
-
-
-class Found(NamedTuple):
-    """The tokens that followed the n-grams which end at each position.
-
-    Attributes:
-        level: (B, N, O) int64, how often each n-gram occurred; 0: it is not in the table.
-        tokens: (B, N, O, S) int64, what followed; 0 where the share is 0.
-        shares: (B, N, O, S) float32, the share of each, 0 to 1.
-    """
-
-    level: Tensor
-    tokens: Tensor
-    shares: Tensor
-
-
-def slots(window: Tensor, orders: Sequence[int], rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each order n the slot and the tag, (..., N) int64, of the n tokens up to each position.
-
-    window: (..., max(orders) - 1 + N) int64, ids plus 1 of the positions and of those before them, 0 before a start.
-    """
-    reach = max(orders) - 1
-    length = window.shape[-1] - reach
-    key = torch.zeros_like(window[..., reach:])
-    for n in range(1, reach + 2):
-        begin = reach + 1 - n
-        key = (key + window[..., begin : begin + length] + 1) * STEP  # arithmetic modulo 2^64
-        if n in orders:
-            mixed = (key ^ (key >> 29)) * MIX
-            slot = (mixed >> 32 & (2**HASH_BITS - 1)) * rows >> HASH_BITS
-            yield slot, mixed >> 12 & (2**TAG_BITS - 1)
-
-
-def look_up(window: Tensor, orders: Sequence[int], entries: Tensor) -> Found:
-    """Return what `entries` (rows, 1 + S) has about the n-grams at each position. window: see :func:`slots`."""
-    slot, tag = (torch.stack(part, dim=-1) for part in zip(*slots(window, orders, len(entries)), strict=True))
-    entry = entries[slot]
-    header = entry[..., 0]
-    entry = entry * (header >> 8 == tag).unsqueeze(-1)
-    successors = entry[..., 1:]
-    return Found((entry[..., 0] & 255).long(), (successors >> 8).long(), (successors & 255) / SHARES)
 
 
 def count(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_bk.ngram_format import LEVEL_AT, LEVELS, TAG_AT, TAG_BITS
+from resnet_bk.ops.chunked_ngrams import find_ngrams, ngram_sum_backward, ngram_sum_forward, recent_ngrams  # noqa: F401
 
 SCAN_CHUNK = 32
 TINY_DECAY = 1e-30  # a decay nearer to 0 is replaced by it, so that it has a logarithm
@@ -309,71 +309,3 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
         grad_x[:, i : i + length].addcmul_(grad, weight[i])
         grad_weight[i] = (x[:, i : i + length] * grad).sum((0, 1))
     return grad_x, grad_weight
-
-
-def ngram_sum_forward(
-    level: Tensor,
-    tokens: Tensor,
-    shares: Tensor,
-    gain: Tensor,
-    level_vectors: Tensor,
-    token_vectors: Tensor,
-    scale: Tensor,
-) -> Tensor:
-    """Compute the sums of n-gram memory, see :func:`resnet_bk.ops.ngram_sum.ngram_sum`."""
-    weights = (shares * gain[level].unsqueeze(-1)).flatten(0, 1)
-    sums = F.embedding_bag(tokens.flatten(0, 1), token_vectors, mode="sum", per_sample_weights=weights)
-    return (sums.view(*level.shape, -1) * scale).sum(1) + F.embedding_bag(level, level_vectors, mode="sum")
-
-
-def ngram_sum_backward(
-    grad: Tensor, level: Tensor, tokens: Tensor, shares: Tensor, gain: Tensor, token_vectors: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of gain, level_vectors, token_vectors and scale, order by order."""
-    d_gain, d_tokens, d_scale = (torch.zeros_like(x) for x in (gain, token_vectors, scale))
-    d_levels = gain.new_zeros(len(gain), token_vectors.shape[1])
-    for o in range(level.shape[1]):
-        at, share, own = level[:, o], shares[:, o].unsqueeze(-1), gain[level[:, o]].unsqueeze(-1)
-        sums = (share * token_vectors[tokens[:, o]]).sum(1)
-        scaled = grad * scale[o]
-        d_gain.index_add_(0, at, (scaled * sums).sum(1))
-        d_levels.index_add_(0, at, grad)
-        d_tokens.index_add_(0, tokens[:, o].flatten(), (share * (own * scaled).unsqueeze(1)).flatten(0, 1))
-        d_scale[o] = (grad * own * sums).sum(0)
-    return d_gain, d_levels, d_tokens, d_scale
-
-
-def recent_ngrams(
-    slot: Tensor, tag: Tensor, ids: Tensor, lengths: Tensor, entries: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Read and write tables of recent n-grams, see :func:`resnet_bk.ops.recent_ngrams.recent_ngrams`.
-
-    What is written is sorted by slot and time. A look-up finds what was last written in its slot before its own time.
-    """
-    length, orders, rows = ids.shape[1], slot.shape[2], entries.shape[1]
-    writes = length * orders
-    position = torch.arange(length, device=ids.device)
-    entered = (position < lengths.unsqueeze(1)).unsqueeze(-1)
-    time = torch.arange(writes, device=ids.device).view(length, orders)
-    nowhere = rows  # one more slot
-    key, order = (torch.where(entered, slot[:, :-1], nowhere) * writes + time).flatten(1).sort(1)
-    value = (tag[:, :-1] << TAG_AT | ids.unsqueeze(-1)).flatten(1).gather(1, order)
-    own = key // writes
-    old = torch.cat([entries, entries.new_zeros(entries.shape[0], 1)], 1)
-    initial = old.gather(1, own)
-    changes = own[:, 1:] != own[:, :-1]
-    edge = torch.ones_like(own[:, :1], dtype=torch.bool)
-    first, last = torch.cat([edge, changes], 1), torch.cat([changes, edge], 1)
-    same = value == torch.where(first, initial & (1 << LEVEL_AT) - 1, value.roll(1, 1))
-    index = torch.arange(writes, device=ids.device)
-    begin = torch.where(first | ~same, index, 0).cummax(1).values  # of the run of equal tokens
-    carried = torch.where(first & same, initial >> LEVEL_AT, 0).gather(1, begin)
-    entry = (index - begin + 1 + carried).clamp(max=LEVELS - 1) << LEVEL_AT | value
-    asked = (slot[:, 1:] * writes + ((position + 1) * orders).unsqueeze(-1)).flatten(1)
-    at = torch.searchsorted(key, asked) - 1
-    there = (at >= 0) & (own.gather(1, at.clamp(min=0)) == slot[:, 1:].flatten(1))
-    found = torch.where(there, entry.gather(1, at.clamp(min=0)), entries.gather(1, slot[:, 1:].flatten(1)))
-    found = found.view(-1, length, orders) * entered
-    found = torch.where(found >> TAG_AT & (1 << TAG_BITS) - 1 == tag[:, 1:], found, 0)
-    after = old.scatter(1, torch.where(last, own, nowhere), entry)[:, :rows]
-    return found >> LEVEL_AT, found & (1 << TAG_AT) - 1, after.contiguous()

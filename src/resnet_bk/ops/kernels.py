@@ -6,9 +6,9 @@
 :func:`green` and :func:`scan` call the operators. A single step, as in decoding, they compute in a few torch calls.
 
 A backend is a module with the functions ``green_*``, ``scan_*``, ``delta_scan_*``, ``conv_*`` and ``ngram_sum_*`` of
-:mod:`resnet_bk.ops.chunked`, each ``*_forward`` and ``*_backward``, and with ``recent_ngrams``. It may have
-``sparse_scan_forward`` and ``sparse_scan_backward``, see :mod:`resnet_bk.ops.sparse`. To add a backend, add its row to
-``_BACKENDS``.
+:mod:`resnet_bk.ops.chunked`, each ``*_forward`` and ``*_backward``, and with ``find_ngrams`` and ``recent_ngrams``. It
+may have ``sparse_scan_forward`` and ``sparse_scan_backward``, see :mod:`resnet_bk.ops.sparse`. To add a backend, add
+its row to ``_BACKENDS``.
 
 Dimensions: B batch, N sites, H chains, K key width, V value width, M chunks of SCAN_CHUNK sites.
 """

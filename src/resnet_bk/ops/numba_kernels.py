@@ -26,8 +26,8 @@ from resnet_bk.ops.numba_gates import (
     swiglu_backward,
     swiglu_forward,
 )
+from resnet_bk.ops.numba_ngram_look_up import find_ngrams, recent_ngrams
 from resnet_bk.ops.numba_ngram_sum import ngram_sum_backward, ngram_sum_forward
-from resnet_bk.ops.numba_recent_ngrams import recent_ngrams
 from resnet_bk.ops.numba_sparse import sparse_scan_backward, sparse_scan_forward
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "conv_forward",
     "delta_scan_backward",
     "delta_scan_forward",
+    "find_ngrams",
     "gated_norm_backward",
     "gated_norm_forward",
     "green_backward",

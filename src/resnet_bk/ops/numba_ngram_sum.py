@@ -1,102 +1,140 @@
 """The numba kernel of the sums of n-gram memory, see :mod:`resnet_bk.ops.ngram_sum`.
 
-Dimensions: M positions, O orders, S tokens of an entry, D width.
+Dimensions: M positions, O orders, S tokens of an entry, D width, which fills whole registers.
 """
 
+import numba
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
+from torch.nn import functional as F
 
 from resnet_bk.jit import TASKS, jit
-from resnet_bk.ops import chunked
+from resnet_bk.jit.simd import LANE_BYTES, load, splat, store, total
+from resnet_bk.ngram_format import SHARES
+from resnet_bk.ops import chunked_ngrams
 from resnet_bk.ops.numba_arrays import arrays
 
 LARGEST = 2**18  # numbers in token_vectors; each task sums a gradient of its own
 
 
-@jit
-def _forward(level, tokens, shares, gain, level_vectors, token_vectors, scale, y):
-    positions, orders, successors = tokens.shape
-    width = token_vectors.shape[1]
-    for task in prange(TASKS):
-        sums = np.empty(width, token_vectors.dtype)
-        for m in range(task * positions // TASKS, (task + 1) * positions // TASKS):
-            for j in range(width):
-                y[m, j] = 0
-            for o in range(orders):
-                at = level[m, o]
-                for j in range(width):
-                    sums[j] = 0
-                for s in range(successors):
-                    share = shares[m, o, s]
-                    if share != 0:
-                        token = tokens[m, o, s]
-                        for j in range(width):
-                            sums[j] += share * token_vectors[token, j]
-                for j in range(width):
-                    y[m, j] += level_vectors[at, j] + scale[o, j] * gain[at] * sums[j]
+@numba.njit(forceinline=True)
+def _unpack(found, gain, tokens, token, share):
+    """Write the tokens and shares of the entry found (1 + S,) that has any; return their number.
+
+    A token out of range, or a level, gives -1.
+    """
+    if not 0 <= found[0] < gain:
+        return -1
+    count = 0
+    for s in range(1, len(found)):
+        part = found[s] & 255
+        if part:
+            if not 0 <= found[s] >> 8 < tokens:
+                return -1
+            token[count], share[count] = found[s] >> 8, np.float32(part) / np.float32(SHARES)
+            count += 1
+    return count
 
 
 @jit
-def _backward(grad, level, tokens, shares, gain, token_vectors, scale, d_gain, d_levels, d_tokens, d_scale):
-    positions, orders, successors = tokens.shape
-    width = token_vectors.shape[1]
+def _forward(found, gain, level_vectors, token_vectors, scale, y, wrong):
+    positions, orders, columns = found.shape
+    levels, (tokens, width) = len(gain) // orders, token_vectors.shape
+    lanes = LANE_BYTES // y.itemsize
     for task in prange(TASKS):
-        sums = np.empty(width, token_vectors.dtype)
-        scaled = np.empty(width, token_vectors.dtype)
+        token, share = np.empty(columns, np.int64), np.empty(columns, y.dtype)
         for m in range(task * positions // TASKS, (task + 1) * positions // TASKS):
             for o in range(orders):
-                at = level[m, o]
-                for j in range(width):
-                    sums[j] = 0
-                    scaled[j] = grad[m, j] * scale[o, j]
-                    d_levels[task, at, j] += grad[m, j]
-                for s in range(successors):
-                    share = shares[m, o, s]
-                    if share != 0:
-                        token = tokens[m, o, s]
-                        weight = share * gain[at]
-                        for j in range(width):
-                            sums[j] += share * token_vectors[token, j]
-                            d_tokens[task, token, j] += weight * scaled[j]
-                for j in range(width):
-                    d_gain[task, at] += scaled[j] * sums[j]
-                    d_scale[task, o, j] += grad[m, j] * gain[at] * sums[j]
+                count = _unpack(found[m, o], levels, tokens, token, share)
+                if count < 0:
+                    wrong[task] = 1
+                    continue
+                at = o * levels + found[m, o, 0]
+                for j in range(0, width, lanes):
+                    sums = load(level_vectors, at * width + j)
+                    if count:
+                        own = splat(share[0]) * load(token_vectors, token[0] * width + j)
+                        for s in range(1, count):
+                            own += splat(share[s]) * load(token_vectors, token[s] * width + j)
+                        sums += splat(gain[at]) * load(scale, o * width + j) * own
+                    if o:
+                        sums += load(y, m * width + j)
+                    store(y, m * width + j, sums)
+
+
+@jit
+def _backward(grad, found, gain, token_vectors, scale, d_gain, d_levels, d_tokens, d_scale):
+    positions, orders, columns = found.shape
+    levels, (tokens, width) = len(gain) // orders, token_vectors.shape
+    lanes = LANE_BYTES // grad.itemsize
+    for task in prange(TASKS):
+        token, share = np.empty(columns, np.int64), np.empty(columns, grad.dtype)
+        levels_at, tokens_at = task * len(gain) * width, task * tokens * width
+        for m in range(task * positions // TASKS, (task + 1) * positions // TASKS):
+            for o in range(orders):
+                count = _unpack(found[m, o], levels, tokens, token, share)
+                at = o * levels + found[m, o, 0]
+                of_gain = splat(gain[at] - gain[at])
+                for j in range(0, width, lanes):
+                    g, place = load(grad, m * width + j), levels_at + at * width + j
+                    store(d_levels, place, load(d_levels, place) + g)
+                    if count <= 0:
+                        continue
+                    scaled = g * load(scale, o * width + j)
+                    weighted = splat(gain[at]) * scaled
+                    sums = g - g
+                    for s in range(count):
+                        part = splat(share[s])
+                        sums += part * load(token_vectors, token[s] * width + j)
+                        place = tokens_at + token[s] * width + j
+                        store(d_tokens, place, load(d_tokens, place) + part * weighted)
+                    of_gain += scaled * sums
+                    place = (task * orders + o) * width + j
+                    store(d_scale, place, load(d_scale, place) + splat(gain[at]) * g * sums)
+                d_gain[task, at] += total(of_gain)
 
 
 def _fits(token_vectors: Tensor) -> bool:
     return token_vectors.dtype in (torch.float32, torch.float64) and token_vectors.numel() <= LARGEST
 
 
+def _whole_registers(x: Tensor) -> Tensor:
+    """Return a copy of x (..., D) with zeros up to whole registers.
+
+    It must be a copy: once numpy holds the storage of a parameter, sharding can no longer free it.
+    """
+    padded = F.pad(x, (0, -x.shape[-1] % (LANE_BYTES // x.itemsize)))
+    return x.clone() if padded is x else padded
+
+
 def ngram_sum_forward(
-    level: Tensor,
-    tokens: Tensor,
-    shares: Tensor,
-    gain: Tensor,
-    level_vectors: Tensor,
-    token_vectors: Tensor,
-    scale: Tensor,
+    found: Tensor, gain: Tensor, level_vectors: Tensor, token_vectors: Tensor, scale: Tensor
 ) -> Tensor:
-    parameters = gain, level_vectors, token_vectors, scale
     if not _fits(token_vectors):
-        return chunked.ngram_sum_forward(level, tokens, shares, *parameters)
-    for rows, x in ((level, level_vectors), (tokens, token_vectors)):
-        if rows.min() < 0 or rows.max() >= len(x):  # the kernel would read beyond the end
-            raise IndexError(f"ngram_sum: expected rows from 0 to {len(x) - 1}, got {rows.min()} to {rows.max()}")
-    y = token_vectors.new_empty(len(level), token_vectors.shape[1])
-    # clone: once numpy holds the storage of a parameter, sharding can no longer free it
-    _forward(*arrays(level, tokens, shares, *(x.clone() for x in parameters), y))
-    return y
+        return chunked_ngrams.ngram_sum_forward(found, gain, level_vectors, token_vectors, scale)
+    vectors = [_whole_registers(x) for x in (level_vectors, token_vectors, scale)]
+    y, wrong = vectors[0].new_empty(len(found), vectors[0].shape[1]), torch.zeros(TASKS)
+    _forward(*arrays(found, gain.clone(), *vectors, y, wrong))
+    if wrong.any():
+        levels, tokens = len(gain) // found.shape[1], len(token_vectors)
+        raise IndexError(f"ngram_sum: expected levels below {levels} and tokens below {tokens}")
+    return y[:, : token_vectors.shape[1]].contiguous()
 
 
 def ngram_sum_backward(
-    grad: Tensor, level: Tensor, tokens: Tensor, shares: Tensor, gain: Tensor, token_vectors: Tensor, scale: Tensor
+    grad: Tensor, found: Tensor, gain: Tensor, token_vectors: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _fits(token_vectors):
-        return chunked.ngram_sum_backward(grad, level, tokens, shares, gain, token_vectors, scale)
-    parts = [gain.new_zeros(TASKS, len(gain), *shape) for shape in ((), token_vectors.shape[1:])]
-    parts += [x.new_zeros(TASKS, *x.shape) for x in (token_vectors, scale)]
-    _backward(*arrays(grad, level, tokens, shares, gain.clone(), token_vectors.clone(), scale.clone(), *parts))
-    d_gain, d_levels, d_tokens, d_scale = (torch.sum(x, 0) for x in parts)
+        return chunked_ngrams.ngram_sum_backward(grad, found, gain, token_vectors, scale)
+    width = token_vectors.shape[1]
+    grad, token_vectors, scale = (_whole_registers(x) for x in (grad, token_vectors, scale))
+    parts = [
+        gain.new_zeros(TASKS, *shape)
+        for shape in (gain.shape, (len(gain), grad.shape[1]), token_vectors.shape, scale.shape)
+    ]
+    _backward(*arrays(grad, found, gain.clone(), token_vectors, scale, *parts))
+    d_gain, *others = (torch.sum(x, 0) for x in parts)
+    d_levels, d_tokens, d_scale = (x[:, :width].contiguous() for x in others)
     return d_gain, d_levels, d_tokens, d_scale

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from triton import knobs
 
-from resnet_bk.ops.chunked import ngram_sum_backward, ngram_sum_forward, recent_ngrams
+from resnet_bk.ops.chunked_ngrams import find_ngrams, ngram_sum_backward, ngram_sum_forward, recent_ngrams
 from resnet_bk.ops.triton_conv import conv_backward, conv_forward
 from resnet_bk.ops.triton_delta import delta_scan_backward, delta_scan_forward
 from resnet_bk.ops.triton_green import green_backward, green_forward
@@ -26,6 +26,7 @@ __all__ = [
     "conv_forward",
     "delta_scan_backward",
     "delta_scan_forward",
+    "find_ngrams",
     "green_backward",
     "green_forward",
     "ngram_sum_backward",
