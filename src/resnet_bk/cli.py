@@ -342,7 +342,6 @@ def _run(command: str, config: Any) -> int:
             return _fail(f"{command}: model.TECHNIQUE.bound: {error}", 1)
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
-        return _fail(
-            f"{command}: out of memory; lower batch_size, model.n_seq, model.d_model or model.memory.rows ({error})", 1
-        )
+        sizes = "batch_size, model.n_seq, model.d_model, model.memory.rows or model.memory.recent_rows"
+        return _fail(f"{command}: out of memory; lower {'rows' if command == 'serve' else sizes} ({error})", 1)
     return 0

@@ -8,6 +8,8 @@ from resnet_bk import LanguageModel
 from resnet_bk.config import ConfigError, MemoryConfig
 from resnet_bk.layers.block import Tokens
 from resnet_bk.layers.embedding import NgramMemory, RecentNgrams
+from resnet_bk.ops import use_backend
+from resnet_bk.ops.chunked_ngrams import slots
 from resnet_bk.ops.ngram_look_up import find_ngrams
 from resnet_bk.study.ledger import Ledger
 
@@ -135,3 +137,21 @@ def test_recent_ngrams_tell_what_followed_in_the_text_so_far():
     for position, token, level in ((4, 3, 1), (5, 1, 1), (6, 2, 1), (7, 3, 2), (10, 5, 1)):
         wanted[position, token] = level
     torch.testing.assert_close(added, wanted)
+
+
+@pytest.mark.parametrize("backend", ["numba", "chunked"])
+@pytest.mark.parametrize("entry", [16 << 40 | 3, -1 << 40, 1 << 40 | 9], ids=["level", "negative level", "token"])
+def test_recent_ngrams_that_no_text_has_are_not_there(backend, entry):
+    """A state may be damaged, or come from a model with another vocabulary."""
+    layer = LanguageModel(9, d_model=8, n_layers=1, num_experts=1, memory={"recent": [1], "recent_rows": 50}).blocks[0]
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    x, tokens = torch.zeros(1, 1, 8), Tokens(torch.tensor([[2]]))
+    state = layer.layout(x)
+    slot, tag = next(slots(tokens.ids + 1, (1,), 50))
+    with use_backend(backend):
+        expected = layer(x, tokens, state, None)[0]
+        state.entries[0, slot] = entry | tag << 24
+        torch.testing.assert_close(layer(x, tokens, state, None)[0], expected)
+        state.entries[0, slot] = 1 << 40 | tag << 24 | 3
+        assert not torch.allclose(layer(x, tokens, state, None)[0], expected)

@@ -251,14 +251,16 @@ def test_a_text_too_short_for_two_parts_is_refused(place, capsys):
 
 
 def test_weights_of_another_model_are_refused(place, capsys):
-    assert main(arguments(place)) == 0
+    recent = "--model.memory.recent"
+    assert main(arguments(place, f"{recent}=[2, 3]")) == 0
     new = f"--output_dir={place / 'new'}"
     for change, message in (
         ("--model.d_ff=24", "the settings of model that differ are d_ff (None)"),
         ("--model.energy=real", "the settings of model that differ are energy ('bonds')"),
+        (f"{recent}=[4, 5]", "the settings of model that differ are memory.recent ("),
         (f"--init_from={place / 'corpus'}", "corpus"),
     ):
-        assert main(arguments(place, f"--init_from={place / 'run'}", new, change)) == 2
+        assert main(arguments(place, f"--init_from={place / 'run'}", new, f"{recent}=[2, 3]", change)) == 2
         assert message in capsys.readouterr().err
 
 

@@ -30,8 +30,8 @@ class AblateConfig:
     """YAML file with settings of `resnet-bk train`: the recipe. All techniques to be switched must be on in it. Set
     max_steps in it to train all models on equally many tokens, or max_seconds for equal time."""
     techniques: list[str] | None = None
-    """Techniques to switch, at least two of multiscale, length, depth, sparsity, experts. Default: all that are on in
-    the recipe. With experts off, each token uses all experts."""
+    """Techniques to switch, at least two of memory, multiscale, length, depth, sparsity, experts. Default: all that are
+    on in the recipe. With experts off, each token uses all experts."""
     plan: Literal["full", "half"] = "full"
     """'full': every combination of techniques. 'half': those with an even number of techniques off, and the one with
     all switched techniques off; needs at least four techniques."""

@@ -72,7 +72,7 @@ def recent_ngrams(window: Tensor, lengths: Tensor, entries: Tensor, orders: Sequ
     there = (at >= 0) & (own.gather(1, at.clamp(min=0)) == slot[:, 1:].flatten(1))
     read = torch.where(there, entry.gather(1, at.clamp(min=0)), entries.gather(1, slot[:, 1:].flatten(1)))
     read = read.view_as(tag[:, 1:]) * entered
-    level = torch.where(read >> TAG_AT & (1 << TAG_BITS) - 1 == tag[:, 1:], read >> LEVEL_AT, 0)
+    level = torch.where(read >> TAG_AT & (1 << TAG_BITS) - 1 == tag[:, 1:], (read >> LEVEL_AT).clamp(min=0), 0)
     token = (read & (1 << TAG_AT) - 1) << 8 | SHARES
     after = old.scatter(1, torch.where(last, own, nowhere), entry)[:, :rows]
     return torch.stack([level, token * (level > 0)], dim=-1).int(), after.contiguous()

@@ -248,7 +248,8 @@ def _start_from(config: TrainConfig, model: ResNetBKForCausalLM, tokenizer: Toke
     differing = ", ".join(f"{name} ({shown(there[name])})" for name in there if there[name] != here.get(name))
     refused = f"train.init_from: {source!r} is another model, the settings of model that differ are {differing}"
     remedy = "train with its settings, as in --config RUN/config.yaml, but for techniques"
-    if first.energy_kind != second.energy_kind or (first.memory.orders and first.memory.orders != second.memory.orders):
+    grams = (first.memory.orders, second.memory.orders), (first.memory.recent, second.memory.recent)
+    if first.energy_kind != second.energy_kind or any(old and old != new for old, new in grams):
         raise ConfigError(f"{refused}; {remedy}")
     if tokens.tokenizer_digest(load_tokenizer(str(folder))) != tokens.tokenizer_digest(tokenizer):
         raise ConfigError(f"train.init_from: {source!r} has another tokenizer than data.tokenizer; use its tokenizer")
