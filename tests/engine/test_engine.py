@@ -95,7 +95,8 @@ def test_four_rows_that_read_a_matrix_together_get_what_each_gets_alone(dtype, i
         assert torch.equal(together[:6], torch.cat(pairs)), fields
         # One row has a function of its own. In a process that compiles one of both functions, while the other one is
         # in the cache, the helpers that both call are different code, which rounds differently.
-        torch.testing.assert_close(together[6:], decoded(engine, ids[6:])[0])
+        close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(together[6:], decoded(engine, ids[6:])[0], **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -218,12 +218,21 @@ def test_a_prompt_without_a_token_continues_an_ended_text():
     class Reader:
         vocabulary, share, new_engine = 259, None, None
 
+        def __init__(self):
+            self.was_read = []
+
         def read(self, ids):
-            assert ids
+            self.was_read += ids
             return np.eye(259, dtype=np.float32)[ByteText.end] * 9
 
-    session = Session(Reader(), ByteText(), GenerateConfig("m", "ab", temperature=0), lambda piece: None)
-    assert session.extend("ab") + session.extend("") + session.extend("c") == "abc"
+        def write(self, ids, sampler, count, end):
+            return [sampler(self.read(ids))]
+
+    for stop in ([], ["never"]):
+        reader, config = Reader(), GenerateConfig("m", "ab", temperature=0, stop=stop)
+        session = Session(reader, ByteText(), config, lambda piece: None)
+        assert session.extend("ab") + session.extend("") + session.extend("c") == "abc"
+        assert reader.was_read == ByteText().encode("abc")
 
 
 def test_a_damaged_model_is_refused_although_its_engine_is_stored(text, tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from resnet_bk.config import ConfigError, GenerateConfig
 from resnet_bk.hf import ResNetBKConfig, ResNetBKForCausalLM
 from resnet_bk.hf.tokenizer import byte_tokenizer
-from resnet_bk.inference.generation import generate_text
+from resnet_bk.inference.generation import generate_text, session
 
 
 @pytest.fixture
@@ -40,6 +40,20 @@ def test_greedy_text_is_that_of_transformers(model):
     ids = byte_tokenizer()("ab", return_tensors="pt")
     expected = model.generate(**ids, max_new_tokens=40, do_sample=False)
     assert written(model, "ab", temperature=0)[0] == byte_tokenizer().decode(expected[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_many_tokens_at_a_time_give_the_text_of_one_at_a_time(model, temperature, weights):
+    """What could stop the text has its tokens chosen one by one. The next prompt goes on from the last token."""
+    pieces, texts = [], []
+    for stop in ([], ["nothing like it"]):
+        config = settings(temperature=temperature, stop=stop, weights=weights, max_new_tokens=60)
+        text = session(model.model, byte_tokenizer(), config, pieces.append)
+        texts.append(text.extend("ab") + text.extend("cd") + text.extend("e"))
+        assert text.made > 90
+        assert text.share == 1
+    assert texts[0] == texts[1]
 
 
 def test_weights_in_int8_give_a_text(model, monkeypatch):

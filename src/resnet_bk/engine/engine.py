@@ -8,14 +8,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from resnet_bk.engine.code import Code
 from resnet_bk.engine.instructions import Op
-from resnet_bk.engine.interpreter import BLOCKS, TOKEN, run, run_one, run_one_on_threads
+from resnet_bk.engine.interpreter import BLOCKS, run, write_one, write_one_on_threads
 from resnet_bk.engine.layers import SHARED
 from resnet_bk.engine.state import EngineState
 
@@ -32,18 +33,33 @@ class _Faster:
         self._functions, self._seconds = functions, [math.inf] * len(functions)
         self._best, self._calls, self._pause = 0, 0, 2  # _pause: calls between two measurements of the other function
 
-    def __call__(self, *args: np.ndarray) -> None:
+    def __call__(self, *args: Any, steps: int = 1) -> None:
+        """Call a function. steps: the more of them, the longer it takes."""
         self._calls += 1
         tried = self._best if self._calls % self._pause else 1 - self._best
         started = time.perf_counter()
         self._functions[tried](*args)
-        self._seconds[tried] = time.perf_counter() - started
+        self._seconds[tried] = (time.perf_counter() - started) / steps
         if tried == self._best:
             return
         if self._seconds[tried] < self._seconds[self._best]:
             self._best, self._pause = tried, 2
         else:
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
+class Written(NamedTuple):
+    """What :meth:`Engine.write` has done.
+
+    Attributes:
+        tokens: that were chosen.
+        read: number of tokens that were read, without the given ones before the last.
+        blocks: number of blocks that ran for these.
+    """
+
+    tokens: list[int]
+    read: int
+    blocks: int
 
 
 class Engine:
@@ -58,7 +74,7 @@ class Engine:
         self._threads = threading.local()
         matrices = [row for row in code.instructions if row[0] in (Op.LINEAR, Op.LINEAR_OF_BYTES)]
         large = max((row[3] * row[4] for row in matrices), default=0) >= SHARED
-        self._alone = _Faster(run_one, run_one_on_threads) if large else run_one
+        self._alone = _Faster(write_one, write_one_on_threads) if large else write_one
 
     def start(self, rows: int = 1) -> EngineState:
         """Return the states of `rows` sequences before their first token."""
@@ -83,10 +99,9 @@ class Engine:
             )
         if len(state) > 1:
             return self._read(np.ascontiguousarray(ids, np.int64), np.arange(len(state) + 1), state)
-        scratch = self._scratch(ids[0], ids[0], state)
-        state.wholes[0, TOKEN] = ids[0]
-        self._alone(*self._arrays, state.numbers, state.wholes, scratch)
-        return scratch[:1, self.code.logits : self.code.logits + self.code.vocabulary]
+        logits = np.empty(self.code.vocabulary, self.code.weights.dtype)
+        self.write(ids, state, logits)
+        return logits[None]
 
     def read(self, pieces: Sequence[Sequence[int]], state: EngineState) -> np.ndarray:
         """Read the next tokens of each row, any number of them, and return the logits (B, V) after the last ones.
@@ -103,6 +118,44 @@ class Engine:
             return self.step(pieces[0], state)
         ids = np.fromiter(itertools.chain.from_iterable(pieces), np.int64)
         return self._read(ids, np.fromiter(itertools.accumulate(map(len, pieces), initial=0), np.int64), state)
+
+    def write(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        state: EngineState,
+        logits: np.ndarray,
+        random: Sequence[float] | np.ndarray = (),
+        temperature: float = 0.0,
+        end: int = -1,
+    ) -> Written:
+        """Read tokens of the only row, then choose one for each number in `random`, and read all but the last one.
+
+        Args:
+            ids: tokens to read first.
+            state: of one row; it changes in place.
+            logits: (V,) like the weights in dtype, after the last token that the row has read; they change in place.
+            random: numbers from 0 to below 1, which choose the tokens.
+            temperature: 0 takes the likeliest token.
+            end: the token that ends a text. Nothing is chosen after it.
+
+        Raises:
+            FloatingPointError: a logit is NaN, or none is finite.
+            IndexError: a token is outside the vocabulary.
+            ValueError: the state is one of another model, or has several rows.
+        """
+        if len(state) != 1:
+            raise ValueError(f"state: expected one row, got {len(state)}")
+        tokens = np.empty(len(ids) + len(random), np.int64)
+        tokens[: len(ids)] = ids
+        scratch = self._scratch(tokens[: len(ids)].min(initial=0), tokens[: len(ids)].max(initial=0), state)
+        counts = np.empty(3, np.int64)
+        settings = len(ids), np.asarray(random, np.float64), float(temperature), end
+        run = partial(self._alone, steps=len(tokens)) if isinstance(self._alone, _Faster) else self._alone
+        run(*self._arrays, state.numbers, state.wholes, scratch, self.code.logits, logits, tokens, *settings, counts)
+        made, read, blocks = counts.tolist()
+        if made < 0:
+            raise FloatingPointError("logits: one is NaN or infinite")
+        return Written(tokens[len(ids) : len(ids) + made].tolist(), read, blocks)
 
     def _read(self, ids: np.ndarray, ends: np.ndarray, state: EngineState) -> np.ndarray:
         scratch = self._scratch(ids.min(initial=0), ids.max(initial=0), state)

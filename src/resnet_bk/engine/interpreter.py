@@ -1,5 +1,6 @@
 """The interpreter of the engine's programs: a call runs the program once for each token that a row reads."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from resnet_bk.engine.layers import (
     sigmoid_of,
     silu,
     swiglu,
+    whole_registers,
 )
 from resnet_bk.engine.mixers import (
     attend,
@@ -50,6 +52,7 @@ from resnet_bk.engine.techniques import (
     read_window,
 )
 from resnet_bk.jit import jit, jit_on_one_thread
+from resnet_bk.jit.simd import exp, load, store
 
 TOKEN, BLOCKS = 0, 1  # the first whole numbers of a state: the token to read, and the blocks that it ran
 
@@ -222,16 +225,76 @@ def step_together(code, w, b, table, s, n, x, places):
         at = places.min()
 
 
+@helper
+def choose(logits, random, temperature, weights):
+    """Return the token that a :class:`resnet_bk.inference.sampling.Sampler` takes, -1 if logits are not finite.
+
+    random: in [0, 1). weights: (V,) float64, scratch memory.
+    """
+    token, wrong = 0, False
+    for i in range(len(logits)):
+        wrong |= logits[i] != logits[i]
+        if logits[i] > logits[token]:
+            token = i
+    greatest = logits[token]
+    if wrong or not math.isfinite(greatest):
+        return -1
+    if temperature == 0:
+        return token
+    for i in range(len(logits)):
+        weights[i] = (logits[i] - greatest) / logits.dtype.type(temperature)
+    whole, lanes, _ = whole_registers(weights, len(weights))
+    for i in range(0, whole, lanes):
+        store(weights, i, exp(load(weights, i)))
+    for i in range(whole, len(weights)):
+        weights[i] = math.exp(weights[i])
+    total = 0.0
+    for i in range(len(weights)):
+        total += weights[i]
+        weights[i] = total
+    return np.searchsorted(weights, random * total, side="right")
+
+
+@helper
+def write(code, w, b, table, s, n, x, at, logits, tokens, given, random, temperature, end, counts, threads):
+    """Read given tokens one by one, then choose tokens and read all of them but the last one.
+
+    Args:
+        code, w, b, table, s, n, x, threads: see :func:`step`.
+        at: where the logits of a step are in x.
+        logits: (V,), after the last token that was read; changed in place.
+        tokens: given ones, and places for others.
+        random: a number in [0, 1) for each other one.
+        end: the token that ends a text. Nothing is chosen after it.
+        counts: (3,) int64: how many tokens were chosen, how many were read with the last given one and those after it,
+            and how many blocks ran for these. A number of -1 chosen tokens tells that logits are not finite.
+    """
+    last, weights = x[at : at + len(logits)], np.empty(len(logits))
+    last[:] = logits
+    counts[:] = 0
+    for i in range(len(tokens)):
+        if i >= given:
+            tokens[i] = choose(last, random[i - given], temperature, weights)
+            counts[0] = i + 1 - given if tokens[i] >= 0 else -1
+            if tokens[i] < 0 or tokens[i] == end or i == len(tokens) - 1:
+                break
+        n[TOKEN] = tokens[i]
+        step(code, 0, w, b, table, s, n, x, threads, None)
+        if i >= given - 1:
+            counts[1] += 1
+            counts[2] += n[BLOCKS]
+    logits[:] = last
+
+
 @jit_on_one_thread
-def run_one(code, w, b, table, s, n, x):
-    """Run a program for the token of the only row."""
-    step(code, 0, w, b, table, s[0], n[0], x[0], None, None)
+def write_one(code, w, b, table, s, n, x, at, logits, tokens, given, random, temperature, end, counts):
+    write(code, w, b, table, s[0], n[0], x[0], at, logits, tokens, given, random, temperature, end, counts, None)
 
 
 @partial(jit, parallel=False)
-def run_one_on_threads(code, w, b, table, s, n, x):
-    """Run a program for the token of the only row; the threads share large matrices."""
-    step(code, 0, w, b, table, s[0], n[0], x[0], True, None)
+def write_one_on_threads(code, w, b, table, s, n, x, at, logits, tokens, given, random, temperature, end, counts):
+    """Write with threads that share large matrices."""
+    write(code, w, b, table, s[0], n[0], x[0], at, logits, tokens, given, random, temperature, end, counts, True)
 
 
 @jit

@@ -214,32 +214,49 @@ def norm(w, x, out, source, width, at):
 
 
 @helper
+def add_found(w, x, out, level, scale, gain, follows, shares, count, width):
+    """Add a level's vector, and the vectors of `count` tokens with their shares, gain and scale; all but x are in w."""
+    whole, lanes, _ = whole_registers(w, width)
+    for i in range(0, whole, lanes):
+        sums = load(x, out + i) + load(w, level + i)
+        if count:
+            own = splat(shares[0]) * load(w, follows[0] + i)
+            for j in range(1, count):
+                own += splat(shares[j]) * load(w, follows[j] + i)
+            sums += splat(w[gain]) * load(w, scale + i) * own
+        store(x, out + i, sums)
+    for i in range(whole, width):
+        own = w.dtype.type(0)
+        for j in range(count):
+            own += shares[j] * w[follows[j] + i]
+        x[out + i] += w[level + i] + w[gain] * w[scale + i] * own
+
+
+@helper
 def ngrams(w, table, x, n, out, past, reach, orders, count, gain, levels, tokens, scale, width, token):
     """Add what the table has about the last tokens; then the token is one of them."""
     successors, rows = table.shape[1] - 1, len(table)
-    key = np.int64(0)
-    found = 0
+    slots, headers, tags = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    key, found = np.int64(0), 0
     for length in range(1, reach + 2):
-        new = token + 1 if length == 1 else n[past + reach + 1 - length]
-        key = longer(key, new)
-        if w[orders + found] != length:
-            continue
-        slot, tag = place(key, rows)
-        here = found * LEVELS
-        if table[slot, 0] >> 8 == tag:
-            here += table[slot, 0] & 255
-            for j in range(successors):
-                share = w.dtype.type(np.float32(table[slot, 1 + j] & 255) / np.float32(SHARES))
-                if share > 0:
-                    follows = tokens + (table[slot, 1 + j] >> 8) * width
-                    share *= w[gain + here]
-                    for i in range(width):
-                        x[out + i] += share * w[scale + found * width + i] * w[follows + i]
-        for i in range(width):
-            x[out + i] += w[levels + here * width + i]
-        found += 1
-        if found == count:
-            break
+        key = longer(key, token + 1 if length == 1 else n[past + reach + 1 - length])
+        if w[orders + found] == length:
+            slots[found], tags[found] = place(key, rows)
+            found += 1
+    for o in range(count):  # nothing depends on what is read, so that the processor fetches many entries at once
+        headers[o] = table[slots[o], 0]
+    follows, shares = np.empty(successors, np.int64), np.empty(successors, w.dtype)
+    for o in range(count):
+        here, some = o * LEVELS, 0
+        if headers[o] >> 8 == tags[o]:
+            here += headers[o] & 255
+            for j in range(1, successors + 1):
+                part = table[slots[o], j]
+                if part & 255:
+                    follows[some] = tokens + (part >> 8) * width
+                    shares[some] = w.dtype.type(np.float32(part & 255) / np.float32(SHARES))
+                    some += 1
+        add_found(w, x, out, levels + here * width, scale + o * width, gain + here, follows, shares, some, width)
     for i in range(reach - 1):
         n[past + i] = n[past + i + 1]
     if reach:
@@ -251,12 +268,12 @@ def recent_ngrams(
     w, x, n, out, past, reach, orders, count, gain, levels, tokens, scale, width, table, rows, vocabulary, token
 ):
     """Enter the token as what followed the contexts before it; then add what those that end with it have."""
+    follows, shares = np.empty(1, np.int64), np.ones(1, w.dtype)
     for writes in (True, False):
-        key = np.int64(0)
-        found = 0
+        key, found = np.int64(0), 0
         for length in range(1, reach + 1):
             key = longer(key, n[past + reach - length])
-            if found == count or w[orders + found] != length:
+            if w[orders + found] != length:
                 continue
             slot, tag = place(key, rows)
             slot += table
@@ -265,14 +282,18 @@ def recent_ngrams(
                 times = n[slot] >> LEVEL_AT if n[slot] & ((1 << LEVEL_AT) - 1) == value else 0
                 n[slot] = (min(times + 1, LEVELS - 1) << LEVEL_AT) | value
             else:
-                here, level, follows = found * LEVELS, n[slot] >> LEVEL_AT, n[slot] & ((1 << TAG_AT) - 1)
+                here, level, some = found * LEVELS, n[slot] >> LEVEL_AT, 0
+                follows[0] = n[slot] & ((1 << TAG_AT) - 1)
                 # a state may come from elsewhere: nothing beyond the vectors is read
-                if (n[slot] >> TAG_AT) & ((1 << TAG_BITS) - 1) == tag and 0 < level < LEVELS and follows < vocabulary:
-                    here += level
-                    for i in range(width):
-                        x[out + i] += w[gain + here] * w[scale + found * width + i] * w[tokens + follows * width + i]
-                for i in range(width):
-                    x[out + i] += w[levels + here * width + i]
+                if (
+                    (n[slot] >> TAG_AT) & ((1 << TAG_BITS) - 1) == tag
+                    and 0 < level < LEVELS
+                    and follows[0] < vocabulary
+                ):
+                    here, some = here + level, 1
+                    follows[0] = tokens + follows[0] * width
+                place_of = levels + here * width
+                add_found(w, x, out, place_of, scale + found * width, gain + here, follows, shares, some, width)
             found += 1
         if writes:
             for i in range(reach - 1):

@@ -8,7 +8,8 @@ import math
 import numpy as np
 
 from resnet_bk.config import BYTE_OFFSET, END_OF_DOCUMENT
-from resnet_bk.engine.layers import helper, sigmoid_of
+from resnet_bk.engine.layers import helper, sigmoid_of, whole_registers
+from resnet_bk.jit.simd import load, sigmoid, splat, store
 
 
 @helper
@@ -80,8 +81,12 @@ def carried(w, x, at, width, since, gain, reach):
 @helper
 def add_gated(w, x, out, source, gate, width, scales):
     keep = w[scales] if scales >= 0 else w.dtype.type(1)
-    take = 2 * (w[scales + 1] if scales >= 0 else w.dtype.type(1))
-    for i in range(width):
+    take = w.dtype.type(2) * (w[scales + 1] if scales >= 0 else w.dtype.type(1))
+    whole, lanes, one = whole_registers(x, width)
+    for i in range(0, whole, lanes):
+        added = splat(take) * load(x, source + i) * sigmoid(load(x, gate + i), one)
+        store(x, out + i, splat(keep) * load(x, out + i) + added)
+    for i in range(whole, width):
         x[out + i] = keep * x[out + i] + take * x[source + i] * sigmoid_of(x[gate + i])
 
 

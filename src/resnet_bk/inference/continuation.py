@@ -30,6 +30,8 @@ class Continuation:
 
     Attributes:
         sampler: chooses the tokens.
+        limit, end: largest number of tokens, and the one that ends a text.
+        is_plain: nothing but the temperature changes which token follows, and no text but `end` ends it.
         tokens: chosen so far, without the one that ends a text.
         finished: "stop" at the end of the text or before a stop string, "length" at the limit; None before.
     """
@@ -56,9 +58,10 @@ class Continuation:
             stop: the text ends before the first of these strings.
             seed: of the choices.
         """
-        self._end, self._stream = ids.end, ids.stream(prompt)
+        self.end, self._stream = ids.end, ids.stream(prompt)
         self.sampler = Sampler(settings, vocabulary, prompt, seed)
-        self._limit, self._stop = limit, [text for text in stop if text]
+        self.limit, self._stop = limit, [text for text in stop if text]
+        self.is_plain = settings.is_plain and not self._stop
         self._held = ""  # the end of the text, which may be the beginning of a stop string
         self._ready = ""
         self.tokens: list[int] = []
@@ -72,12 +75,12 @@ class Continuation:
 
     def accept(self, token: int) -> None:
         """Add a token that the sampler has chosen."""
-        if token == self._end:
+        if token == self.end:
             self._close("stop")
             return
         self.tokens.append(token)
         self._show(self._stream.add(token))
-        if self.finished is None and len(self.tokens) >= self._limit:
+        if self.finished is None and len(self.tokens) >= self.limit:
             self._close("length")
 
     def take(self) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from resnet_bk.checkpoint import CheckpointError
 from resnet_bk.config import ConfigError, GenerateConfig, check_text, read_text, shown
 from resnet_bk.data.byte_text import ByteText
@@ -53,7 +51,6 @@ class Session:
             min_p=config.min_p,
         )
         self._tokens: list[int] = []  # of the whole text
-        self._logits = np.zeros(0, np.float32)  # (V,), after the last token that was read
         self._read, self._turns = 0, 0  # number of tokens that the model has read; of continuations
         self.made, self.seconds = 0, 0.0
 
@@ -93,28 +90,39 @@ class Session:
             stop=self._config.stop,
             seed=self._config.seed + self._turns,
         )
-        started, unread = 0.0, self._tokens[self._read :]
+        started, untimed, count = 0.0, 0, 1
+        unread = self._tokens[self._read :]  # none where a text has ended and the next prompt has no token
         try:
             while text.finished is None:
-                if unread:  # all is read where a text has ended and the next prompt has no token
-                    self._logits = self._reader.read(unread)
-                if len(text.tokens) == _UNTIMED:
-                    started = time.perf_counter()
-                self._read += len(unread)
-                unread = [self._add(text)]
+                before = time.perf_counter()
+                if not started and len(text.tokens) >= _UNTIMED:
+                    started, untimed = before, len(text.tokens)
+                chosen = self._write_some(text, unread, count)
+                self._read += len(unread) + len(chosen) - 1
+                unread = chosen[-1:]
                 yield text.take()
+                # as many at a time as take half of the pause between pieces
+                each = (time.perf_counter() - before) / len(chosen)
+                count = max(1, min(2 * count, int(_PAUSE / 2 / each)))
         finally:  # also after Ctrl-C
             if started:
                 self.seconds += time.perf_counter() - started
-                self.made += len(text.tokens) - _UNTIMED
+                self.made += len(text.tokens) - untimed
         self._tokens += text.tokens
         self._turns += 1
 
-    def _add(self, text: Continuation) -> int:
+    def _write_some(self, text: Continuation, unread: list[int], count: int) -> list[int]:
+        """Read tokens, add up to `count` chosen ones to a text, and return these. All but the last one are read."""
         try:
-            return text.add(self._logits)
+            if not text.is_plain:
+                return [text.add(self._reader.read(unread))]
+            count = min(count, text.limit - len(text.tokens))
+            chosen = self._reader.write(unread, text.sampler, count, text.end)
         except ValueError as error:
             raise CheckpointError(f"{self._config.checkpoint}: {error}") from error
+        for token in chosen:
+            text.accept(token)
+        return chosen
 
 
 class DraftSession:

@@ -68,9 +68,13 @@ class Sampler:
             self.seen[token] = True
         return token
 
+    def random(self, count: int) -> np.ndarray:
+        """Return the numbers from 0 to below 1, (count,), by which the next tokens are chosen."""
+        return self._random.random(count)
+
     def _draw(self, weights: np.ndarray) -> int:
         total = weights.cumsum()
-        return int(total.searchsorted(self._random.random() * total[-1], side="right"))
+        return int(total.searchsorted(self.random(1)[0] * total[-1], side="right"))
 
 
 def choose(samplers: Sequence[Sampler], logits: np.ndarray) -> list[int]:
