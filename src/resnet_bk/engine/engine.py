@@ -21,6 +21,7 @@ from resnet_bk.engine.layers import SHARED
 from resnet_bk.engine.state import EngineState
 
 LONGEST_PAUSE = 4096
+_NONE = np.empty(0)
 
 
 class _Faster:
@@ -99,8 +100,10 @@ class Engine:
             )
         if len(state) > 1:
             return self._read(np.ascontiguousarray(ids, np.int64), np.arange(len(state) + 1), state)
-        logits = np.empty(self.code.vocabulary, self.code.weights.dtype)
-        self.write(ids, state, logits)
+        scratch = self._scratch(ids[0], ids[0], state)
+        logits, counts = np.empty(self.code.vocabulary, self.code.weights.dtype), np.empty(3, np.int64)
+        places = (*self._arrays, state.numbers, state.wholes, scratch, self.code.logits, logits)
+        self._alone(*places, np.array(ids, np.int64), 1, _NONE, 0.0, -1, counts)
         return logits[None]
 
     def read(self, pieces: Sequence[Sequence[int]], state: EngineState) -> np.ndarray:
