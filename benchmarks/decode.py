@@ -44,7 +44,7 @@ EVERYTHING = {
     "memory": {"orders": [2, 3, 4, 6], "rows": 100_000},
     **words(2, 6, 0),
 }
-Step = Callable[[int], Any]
+Read = Callable[[list[int]], Any]  # reads tokens one by one
 
 
 @jit_on_one_thread
@@ -64,44 +64,51 @@ def made(vocabulary: int = BYTES, **fields: Any) -> LanguageModel:
     return LanguageModel(vocabulary, **{"n_seq": 256, "num_experts": 1, **fields}).eval()
 
 
-def engine_step(engine: Engine) -> Step:
-    state = engine.start()
-    return lambda token: engine.step([token], state)
+def counted(model: LanguageModel) -> LanguageModel:
+    assert model.memory is not None
+    model.memory.count(stdlib_ids()[0])
+    return model.eval()
 
 
-def torch_step(model: LanguageModel) -> Step:
+def by_engine(engine: Engine) -> Read:
+    """Return what reads as `resnet-bk generate` does, all tokens in one call."""
+    state, logits = engine.start(), np.zeros(engine.code.vocabulary, engine.code.weights.dtype)
+    return lambda tokens: engine.write(tokens, state, logits)
+
+
+def by_torch(model: LanguageModel) -> Read:
     state: Any = None
 
-    def step(token: int) -> None:
+    def read(tokens: list[int]) -> None:
         nonlocal state
-        output = model(torch.tensor([[token]]), state=state)
-        state = output.state
+        for token in tokens:
+            state = model(torch.tensor([[token]]), state=state).state
 
-    return step
+    return read
 
 
-def peer_step(make: Callable[..., Any]) -> Step:
+def by_peer(make: Callable[..., Any]) -> Read:
     torch.manual_seed(0)
     peer = make(128, 4)
     peer.model.eval()
     state = peer.read(torch.ones(1, PROMPT, dtype=torch.long))[1]
 
-    def step(token: int) -> None:
+    def read(tokens: list[int]) -> None:
         nonlocal state
-        state = peer.read(torch.tensor([[token]]), state)[1]
+        for token in tokens:
+            state = peer.read(torch.tensor([[token]]), state)[1]
 
-    return step
+    return read
 
 
-def timed(steps: dict[str, Step], text: np.ndarray, number: dict[str, int]) -> dict[str, list[float]]:
+def timed(ways: dict[str, Read], text: np.ndarray, number: dict[str, int]) -> dict[str, list[float]]:
     """Return milliseconds a token of each repeat, by name. The ways take turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(REPEATS + 1):
-        for name, step in steps.items():
+        for name, read in ways.items():
             tokens = text[: number.get(name, STEPS)].tolist()
             started = time.perf_counter()
-            for token in tokens:
-                step(token)
+            read(tokens)
             if repeat:  # the first compiles
                 times[name].append(1e3 * (time.perf_counter() - started) / len(tokens))
     return times
@@ -115,19 +122,19 @@ def of_models(text: np.ndarray) -> str:
     """Compare the engine with torch, and with other families."""
     models = {
         "plain, 4 blocks of 128": made(d_model=128, n_layers=4),
-        "`fast`": LanguageModel.from_preset("fast", BYTES, memory={}).eval(),
-        "`balanced`": LanguageModel.from_preset("balanced", BYTES).eval(),
+        "`fast`": counted(LanguageModel.from_preset("fast", BYTES)),
+        "`fast` without memory": LanguageModel.from_preset("fast", BYTES, memory={}).eval(),
         "all techniques": made(**EVERYTHING),
     }
-    steps: dict[str, Step] = {}
+    ways: dict[str, Read] = {}
     for name, model in models.items():
-        steps[name] = engine_step(engine_of(model))
-        steps[f"{name}, int8"] = engine_step(engine_of(model, int8=True))
-        steps[f"{name}, torch"] = torch_step(model)
+        ways[name] = by_engine(engine_of(model))
+        ways[f"{name}, int8"] = by_engine(engine_of(model, int8=True))
+        ways[f"{name}, torch"] = by_torch(model)
     peers = {"Llama": llama, "GPT-2": nano_gpt, "Mamba-2": mamba2}
-    steps |= {name: peer_step(make) for name, make in peers.items()}
-    slow = {name: 40 for name in steps if name.endswith("torch") or name in peers}
-    times = timed(steps, text, slow)
+    ways |= {name: by_peer(make) for name, make in peers.items()}
+    slow = {name: 40 for name in ways if name.endswith("torch") or name in peers}
+    times = timed(ways, text, slow)
     rows = []
     for name in models:
         speeds = [1e3 / statistics.median(times[way]) for way in (name, f"{name}, int8", f"{name}, torch")]
@@ -146,13 +153,13 @@ def of_large_models(text: np.ndarray, folder: Path | None) -> str:
     model = made(50_000, **LARGE)
     engine, small = engine_of(model), engine_of(model, int8=True)
     out = np.zeros(64, np.float32)
-    steps: dict[str, Step] = {
-        "engine": engine_step(engine),
-        "int8": engine_step(small),
-        "torch": torch_step(model),
-        "read": lambda token: _read(engine.code.weights, out),
+    ways: dict[str, Read] = {
+        "engine": by_engine(engine),
+        "int8": by_engine(small),
+        "torch": by_torch(model),
+        "read": lambda tokens: [_read(engine.code.weights, out) for _ in tokens],
     }
-    times = timed(steps, text, dict.fromkeys(steps, FEW_STEPS))
+    times = timed(ways, text, dict.fromkeys(ways, FEW_STEPS))
     size = {
         "engine": engine.code.weights.nbytes,
         "torch": engine.code.weights.nbytes,
@@ -160,7 +167,7 @@ def of_large_models(text: np.ndarray, folder: Path | None) -> str:
     }
     size["int8"] = small.code.weights.nbytes + small.code.bytes.nbytes
     rows = []
-    for name in steps:
+    for name in ways:
         speed = [size[name] / 1e6 / t for t in times[name]]
         rows.append([name, f"{size[name] / 1e6:,.0f}", spread(times[name], 2), spread(speed, 1)])
     found = table(["way", "MB of weights", "ms a token", "GB/s of weights"], rows)
@@ -229,15 +236,15 @@ def of_techniques(text: np.ndarray) -> str:
     few = engine_of(exits)
     exits.blocks[-1].threshold = 1.0
     experts = {"num_experts": 4, "d_ff": 176, "experts": {"policy": "top_p"}, "sparsity": {"target": 0.5}}
-    steps = {
-        f"exit, {mean:.2f} of 8 blocks": engine_step(few),
-        "exit, all blocks": engine_step(engine_of(exits)),
-        "words, 2-6-0": engine_step(engine_of(made(d_model=128, **words(2, 6, 0)))),
-        "8 blocks": engine_step(engine_of(made(**EIGHT))),
-        "few experts, half of the sites": engine_step(engine_of(decide(made(**EIGHT, **experts), 0.5))),
-        "all experts, all sites": engine_step(engine_of(_all(made(**EIGHT, **experts)))),
+    ways = {
+        f"exit, {mean:.2f} of 8 blocks": by_engine(few),
+        "exit, all blocks": by_engine(engine_of(exits)),
+        "words, 2-6-0": by_engine(engine_of(made(d_model=128, **words(2, 6, 0)))),
+        "8 blocks": by_engine(engine_of(made(**EIGHT))),
+        "few experts, half of the sites": by_engine(engine_of(decide(made(**EIGHT, **experts), 0.5))),
+        "all experts, all sites": by_engine(engine_of(_all(made(**EIGHT, **experts)))),
     }
-    times, names = timed(steps, text, {}), list(steps)
+    times, names = timed(ways, text, {}), list(ways)
     rows = [
         [a, b, f"{1e3 / statistics.median(times[a]):,.0f}", ratio(times, b, a)]
         for a, b in zip(names[::2], names[1::2], strict=True)
@@ -266,12 +273,11 @@ def of_contexts() -> str:
         for piece in torch.randint(BYTES, (1, context - done)).split(PIECE, dim=1):
             state = model(piece, state=state, logits=False).state
         done = context
-        here = from_torch(engine, state)
+        here, logits = from_torch(engine, state), np.zeros(BYTES, np.float32)
         tokens, times = np.random.default_rng(0).integers(3, BYTES, STEPS).tolist(), []
         for _ in range(REPEATS):
             started = time.perf_counter()
-            for token in tokens:
-                engine.step([token], here)
+            engine.write(tokens, here, logits)
             times.append(1e6 * (time.perf_counter() - started) / STEPS)
         rows.append([f"{context:,}", spread(times, 1), f"{here.numbers.nbytes / 1024:.1f}"])
     return "\n## Long texts\n\n4 blocks of 128.\n\n" + table(["tokens before", "µs a token", "state, KiB"], rows)

@@ -16,22 +16,30 @@ from common import interleaved, spread, table
 from torch import Tensor
 from trained import Run, Trained, bits, prefill, scored, training_step, worse
 
-from resnet_bk.config import PRESETS, preset
 from resnet_bk.inference.decoding import generate
 from resnet_bk.model import LanguageModel
 from resnet_bk.study.ledger import Ledger, plain_flops
 
-SHAPE = {name: value for name, value in preset("plain").items() if name != "n_layers"}
+SHAPE: dict[str, Any] = {"d_model": 128, "n_seq": 256, "num_experts": 4, "top_k": 4, "d_ff": 176}
+WORDS = {"factors": [4], "layers": [2, 6, 0], "boundaries": "whitespace"}
 
-BALANCED = preset("balanced")
+# "quality", "balanced" and "fast" were the presets of these names when the page was written
+BALANCED: dict[str, Any] = {
+    "balance_weight": 0.03,
+    "multiscale": WORDS,
+    "depth": {"policy": "act", "target": 0.6},
+    "sparsity": {"target": 0.5},
+    "experts": {"policy": "top_p", "target": 1.3},
+}
 NARROW, SMALL = "balanced, 48 and 96 wide", "plain, 3 blocks 64 wide"
 LONG, SHORT = ", as long as plain", ", 0.35 as long as plain"
 
-# name -> fields of the model; all without n-gram memory
-BY_STEPS: dict[str, dict[str, Any]] = {
-    **{name: preset(name) | {"memory": {}} for name in PRESETS},
-    NARROW: BALANCED
-    | {"d_model": 48, "d_ff": 66, "multiscale": BALANCED["multiscale"] | {"widths": [96], "hidden": [132]}},
+BY_STEPS: dict[str, dict[str, Any]] = {  # fields of the model
+    "plain": {"n_layers": 8},
+    "quality": {"multiscale": WORDS},
+    "balanced": BALANCED,
+    "fast": {"d_model": 64, "num_experts": 1, "top_k": 1, "multiscale": WORDS | {"layers": [2, 2, 0]}},
+    NARROW: BALANCED | {"d_model": 48, "d_ff": 66, "multiscale": WORDS | {"widths": [96], "hidden": [132]}},
     "plain, 3 blocks": {"n_layers": 3},
 }
 BY_TIME: dict[str, dict[str, Any]] = {

@@ -15,9 +15,8 @@ TEXT = "def forward(self, x):\n    return self.head(self.norm(x))\n" * 4
 def test_each_is_a_model_and_at_most_its_batch_size(name):
     assert {"model"} <= set(yaml.safe_load(preset_file(name).read_text())) <= {"model", "batch_size"}
     model = LanguageModel.from_preset(name)
-    assert model.config.blocks == (3 if name == "fast" else 8)
-    assert bool(model.config.techniques) == (name != "plain")
-    assert (model.memory is not None) == (name == "fast")
+    assert model.config.blocks == {"plain": 8, "quality": 8, "balanced": 5, "fast": 3}[name]
+    assert model.config.techniques == ([] if name == "plain" else ["memory", "multiscale"])
 
 
 def test_they_are_ordered_from_the_most_to_the_fewest_flops():
@@ -34,10 +33,10 @@ def test_they_are_ordered_from_the_most_to_the_fewest_flops():
 
 
 def test_further_fields_override_the_preset():
-    model = ConfigurableResNetBK.from_preset("balanced", 300, d_model=64, sparsity={})
+    model = ConfigurableResNetBK.from_preset("balanced", 300, d_model=64, memory={})
     assert model.config.vocab_size == 300
     assert model.config.d_model == 64
-    assert model.config.techniques == ["multiscale", "depth", "experts"]
+    assert model.config.techniques == ["multiscale"]
 
 
 def test_an_unknown_name_is_refused():
