@@ -91,6 +91,7 @@ config = TrainConfig(
     model=ModelConfig.from_dict(preset("fast")),
     data=DataConfig(source=str(FOLDER), val_fraction=0.1),
     output_dir=str(RUN),
+    batch_size=4,
     max_seconds=SECONDS,
     log_every=every,
     eval_every=every,

@@ -16,7 +16,7 @@ PROSE = [path for path in PROSE if "_build" not in path.parts]  # built pages ha
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 420, 60, 7
 # Kernels and the registered operators take one argument for each tensor, and are one loop.
 KERNELS = re.compile(
-    r"ops/(chunked|delta|gates|kernels|naive|ngram_sum|numba_\w+|sparse|triton_\w+)\.py$"
+    r"ops/(chunked|delta|gates|kernels|naive|numba_\w+|sparse|triton_\w+)\.py$"
     r"|engine/(interpreter|layers|mixers|techniques)\.py$"
 )
 # transformers calls forward with these names; the propagator takes one argument for each tensor of the core.

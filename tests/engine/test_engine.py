@@ -287,18 +287,18 @@ def test_threads_that_share_large_matrices_compute_the_same(int8):
 
 
 def test_the_faster_function_is_called_and_the_other_one_is_measured_now_and_then():
-    calls, slow = [], {"a": 0.0, "b": 0.002}
+    calls, slow = [], {"a": 0.0, "b": 0.01}
 
     def function(name):
-        return lambda: (calls.append(name), time.sleep(slow[name]))
+        return lambda counts: (calls.append(name), time.sleep(slow[name] * counts[1]))
 
     faster = _Faster(function("a"), function("b"))
-    for _ in range(64):
-        faster()
-    assert calls.count("b") < 8
-    slow |= {"a": 0.002, "b": 0.0}
+    for i in range(64):  # times are those of a step
+        faster(np.array([0, 1 + 3 * (i % 2), 0]))
+    assert calls.count("b") < 12
+    slow |= {"a": 0.01, "b": 0.0}
     for _ in range(200):
-        faster()
+        faster(np.ones(3))
     assert set(calls[-10:]) == {"b"} or calls[-10:].count("b") > 7
 
 

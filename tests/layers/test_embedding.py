@@ -140,7 +140,7 @@ def test_recent_ngrams_tell_what_followed_in_the_text_so_far():
 
 
 @pytest.mark.parametrize("backend", ["numba", "chunked"])
-@pytest.mark.parametrize("entry", [16 << 40 | 3, -1 << 40, 1 << 40 | 9], ids=["level", "negative level", "token"])
+@pytest.mark.parametrize("entry", [16 << 40 | 3, -1 << 40, 1 << 40 | 9, 1 << 40 | 2**24 - 1], ids=hex)
 def test_recent_ngrams_that_no_text_has_are_not_there(backend, entry):
     """A state may be damaged, or come from a model with another vocabulary."""
     layer = LanguageModel(9, d_model=8, n_layers=1, num_experts=1, memory={"recent": [1], "recent_rows": 50}).blocks[0]

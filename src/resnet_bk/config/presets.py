@@ -17,6 +17,6 @@ def preset_file(name: str) -> Path:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Return the model fields of a preset, as :class:`resnet_bk.config.ModelConfig` takes them."""
+    """Return the model fields of a preset, as :class:`resnet_bk.config.ModelConfig` takes them, not its batch size."""
     fields: dict[str, Any] = read_yaml("preset", preset_file(name))["model"]
     return fields

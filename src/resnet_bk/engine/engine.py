@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numba
@@ -34,13 +33,13 @@ class _Faster:
         self._functions, self._seconds = functions, [math.inf] * len(functions)
         self._best, self._calls, self._pause = 0, 0, 2  # _pause: calls between two measurements of the other function
 
-    def __call__(self, *args: Any, steps: int = 1) -> None:
-        """Call a function. steps: the more of them, the longer it takes."""
+    def __call__(self, *args: Any) -> None:
+        """Call a function. The last argument is an array, whose second number the function sets to the steps it ran."""
         self._calls += 1
         tried = self._best if self._calls % self._pause else 1 - self._best
         started = time.perf_counter()
         self._functions[tried](*args)
-        self._seconds[tried] = (time.perf_counter() - started) / steps
+        self._seconds[tried] = (time.perf_counter() - started) / max(1, args[-1][1])
         if tried == self._best:
             return
         if self._seconds[tried] < self._seconds[self._best]:
@@ -50,12 +49,12 @@ class _Faster:
 
 
 class Written(NamedTuple):
-    """What :meth:`Engine.write` has done.
+    """Result of :meth:`Engine.write`.
 
     Attributes:
-        tokens: that were chosen.
-        read: number of tokens that were read, without the given ones before the last.
-        blocks: number of blocks that ran for these.
+        tokens: the chosen ones.
+        read: number of tokens that were read.
+        blocks: number of blocks that ran for them.
     """
 
     tokens: list[int]
@@ -88,7 +87,7 @@ class Engine:
     def step(self, ids: np.ndarray | Sequence[int], state: EngineState) -> np.ndarray:
         """Read one token of each row, (B,), and return the logits (B, V). The state changes in place.
 
-        The logits are in memory that the next step of this thread overwrites.
+        The logits of several rows are in memory that the next step of this thread overwrites.
 
         Raises:
             IndexError: a token is outside the vocabulary.
@@ -137,7 +136,7 @@ class Engine:
             ids: tokens to read first.
             state: of one row; it changes in place.
             logits: (V,) like the weights in dtype, after the last token that the row has read; they change in place.
-            random: numbers from 0 to below 1, which choose the tokens.
+            random: numbers from 0 to below 1, by which tokens are chosen.
             temperature: 0 takes the likeliest token.
             end: the token that ends a text. Nothing is chosen after it.
 
@@ -153,8 +152,8 @@ class Engine:
         scratch = self._scratch(tokens[: len(ids)].min(initial=0), tokens[: len(ids)].max(initial=0), state)
         counts = np.empty(3, np.int64)
         settings = len(ids), np.asarray(random, np.float64), float(temperature), end
-        run = partial(self._alone, steps=len(tokens)) if isinstance(self._alone, _Faster) else self._alone
-        run(*self._arrays, state.numbers, state.wholes, scratch, self.code.logits, logits, tokens, *settings, counts)
+        places = (*self._arrays, state.numbers, state.wholes, scratch, self.code.logits, logits, tokens)
+        self._alone(*places, *settings, counts)
         made, read, blocks = counts.tolist()
         if made < 0:
             raise FloatingPointError("logits: one is NaN or infinite")

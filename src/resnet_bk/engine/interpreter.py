@@ -252,7 +252,7 @@ def choose(logits, random, temperature, weights):
     for i in range(len(weights)):
         total += weights[i]
         weights[i] = total
-    return np.searchsorted(weights, random * total, side="right")
+    return min(np.searchsorted(weights, random * total, side="right"), len(weights) - 1)
 
 
 @helper
@@ -266,8 +266,8 @@ def write(code, w, b, table, s, n, x, at, logits, tokens, given, random, tempera
         tokens: given ones, and places for others.
         random: a number in [0, 1) for each other one.
         end: the token that ends a text. Nothing is chosen after it.
-        counts: (3,) int64: how many tokens were chosen, how many were read with the last given one and those after it,
-            and how many blocks ran for these. A number of -1 chosen tokens tells that logits are not finite.
+        counts: (3,) int64: how many tokens were chosen, how many were read, and how many blocks ran. A number of -1
+            chosen tokens tells that logits are not finite.
     """
     last, weights = x[at : at + len(logits)], np.empty(len(logits))
     last[:] = logits
@@ -280,9 +280,8 @@ def write(code, w, b, table, s, n, x, at, logits, tokens, given, random, tempera
                 break
         n[TOKEN] = tokens[i]
         step(code, 0, w, b, table, s, n, x, threads, None)
-        if i >= given - 1:
-            counts[1] += 1
-            counts[2] += n[BLOCKS]
+        counts[1] += 1
+        counts[2] += n[BLOCKS]
     logits[:] = last
 
 

@@ -247,16 +247,16 @@ def ngrams(w, table, x, n, out, past, reach, orders, count, gain, levels, tokens
         headers[o] = table[slots[o], 0]
     follows, shares = np.empty(successors, np.int64), np.empty(successors, w.dtype)
     for o in range(count):
-        here, some = o * LEVELS, 0
+        here, following = o * LEVELS, 0
         if headers[o] >> 8 == tags[o]:
             here += headers[o] & 255
             for j in range(1, successors + 1):
                 part = table[slots[o], j]
                 if part & 255:
-                    follows[some] = tokens + (part >> 8) * width
-                    shares[some] = w.dtype.type(np.float32(part & 255) / np.float32(SHARES))
-                    some += 1
-        add_found(w, x, out, levels + here * width, scale + o * width, gain + here, follows, shares, some, width)
+                    follows[following] = tokens + (part >> 8) * width
+                    shares[following] = w.dtype.type(np.float32(part & 255) / np.float32(SHARES))
+                    following += 1
+        add_found(w, x, out, levels + here * width, scale + o * width, gain + here, follows, shares, following, width)
     for i in range(reach - 1):
         n[past + i] = n[past + i + 1]
     if reach:
@@ -282,7 +282,7 @@ def recent_ngrams(
                 times = n[slot] >> LEVEL_AT if n[slot] & ((1 << LEVEL_AT) - 1) == value else 0
                 n[slot] = (min(times + 1, LEVELS - 1) << LEVEL_AT) | value
             else:
-                here, level, some = found * LEVELS, n[slot] >> LEVEL_AT, 0
+                here, level, following = found * LEVELS, n[slot] >> LEVEL_AT, 0
                 follows[0] = n[slot] & ((1 << TAG_AT) - 1)
                 # a state may come from elsewhere: nothing beyond the vectors is read
                 if (
@@ -290,10 +290,10 @@ def recent_ngrams(
                     and 0 < level < LEVELS
                     and follows[0] < vocabulary
                 ):
-                    here, some = here + level, 1
+                    here, following = here + level, 1
                     follows[0] = tokens + follows[0] * width
-                place_of = levels + here * width
-                add_found(w, x, out, place_of, scale + found * width, gain + here, follows, shares, some, width)
+                vector = levels + here * width
+                add_found(w, x, out, vector, scale + found * width, gain + here, follows, shares, following, width)
             found += 1
         if writes:
             for i in range(reach - 1):

@@ -100,10 +100,10 @@ class Session:
                 chosen = self._write_some(text, unread, count)
                 self._read += len(unread) + len(chosen) - 1
                 unread = chosen[-1:]
-                yield text.take()
                 # as many at a time as take half of the pause between pieces
                 each = (time.perf_counter() - before) / len(chosen)
                 count = max(1, min(2 * count, int(_PAUSE / 2 / each)))
+                yield text.take()
         finally:  # also after Ctrl-C
             if started:
                 self.seconds += time.perf_counter() - started

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from resnet_bk.model import LanguageModel
 
 
+PIECE = 64  # tokens of a prompt that one call of the engine reads
+
+
 class Reader(Protocol):
     """Reads one text.
 
@@ -34,7 +37,10 @@ class Reader(Protocol):
     def new_engine(self) -> "Engine | None": ...
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Read the next tokens of the text, (N,), and return the logits (V,) after the last token of the text."""
+        """Read the next tokens of the text, (N,), and return the logits (V,) after the last token of the text.
+
+        The next call may change them in place.
+        """
         ...
 
     def write(self, ids: Sequence[int], sampler: Sampler, count: int, end: int) -> list[int]:
@@ -75,10 +81,15 @@ def _write(
     count: int = 0,
     end: int = -1,
 ) -> list[int]:
-    """Read and write with the engine of a state, see :meth:`Reader.write`. State, logits and share change in place."""
+    """Read, and with a sampler also write, by the engine of a state, see :meth:`Reader.write`.
+
+    State, logits and share change in place. Nothing interrupts a call of the engine, so prompts are read in pieces.
+    """
+    for first in range(0, len(ids) - 1, PIECE):
+        state.engine.write(ids[first : min(first + PIECE, len(ids) - 1)], state, logits)
     random, temperature = ((), 0.0) if sampler is None else (sampler.random(count), sampler.settings.temperature)
     try:
-        written = state.engine.write(ids, state, logits, random, temperature, end)
+        written = state.engine.write(ids[-1:], state, logits, random, temperature, end)
     except FloatingPointError as error:
         raise ValueError(NOT_FINITE) from error
     share.blocks += written.blocks

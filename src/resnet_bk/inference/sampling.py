@@ -97,7 +97,7 @@ def choose(samplers: Sequence[Sampler], logits: np.ndarray) -> list[int]:
         temperatures = np.array([[samplers[row].settings.temperature] for row in drawn], logits.dtype)
         weights = np.exp((logits[drawn] - greatest[drawn]) / temperatures, dtype=np.float64)
         totals = weights.cumsum(1)
-        points = totals[:, -1] * np.array([samplers[row]._random.random() for row in drawn])
+        points = totals[:, -1] * np.array([samplers[row].random(1)[0] for row in drawn])
         for row, token in zip(drawn, (totals <= points[:, None]).sum(1).tolist(), strict=True):
             found[row] = token
     for row, sampler in enumerate(samplers):

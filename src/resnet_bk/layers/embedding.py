@@ -175,7 +175,8 @@ class RecentNgrams(AdaptiveLayer):
         lengths = torch.full_like(ids[:, 0], ids.shape[1]) if mask is None else mask.sum(1)
         found, entries = recent_ngrams(window, lengths, past.entries, self.orders)
         # A state may come from elsewhere: as in the engine, nothing beyond the vectors counts as found.
-        known = (found[..., :1] < LEVELS) & (found[..., 1:] >> 8 < len(self.vectors.token_vectors))
+        level, token = found[..., :1], found[..., 1:] >> 8
+        known = (level < LEVELS) & (token >= 0) & (token < len(self.vectors.token_vectors))
         found = torch.where(known, found, 0)
         return found, RecentState(last_positions(past.ids, ids + 1, mask), entries)
 

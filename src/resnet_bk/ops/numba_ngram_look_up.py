@@ -69,13 +69,14 @@ def _recent(window, lengths, orders, entries, found):
 
 def find_ngrams(window: Tensor, entries: Tensor, orders: Sequence[int]) -> Tensor:
     shape = window.shape[0], window.shape[1] - orders[-1] + 1, len(orders), entries.shape[1]
-    found = torch.empty(shape, dtype=torch.int32)
-    _find(*arrays(window, entries, torch.tensor(orders), found))
+    found = entries.new_empty(shape)
+    _find(*arrays(window, entries), np.array(orders), *arrays(found))
     return found
 
 
 def recent_ngrams(window: Tensor, lengths: Tensor, entries: Tensor, orders: Sequence[int]) -> tuple[Tensor, Tensor]:
-    found = torch.zeros(window.shape[0], window.shape[1] - orders[-1], len(orders), 2, dtype=torch.int32)
+    shape = window.shape[0], window.shape[1] - orders[-1], len(orders), 2
+    found = window.new_zeros(shape, dtype=torch.int32)
     after = entries.clone(memory_format=torch.contiguous_format)
-    _recent(*arrays(window, lengths, torch.tensor(orders), after, found))
+    _recent(*arrays(window, lengths), np.array(orders), *arrays(after, found))
     return found, after

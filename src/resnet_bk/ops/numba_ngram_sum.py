@@ -71,20 +71,22 @@ def _backward(grad, found, gain, token_vectors, scale, d_gain, d_levels, d_token
     lanes = LANE_BYTES // grad.itemsize
     for task in prange(TASKS):
         token, share = np.empty(columns, np.int64), np.empty(columns, grad.dtype)
+        zero = splat(grad.dtype.type(0))
         levels_at, tokens_at = task * len(gain) * width, task * tokens * width
         for m in range(task * positions // TASKS, (task + 1) * positions // TASKS):
             for o in range(orders):
                 count = _unpack(found[m, o], levels, tokens, token, share)
-                at = o * levels + found[m, o, 0]
-                of_gain = splat(gain[at] - gain[at])
+                if count < 0:
+                    continue
+                at, of_gain = o * levels + found[m, o, 0], zero
                 for j in range(0, width, lanes):
                     g, place = load(grad, m * width + j), levels_at + at * width + j
                     store(d_levels, place, load(d_levels, place) + g)
-                    if count <= 0:
+                    if not count:
                         continue
                     scaled = g * load(scale, o * width + j)
                     weighted = splat(gain[at]) * scaled
-                    sums = g - g
+                    sums = zero
                     for s in range(count):
                         part = splat(share[s])
                         sums += part * load(token_vectors, token[s] * width + j)
@@ -105,8 +107,7 @@ def _whole_registers(x: Tensor) -> Tensor:
 
     It must be a copy: once numpy holds the storage of a parameter, sharding can no longer free it.
     """
-    padded = F.pad(x, (0, -x.shape[-1] % (LANE_BYTES // x.itemsize)))
-    return x.clone() if padded is x else padded
+    return F.pad(x, (0, -x.shape[-1] % (LANE_BYTES // x.itemsize)))  # which copies without padding, too
 
 
 def ngram_sum_forward(
@@ -115,7 +116,7 @@ def ngram_sum_forward(
     if not _fits(token_vectors):
         return chunked_ngrams.ngram_sum_forward(found, gain, level_vectors, token_vectors, scale)
     vectors = [_whole_registers(x) for x in (level_vectors, token_vectors, scale)]
-    y, wrong = vectors[0].new_empty(len(found), vectors[0].shape[1]), torch.zeros(TASKS)
+    y, wrong = vectors[0].new_empty(len(found), vectors[0].shape[1]), gain.new_zeros(TASKS)
     _forward(*arrays(found, gain.clone(), *vectors, y, wrong))
     if wrong.any():
         levels, tokens = len(gain) // found.shape[1], len(token_vectors)

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_bk.clock import timed
 from resnet_bk.engine.decoder import decoder_of
-from resnet_bk.inference.readers import EngineReader, ModelReader, Reader
+from resnet_bk.inference.readers import PIECE, EngineReader, ModelReader, Reader
 from resnet_bk.model import LanguageModel
 
 PROMPT = 64  # tokens before those that are decoded
-SOME = 64  # tokens that `generate` writes in one call of the engine, where a token takes about 0.1 ms
+TOKENS_A_CALL = PIECE  # where a token takes about 0.1 ms, `generate` writes about as many
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,21 @@ def measure(
 
 
 def one_by_one(model: LanguageModel, tokens: list[int]) -> float:
-    """Return the seconds in which tokens after the first PROMPT ones are read one at a time, as `generate` does it.
+    """Return the seconds in which tokens after the first PROMPT ones are read one by one.
 
-    The engine reads some at a time, as many as it writes; without it, each is followed by the choice of the likeliest
-    next one.
+    `generate` reads so what it writes: with the engine, TOKENS_A_CALL in one call. Choosing them is not measured.
     """
     decoder = decoder_of(model)
     reader: Reader = ModelReader(model, decoder)
-    some = 1
+    at_a_time = 1
     if decoder.uses_engine():
         from resnet_bk.engine.compiler import engine_of  # imports numba
 
-        reader, some = EngineReader(engine_of(model)), SOME
+        reader, at_a_time = EngineReader(engine_of(model)), TOKENS_A_CALL
     reader.read(tokens[:PROMPT])
     started = time.perf_counter()
-    for first in range(PROMPT, len(tokens), some):
-        reader.read(tokens[first : first + some]).argmax()
+    for first in range(PROMPT, len(tokens), at_a_time):
+        reader.read(tokens[first : first + at_a_time])
     return time.perf_counter() - started
 
 
