@@ -10,7 +10,7 @@ from matplotlib.ticker import NullFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-LEARNING = RESULTS / "2026-11-30-epyc-2-cores-learning-curves.md"
+LEARNING = RESULTS / "2026-11-30-epyc-2-cores-learning-all.md"
 DECODE = RESULTS / "2026-11-30-epyc-2-cores-decode.md"
 # Colors that color-blind people tell apart, and a marker each.
 FAMILIES = {
@@ -63,7 +63,7 @@ def _draw_curves(axes: Axes, found: dict[tuple[str, bool], Curve]) -> None:
         axes.plot(seconds, bits, style, color=color, marker=marker, markersize=4, label=name if with_memory else None)
     for style, text in (("-", "with memory"), (":", "without")):
         axes.plot([], [], style, color="black", label=text)
-    axes.set(xscale="log", xticks=[15, 30, 60, 120, 240], xticklabels=[15, 30, 60, 120, 240], ylim=(1, 3.4))
+    axes.set(xscale="log", xticks=[15, 30, 60, 120, 240], xticklabels=[15, 30, 60, 120, 240], ylim=(0.8, 3.4))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="seconds of training on one core", ylabel="bits per byte, 64 KiB held out")
     axes.set_title("Learning (lower is better)", loc="left")

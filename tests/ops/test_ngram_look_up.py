@@ -88,6 +88,14 @@ def test_a_table_of_counts_is_read_where_slot_and_tag_agree(backend):
     assert there > 40
 
 
+@pytest.mark.parametrize("backend", ["numba", "chunked"])
+@pytest.mark.parametrize("shape", [(0, 9), (2, 4)], ids=["no rows", "no positions"])
+def test_nothing_is_looked_up_in_nothing(backend, shape):
+    with use_backend(backend):
+        found = find_ngrams(torch.zeros(shape, dtype=torch.int64), torch.zeros(7, 4, dtype=torch.int32), ORDERS)
+    assert found.shape == (shape[0], shape[1] - 4, 3, 4)
+
+
 def test_slots_are_spread_evenly():
     """Pairs of bytes, all of them: no slot has much more than its share."""
     pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256))

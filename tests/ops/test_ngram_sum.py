@@ -50,6 +50,15 @@ def test_sums_and_gradients_are_those_of_the_definition(backend, positions, widt
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_no_positions(backend):
+    inputs = arguments(positions=0)
+    with use_backend(backend):
+        y = ngram_sum(*inputs)
+        assert y.shape == (0, D)
+        assert not any(x.any() for x in torch.autograd.grad(y.sum(), inputs[1:]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_finite_differences(backend):
     rows, *parameters = arguments()
     with use_backend(backend):
