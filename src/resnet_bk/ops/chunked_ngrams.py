@@ -91,7 +91,7 @@ def ngram_sum_forward(
     level, tokens, shares = unpacked(found, gain)
     weights = (shares * gain[level].unsqueeze(-1)).flatten(0, 1)
     sums = F.embedding_bag(tokens.flatten(0, 1), token_vectors, mode="sum", per_sample_weights=weights)
-    return (sums.view(*level.shape, -1) * scale).sum(1) + F.embedding_bag(level, level_vectors, mode="sum")
+    return (sums.view(*level.shape, sums.shape[-1]) * scale).sum(1) + F.embedding_bag(level, level_vectors, mode="sum")
 
 
 def ngram_sum_backward(
