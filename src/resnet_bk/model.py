@@ -120,8 +120,9 @@ class LanguageModel(nn.Module):
         """Return a new model with the settings of a preset.
 
         Args:
-            name: one of ``resnet_bk.config.PRESETS``: "plain", "quality", "balanced", "fast". The last has n-gram
-                memory, whose table is empty until ``memory.count`` is called; ``memory={}`` leaves it out.
+            name: one of ``resnet_bk.config.PRESETS``: "plain", "quality", "balanced", "fast". All but the first
+                have n-gram memory. Its table of the training text is empty until ``memory.count`` is called;
+                ``memory={}`` leaves out this table and that of the text so far.
             vocab_size: number of token ids.
             fields: fields of ModelConfig that replace those of the preset. A section that is given, such as `sparsity`,
                 replaces the preset's whole section; the two are not merged.
@@ -229,7 +230,7 @@ class LanguageModel(nn.Module):
 
     @property
     def memory(self) -> NgramMemory | None:
-        """The n-gram memory of the model; None without one."""
+        """The n-gram memory that was counted from a text; None in a model without one."""
         return next((layer for layer in self.blocks if isinstance(layer, NgramMemory)), None)
 
     def read(self, x: Tensor) -> Tensor:
