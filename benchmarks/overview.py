@@ -11,7 +11,7 @@ from matplotlib.ticker import NullFormatter
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 LEARNING = RESULTS / "2026-11-30-epyc-2-cores-learning-all.md"
-DECODE = RESULTS / "2026-11-30-epyc-2-cores-decode.md"
+DECODE = RESULTS / "2026-11-30-epyc-2-cores-decode-many.md"
 # Colors that color-blind people tell apart, and a marker each.
 FAMILIES = {
     "ours": ("#0072b2", "o"),
