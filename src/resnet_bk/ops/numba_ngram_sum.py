@@ -20,12 +20,12 @@ LARGEST = 2**18  # numbers in token_vectors; each task sums a gradient of its ow
 
 
 @numba.njit(forceinline=True)
-def _unpack(found, gain, tokens, token, share):
-    """Write the tokens and shares of the entry found (1 + S,) that has any; return their number.
+def _unpack(found, levels, tokens, token, share):
+    """Write the tokens and shares that an entry found (1 + S,) has, and return their number.
 
-    A token out of range, or a level, gives -1.
+    It is -1 if the level is not below `levels`, or a token not below `tokens`.
     """
-    if not 0 <= found[0] < gain:
+    if not 0 <= found[0] < levels:
         return -1
     count = 0
     for s in range(1, len(found)):
